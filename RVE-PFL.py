@@ -1,0 +1,150 @@
+"""Train RVE-PFL, or a method it is compared with, over simulated clients.
+
+    python RVE-PFL.py                                     the paper's setting: MNIST, 100 rounds
+    python RVE-PFL.py --dataset mnist10k --rounds 5 --local_ep 2     a first look, no download
+
+Writes CSVs and pictures to results/<run>/ and checkpoints to saved_models/<run>/. Options: options.py.
+"""
+import shlex
+import sys
+import time
+from argparse import Namespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import aggregation
+import datasets
+import sampling
+from options import args_parser
+from runs import Progress, Run, environment
+from update import METHODS, Client, Diverged, Private, over_clients
+from utils import (
+    InputError,
+    Interrupted,
+    Interrupts,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    rng,
+    seed_torch,
+)
+
+HELD_OUT = 0.1   # of a client's images for testing; under --validate, of the rest for validation
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line (``sys.argv`` if None) and return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = args_parser(argv)
+    again = shlex.join(["python", "RVE-PFL.py", *(a for a in argv if a not in ("--overwrite", "--resume")),
+                        "--resume"])
+    try:
+        with Interrupts() as interrupts:
+            run_all(args, interrupts)
+        return 0
+    except InputError as error:
+        print(f"RVE-PFL.py: error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"RVE-PFL.py: error: {error.filename or 'a file'}: {error.strerror or error}; "
+              f"mend that, then: {again}", file=sys.stderr)
+    except Interrupted:
+        print(f"interrupted; to go on: {again}", file=sys.stderr)
+        return 130
+    return 2
+
+
+def run_all(args: Namespace, interrupts: Interrupts) -> None:
+    """Options -> data -> partition -> rounds -> pictures and table."""
+    keep_freed_memory()
+    device = choose_device(args.device)
+    data = datasets.load(args.dataset, args.data_dir)
+    owned = sampling.partition(
+        data.labels, args.num_users, args.partition, rng(args.seed, "partition"), alpha=args.alpha,
+        classes_per_client=args.classes_per_client, unequal=args.unequal,
+        min_images=int(np.ceil(args.local_bs / (1 - HELD_OUT))))
+    splits = sampling.split_all(owned, data.labels, HELD_OUT, args.seed, "split")
+    if args.validate:
+        splits = sampling.split_all([train for train, _ in splits], data.labels, HELD_OUT, args.seed,
+                                    "validation")
+    client = make_client(args, data, device)
+    head, private = client.method.split(client.state())
+    protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
+    run = Run({
+        "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
+        "precision": str(client.dtype), "parameters": client.method.count(client.model),
+        "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes},
+    }, Private(private), head)
+    run.write_partition(owned, splits, data.labels)
+    try:
+        if not run.finished:
+            federate(args, client, run, owned, splits, interrupts)
+            with interrupts.held():
+                run.finish()
+    except Interrupted:
+        run.save()
+        raise
+    print(run.table())
+
+
+def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -> Client:
+    """The working model at its seeded start, the data on its device, and how a client trains."""
+    method = METHODS[args.method]
+    seed_torch(args.seed, "init")
+    model = method.build(data.image_shape, data.num_classes, args.init_logvar)
+    return Client(
+        model.to(device, memory_format=torch.channels_last), method, torch.from_numpy(data.images).to(device),
+        torch.from_numpy(data.labels).to(device), data.num_classes, seed=args.seed, epochs=args.local_ep,
+        batch_size=args.local_bs, optimizer=args.optimizer, lr=args.lr, head_lr=args.head_lr,
+        lr_decay=args.lr_decay, momentum=args.momentum, kl_weight=args.kl_weight, kl_warmup=args.kl_warmup,
+        eval_samples=args.eval_samples, dtype=choose_precision(args.precision, device))
+
+
+def federate(args: Namespace, client: Client, run: Run, owned: list, splits: list,
+             interrupts: Interrupts) -> None:
+    """The rounds: send the head, train the clients, aggregate what they upload, evaluate everyone."""
+    asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample"))
+    bar = tqdm(initial=run.progress.round * len(asked), total=args.rounds * len(asked), unit="client",
+               disable=None, dynamic_ncols=True)
+    for r in range(run.progress.round + 1, args.rounds + 1):
+        started, evaluating = time.monotonic(), r % args.eval_every == 0 or r == args.rounds
+        if args.resplit:
+            splits = sampling.split_all(owned, client.labels.cpu().numpy(), HELD_OUT, args.seed, "resplit", r)
+        sent, uploads, rows = run.progress.head, {}, []
+        asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample", round=r))
+        for k in asked:
+            train, test = splits[k]
+            try:
+                uploads[k], kept, figures = client.train(k, r, train, sent, run.private.get(k))
+            except Diverged as error:
+                bar.write(f"warning: {error}; this client's round is dropped", file=sys.stderr)
+                continue
+            run.private.put(k, kept)
+            if evaluating:
+                held_out = client.evaluate(k, r, test, uploads[k], kept)
+                rows += [{"round": r, "client": k, "stage": "trained", "split": "train", **figures},
+                         {"round": r, "client": k, "stage": "trained", "split": run.aside, **held_out}]
+            bar.set_description(f"round {r}/{args.rounds} client {k} accuracy {figures['accuracy']:.3f}")
+            bar.update()
+        if not uploads:
+            raise InputError(f"round {r}: no client's loss stayed finite; start again with a smaller --lr")
+        head, report = aggregation.mean(sent, uploads, {k: len(splits[k][0]) for k in asked})
+        if evaluating:
+            rows += [{"round": r, "client": k, "stage": "deployed", "split": run.aside,
+                      **client.evaluate(k, r, splits[k][1], head, run.private.get(k))}
+                     for k in range(args.num_users)]
+        means = [{"round": r, **mean, "seconds": time.monotonic() - started} for mean in over_clients(rows)]
+        with interrupts.held():
+            run.end_round(Progress(r, head, sent, uploads), {
+                "clients.csv": rows, "rounds.csv": means,
+                "server.csv": [{"round": r, **row} for row in report] if head else []})
+        for mean in means:
+            if mean["split"] != "train":
+                bar.write(f"round {r}/{args.rounds}: {mean['stage']} {mean['split']} accuracy "
+                          f"{mean['accuracy']:.4f}, worst decile {mean['accuracy_worst']:.4f}")
+    bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

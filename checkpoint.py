@@ -1,0 +1,107 @@
+"""Checkpoint files, and where private parameters wait between a client's turns.
+
+A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``uploads``), ``client_<k>.pt``
+(what stayed with client k) and ``server.pt`` (what the server itself remembers), so an adversary's access
+to files is its threat model. All are read with ``weights_only=True``: a file from elsewhere cannot run
+code.
+"""
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+
+from update import Private, State
+from utils import InputError, write_whole
+
+MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
+
+
+def load_checked(path: Path) -> dict:
+    """``torch.load`` of tensors and plain values only, on the CPU.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds anything that would have to be executed.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        why = "holds objects other than tensors and was not opened" if "weights_only" in str(error).lower() \
+            else "is missing or damaged"
+        raise InputError(f"checkpoint {path} {why}; remove that round's folder to go on from an earlier one, "
+                         "or start again with --overwrite") from error
+
+
+def same_layout(found: object, expected: State) -> bool:
+    """Whether a state dict has exactly the expected names, shapes and types."""
+    return isinstance(found, dict) and found.keys() == expected.keys() and all(
+        isinstance(found[name], torch.Tensor) and found[name].shape == value.shape
+        and found[name].dtype == value.dtype for name, value in expected.items())
+
+
+class PrivateStore:
+    """What stays with each client between its turns: in memory up to MEMORY bytes, then in files.
+
+    ``put`` is provisional until ``commit``: a round cut short leaves everybody as before it. Files are
+    never written twice, so a checkpoint can hard-link them instead of copying.
+    """
+
+    def __init__(self, folder: Path, initial: Private, memory: int = MEMORY):
+        self.folder, self.initial, self.free = folder, initial, memory
+        self.kept, self.new, self.serial = {}, {}, 0
+        self.size = sum(value.nbytes for value in initial.parameters.values())
+
+    def get(self, client: int) -> Private:
+        """The client's latest; a client that has never trained has what all began with."""
+        entry = self.new.get(client, self.kept.get(client, self.initial))
+        return read_private(entry) if isinstance(entry, Path) else entry
+
+    def put(self, client: int, private: Private) -> None:
+        """Remember for this round."""
+        entry = private
+        if self.size > self.free:
+            self.serial += 1
+            entry = self.folder / f"{client}-{self.serial}.pt"
+            write_private(entry, private)
+        else:
+            self.free -= self.size
+        self.new[client] = entry
+
+    def commit(self) -> None:
+        """The round is over: what was put replaces what was kept."""
+        for client, entry in self.new.items():
+            old, self.kept[client] = self.kept.get(client), entry
+            if isinstance(old, Path):
+                old.unlink()
+            elif old is not None:
+                self.free += self.size
+        self.new = {}
+
+    def export(self, clients: int, folder: Path) -> None:
+        """Write ``client_<k>.pt`` for all clients, as of the last commit."""
+        first = {}   # where an entry was written: clients that never trained share one
+        for k in range(clients):
+            entry, target = self.kept.get(k, self.initial), folder / f"client_{k}.pt"
+            source = entry if isinstance(entry, Path) else first.setdefault(id(entry), target)
+            if source == target:
+                write_private(target, entry)
+                continue
+            try:
+                os.link(source, target)
+            except OSError:   # a file system without hard links
+                shutil.copyfile(source, target)
+
+
+def write_private(path: Path, private: Private) -> None:
+    """Write a ``client_<k>.pt``."""
+    write_whole(path, lambda file: torch.save(vars(private), file))
+
+
+def read_private(path: Path) -> Private:
+    """Read a ``client_<k>.pt``."""
+    found = load_checked(path)
+    if not isinstance(found, dict) or found.keys() != {"parameters", "steps"} \
+            or not isinstance(found["steps"], int):
+        raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
+    return Private(**found)

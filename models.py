@@ -1,0 +1,175 @@
+"""The networks: a private variational encoder, the shared classifier head, and the pair they make.
+
+Layers are those the authors released (Issa et al., IEEE TIFS 2024). Shapes in comments are
+``N x C x H x W``; images are floats in [0, 1]. Every network maps an image batch to ``(logits, kl)``
+in training and to ``(probabilities, kl)`` in ``predict``, where ``kl`` is one number of nats an
+image, or None where the network has no noise and so bounds nothing.
+
+Parameter names route the protocol: ``encoder.*`` stays with its client, ``classifier.*`` travels.
+"""
+import torch
+from torch import Tensor, nn
+
+HIDDEN = 512   # width of the encoder's dense layer
+DENSE = 256    # width of the head's dense layer
+
+
+class FlattenHWC(nn.Module):
+    """``N x C x H x W -> N x HWC``: Keras's order, and a free view of a channels-last tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def as_image(z: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """``... x HWC -> (...) x C x H x W``, the inverse of ``FlattenHWC``; leading axes are merged."""
+    channels, height, width = image_shape
+    return z.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def initialise(module: nn.Module) -> None:
+    """Glorot-uniform weights and zero biases (Glorot and Bengio 2010), as the released Keras layers have.
+
+    PyTorch's own start is several times smaller here and learns more slowly.
+    """
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
+class Encoder(nn.Module):
+    """Deterministic encoder ``x -> z``, z of the image's size: the trunk shared by both encoders.
+
+    Args:
+        image_shape: ``(C, H, W)``; H and W at least 5, for the two valid 3 x 3 convolutions.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int]):
+        super().__init__()
+        channels, height, width = image_shape
+        self.trunk = nn.Sequential(
+            nn.Conv2d(channels, 32, 3), nn.ReLU(),   # N x 32 x H-2 x W-2
+            nn.Conv2d(32, 64, 3), nn.ReLU(),         # N x 64 x H-4 x W-4
+            FlattenHWC(),
+            nn.Linear(64 * (height - 4) * (width - 4), HIDDEN),   # no activation, as released
+            nn.Dropout(0.25),
+        )
+        self.mu = nn.Linear(HIDDEN, channels * height * width)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``N x C x H x W -> N x CHW``."""
+        return self.mu(self.trunk(x)).float()
+
+
+class VariationalEncoder(Encoder):
+    """``q(z|x) = N(mu(x), diag(sigma(x)^2))``, z of the image's size.
+
+    Args:
+        image_shape: ``(C, H, W)``.
+        init_logvar: bias of the log-variance layer at the start. PyTorch's own start, near 0, gives
+            sigma near 1 against mu near 0, a signal too weak to learn from quickly.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], init_logvar: float):
+        super().__init__(image_shape)
+        self.logvar = nn.Linear(HIDDEN, self.mu.out_features)
+        initialise(self.logvar)
+        nn.init.constant_(self.logvar.bias, init_logvar)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``N x C x H x W -> mu, logvar``, each ``N x CHW``, in float32 also under autocast."""
+        hidden = self.trunk(x)
+        return self.mu(hidden).float(), self.logvar(hidden).float()
+
+
+class Classifier(nn.Module):
+    """The head ``p(y|z)``, and, applied straight to the image, the comparison CNN.
+
+    Args:
+        image_shape: ``(C, H, W)``; H and W at least 4, for the two poolings.
+        num_classes: how many classes.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
+        super().__init__()
+        channels, height, width = image_shape
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),   # N x 32 x H/2 x W/2
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),         # N x 64 x H/4 x W/4
+            FlattenHWC(),
+            nn.Linear(64 * (height // 4) * (width // 4), DENSE), nn.ReLU(), nn.Dropout(0.25),
+        )
+        self.output = nn.Linear(DENSE, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``N x C x H x W -> N x num_classes`` logits, in float32 also under autocast."""
+        return self.output(self.features(x)).float()
+
+
+def reparameterise(mu: Tensor, logvar: Tensor) -> Tensor:
+    """``z = mu + sigma * eps``, eps ~ N(0, I) (Kingma and Welling 2014, section 2.4)."""
+    return torch.addcmul(mu, torch.exp(0.5 * logvar), torch.randn_like(mu))
+
+
+def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
+    """``KL(N(mu, sigma^2) || N(0, I))`` in nats, summed over z: ``N x D -> N`` (ibid., appendix B)."""
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+
+
+class CNN(nn.Module):
+    """The comparison network: the head applied straight to the image."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
+        super().__init__()
+        self.classifier = Classifier(image_shape, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.classifier(x), None
+
+    def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, None]:
+        return self.classifier(x).softmax(1), None
+
+
+class EncoderClassifier(nn.Module):
+    """Private deterministic encoder and shared head: RVE-PFL without its noise."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
+        super().__init__()
+        self.image_shape = image_shape
+        self.encoder = Encoder(image_shape)
+        self.classifier = Classifier(image_shape, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.classifier(as_image(self.encoder(x), self.image_shape)), None
+
+    def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, None]:
+        return self(x)[0].softmax(1), None
+
+
+class RVE(nn.Module):
+    """RVE-PFL's model: private variational encoder and shared head."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float):
+        super().__init__()
+        self.image_shape = image_shape
+        self.encoder = VariationalEncoder(image_shape, init_logvar)
+        self.classifier = Classifier(image_shape, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``N x num_classes`` from one draw of z, and KL in nats, ``N``."""
+        mu, logvar = self.encoder(x)
+        logits = self.classifier(as_image(reparameterise(mu, logvar), self.image_shape))
+        return logits, kl_to_standard_normal(mu, logvar)
+
+    def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
+        """``p(y|x) = E_q[p(y|z)]`` over ``draws`` draws, ``N x num_classes``, and KL in nats, ``N``.
+
+        The encoder runs once; only the head, a tenth of the arithmetic, runs for every draw.
+        """
+        mu, logvar = self.encoder(x)
+        z = reparameterise(mu.expand(draws, *mu.shape), logvar.expand(draws, *mu.shape))  # S x N x D
+        probabilities = self.classifier(as_image(z, self.image_shape)).softmax(1)
+        return probabilities.unflatten(0, (draws, -1)).mean(0), kl_to_standard_normal(mu, logvar)

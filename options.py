@@ -1,0 +1,177 @@
+"""Every option of RVE-PFL.py. Edit a default here, or pass the flag; both are checked alike.
+
+The symbol in brackets is the paper's. Defaults are the paper's setting, but for what its released
+code gets wrong (README, deviations).
+"""
+import argparse
+import difflib
+import math
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+METHODS = ("rve_pfl", "lg_fedavg", "local", "fedavg")
+NOISY = ("rve_pfl", "local")   # methods with a variational encoder, which alone read the options below
+
+# beta, warm-up and the rest per data set, chosen on validation images by benchmarks/sweep.sh.
+NOISE = {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -4.0, "eval_samples": 8}
+NOISE_OF = {"mnist": {}, "mnist10k": {}, "fmnist": {}, "cifar": {}}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, remembers each option's range, and checks edited defaults too."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.ranges = {}
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def add(self, group, *flags: str, within: tuple[float, float] | None = None, **kwargs) -> None:
+        """Declare an option; ``within`` is its closed range."""
+        action = group.add_argument(*flags, **kwargs)
+        if within:
+            self.ranges[action.dest] = within
+
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        """Parse, suggest a name for an unknown flag, check ranges and choices."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
+            self.error(f"unknown argument {unknown[0]}" + (f" (did you mean {near[0]}?)" if near else ""))
+        for action in self._actions:
+            value, flag = getattr(args, action.dest, None), action.option_strings[0]
+            for one in value if isinstance(value, list) else [value]:
+                low, high = self.ranges.get(action.dest, (-math.inf, math.inf))
+                if isinstance(one, (int, float)) and not low <= one <= high:
+                    self.error(f"{flag} {one}: must be between {low:g} and {high:g}")
+                if action.choices and one not in action.choices:
+                    self.error(f"{flag} {one}: choose from {', '.join(map(str, action.choices))}")
+        return args
+
+
+def make_parser() -> Parser:
+    """The options, by group."""
+    parser = Parser(prog="RVE-PFL.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, tiny, huge = parser.add, 1e-12, 10**9
+
+    data = parser.add_argument_group("data")
+    add(data, "--dataset", default="mnist",
+        help="mnist, fmnist, cifar (downloaded on first use), mnist10k (ships with the project), or the "
+             "NAME of any DATA_DIR/NAME.npz")
+    add(data, "--data_dir", type=Path, default=ROOT / "data", help="where data sets are")
+    add(data, "--partition", choices=("iid", "shards", "dirichlet"), default="shards",
+        help="who owns which image: at random, a fixed number of classes each, or Dirichlet class mixes")
+    add(data, "--classes_per_client", type=int, within=(1, huge),
+        help="classes a client has, with --partition shards (2 if not given)")
+    add(data, "--alpha", type=float, within=(1e-4, 1e6),
+        help="concentration of --partition dirichlet, small is heterogeneous (0.1 if not given)")
+    add(data, "--unequal", action="store_true", help="clients differ in size (log-normal, sigma 0.5)")
+    add(data, "--resplit", action="store_true",
+        help="the released protocol, for comparison: train and test images are drawn afresh every round, "
+             "so the test images have been trained on; marks every output")
+    add(data, "--validate", action="store_true",
+        help="for choosing options: evaluate on a tenth of each client's training images, held out, and "
+             "leave its test images alone; marks every output")
+
+    federated = parser.add_argument_group("federated")
+    add(federated, "--num_users", type=int, default=10, within=(1, 100_000), help="clients [K]")
+    add(federated, "--rounds", "--epochs", type=int, default=100, within=(1, huge), help="rounds [T]")
+    add(federated, "--frac", type=float, default=1.0, within=(tiny, 1),
+        help="share of the clients that train in a round [C]")
+    add(federated, "--local_ep", type=int, default=10, within=(1, huge), help="local epochs [E]")
+    add(federated, "--local_bs", type=int, default=256, within=(1, huge), help="local batch size [B]")
+    add(federated, "--optimizer", choices=("adam", "sgd"), default="adam", help="a client's optimiser")
+    add(federated, "--lr", type=float, default=1e-3, within=(tiny, 1e3), help="learning rate [eta]")
+    add(federated, "--head_lr", type=float, within=(0, 1e3),
+        help="the shared head's learning rate as a multiple of --lr (by data set if not given)")
+    add(federated, "--lr_decay", type=float, default=1e-3, within=(0, 1e3),
+        help="lr / (1 + lr_decay * steps a client has made)")
+    add(federated, "--momentum", type=float, default=0.0, within=(0, 0.9999), help="of --optimizer sgd")
+
+    model = parser.add_argument_group("model")
+    add(model, "--method", choices=METHODS, default="rve_pfl", help="what is compared (README)")
+    add(model, "--init_logvar", type=float, within=(-30, 10),
+        help="bias of the encoder's log variance at the start (by data set if not given)")
+    add(model, "--eval_samples", type=int, within=(1, 1000),
+        help="draws of z averaged in a prediction (by data set if not given)")
+
+    privacy = parser.add_argument_group("privacy")
+    add(privacy, "--kl_weight", type=float, within=(0, 1e6),
+        help="weight of the KL term, summed over z [beta] (by data set if not given)")
+    add(privacy, "--kl_warmup", type=int, within=(0, huge),
+        help="rounds over which beta rises from 0 (by data set if not given)")
+
+    run = parser.add_argument_group("run")
+    add(run, "--seed", type=int, default=1, within=(0, 2**31 - 1), help="decides every random draw")
+    add(run, "--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add(run, "--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="of convolutions and matrix products; auto: bf16 where the chip has it")
+    add(run, "--eval_every", type=int, default=1, within=(1, huge),
+        help="evaluate every so many rounds, and in the last")
+    add(run, "--run_name", help="folder name under RESULTS_DIR and MODELS_DIR "
+                                "(<dataset>-<partition>-<method>-seed<seed> if not given)")
+    add(run, "--results_dir", type=Path, default=ROOT / "results", help="where CSVs and pictures go")
+    add(run, "--models_dir", type=Path, default=ROOT / "saved_models", help="where checkpoints go")
+    add(run, "--save_rounds", type=int, nargs="+", default=[], within=(1, huge), metavar="R",
+        help="rounds whose checkpoints are kept for good, besides the latest")
+    add(run, "--checkpoint_seconds", type=float, default=60.0, within=(0, huge),
+        help="save for --resume at most this often")
+    add(run, "--resume", action="store_true", help="go on with an unfinished run")
+    add(run, "--overwrite", action="store_true", help="delete an earlier run of this name")
+    return parser
+
+
+def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse ``argv`` (the command line if None), check it, and fill in what depends on other options.
+
+    Exits with status 2 and one line when an option is out of range or contradicts another.
+    """
+    parser = make_parser()
+    args = parser.parse(argv)
+    _check(parser, args)
+    _belongs(parser, args, args.partition == "shards", f"--partition {args.partition}",
+             {"classes_per_client": 2})
+    _belongs(parser, args, args.partition == "dirichlet", f"--partition {args.partition}", {"alpha": 0.1})
+    _belongs(parser, args, args.method in NOISY, f"--method {args.method}",
+             {**NOISE, **NOISE_OF.get(args.dataset, {})})
+    if args.head_lr is None:
+        args.head_lr = 1.0
+    if args.method not in NOISY:
+        args.kl_weight, args.kl_warmup, args.eval_samples = 0.0, 0, 1
+    if args.run_name is None:
+        marks = [mark for mark in ("resplit", "validate") if getattr(args, mark)]
+        args.run_name = "-".join([args.dataset, args.partition, args.method, f"seed{args.seed}", *marks])
+    args.save_rounds = sorted(set(args.save_rounds))
+    return args
+
+
+def _belongs(parser: Parser, args: argparse.Namespace, applies: bool, to: str, defaults: dict) -> None:
+    """Fill options that only some settings read; given where nothing reads them, they are a mistake."""
+    for name, default in defaults.items():
+        if applies and getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not applies and getattr(args, name) is not None:
+            parser.error(f"--{name} {getattr(args, name)}: {to} does not read it; leave it out")
+
+
+def _check(parser: Parser, args: argparse.Namespace) -> None:
+    """What no single option shows."""
+    name = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
+    if not name.fullmatch(args.dataset):
+        parser.error(f"--dataset {args.dataset}: a name of letters, digits, _ . = + -, not a path")
+    if args.run_name is not None and not name.fullmatch(args.run_name):
+        parser.error(f"--run_name {args.run_name}: a name of letters, digits, _ . = + -, not a path")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", args.device):
+        parser.error(f"--device {args.device}: choose from auto, cpu, cuda, cuda:N")
+    if args.momentum and args.optimizer != "sgd":
+        parser.error(f"--momentum {args.momentum}: --optimizer {args.optimizer} does not read it; "
+                     "leave it out or use --optimizer sgd")
+    if args.save_rounds and max(args.save_rounds) > args.rounds:
+        parser.error(f"--save_rounds {max(args.save_rounds)}: there are only --rounds {args.rounds}")
+    for first, second in (("resume", "overwrite"), ("resplit", "validate")):
+        if getattr(args, first) and getattr(args, second):
+            parser.error(f"--{first} and --{second} contradict each other; leave one out")

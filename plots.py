@@ -1,0 +1,60 @@
+"""The two pictures of a run: who owns which classes, and how it learnt."""
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from utils import write_whole
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+
+
+def partition_picture(path: Path, counts: np.ndarray, title: str) -> None:
+    """Images by client and class, ``K x num_classes``, as a heat map with the numbers where they fit."""
+    clients, classes = counts.shape
+    figure, axes = plt.subplots(figsize=(min(14, 3 + 0.45 * clients), 1.8 + 0.28 * min(classes, 40)),
+                                layout="constrained")
+    picture = axes.imshow(counts.T, aspect="auto", origin="lower", cmap="Blues", interpolation="nearest")
+    axes.set(xlabel="client", ylabel="class", title=title)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(20, integer=True))
+    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(20, integer=True))
+    if clients <= 20 and classes <= 20:
+        for (client, c), count in np.ndenumerate(counts):
+            if count:
+                axes.text(client, c, count, ha="center", va="center", fontsize=7,
+                          color="white" if count > counts.max() / 2 else "black")
+    figure.colorbar(picture, ax=axes, label="images")
+    _save(figure, path)
+
+
+def curves_picture(path: Path, rounds: pd.DataFrame, title: str) -> None:
+    """Accuracy (mean, and its spread and lowest decile over clients), loss and KL over the rounds."""
+    panels = ["accuracy", "loss"] + (["kl_nats"] if rounds["kl_nats"].notna().any() else [])
+    figure, row = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), layout="constrained")
+    looks = {"trained": ("tab:blue", "o"), "deployed": ("tab:red", "s")}
+    for axes, figure_name in zip(row, panels, strict=True):
+        for (stage, split), part in rounds.groupby(["stage", "split"], sort=False):
+            colour, marker = looks[stage]
+            line, = axes.plot(part["round"], part[figure_name], color=colour, marker=marker, markersize=3,
+                              linestyle=":" if split == "train" else "-", label=f"{stage}, {split}")
+            if figure_name == "accuracy" and stage == "deployed":
+                mean, std = part["accuracy"], part["accuracy_std"]
+                axes.fill_between(part["round"], mean - std, (mean + std).clip(upper=1), alpha=0.15,
+                                  color=colour, linewidth=0, label="± std over clients")
+                axes.plot(part["round"], part["accuracy_worst"], color=colour, linewidth=0.8,
+                          linestyle="--", label="worst decile")
+        axes.set(xlabel="round", ylabel={"kl_nats": "KL (nats an image)"}.get(figure_name, figure_name))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    if (rounds["kl_nats"] > 0).any():
+        row[-1].set_yscale("log")
+    row[0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)

@@ -1,0 +1,268 @@
+"""A run's folders: its lock, its CSVs, when it saves, and what lets it go on after ``kill -9``.
+
+``results/<run>/`` holds what is published, ``saved_models/<run>/round_<r>/`` a checkpoint
+(checkpoint.py). A CSV only ever grows by whole rounds, and a checkpoint remembers how long each was:
+resuming cuts them there and computes the rest again, to the same bytes on a CPU.
+"""
+import csv
+import fcntl
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import plots
+from checkpoint import PrivateStore, load_checked, read_private, same_layout
+from update import FIGURES, Private, State
+from utils import InputError, write_whole
+
+COLUMNS = {
+    "clients.csv": ["round", "client", "stage", "split", "n", *FIGURES],
+    "rounds.csv": ["round", "stage", "split", "loss", "accuracy", "accuracy_std", "accuracy_worst",
+                   *FIGURES[2:], "seconds"],
+    "server.csv": ["round", "client", "n", "norm_ratio", "cosine", "class_cosine", "lookalike", "trust",
+                   "weight", "malicious"],
+}
+# What an evaluation is on, by protocol; CSVs and pictures say so.
+ASIDE = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
+# Options that do not change a run's numbers, and so may differ when it is resumed.
+FREE = {"resume", "overwrite", "checkpoint_seconds", "save_rounds", "data_dir", "results_dir", "models_dir"}
+
+
+@dataclass
+class Progress:
+    """Everything but the private parameters that the next round starts from."""
+
+    round: int
+    head: State                                   # what the server sends next
+    sent: State = field(default_factory=dict)     # what it sent in ``round``
+    uploads: dict[int, State] = field(default_factory=dict)
+    csv_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class Run:
+    """One run's folders, held under a lock until the process ends.
+
+    Args:
+        config: what ``config.json`` will say, with every option under ``options``.
+        initial: what every client starts from.
+    """
+
+    def __init__(self, config: dict, initial: Private, head: State):
+        options = config["options"]
+        self.results = Path(options["results_dir"]) / options["run_name"]
+        self.models = Path(options["models_dir"]) / options["run_name"]
+        self.aside = ASIDE[config["protocol"]]
+        self.config, self.rounds_kept = config, set(options["save_rounds"])
+        self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
+        self.results.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        self.finished = self._admit(options["resume"], options["overwrite"])
+        self.private = PrivateStore(self.models / ".private", initial)
+        self.progress = Progress(0, head)
+        if self.finished:
+            return
+        self._clear(self.models / ".private", *self.models.glob(".round_*"))
+        self._restore()
+        self.saved_round, self.saved_at = self.progress.round, time.monotonic()
+
+    def write_config(self) -> None:
+        """``config.json``: every option, versions, commit, device, sizes, and whether the run is done."""
+        text = json.dumps(self.config, indent=2, default=str) + "\n"
+        write_whole(self.results / "config.json", lambda file: file.write(text.encode()))
+
+    def write_partition(self, owned: list[np.ndarray], splits: list, labels: np.ndarray) -> None:
+        """``partition.npz`` (who trains and who is tested on which image) and ``partition.png``."""
+        if self.config["protocol"] == "resplit":   # drawn afresh every round: only the owner is fixed
+            arrays = {f"owned_{k}": indices for k, indices in enumerate(owned)}
+        else:
+            arrays = {f"{part}_{k}": indices for k, pair in enumerate(splits)
+                      for part, indices in zip(("train", self.aside), pair, strict=True)}
+        write_whole(self.results / "partition.npz", lambda file: np.savez_compressed(file, **arrays))
+        classes = self.config["images"]["classes"]
+        counts = np.stack([np.bincount(labels[indices], minlength=classes) for indices in owned])
+        plots.partition_picture(self.results / "partition.png", counts, self._title())
+
+    def append(self, name: str, rows: list[dict]) -> None:
+        """Add rows to one of the CSVs; all of them or, on an error, none. NaN is an empty field."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS[name], restval="", lineterminator="\n")
+        writer.writerows([{key: _format(value) for key, value in row.items()} for row in rows])
+        with open(self.results / name, "r+b", buffering=0) as file:
+            end, data = file.seek(0, os.SEEK_END), text.getvalue().encode()
+            try:
+                while data:
+                    data = data[file.write(data):]
+            except OSError:
+                file.truncate(end)
+                raise
+        self.progress.csv_bytes[name] = end + len(text.getvalue().encode())
+
+    def end_round(self, progress: Progress, rows: dict[str, list[dict]]) -> None:
+        """Record a round: CSV rows, private parameters, and a checkpoint if one is due."""
+        for name, added in rows.items():
+            self.append(name, added)
+        progress.csv_bytes = dict(self.progress.csv_bytes)
+        self.private.commit()
+        self.progress = progress
+        if progress.round in self.rounds_kept or time.monotonic() - self.saved_at >= self.every:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint of the last finished round, if that is not there yet, and drop older ones."""
+        now = self.progress
+        if self.saved_round == now.round:
+            return
+        target, partial = self.models / f"round_{now.round}", self.models / f".round_{now.round}"
+        self._clear(partial)
+        partial.mkdir(parents=True)
+        self.private.export(self.clients, partial)
+        shared = {"round": now.round, "protocol": self.config["protocol"],
+                  "sent": now.sent, "uploads": now.uploads}
+        server = {"round": now.round, "head": now.head, "csv_bytes": now.csv_bytes}
+        write_whole(partial / "shared.pt", lambda file: torch.save(shared, file))
+        write_whole(partial / "server.pt", lambda file: torch.save(server, file))
+        partial.rename(target)
+        self.saved_round, self.saved_at = now.round, time.monotonic()
+        self._clear(*(folder for r, folder in self._checkpoints().items()
+                      if r != now.round and r not in self.rounds_kept))
+
+    def finish(self) -> None:
+        """The last checkpoint, and the mark that nothing is left to do."""
+        self.save()
+        self._clear(self.models / ".private")
+        plots.curves_picture(self.results / "curves.png", self.rounds(), self._title())
+        self.config["status"] = "finished"
+        self.write_config()
+
+    def rounds(self) -> pd.DataFrame:
+        """``rounds.csv`` so far."""
+        return pd.read_csv(self.results / "rounds.csv")
+
+    def table(self) -> str:
+        """The last round, for the screen, and where the files are."""
+        last = self.rounds()
+        last = last[(last["round"] == last["round"].max()) & (last["split"] == self.aside)]
+        shown = last[["stage", "accuracy", "accuracy_std", "accuracy_worst", "f1", "kl_nats"]]
+        return (f"\n{self._title()}\nround {last['round'].max()}, split {self.aside}, means over "
+                f"{self.clients} clients:\n{shown.to_string(index=False, na_rep='-', float_format='%.4f')}\n"
+                f"results:     {self.results}\ncheckpoints: {self.models}")
+
+    def _title(self) -> str:
+        mark = {"resplit": ", RESPLIT: tested on images trained on", "validate": ", validation images"}
+        return self.results.name + mark.get(self.config["protocol"], "")
+
+    def _lock(self) -> None:
+        self.lock = open(self.results / ".lock", "w")   # noqa: SIM115 - held as long as the process lives
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"run {self.results.name} is being written by another process; wait for it, or "
+                             "give this one another --run_name") from error
+
+    def _admit(self, resume: bool, overwrite: bool) -> bool:
+        """Settle what becomes of an earlier run of this name; True if it is finished and was resumed."""
+        name, path = self.results.name, self.results / "config.json"
+        foreign = [p.name for p in self.results.iterdir() if not p.name.startswith(".")]
+        if not path.exists():
+            if foreign:
+                raise InputError(f"{self.results} holds {foreign[0]} but no config.json, so it is no run of "
+                                 "this program; move it away or give another --run_name")
+            if any(self.models.glob("round_*")) and not overwrite:
+                raise InputError(f"{self.models} holds checkpoints, but {path} is gone; use --overwrite to "
+                                 "delete them, or another --run_name")
+            self._clear(self.models)
+            return False
+        if overwrite:
+            self._clear(*(p for p in self.results.iterdir() if p.name != ".lock"), self.models)
+            return False
+        try:
+            old = json.loads(path.read_text())
+            before, finished = old["options"], old["status"] == "finished"
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise InputError(f"{path} is damaged; start again with --overwrite") from error
+        if not resume:
+            raise InputError(f"run {name} is already " + (
+                "finished; use --overwrite to replace it or another --run_name" if finished else
+                "there, unfinished; use --resume to go on, --overwrite to start again"))
+        now = json.loads(json.dumps(self.config["options"], default=str))
+        differ = [key for key in now if key not in FREE and now[key] != before.get(key)]
+        if differ:
+            raise InputError(f"--resume: run {name} was started with --{differ[0]} {before.get(differ[0])}, "
+                             f"not {now[differ[0]]}; give the same options, or another --run_name")
+        return finished
+
+    def _checkpoints(self) -> dict[int, Path]:
+        """Complete checkpoints by round."""
+        names = {p.name.removeprefix("round_"): p for p in self.models.glob("round_*")}
+        return {int(r): folder for r, folder in names.items() if r.isdecimal()}
+
+    def _restore(self) -> None:
+        """Go back to the latest checkpoint, or to the start: cut the CSVs there and load what it holds."""
+        self.write_config()
+        found = self._checkpoints()
+        csv_bytes = {}
+        if found:
+            folder, head = found[max(found)], self.progress.head
+            server, shared = load_checked(folder / "server.pt"), load_checked(folder / "shared.pt")
+            if not isinstance(server, dict) or not same_layout(server.get("head"), head) \
+                    or not isinstance(shared, dict) or server.get("round") != max(found):
+                raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
+            for k in range(self.clients):
+                private = read_private(folder / f"client_{k}.pt")
+                if not same_layout(private.parameters, self.private.initial.parameters):
+                    raise InputError(f"checkpoint {folder}/client_{k}.pt is of another network; start again "
+                                     "with --overwrite")
+                self.private.put(k, private)
+            self.private.commit()
+            csv_bytes = server["csv_bytes"]
+            self.progress = Progress(max(found), server["head"], shared["sent"], shared["uploads"])
+        for name, columns in COLUMNS.items():
+            self._cut(self.results / name, ",".join(columns) + "\n", csv_bytes.get(name))
+
+    def _cut(self, path: Path, header: str, size: int | None) -> None:
+        """Leave of a CSV what it held at the checkpoint; without one, its header."""
+        if size is None:
+            write_whole(path, lambda file: file.write(header.encode()))
+            size = len(header)
+        elif not path.exists() or path.stat().st_size < size:
+            raise InputError(f"{path} is shorter than when it was saved; start again with --overwrite")
+        os.truncate(path, size)
+        self.progress.csv_bytes[path.name] = size
+
+    @staticmethod
+    def _clear(*paths: Path) -> None:
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _format(value: object) -> object:
+    if isinstance(value, float):
+        return "" if value != value else format(value, ".8g")
+    return value
+
+
+def environment(device: torch.device) -> dict:
+    """What a figure depends on besides the options: versions, commit, machine."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    edits = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "commit": commit.stdout.strip() + (" with edits" if edits.stdout.strip() else ""),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+        f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "system": platform.platform(),
+    }

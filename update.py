@@ -1,0 +1,229 @@
+"""One client's round: local training and evaluation, and the table of what sets the methods apart.
+
+A method is its difference from FedAvg: which network a client trains and which of its parameters
+travel. Everything else, here and in the driver, is common to all.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.functional.classification import (
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
+
+import models
+from utils import seed_torch
+
+State = dict[str, Tensor]
+FIGURES = ("loss", "accuracy", "precision", "recall", "f1", "kl_nats")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: ``travels`` is the prefix of the parameters that leave a client."""
+
+    network: type[nn.Module]
+    travels: str | None   # "classifier." is the head, and all of the plain CNN; None: nothing leaves
+    source: str
+
+    def split(self, state: State) -> tuple[State, State]:
+        """A state dict -> what is shared, what stays private."""
+        shared = {name: value for name, value in state.items()
+                  if self.travels is not None and name.startswith(self.travels)}
+        return shared, {name: value for name, value in state.items() if name not in shared}
+
+    def count(self, model: nn.Module) -> dict[str, int]:
+        """Numbers of parameters: of each part, in all, and of what leaves the client."""
+        sizes = {name: value.numel() for name, value in model.state_dict().items()}
+        parts = {part: sum(n for name, n in sizes.items() if name.startswith(f"{part}."))
+                 for part, _ in model.named_children()}
+        return {**parts, "total": sum(sizes.values()), "travels": sum(sizes[n] for n in self.split(sizes)[0])}
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float) -> nn.Module:
+        """The network at its start; draws from PyTorch's generator."""
+        noise = {"init_logvar": init_logvar} if self.network is models.RVE else {}
+        return self.network(image_shape, num_classes, **noise)
+
+
+METHODS = {
+    "rve_pfl": Method(models.RVE, "classifier.", "Issa et al. 2024, doi 10.1109/TIFS.2024.3368879"),
+    "lg_fedavg": Method(models.EncoderClassifier, "classifier.", "Liang et al. 2020, arXiv 2001.01523"),
+    "local": Method(models.RVE, None, "RVE-PFL's model, nothing shared: the honest floor"),
+    "fedavg": Method(models.CNN, "classifier.", "McMahan et al. 2017, arXiv 1602.05629"),
+}
+
+
+class Diverged(Exception):
+    """A client's loss became NaN or infinite; its text says which client, which round and why."""
+
+
+@dataclass
+class Private:
+    """What never leaves a client: its parameters, and the optimiser steps it has made."""
+
+    parameters: State
+    steps: int = 0
+
+
+class Tally:
+    """Running sums over an epoch, kept on the device so that a step waits for nothing."""
+
+    def __init__(self):
+        self.loss, self.kl, self.predicted, self.labels = [], [], [], []
+
+    def add(self, loss: Tensor, kl: Tensor | None, scores: Tensor, labels: Tensor) -> None:
+        """Per-image losses ``N``, KL ``N`` or None, class scores ``N x num_classes``, labels ``N``."""
+        self.loss.append(loss.detach())
+        self.predicted.append(scores.detach().argmax(1))
+        self.labels.append(labels)
+        if kl is not None:
+            self.kl.append(kl.detach())
+
+    def result(self, num_classes: int) -> dict[str, float]:
+        """Means over images; precision, recall and F1 are macro averages over the classes that occur
+        among labels or predictions, 0 where a ratio is 0/0, as scikit-learn has them."""
+        predicted, labels = torch.cat(self.predicted).cpu(), torch.cat(self.labels).cpu()
+        macro = {"num_classes": num_classes, "average": "macro"}
+        return {
+            "n": len(labels),
+            "loss": torch.cat(self.loss).double().mean().item(),
+            "accuracy": (predicted == labels).double().mean().item(),
+            "precision": multiclass_precision(predicted, labels, **macro).item(),
+            "recall": multiclass_recall(predicted, labels, **macro).item(),
+            "f1": multiclass_f1_score(predicted, labels, **macro).item(),
+            "kl_nats": torch.cat(self.kl).double().mean().item() if self.kl else float("nan"),
+        }
+
+
+def over_clients(rows: list[dict]) -> list[dict]:
+    """Rows a client -> means over clients, one row for each stage and split in order of appearance.
+
+    ``accuracy_worst`` is the mean of the lowest tenth of the clients, at least one; KL is a mean over
+    the clients that have one.
+    """
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["stage"], row["split"]), []).append(row)
+    means = []
+    for (stage, split), members in groups.items():
+        column = {name: np.array([row[name] for row in members]) for name in FIGURES}
+        accuracy = np.sort(column["accuracy"])
+        means.append({"stage": stage, "split": split, "accuracy_std": accuracy.std(),
+                      "accuracy_worst": accuracy[:max(1, round(len(accuracy) / 10))].mean(),
+                      **{name: values.mean() for name, values in column.items()}})
+    return means
+
+
+@dataclass
+class Client:
+    """The one working model, which plays every client in turn.
+
+    Args:
+        model: on the device that trains; its parameters are overwritten by each call.
+        images: all images pooled, ``N x H x W x C`` uint8, on that device.
+        labels: ``N`` int64, on that device.
+        lr_decay: learning rate ``lr / (1 + lr_decay * step)``, step counted over all rounds.
+        head_lr: the head's learning rate as a multiple of the encoder's.
+        kl_weight: beta, on the KL summed over z; reached from 0, linearly over ``kl_warmup`` rounds.
+        eval_samples: draws of z averaged in a prediction.
+        dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
+    """
+
+    model: nn.Module
+    method: Method
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    seed: int
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    head_lr: float
+    lr_decay: float
+    momentum: float
+    kl_weight: float
+    kl_warmup: int
+    eval_samples: int
+    dtype: torch.dtype
+
+    def state(self) -> State:
+        """A copy of the working model's parameters, on the CPU."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+
+    def train(self, client: int, round: int, indices: np.ndarray, sent: State,
+              private: Private) -> tuple[State, Private, dict[str, float]]:
+        """``epochs`` local epochs on ``CE(head(z), y) + beta KL(q(z|x) || N(0, I))``.
+
+        Returns:
+            The upload, what stays, and the running figures of the last epoch (loss is the CE alone).
+
+        Raises:
+            Diverged: the loss is no longer finite; ``private`` and ``sent`` are untouched.
+        """
+        seed_torch(self.seed, "train", client, round)
+        self._load(sent, private)
+        self.model.train()
+        optimizer, steps = self._optimizer(), private.steps
+        beta = self.kl_weight * min(1.0, (round - 1) / self.kl_warmup if self.kl_warmup else 1.0)
+        own = torch.from_numpy(indices).to(self.labels.device)
+        for epoch in range(self.epochs):
+            tally = Tally()
+            order = torch.randperm(len(own)).to(own.device)
+            for batch in own[order].split(self.batch_size):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["scale"] * self.lr / (1 + self.lr_decay * steps)
+                self._step(optimizer, beta, batch, tally)
+                steps += 1
+            figures = tally.result(self.num_classes)
+            if not np.isfinite(figures["loss"]) or figures["kl_nats"] == np.inf:
+                raise Diverged(f"client {client}, round {round}: the loss is not finite after local epoch "
+                               f"{epoch + 1}; most likely --lr {self.lr:g} is too high"
+                               + (f", or --kl_weight {self.kl_weight:g}" if self.kl_weight else ""))
+        upload, kept = self.method.split(self.state())
+        return upload, Private(kept, steps), figures
+
+    @torch.inference_mode()
+    def evaluate(self, client: int, round: int, indices: np.ndarray, shared: State,
+                 private: Private) -> dict[str, float]:
+        """Figures of ``p(y|x)``, averaged over ``eval_samples`` draws of z; loss is its CE."""
+        seed_torch(self.seed, "evaluate", client, round)
+        self._load(shared, private)
+        self.model.eval()
+        tally = Tally()
+        for batch in torch.from_numpy(indices).to(self.labels.device).split(512):
+            with torch.autocast(batch.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+                probabilities, kl = self.model.predict(self._pixels(batch), self.eval_samples)
+            loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), self.labels[batch], reduction="none")
+            tally.add(loss, kl, probabilities, self.labels[batch])
+        return tally.result(self.num_classes)
+
+    def _step(self, optimizer: torch.optim.Optimizer, beta: float, batch: Tensor, tally: Tally) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(batch.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+            logits, kl = self.model(self._pixels(batch))
+        loss = F.cross_entropy(logits, self.labels[batch], reduction="none")
+        objective = loss.mean() if kl is None else loss.mean() + beta * kl.mean()
+        objective.backward()
+        optimizer.step()
+        tally.add(loss, kl, logits, self.labels[batch])
+
+    def _pixels(self, batch: Tensor) -> Tensor:
+        """Image numbers ``N`` -> ``N x C x H x W`` in [0, 1], channels-last in memory."""
+        return self.images[batch].permute(0, 3, 1, 2).float().div_(255)
+
+    def _load(self, shared: State, private: Private) -> None:
+        self.model.load_state_dict({**shared, **private.parameters})
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """A client's own optimiser, new every round: its moments belong to weights that the server
+        has since replaced, and keeping them would treble what a client stores."""
+        groups = [{"params": part.parameters(), "scale": self.head_lr if name == "classifier" else 1.0}
+                  for name, part in self.model.named_children()]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, self.lr, self.momentum, fused=True)
+        return torch.optim.Adam(groups, self.lr, eps=1e-7, fused=True)

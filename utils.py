@@ -1,0 +1,121 @@
+"""What every part needs and no method owns: a user's error, seeded randomness, device and precision."""
+import ctypes
+import errno
+import hashlib
+import os
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+
+class InputError(Exception):
+    """A user's mistake or a broken surrounding: its text is the one line the user sees."""
+
+
+def rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> np.random.Generator:
+    """The generator of one draw. Nothing else decides it, so no draw depends on the order of others."""
+    digest = hashlib.blake2b(purpose.encode(), digest_size=4).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest, "little"), client, round])
+
+
+def seed_torch(seed: int, purpose: str, client: int = 0, round: int = 0) -> None:
+    """Seed PyTorch's own generators, dropout's included, for one client's work in one round."""
+    torch.manual_seed(int(rng(seed, purpose, client, round).integers(2**63)))
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> a device that exists, or InputError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices "
+                         "that PyTorch can use; use --device cpu")
+    return device
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the chip multiplies bfloat16 natively: elsewhere it is emulated, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto``, ``fp32`` or ``bf16`` -> the dtype of convolutions and matrix products."""
+    if name == "bf16" or (name == "auto" and fast_bf16(device)):
+        return torch.bfloat16
+    return torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse big blocks instead of giving them back to the kernel after every tensor.
+
+    A training step allocates hundreds of megabytes; mapping and zeroing them anew each step costs a
+    third of its time on a CPU. Without glibc this does nothing.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4   # <malloc.h>
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 * 2**20)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have ``write`` fill a file beside ``path``, then rename it: a reader sees all of it or nothing.
+
+    Raises:
+        OSError: the file cannot be written (no room, no permission); nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+        partial.replace(path)
+    except RuntimeError as error:   # torch.save's name for a write that failed
+        raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0]})", str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+
+class Interrupts:
+    """While entered, SIGINT and SIGTERM raise Interrupted, except inside ``held()``, which they wait for."""
+
+    def __enter__(self):
+        self.holding = self.pending = False
+        self.before = {number: signal.signal(number, self._arrived)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _arrived(self, number, frame):
+        self.pending = True
+        if not self.holding:
+            raise Interrupted
+
+    @contextmanager
+    def held(self):
+        """Let no signal between two writes that belong together."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.pending:
+            raise Interrupted
