@@ -18,7 +18,7 @@ import aggregation
 import datasets
 import sampling
 from options import args_parser
-from runs import Progress, Run, environment
+from runs import Progress, Run, environment, open_run
 from update import METHODS, Client, Diverged, Private, over_clients
 from utils import (
     InputError,
@@ -71,21 +71,21 @@ def run_all(args: Namespace, interrupts: Interrupts) -> None:
     client = make_client(args, data, device)
     head, private = client.method.split(client.state())
     protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
-    run = Run({
+    config = {
         "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
         "precision": str(client.dtype), "parameters": client.method.count(client.model),
-        "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes},
-    }, Private(private), head)
-    run.write_partition(owned, splits, data.labels)
-    try:
+        "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}}
+    with open_run(config, Private(private), head) as run:
         if not run.finished:
-            federate(args, client, run, owned, splits, interrupts)
-            with interrupts.held():
-                run.finish()
-    except Interrupted:
-        run.save()
-        raise
-    print(run.table())
+            run.write_partition(owned, splits, data.labels)
+            try:
+                federate(args, client, run, owned, splits, interrupts)
+                with interrupts.held():
+                    run.finish()
+            except Interrupted:
+                run.save()
+                raise
+        print(run.table())
 
 
 def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -> Client:

@@ -19,13 +19,16 @@ MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest wait
 
 
 def load_checked(path: Path) -> dict:
-    """``torch.load`` of tensors and plain values only, on the CPU.
+    """``torch.load`` of a dictionary of tensors and plain values only, on the CPU.
 
     Raises:
         InputError: the file is missing, damaged, or holds anything that would have to be executed.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError("no dictionary")
+        return found
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         why = "holds objects other than tensors and was not opened" if "weights_only" in str(error).lower() \
             else "is missing or damaged"
@@ -101,7 +104,6 @@ def write_private(path: Path, private: Private) -> None:
 def read_private(path: Path) -> Private:
     """Read a ``client_<k>.pt``."""
     found = load_checked(path)
-    if not isinstance(found, dict) or found.keys() != {"parameters", "steps"} \
-            or not isinstance(found["steps"], int):
+    if found.keys() != {"parameters", "steps"} or not isinstance(found["steps"], int):
         raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
     return Private(**found)

@@ -12,11 +12,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 
 METHODS = ("rve_pfl", "lg_fedavg", "local", "fedavg")
-NOISY = ("rve_pfl", "local")   # methods with a variational encoder, which alone read the options below
+SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the head
+NOISY = ("rve_pfl", "local")                # and among them those whose encoder is variational
 
 # beta, warm-up and the rest per data set, chosen on validation images by benchmarks/sweep.sh.
 NOISE = {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -4.0, "eval_samples": 8}
 NOISE_OF = {"mnist": {}, "mnist10k": {}, "fmnist": {}, "cifar": {}}
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """The options, by group."""
     parser = Parser(prog="RVE-PFL.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=Formatter)
     add, tiny, huge = parser.add, 1e-12, 10**9
 
     data = parser.add_argument_group("data")
@@ -138,10 +146,10 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
     _belongs(parser, args, args.partition == "dirichlet", f"--partition {args.partition}", {"alpha": 0.1})
     _belongs(parser, args, args.method in NOISY, f"--method {args.method}",
              {**NOISE, **NOISE_OF.get(args.dataset, {})})
-    if args.head_lr is None:
-        args.head_lr = 1.0
-    if args.method not in NOISY:
-        args.kl_weight, args.kl_warmup, args.eval_samples = 0.0, 0, 1
+    _belongs(parser, args, args.method in SPLIT, f"--method {args.method}", {"head_lr": 0.1})
+    for name, neutral in {"kl_weight": 0.0, "kl_warmup": 0, "eval_samples": 1, "head_lr": 1.0}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, neutral)
     if args.run_name is None:
         marks = [mark for mark in ("resplit", "validate") if getattr(args, mark)]
         args.run_name = "-".join([args.dataset, args.partition, args.method, f"seed{args.seed}", *marks])

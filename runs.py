@@ -13,6 +13,8 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,13 +51,31 @@ class Progress:
     csv_bytes: dict[str, int] = field(default_factory=dict)
 
 
-class Run:
-    """One run's folders, held under a lock until the process ends.
+@contextmanager
+def open_run(config: dict, initial: Private, head: State) -> Iterator["Run"]:
+    """Take a run's folders, under a lock that lasts as long as the block, or the process.
 
     Args:
         config: what ``config.json`` will say, with every option under ``options``.
         initial: what every client starts from.
+        head: what the server sends first.
+
+    Raises:
+        InputError: the folders are in use, belong to an earlier or foreign run, or are damaged.
     """
+    results = Path(config["options"]["results_dir"]) / config["options"]["run_name"]
+    results.mkdir(parents=True, exist_ok=True)
+    with open(results / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"run {results.name} is being written by another process; wait for it, or "
+                             "give this one another --run_name") from error
+        yield Run(config, initial, head)
+
+
+class Run:
+    """One run's folders; open them with ``open_run``."""
 
     def __init__(self, config: dict, initial: Private, head: State):
         options = config["options"]
@@ -64,15 +84,12 @@ class Run:
         self.aside = ASIDE[config["protocol"]]
         self.config, self.rounds_kept = config, set(options["save_rounds"])
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
-        self.results.mkdir(parents=True, exist_ok=True)
-        self._lock()
         self.finished = self._admit(options["resume"], options["overwrite"])
         self.private = PrivateStore(self.models / ".private", initial)
         self.progress = Progress(0, head)
-        if self.finished:
-            return
-        self._clear(self.models / ".private", *self.models.glob(".round_*"))
-        self._restore()
+        if not self.finished:
+            self._clear(self.models / ".private", *self.models.glob(".round_*"))
+            self._restore()
         self.saved_round, self.saved_at = self.progress.round, time.monotonic()
 
     def write_config(self) -> None:
@@ -161,14 +178,6 @@ class Run:
         mark = {"resplit": ", RESPLIT: tested on images trained on", "validate": ", validation images"}
         return self.results.name + mark.get(self.config["protocol"], "")
 
-    def _lock(self) -> None:
-        self.lock = open(self.results / ".lock", "w")   # noqa: SIM115 - held as long as the process lives
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"run {self.results.name} is being written by another process; wait for it, or "
-                             "give this one another --run_name") from error
-
     def _admit(self, resume: bool, overwrite: bool) -> bool:
         """Settle what becomes of an earlier run of this name; True if it is finished and was resumed."""
         name, path = self.results.name, self.results / "config.json"
@@ -214,8 +223,8 @@ class Run:
         if found:
             folder, head = found[max(found)], self.progress.head
             server, shared = load_checked(folder / "server.pt"), load_checked(folder / "shared.pt")
-            if not isinstance(server, dict) or not same_layout(server.get("head"), head) \
-                    or not isinstance(shared, dict) or server.get("round") != max(found):
+            if not (server.keys() == {"round", "head", "csv_bytes"} and server["round"] == max(found)
+                    and same_layout(server["head"], head) and {"sent", "uploads"} <= shared.keys()):
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
             for k in range(self.clients):
                 private = read_private(folder / f"client_{k}.pt")

@@ -9,11 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import (
-    multiclass_f1_score,
-    multiclass_precision,
-    multiclass_recall,
-)
 
 import models
 from utils import seed_torch
@@ -86,15 +81,17 @@ class Tally:
     def result(self, num_classes: int) -> dict[str, float]:
         """Means over images; precision, recall and F1 are macro averages over the classes that occur
         among labels or predictions, 0 where a ratio is 0/0, as scikit-learn has them."""
+        from torchmetrics.functional import classification  # seconds to import: after the first steps
+
         predicted, labels = torch.cat(self.predicted).cpu(), torch.cat(self.labels).cpu()
         macro = {"num_classes": num_classes, "average": "macro"}
         return {
             "n": len(labels),
             "loss": torch.cat(self.loss).double().mean().item(),
             "accuracy": (predicted == labels).double().mean().item(),
-            "precision": multiclass_precision(predicted, labels, **macro).item(),
-            "recall": multiclass_recall(predicted, labels, **macro).item(),
-            "f1": multiclass_f1_score(predicted, labels, **macro).item(),
+            "precision": classification.multiclass_precision(predicted, labels, **macro).item(),
+            "recall": classification.multiclass_recall(predicted, labels, **macro).item(),
+            "f1": classification.multiclass_f1_score(predicted, labels, **macro).item(),
             "kl_nats": torch.cat(self.kl).double().mean().item() if self.kl else float("nan"),
         }
 
@@ -102,8 +99,7 @@ class Tally:
 def over_clients(rows: list[dict]) -> list[dict]:
     """Rows a client -> means over clients, one row for each stage and split in order of appearance.
 
-    ``accuracy_worst`` is the mean of the lowest tenth of the clients, at least one; KL is a mean over
-    the clients that have one.
+    ``accuracy_worst`` is the mean of the lowest tenth of the clients, at least one.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:

@@ -1,0 +1,26 @@
+# make run: a first training on real data.   make test: the tests.   Both install into .venv first.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+run: $(VENV)/.run
+	$(BIN)/python RVE-PFL.py --dataset mnist10k --rounds 5 --local_ep 2 --overwrite
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+
+# A stamp is as new as the requirements it was installed from.
+$(VENV)/.run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.test: requirements-test.txt requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements-test.txt
+	touch $@
+
+.PHONY: run test lint

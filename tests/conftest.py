@@ -1,0 +1,91 @@
+"""A tiny data set, and the driver called in this process or, for signals and limits, in one of its own."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def driver():
+    """The module of RVE-PFL.py, whose name no import statement can say."""
+    return _load("rve_pfl_driver", ROOT / "RVE-PFL.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_arrays():
+    """Four classes of 8 x 8 images, 60 of each: a bright quarter on noise, learnt in seconds."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 60)
+    images = rng.integers(0, 90, (240, 8, 8, 1))
+    for image, c in zip(images, labels, strict=True):
+        image[4 * (c // 2):4 * (c // 2) + 4, 4 * (c % 2):4 * (c % 2) + 4] += 120
+    order = rng.permutation(240)
+    images, labels = images[order].astype(np.uint8), labels[order].astype(np.uint8)
+    return {"train_images": images[:200], "train_labels": labels[:200],
+            "test_images": images[200:], "test_labels": labels[200:]}
+
+
+class Place:
+    """A folder for one test's data, results and checkpoints, and ways to run the program on them."""
+
+    def __init__(self, folder, driver):
+        self.folder, self.driver = folder, driver
+
+    def argv(self, *flags):
+        """Small settings; a flag given later wins."""
+        return ["--dataset", "tiny", "--num_users", "2", "--rounds", "3", "--local_ep", "1",
+                "--local_bs", "32", "--run_name", "run", "--device", "cpu",
+                "--data_dir", str(self.folder / "data"), "--results_dir", str(self.folder / "results"),
+                "--models_dir", str(self.folder / "models"), *map(str, flags)]
+
+    def main(self, *flags):
+        """Exit status of the program, run in this process."""
+        return self.driver.main(self.argv(*flags))
+
+    def start(self, *flags, **popen):
+        """The program as a process of its own."""
+        return subprocess.Popen([sys.executable, str(ROOT / "RVE-PFL.py"), *self.argv(*flags)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+                                env={**os.environ, "PYTHONUNBUFFERED": "1"}, **popen)
+
+    @property
+    def results(self):
+        return self.folder / "results" / "run"
+
+    @property
+    def models(self):
+        return self.folder / "models" / "run"
+
+    def clients_csv(self):
+        return (self.results / "clients.csv").read_bytes()
+
+    def refuses(self, capsys, *flags):
+        """Run what must fail for a user's mistake; the one line it says."""
+        try:
+            status = self.main(*flags)
+        except SystemExit as stop:   # argparse's way out
+            status = stop.code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert status == 2, lines
+        assert len(lines) == 1 and lines[0].startswith("RVE-PFL.py: error: "), lines
+        return lines[0]
+
+
+@pytest.fixture
+def place(tmp_path, driver, tiny_arrays):
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "tiny.npz", **tiny_arrays)
+    return Place(tmp_path, driver)

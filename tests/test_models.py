@@ -1,0 +1,97 @@
+"""Layers and parameter counts against DESIGN.md section 2, and the mathematics of the encoder."""
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from models import (
+    CNN,
+    RVE,
+    Classifier,
+    EncoderClassifier,
+    FlattenHWC,
+    VariationalEncoder,
+    as_image,
+    kl_to_standard_normal,
+    reparameterise,
+)
+
+MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("shape, latent, flat, head_flat, encoder, head", [
+    (MNIST, 784, 64 * 24 * 24, 64 * 7 * 7,
+     320 + 18_496 + 18_874_880 + 2 * 402_192, 320 + 18_496 + 803_072 + 2_570),
+    (CIFAR, 3072, 64 * 28 * 28, 64 * 8 * 8,
+     896 + 18_496 + 25_690_624 + 2 * 1_575_936, 896 + 18_496 + 1_048_832 + 2_570)])
+def test_layers_and_counts(shape, latent, flat, head_flat, encoder, head):
+    model = RVE(shape, 10, -4.0)
+    weights = {name: tuple(value.shape) for name, value in model.named_parameters() if value.ndim > 1}
+    assert weights == {
+        "encoder.trunk.0.weight": (32, shape[0], 3, 3), "encoder.trunk.2.weight": (64, 32, 3, 3),
+        "encoder.trunk.5.weight": (512, flat), "encoder.mu.weight": (latent, 512),
+        "encoder.logvar.weight": (latent, 512),
+        "classifier.features.0.weight": (32, shape[0], 3, 3), "classifier.features.3.weight": (64, 32, 3, 3),
+        "classifier.features.7.weight": (256, head_flat), "classifier.output.weight": (10, 256)}
+    assert (count(model.encoder), count(model.classifier)) == (encoder, head)
+    assert round(count(model) / 1e6, 1) == {784: 20.5, 3072: 29.9}[latent]
+    assert count(CNN(shape, 10)) == head
+    assert model.encoder.trunk[6].p == model.classifier.features[9].p == 0.25
+    assert isinstance(model.encoder.trunk[6], torch.nn.Dropout) and len(model.encoder.trunk) == 7
+
+
+@pytest.mark.parametrize("shape", [MNIST, CIFAR, (2, 9, 13)])
+@pytest.mark.parametrize("network", [RVE, EncoderClassifier, CNN])
+def test_shapes(network, shape):
+    model = network(shape, 7, -4.0) if network is RVE else network(shape, 7)
+    model.eval()
+    x = torch.rand(5, *shape)
+    logits, kl = model(x)
+    probabilities, kl_too = model.predict(x, 4)
+    assert logits.shape == probabilities.shape == (5, 7)
+    assert torch.allclose(probabilities.sum(1), torch.ones(5))
+    assert (kl is None and kl_too is None) if network is not RVE else kl.shape == kl_too.shape == (5,)
+
+
+def test_the_head_reads_z_as_an_image_in_the_encoders_order():
+    z = torch.rand(3, 2 * 9 * 13)
+    assert torch.equal(FlattenHWC()(as_image(z, (2, 9, 13))), z)
+
+
+def test_kl_is_that_of_two_normals():
+    mu, logvar = torch.randn(6, 50), torch.randn(6, 50)
+    expected = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(1)
+    assert torch.allclose(kl_to_standard_normal(mu, logvar), expected, rtol=1e-5)
+
+
+def test_reparameterise_has_the_asked_mean_and_deviation():
+    torch.manual_seed(0)
+    z = reparameterise(torch.full((20_000, 3), 2.0), torch.full((20_000, 3), -2.0))
+    assert torch.allclose(z.mean(0), torch.tensor(2.0), atol=0.02)
+    assert torch.allclose(z.std(0), torch.tensor(-1.0).exp(), atol=0.02)
+
+
+def test_sigma_starts_where_asked():
+    _, logvar = VariationalEncoder(MNIST, -4.0).eval()(torch.zeros(1, *MNIST))
+    assert torch.allclose(logvar, torch.tensor(-4.0))   # biases are zero, so a black image shows it alone
+
+
+def test_prediction_averages_probabilities_over_draws():
+    torch.manual_seed(0)
+    model = RVE((1, 8, 8), 3, 2.0).eval()
+    x = torch.rand(4, 1, 8, 8)
+    torch.manual_seed(1)
+    averaged, _ = model.predict(x, 3)
+    torch.manual_seed(1)
+    mu, logvar = model.encoder(x)
+    noise = torch.randn(3, 4, 64)
+    single = [model.classifier(as_image(mu + (0.5 * logvar).exp() * e, (1, 8, 8))).softmax(1) for e in noise]
+    assert torch.allclose(averaged, torch.stack(single).mean(0), atol=1e-6)
+    assert not torch.allclose(single[0], single[1], atol=1e-3)
+
+
+def test_dense_image_classes_need_no_square():
+    assert Classifier((3, 10, 20), 5)(torch.rand(2, 3, 10, 20)).shape == (2, 5)

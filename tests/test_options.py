@@ -1,0 +1,104 @@
+"""Options: ranges, contradictions, errors of one line; each is read, and each flag in the README is real."""
+import argparse
+import re
+
+import pytest
+from conftest import ROOT
+
+import options
+import update
+from options import args_parser, make_parser
+
+BAD = [
+    ("--num_users 0", "--num_users"), ("--num_users -3", "--num_users"), ("--num_users two", "num_users"),
+    ("--rounds 0", "--rounds"), ("--frac 0", "--frac"), ("--frac 1.5", "--frac"), ("--frac nan", "--frac"),
+    ("--local_ep 0", "--local_ep"), ("--local_bs 0", "--local_bs"), ("--lr 0", "--lr"),
+    ("--lr inf", "--lr"), ("--lr -1", "--lr"), ("--lr_decay -1", "--lr_decay"), ("--head_lr -1", "--head_lr"),
+    ("--kl_weight -1", "--kl_weight"), ("--kl_warmup -1", "--kl_warmup"),
+    ("--eval_samples 0", "--eval_samples"),
+    ("--init_logvar 99", "--init_logvar"), ("--eval_every 0", "--eval_every"), ("--seed -1", "--seed"),
+    ("--classes_per_client 0", "--classes_per_client"), ("--alpha 0 --partition dirichlet", "--alpha"),
+    ("--checkpoint_seconds -1", "--checkpoint_seconds"), ("--save_rounds 0", "--save_rounds"),
+    ("--save_rounds 101", "--save_rounds"), ("--optimizer sgd --momentum 1", "--momentum"),
+    ("--momentum 0.5", "--momentum"), ("--method best", "--method"), ("--partition rounds", "--partition"),
+    ("--precision fp8", "--precision"), ("--optimizer lion", "--optimizer"), ("--device tpu", "--device"),
+    ("--dataset ../etc/passwd", "--dataset"), ("--run_name a/b", "--run_name"),
+    ("--run_name ..", "--run_name"),
+    ("--alpha 1", "--alpha"), ("--classes_per_client 2 --partition iid", "--classes_per_client"),
+    ("--method fedavg --kl_weight 1e-4", "--kl_weight"),
+    ("--method lg_fedavg --init_logvar 0", "--init_logvar"),
+    ("--method fedavg --head_lr 0.5", "--head_lr"), ("--resume --overwrite", "--resume"),
+    ("--resplit --validate", "--resplit"), ("--num_user 3", "--num_users"), ("extra", "extra"),
+]
+
+
+@pytest.mark.parametrize("line, named", BAD, ids=[line for line, _ in BAD])
+def test_bad_option_is_one_line_and_status_2(line, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        args_parser(line.split())
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1 and named in lines[0], lines
+
+
+def test_an_edited_default_is_checked_too(monkeypatch, capsys):
+    def edited():
+        parser = make_parser()
+        parser.set_defaults(num_users=0)
+        return parser
+    monkeypatch.setattr(options, "make_parser", edited)
+    with pytest.raises(SystemExit):
+        args_parser([])
+    assert "--num_users 0" in capsys.readouterr().err
+
+
+def test_defaults_are_the_papers():
+    args = args_parser([])
+    assert (args.dataset, args.partition, args.method) == ("mnist", "shards", "rve_pfl")
+    assert (args.num_users, args.rounds, args.local_ep, args.local_bs) == (10, 100, 10, 256)
+    assert (args.optimizer, args.lr, args.lr_decay, args.classes_per_client) == ("adam", 1e-3, 1e-3, 2)
+    assert args.run_name == "mnist-shards-rve_pfl-seed1"
+    assert args_parser(["--epochs", "7"]).rounds == 7   # the authors' name
+
+
+def test_marked_protocols_have_marked_names():
+    assert args_parser(["--resplit"]).run_name.endswith("-resplit")
+    assert args_parser(["--validate"]).run_name.endswith("-validate")
+
+
+def test_every_option_is_read(place, driver, monkeypatch):
+    read = set()
+
+    class Recording(argparse.Namespace):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    def recorded(argv):
+        args = Recording(**vars(args_parser(argv)))
+        read.clear()
+        return args
+    monkeypatch.setattr(driver, "args_parser", recorded)
+
+    class Dictionary(dict):   # what Run reads of config["options"]
+        def __getitem__(self, name):
+            read.add(name)
+            return super().__getitem__(name)
+    monkeypatch.setattr(driver, "vars", lambda args: Dictionary(args.__dict__), raising=False)
+    assert place.main() == 0
+    declared = {a.dest for a in make_parser()._actions} - {"help"}
+    assert declared - read == set()
+
+
+def test_the_parsers_methods_are_the_tables():
+    assert set(options.METHODS) == set(update.METHODS)
+    noisy = {name for name, method in update.METHODS.items() if method.network is update.models.RVE}
+    assert set(options.NOISY) == noisy
+
+
+def test_readme_flags_exist():
+    declared = {flag for a in make_parser()._actions for flag in a.option_strings}
+    text = (ROOT / "README.md").read_text()
+    ours = re.sub(r"pip install[^\n]*|python -m venv[^\n]*", "", text)
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", ours))
+    assert len(flags) > 5 and flags <= declared, flags - declared

@@ -1,0 +1,404 @@
+"""Whole runs: their files, resuming after kill -9, and everything that must be refused."""
+import fcntl
+import json
+import os
+import pickle
+import resource
+import signal
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import PrivateStore, load_checked
+from options import METHODS
+from update import Private
+from utils import InputError, write_whole
+
+COLUMNS = {
+    "clients.csv": "round,client,stage,split,n,loss,accuracy,precision,recall,f1,kl_nats",
+    "rounds.csv": "round,stage,split,loss,accuracy,accuracy_std,accuracy_worst,precision,recall,f1,kl_nats,"
+                  "seconds",
+    "server.csv": "round,client,n,norm_ratio,cosine,class_cosine,lookalike,trust,weight,malicious"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_from_the_command_line(place, method):
+    process = place.start("--method", method, "--rounds", 2)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "deployed" in out and str(place.results) in out and str(place.models) in out
+    clients = pd.read_csv(place.results / "clients.csv")
+    assert len(clients) == 2 * 2 * 3 and clients["accuracy"].between(0, 1).all()
+    assert clients["kl_nats"].notna().all() == (method in ("rve_pfl", "local"))
+    shared = load_checked(place.models / "round_2" / "shared.pt")
+    private = load_checked(place.models / "round_2" / "client_0.pt")["parameters"]
+    assert bool(shared["uploads"][0]) == (method != "local") and bool(private) == (method != "fedavg")
+
+
+def test_the_files_of_a_run(place):
+    assert place.main("--rounds", 4, "--frac", 0.5, "--eval_every", 2, "--save_rounds", 1,
+                      "--num_users", 4, "--checkpoint_seconds", 0) == 0
+    assert {p.name for p in place.results.iterdir()} == {
+        "config.json", "clients.csv", "rounds.csv", "server.csv", "partition.npz", "partition.png",
+        "curves.png", ".lock"}
+    assert {p.name for p in place.models.iterdir()} == {"round_1", "round_4"}   # asked for, and the latest
+    assert {p.name for p in (place.models / "round_4").iterdir()} == {
+        "shared.pt", "server.pt", *(f"client_{k}.pt" for k in range(4))}
+    for name, columns in COLUMNS.items():
+        assert (place.results / name).read_text().splitlines()[0] == columns
+    clients = pd.read_csv(place.results / "clients.csv")
+    assert set(clients["round"]) == {2, 4}
+    for _, part in clients.groupby("round"):
+        assert part.groupby(["stage", "split"])["client"].nunique().to_dict() == {
+            ("trained", "train"): 2, ("trained", "test"): 2, ("deployed", "test"): 4}
+    rounds = pd.read_csv(place.results / "rounds.csv")
+    deployed = clients[(clients["round"] == 4) & (clients["stage"] == "deployed")]
+    row = rounds[(rounds["round"] == 4) & (rounds["stage"] == "deployed")].iloc[0]
+    assert row["accuracy"] == pytest.approx(deployed["accuracy"].mean(), abs=1e-6)
+    assert row["kl_nats"] == pytest.approx(deployed["kl_nats"].mean(), rel=1e-6)
+    server = pd.read_csv(place.results / "server.csv")
+    assert (server.groupby("round")["client"].count() == 2).all()
+    assert np.allclose(server.groupby("round")["weight"].sum(), 1)
+    config = json.loads((place.results / "config.json").read_text())
+    assert config["status"] == "finished" and config["options"]["frac"] == 0.5
+    count = config["parameters"]
+    assert count["travels"] == count["classifier"] < count["total"] == count["encoder"] + count["classifier"]
+    parts = np.load(place.results / "partition.npz")
+    assert sorted(parts.files) == sorted(f"{half}_{k}" for half in ("train", "test") for k in range(4))
+    pooled = np.concatenate([parts[name] for name in parts.files])
+    assert len(np.unique(pooled)) == len(pooled) == 240
+    assert all(n == len(parts[f"test_{k}"]) for k, n in zip(deployed["client"], deployed["n"], strict=True))
+
+
+def test_the_deployed_head_is_the_mean_of_the_uploads(place):
+    assert place.main("--save_rounds", 1, 2) == 0
+    first, second = (load_checked(place.models / f"round_{r}" / "shared.pt") for r in (1, 2))
+    server = pd.read_csv(place.results / "server.csv")
+    weight = server[server["round"] == 1].set_index("client")["weight"]
+    for name, sent in second["sent"].items():
+        assert torch.allclose(sent, sum(weight[k] * first["uploads"][k][name] for k in range(2)), atol=1e-6)
+
+
+def test_local_is_deployed_as_it_was_trained(place):
+    assert place.main("--method", "local") == 0
+    clients = pd.read_csv(place.results / "clients.csv").query("split == 'test'")
+    clients = clients.set_index(["round", "client"])
+    trained, deployed = (clients[clients["stage"] == s]["loss"] for s in ("trained", "deployed"))
+    assert trained.equals(deployed)
+
+
+def test_resplit_and_validate_mark_every_output(place):
+    for flag, split in [("--resplit", "test-resplit"), ("--validate", "validation")]:
+        assert place.main(flag, "--rounds", 2, "--overwrite") == 0
+        for name in ("clients.csv", "rounds.csv"):
+            assert set(pd.read_csv(place.results / name)["split"]) == {"train", split}
+        protocol = flag.removeprefix("--")
+        assert json.loads((place.results / "config.json").read_text())["protocol"] == protocol
+        assert load_checked(place.models / "round_2" / "shared.pt")["protocol"] == protocol
+        names = np.load(place.results / "partition.npz").files
+        assert set(names) == ({"owned_0", "owned_1"} if flag == "--resplit" else
+                              {"train_0", "train_1", "validation_0", "validation_1"})
+
+
+def test_validation_images_are_training_images(place):
+    assert place.main("--rounds", 1) == 0
+    test = dict(np.load(place.results / "partition.npz"))
+    assert place.main("--rounds", 1, "--validate", "--overwrite") == 0
+    held = dict(np.load(place.results / "partition.npz"))
+    for k in range(2):
+        assert set(held[f"train_{k}"]) | set(held[f"validation_{k}"]) == set(test[f"train_{k}"])
+        assert not set(held[f"train_{k}"]) & set(held[f"validation_{k}"])
+
+
+def wait_for(process, condition, seconds=120):
+    end = time.monotonic() + seconds
+    while process.poll() is None and not condition():
+        assert time.monotonic() < end, "the run made no progress"
+        time.sleep(0.002)
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_kill_9_at_any_moment_then_resume_gives_the_same_bytes(place):
+    flags = ("--rounds", 30, "--num_users", 3, "--checkpoint_seconds", 0, "--frac", 0.7)
+    assert place.main(*flags) == 0
+    expected = place.clients_csv(), (place.results / "server.csv").read_bytes()
+    rng, kills = np.random.default_rng(0), 0
+    checkpoint.shutil.rmtree(place.results)
+    checkpoint.shutil.rmtree(place.models)
+    for target in (1, 20, 60, 100):
+        process = place.start(*flags, "--resume")
+        wait_for(process, lambda n=target: lines(place.results / "clients.csv") > n)
+        time.sleep(rng.uniform(0, 0.05))   # anywhere in a round, a save included
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills >= 3
+    assert place.main(*flags, "--resume") == 0
+    assert (place.clients_csv(), (place.results / "server.csv").read_bytes()) == expected
+    assert {p.name for p in place.models.iterdir()} == {"round_30"}
+
+
+def test_what_a_kill_during_writes_leaves_behind_is_cleared(place):
+    assert place.main("--save_rounds", 2) == 0
+    expected = place.clients_csv()
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    checkpoint.shutil.rmtree(place.models / "round_3")
+    (place.models / ".round_3").mkdir()
+    (place.models / ".round_3" / ".client_0.pt.1.tmp").write_bytes(b"half")
+    (place.models / ".private").mkdir(exist_ok=True)
+    (place.models / ".private" / "0-1.pt").write_bytes(b"stale")
+    with open(place.results / "clients.csv", "ab") as file:
+        file.write(b"3,0,trained,te")   # a torn line
+    assert place.main("--save_rounds", 2, "--resume") == 0
+    assert place.clients_csv() == expected
+    assert {p.name for p in place.models.iterdir()} == {"round_2", "round_3"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(place, number):
+    flags = ("--rounds", 200)
+    process = place.start(*flags)
+    wait_for(process, lambda: lines(place.results / "clients.csv") > 14)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    last = [line for line in err.splitlines() if "accuracy" not in line and "%" not in line]
+    assert process.returncode == 130
+    assert len(last) == 1 and "--resume" in last[0]
+    assert last[0].startswith("interrupted; to go on: python RVE-PFL.py")
+    saved, = (int(p.name.removeprefix("round_")) for p in place.models.glob("round_*"))
+    assert saved == pd.read_csv(place.results / "rounds.csv")["round"].max() >= 2   # long before 60 s
+
+
+def test_resuming_a_finished_run_does_nothing_and_shows_its_table(place, capsys):
+    assert place.main() == 0
+    before = {p.name: p.stat().st_mtime_ns for p in place.results.iterdir() if p.name != ".lock"}
+    capsys.readouterr()
+    assert place.main("--resume") == 0
+    assert {p.name: p.stat().st_mtime_ns for p in place.results.iterdir() if p.name != ".lock"} == before
+    assert "deployed" in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_never_lost_by_accident(place, capsys):
+    assert place.main("--rounds", 1) == 0
+    before = place.clients_csv()
+    assert "--overwrite" in place.refuses(capsys, "--rounds", 1)
+    assert "--lr" in place.refuses(capsys, "--rounds", 1, "--resume", "--lr", 0.1)
+    assert "--rounds" in place.refuses(capsys, "--rounds", 2, "--resume")
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    line = place.refuses(capsys, "--rounds", 1)
+    assert "--resume" in line and "--overwrite" in line
+    config.write_text("{")
+    assert "config.json" in place.refuses(capsys, "--rounds", 1, "--resume")
+    assert place.clients_csv() == before
+    assert place.main("--rounds", 2, "--overwrite") == 0
+    assert place.clients_csv() != before
+
+
+def test_a_second_run_of_the_same_name_is_refused(place, capsys):
+    place.results.mkdir(parents=True)
+    with open(place.results / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process" in place.refuses(capsys)
+        assert "another process" in place.refuses(capsys, "--overwrite")
+    assert place.main() == 0
+
+
+def test_foreign_folders_are_left_alone(place, capsys):
+    place.results.mkdir(parents=True)
+    (place.results / "thesis.tex").write_text("years of work")
+    for flag in ([], ["--overwrite"], ["--resume"]):
+        assert "thesis.tex" in place.refuses(capsys, *flag)
+    assert (place.results / "thesis.tex").read_text() == "years of work"
+
+
+def test_checkpoints_without_results_are_not_taken_up(place, capsys):
+    assert place.main("--rounds", 1) == 0
+    checkpoint.shutil.rmtree(place.results)
+    assert "--overwrite" in place.refuses(capsys, "--rounds", 1)
+    assert place.main("--rounds", 1, "--overwrite") == 0
+
+
+@pytest.fixture
+def unfinished(place):
+    """A run of three rounds, of which two are left to do."""
+    assert place.main("--save_rounds", 1, "--checkpoint_seconds", 1e6) == 0
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    checkpoint.shutil.rmtree(place.models / "round_3")
+    return place
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/a-checkpoint-ran-code",)
+
+
+def torn(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def foreign(path):
+    torch.save({"anything": torch.zeros(3)}, path)
+
+
+def pickled(path):
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+def zipped_pickle(path):
+    torch.save({"parameters": Bomb(), "steps": 1}, path)
+
+
+@pytest.mark.parametrize("name", ["shared.pt", "server.pt", "client_1.pt"])
+@pytest.mark.parametrize("damage", [torn, foreign, pickled, zipped_pickle, os.remove])
+def test_a_damaged_or_foreign_checkpoint_is_refused(unfinished, capsys, name, damage):
+    damage(unfinished.models / "round_1" / name)
+    line = unfinished.refuses(capsys, "--save_rounds", 1, "--resume")
+    assert "round_1" in line
+    assert not os.path.exists("/tmp/a-checkpoint-ran-code")
+
+
+def test_a_checkpoint_of_another_network_is_refused(unfinished, capsys):
+    path = unfinished.models / "round_1" / "client_0.pt"
+    found = load_checked(path)
+    found["parameters"]["encoder.mu.weight"] = found["parameters"]["encoder.mu.weight"][:, :5].clone()
+    torch.save(found, path)
+    assert "client_0.pt" in unfinished.refuses(capsys, "--save_rounds", 1, "--resume")
+
+
+def test_a_shortened_csv_is_refused(unfinished, capsys):
+    path = unfinished.results / "clients.csv"
+    path.write_bytes(path.read_bytes()[:100])
+    assert "clients.csv" in unfinished.refuses(capsys, "--save_rounds", 1, "--resume")
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--dataset", "nothing"], "nothing.npz"), (["--num_users", 200], "--num_users"),
+    (["--classes_per_client", 5], "--classes_per_client"), (["--device", "cuda:99"], "--device"),
+    (["--frac", 0], "--frac")])
+def test_bad_input_leaves_nothing_behind(place, capsys, flags, named):
+    assert named in place.refuses(capsys, *flags)
+    assert not place.results.exists() and not place.models.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_absent(place, capsys):
+    assert "--device cpu" in place.refuses(capsys, "--device", "cuda")
+
+
+@pytest.mark.parametrize("which", ["--results_dir", "--models_dir", "--data_dir"])
+def test_a_folder_that_cannot_be_used(place, capsys, which):
+    (place.folder / "file").write_text("")
+    assert "file" in place.refuses(capsys, which, place.folder / "file" / "inside")
+
+
+def limit_files(size):
+    """What a process calls so that none of its files passes ``size`` bytes: a full disk, for one process."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_stops_with_one_line_and_whole_files(place):
+    flags = ("--rounds", 40, "--checkpoint_seconds", 1e6)
+    process = place.start(*flags, preexec_fn=limit_files(6000))
+    _, err = process.communicate(timeout=120)
+    said = [line for line in err.splitlines() if "error" in line]
+    assert process.returncode == 2 and len(said) == 1 and "Traceback" not in err, err
+    assert place.clients_csv().endswith(b"\n")
+    assert not list(place.folder.rglob("*.tmp"))
+    if (place.results / "config.json").exists():
+        assert place.main(*flags, "--resume") == 0
+
+
+def test_a_full_disk_during_a_checkpoint_keeps_the_last_one(place):
+    flags = ("--checkpoint_seconds", 0)
+    assert place.main("--save_rounds", 1, *flags) == 0
+    expected = place.clients_csv()
+    size = (place.models / "round_1" / "client_0.pt").stat().st_size
+    process = place.start(*flags, "--overwrite", preexec_fn=limit_files(size // 2))
+    _, err = process.communicate(timeout=120)
+    said = [line for line in err.splitlines() if "error" in line]
+    assert process.returncode == 2 and len(said) == 1 and "Traceback" not in err, err
+    assert not list(place.models.glob("round_*")) and not list(place.folder.rglob("*.tmp"))
+    assert place.main(*flags, "--resume") == 0
+    assert place.clients_csv() == expected
+
+
+def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(file):
+        file.write(b"new, but")
+        raise RuntimeError("PytorchStreamWriter failed")
+    with pytest.raises(OSError, match="PytorchStreamWriter"):
+        write_whole(path, fail)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_client_that_diverges_is_left_out_and_the_others_go_on(place, driver, capsys, monkeypatch):
+    train = driver.Client.train
+
+    def broken(self, client, round, indices, sent, private):
+        if (client, round) == (1, 2):
+            self = driver.Client(**{**vars(self), "lr": 1000.0, "epochs": 5})
+        return train(self, client, round, indices, sent, private)
+    monkeypatch.setattr(driver.Client, "train", broken)
+    assert place.main() == 0
+    assert "client 1, round 2" in capsys.readouterr().err
+    server = pd.read_csv(place.results / "server.csv").set_index(["round", "client"])
+    assert server.loc[(2, 1), "weight"] == 0 and server.loc[(2, 0), "weight"] == 1
+    clients = pd.read_csv(place.results / "clients.csv")
+    assert clients.query("round == 2 and client == 1")["stage"].tolist() == ["deployed"]
+    assert np.isfinite(clients["loss"]).all() and clients["round"].max() == 3
+
+
+def test_when_every_client_diverges_the_run_stops(place, capsys):
+    assert place.main("--lr", 1000, "--local_ep", 5) == 2
+    err = capsys.readouterr().err
+    assert "client 0, round 1" in err and "smaller --lr" in err
+    assert place.clients_csv() == (COLUMNS["clients.csv"] + "\n").encode()
+
+
+def private(value, steps=1):
+    return Private({"encoder.x": torch.full((1000,), float(value))}, steps)
+
+
+@pytest.mark.parametrize("memory", [0, 6000, 10**9])
+def test_the_store_keeps_rounds_apart_whatever_the_memory(tmp_path, memory):
+    store = PrivateStore(tmp_path / "spill", private(0, 0), memory)
+    for r in range(1, 4):
+        for k in range(3):
+            store.put(k, private(10 * k + r, r))
+        assert store.get(1).parameters["encoder.x"][0] == 10 + r
+        store.commit()
+    store.put(1, private(99))   # a round that never ends
+    (tmp_path / "out").mkdir()
+    store.export(5, tmp_path / "out")
+    found = [checkpoint.read_private(tmp_path / "out" / f"client_{k}.pt") for k in range(5)]
+    assert [f.parameters["encoder.x"][0].item() for f in found] == [3, 13, 23, 0, 0]
+    assert [f.steps for f in found] == [3, 3, 3, 0, 0]
+    spilled = list((tmp_path / "spill").glob("*")) if memory < 10**9 else []
+    assert len(spilled) == {0: 4, 6000: 3, 10**9: 0}[memory]
+
+
+def test_waiting_in_files_changes_no_number(place, monkeypatch):
+    assert place.main() == 0
+    expected = place.clients_csv()
+    monkeypatch.setattr(PrivateStore.__init__, "__defaults__", (0,))
+    assert place.main("--overwrite") == 0
+    assert place.clients_csv() == expected
+
+
+def test_load_checked_says_which_file(tmp_path):
+    with pytest.raises(InputError, match="none.pt"):
+        load_checked(tmp_path / "none.pt")

@@ -1,0 +1,127 @@
+"""Partitions, as properties over sizes, seeds and kinds; splits; client sampling."""
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sampling import partition, sample_clients, split, split_all
+from utils import InputError, rng
+
+LABELS = np.random.default_rng(0).integers(0, 10, 4000)
+SETTINGS = settings(max_examples=40, deadline=None)
+
+
+def check_disjoint(owned, num_clients, total):
+    assert len(owned) == num_clients
+    everything = np.concatenate(owned)
+    assert len(np.unique(everything)) == len(everything)
+    assert everything.min() >= 0 and everything.max() < total
+    assert min(map(len, owned)) >= 2
+
+
+@SETTINGS
+@given(st.integers(1, 1000), st.sampled_from(["iid", "shards", "dirichlet"]), st.booleans(),
+       st.integers(0, 9))
+def test_partitions_are_disjoint_and_seeded(num_clients, kind, unequal, seed):
+    deal = [partition(LABELS, num_clients, kind, rng(seed, "partition"), classes_per_client=1,
+                      unequal=unequal) for _ in range(2)]
+    check_disjoint(deal[0], num_clients, len(LABELS))
+    assert all(np.array_equal(a, b) for a, b in zip(*deal, strict=True))
+
+
+@SETTINGS
+@given(st.integers(1, 300), st.integers(1, 10), st.booleans(), st.integers(0, 9))
+def test_shards_give_exactly_that_many_classes(num_clients, classes, unequal, seed):
+    owned = partition(LABELS, num_clients, "shards", rng(seed, "partition"), classes_per_client=classes,
+                      unequal=unequal)
+    check_disjoint(owned, num_clients, len(LABELS))
+    for indices in owned:
+        _, counts = np.unique(LABELS[indices], return_counts=True)
+        assert len(counts) == classes and len(set(counts)) == 1
+        train, _ = split(indices, LABELS, 0.1, rng(seed, "split"))
+        assert len(np.unique(LABELS[train])) == classes
+    if not unequal:
+        assert len({len(indices) for indices in owned}) == 1
+
+
+def test_shards_spread_the_classes_evenly():
+    owned = partition(LABELS, 10, "shards", rng(1, "partition"), classes_per_client=2)
+    holders = np.bincount(np.concatenate([np.unique(LABELS[i]) for i in owned]), minlength=10)
+    assert (holders == 2).all()
+
+
+@SETTINGS
+@given(st.integers(1, 200), st.sampled_from([0.01, 0.05, 0.5, 10.0]), st.booleans(), st.integers(0, 9))
+def test_dirichlet_uses_every_image_and_keeps_the_floor(num_clients, alpha, unequal, seed):
+    owned = partition(LABELS, num_clients, "dirichlet", rng(seed, "partition"), alpha=alpha, unequal=unequal,
+                      min_images=30)
+    check_disjoint(owned, num_clients, len(LABELS))
+    assert sum(map(len, owned)) == len(LABELS)
+    assert min(map(len, owned)) >= min(30, len(LABELS) // num_clients)
+
+
+def test_dirichlet_with_150_clients_at_a_small_alpha_is_quick():
+    labels = np.random.default_rng(1).integers(0, 10, 70_000)
+    start = time.monotonic()
+    owned = partition(labels, 150, "dirichlet", rng(1, "partition"), alpha=0.05, min_images=285)
+    assert time.monotonic() - start < 5
+    assert min(map(len, owned)) >= 285
+
+
+def test_a_small_alpha_is_more_heterogeneous():
+    def classes_held(alpha):
+        owned = partition(LABELS, 10, "dirichlet", rng(1, "partition"), alpha=alpha)
+        return np.mean([np.bincount(LABELS[i], minlength=10).max() / len(i) for i in owned])
+    assert classes_held(0.05) > 0.5 > 0.2 > classes_held(100)
+
+
+def test_unequal_sizes_differ_and_equal_ones_do_not():
+    sizes = {unequal: [len(i) for i in partition(LABELS, 10, "iid", rng(1, "partition"), unequal=unequal)]
+             for unequal in (False, True)}
+    assert max(sizes[False]) - min(sizes[False]) <= 1
+    assert max(sizes[True]) > 1.5 * min(sizes[True]) and sum(sizes[True]) == len(LABELS)
+
+
+@SETTINGS
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=200), st.integers(0, 9))
+def test_split_is_disjoint_and_stratified(labels, seed):
+    labels = np.array(labels)
+    indices = np.arange(len(labels))
+    stays, aside = split(indices, labels, 0.1, rng(seed, "split"))
+    assert np.array_equal(np.sort(np.concatenate([stays, aside])), indices)
+    assert len(aside) >= 1 and len(stays) >= 1
+    for c in np.unique(labels):
+        total, held = (labels == c).sum(), (labels[aside] == c).sum()
+        assert held <= np.ceil(0.1 * total) or len(aside) == 1
+        if len(aside) < len(np.unique(labels)) and held == total:
+            assert len(indices) == len(np.unique(labels))   # one image of each class: one must go
+
+
+def test_split_takes_a_tenth_of_each_class():
+    labels = np.repeat([0, 1], [900, 100])
+    _, aside = split(np.arange(1000), labels, 0.1, rng(1, "split"))
+    assert np.bincount(labels[aside]).tolist() == [90, 10]
+
+
+def test_splits_do_not_depend_on_other_clients():
+    owned = partition(LABELS, 4, "iid", rng(1, "partition"))
+    alone = split_all([owned[0]], LABELS, 0.1, 1, "split")[0]
+    among = split_all(owned, LABELS, 0.1, 1, "split")[0]
+    assert all(np.array_equal(a, b) for a, b in zip(alone, among, strict=True))
+
+
+@pytest.mark.parametrize("kind, num_clients, classes", [
+    ("iid", 2001, 2), ("shards", 10, 11), ("shards", 1500, 10), ("dirichlet", 5000, 2)])
+def test_too_many_clients_or_classes_is_an_input_error(kind, num_clients, classes):
+    with pytest.raises(InputError, match="--num_users|--classes_per_client"):
+        partition(LABELS, num_clients, kind, rng(1, "partition"), classes_per_client=classes)
+
+
+def test_sample_clients():
+    assert sample_clients(10, 1.0, rng(1, "sample")) == list(range(10))
+    some = sample_clients(100, 0.1, rng(1, "sample", round=1))
+    assert len(set(some)) == 10 and some == sorted(some)
+    assert some != sample_clients(100, 0.1, rng(1, "sample", round=2))
+    assert len(sample_clients(5, 1e-6, rng(1, "sample"))) == 1

@@ -1,0 +1,167 @@
+"""A client's round: what travels, what training and evaluation compute, and from which draws."""
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import precision_recall_fscore_support
+
+from update import METHODS, Client, Diverged, Private, Tally, over_clients
+from utils import seed_torch
+
+
+def make(tiny_arrays, name="rve_pfl", **changes):
+    method = METHODS[name]
+    seed_torch(1, "init")
+    model = method.build((1, 8, 8), 4, -4.0)
+    settings = {"seed": 1, "epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "head_lr": 1.0,
+                "lr_decay": 1e-3, "momentum": 0.0, "kl_weight": 1e-5, "kl_warmup": 0, "eval_samples": 4,
+                "dtype": torch.float32, **changes}
+    client = Client(model, method, torch.from_numpy(tiny_arrays["train_images"]),
+                    torch.from_numpy(tiny_arrays["train_labels"]).long(), 4, **settings)
+    head, private = method.split(client.state())
+    return client, head, Private(private)
+
+
+FIRST, SECOND = np.arange(100), np.arange(100, 180)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name, travels", [("rve_pfl", "classifier."), ("lg_fedavg", "classifier."),
+                                           ("fedavg", "classifier."), ("local", None)])
+def test_what_is_uploaded_and_what_stays(tiny_arrays, name, travels):
+    client, head, private = make(tiny_arrays, name)
+    upload, kept, _ = client.train(0, 1, FIRST, head, private)
+    assert set(upload) == {n for n in client.model.state_dict() if travels and n.startswith(travels)}
+    assert set(upload) | set(kept.parameters) == set(client.model.state_dict())
+    assert not set(upload) & set(kept.parameters)
+    assert any(n.startswith("encoder.") for n in kept.parameters) == (name != "fedavg")
+
+
+def test_private_encoders_differ_and_start_alike(tiny_arrays):
+    client, head, private = make(tiny_arrays)
+    kept = [client.train(k, 1, own, head, private)[1] for k, own in enumerate([FIRST, SECOND])]
+    name = "encoder.mu.weight"
+    assert not torch.equal(kept[0].parameters[name], kept[1].parameters[name])
+    assert not torch.equal(kept[0].parameters[name], private.parameters[name])
+
+
+def test_a_clients_round_does_not_depend_on_who_trained_before(tiny_arrays):
+    client, head, private = make(tiny_arrays)
+    before = {name: value.clone() for name, value in private.parameters.items()}
+    alone, _, figures = client.train(1, 2, SECOND, head, private)
+    client.train(0, 2, FIRST, head, private)
+    torch.randn(7)
+    after, _, figures_too = client.train(1, 2, SECOND, head, private)
+    assert equal(alone, after) and figures == figures_too
+    assert equal(before, private.parameters)   # what was handed in is not changed
+    other_round, _, _ = client.train(1, 3, SECOND, head, private)
+    assert not equal(alone, other_round)
+
+
+def test_beta_rises_over_the_warm_up(tiny_arrays):
+    def upload(kl_weight, kl_warmup, round):
+        client, head, private = make(tiny_arrays, kl_weight=kl_weight, kl_warmup=kl_warmup)
+        return client.train(0, round, FIRST, head, private)[0]
+    assert equal(upload(1e-2, 4, 1), upload(0.0, 0, 1))
+    assert equal(upload(1e-2, 4, 3), upload(0.5e-2, 0, 3))
+    assert equal(upload(1e-2, 4, 9), upload(1e-2, 0, 9))
+    assert not equal(upload(1e-2, 0, 1), upload(0.0, 0, 1))
+
+
+def test_a_large_beta_lowers_kl(tiny_arrays):
+    def kl(kl_weight):
+        client, head, private = make(tiny_arrays, kl_weight=kl_weight, epochs=20)
+        return client.train(0, 1, FIRST, head, private)[2]["kl_nats"]
+    assert kl(1e-1) < 0.2 * kl(0.0)
+
+
+def test_the_learning_rate_decays_with_a_clients_own_steps(tiny_arrays):
+    client, head, private = make(tiny_arrays, optimizer="sgd", lr=0.1, lr_decay=1.0, batch_size=100,
+                                 kl_weight=0.0)
+    fresh, kept, _ = client.train(0, 1, FIRST, head, private)
+    late, kept_late, _ = client.train(0, 1, FIRST, head, Private(private.parameters, 99))
+    assert (kept.steps, kept_late.steps) == (1, 100)
+    step = {name: (fresh[name] - head[name], late[name] - head[name]) for name in head}
+    for early, slow in step.values():
+        assert torch.allclose(early, 100 * slow, rtol=1e-2, atol=1e-5)
+
+
+def test_head_lr_scales_the_heads_steps_alone(tiny_arrays):
+    def steps(head_lr):
+        client, head, private = make(tiny_arrays, optimizer="sgd", lr=0.1, head_lr=head_lr, batch_size=100)
+        upload, kept, _ = client.train(0, 1, FIRST, head, private)
+        return upload["classifier.output.weight"] - head["classifier.output.weight"], kept.parameters
+    (full, encoder), (tenth, encoder_too) = steps(1.0), steps(0.1)
+    assert torch.allclose(full, 10 * tenth, rtol=1e-3, atol=1e-6) and equal(encoder, encoder_too)
+
+
+def test_momentum_and_batch_size_matter(tiny_arrays):
+    uploads = []
+    for momentum, batch_size in [(0.0, 32), (0.9, 32), (0.0, 50)]:
+        client, head, private = make(tiny_arrays, optimizer="sgd", momentum=momentum, batch_size=batch_size)
+        uploads.append(client.train(0, 1, FIRST, head, private)[0])
+    assert not equal(uploads[0], uploads[1]) and not equal(uploads[0], uploads[2])
+
+
+def test_training_learns_and_evaluation_repeats(tiny_arrays):
+    client, head, private = make(tiny_arrays, epochs=15)
+    upload, kept, figures = client.train(0, 1, FIRST, head, private)
+    held_out = client.evaluate(0, 1, SECOND, upload, kept)
+    assert figures["accuracy"] > 0.9 and held_out["accuracy"] > 0.9 and held_out["n"] == 80
+    assert held_out == client.evaluate(0, 1, SECOND, upload, kept)
+
+
+def test_evaluation_uses_the_draws_asked_for(tiny_arrays):
+    losses = {draws: make(tiny_arrays, eval_samples=draws) for draws in (1, 16)}
+    losses = {draws: client.evaluate(0, 1, SECOND, head, private)["loss"]
+              for draws, (client, head, private) in losses.items()}
+    assert losses[1] != losses[16]
+
+
+def test_a_loss_that_is_not_finite_names_client_round_and_cause(tiny_arrays):
+    client, head, private = make(tiny_arrays, lr=1000.0, epochs=5)
+    before = {name: value.clone() for name, value in private.parameters.items()}
+    with pytest.raises(Diverged, match="client 3, round 2: .*--lr 1000"):
+        client.train(3, 2, FIRST, head, private)
+    assert equal(before, private.parameters)
+
+
+@pytest.mark.parametrize("case", ["all classes", "a class missing", "never predicted", "only predicted"])
+def test_figures_equal_scikit_learns(case):
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 10, 300), rng.integers(0, 10, 300)
+    predicted[:150] = labels[:150]
+    if case in ("a class missing", "only predicted"):
+        labels[labels == 3] = 4
+    if case in ("a class missing", "never predicted"):
+        predicted[predicted == 3] = 5
+    tally = Tally()
+    for part in np.split(np.arange(300), [100, 220]):
+        tally.add(torch.ones(len(part)), None, torch.eye(10)[predicted[part]], torch.from_numpy(labels[part]))
+    figures = tally.result(10)
+    expected = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+    for name, value in zip(("precision", "recall", "f1"), expected, strict=False):
+        assert abs(figures[name] - value) < 1e-6, name
+    assert abs(figures["accuracy"] - (labels == predicted).mean()) < 1e-12
+    assert figures["loss"] == 1 and np.isnan(figures["kl_nats"])
+
+
+def test_means_over_clients_by_hand():
+    rows = [{"stage": "deployed", "split": "test", "loss": 0, "accuracy": a, "precision": 0, "recall": 0,
+             "f1": 0, "kl_nats": a} for a in np.linspace(0, 1, 21)]
+    mean, = over_clients(rows)
+    assert mean["accuracy"] == pytest.approx(0.5) and mean["kl_nats"] == pytest.approx(0.5)
+    assert mean["accuracy_worst"] == pytest.approx(0.025)   # of 21 clients the lowest two: 0 and 0.05
+    assert mean["accuracy_std"] == pytest.approx(np.std(np.linspace(0, 1, 21)))
+
+
+def test_bf16_agrees_with_fp32(tiny_arrays):
+    accuracy = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        client, head, private = make(tiny_arrays, epochs=15, dtype=dtype)
+        upload, kept, _ = client.train(0, 1, FIRST, head, private)
+        assert all(value.dtype == torch.float32 for value in upload.values())
+        accuracy[dtype] = client.evaluate(0, 1, SECOND, upload, kept)["accuracy"]
+    assert abs(accuracy[torch.float32] - accuracy[torch.bfloat16]) <= 0.05
