@@ -16,7 +16,7 @@ SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the
 NOISY = ("rve_pfl", "local")                # and among them those whose encoder is variational
 
 # beta, warm-up and the rest per data set, chosen on validation images by benchmarks/sweep.sh.
-NOISE = {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -4.0, "eval_samples": 8}
+NOISE = {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8}
 NOISE_OF = {"mnist": {}, "mnist10k": {}, "fmnist": {}, "cifar": {}}
 
 

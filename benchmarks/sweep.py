@@ -1,0 +1,64 @@
+"""Choose the noise's options on validation images: one line a setting, on the first few clients of a run.
+
+    python benchmarks/sweep.py 3 --dataset cifar --rounds 3 --local_ep 5 -- "--kl_weight 0" "--kl_weight 1e-4"
+
+The first argument is how many of the clients take part, in every round; then options of RVE-PFL.py common
+to all settings, `--`, and the settings. A tenth of each client's training images, held out, is evaluated
+(`--validate`); test images are never looked at.
+"""
+import importlib.util
+import sys
+import time
+
+import _path  # noqa: F401 - lets this script import the project
+import numpy as np
+
+import aggregation
+import datasets
+import sampling
+from options import ROOT, args_parser
+from update import Private
+from utils import choose_device, keep_freed_memory, rng
+
+spec = importlib.util.spec_from_file_location("driver", ROOT / "RVE-PFL.py")
+driver = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(driver)
+
+
+def sweep(args, clients: int) -> None:
+    """Train the first ``clients`` clients under one setting and print a line a round."""
+    data = datasets.load(args.dataset, args.data_dir)
+    owned = sampling.partition(data.labels, args.num_users, args.partition, rng(args.seed, "partition"),
+                               alpha=args.alpha, classes_per_client=args.classes_per_client,
+                               unequal=args.unequal, min_images=args.local_bs)[:clients]
+    train, _ = zip(*sampling.split_all(owned, data.labels, 0.1, args.seed, "split"), strict=True)
+    splits = sampling.split_all(list(train), data.labels, 0.1, args.seed, "validation")
+    client = driver.make_client(args, data, choose_device(args.device))
+    head, private = client.method.split(client.state())
+    kept = [Private(private)] * clients
+    for r in range(1, args.rounds + 1):
+        start, uploads, accuracy = time.monotonic(), {}, {"training": [], "trained": [], "deployed": []}
+        for k, (own, validation) in enumerate(splits):
+            uploads[k], kept[k], figures = client.train(k, r, own, head, kept[k])
+            accuracy["training"].append(figures["accuracy"])
+            accuracy["trained"].append(client.evaluate(k, r, validation, uploads[k], kept[k])["accuracy"])
+        head, _ = aggregation.mean(head, uploads, {k: len(own) for k, (own, _) in enumerate(splits)})
+        held_out = [client.evaluate(k, r, validation, head, kept[k])
+                    for k, (_, validation) in enumerate(splits)]
+        accuracy["deployed"] = [figures["accuracy"] for figures in held_out]
+        print(f"  round {r}: ", *(f"{name} {np.mean(values):.4f} " for name, values in accuracy.items()),
+              f"KL {np.mean([figures['kl_nats'] for figures in held_out]):.0f} nats  "
+              f"{time.monotonic() - start:.0f} s", flush=True)
+
+
+def main() -> None:
+    keep_freed_memory()
+    cut = sys.argv.index("--")
+    clients, common = int(sys.argv[1]), sys.argv[2:cut]
+    for setting in sys.argv[cut + 1:]:
+        print(" ".join(common), setting, flush=True)
+        sweep(args_parser([*common, *setting.split()]), clients)
+
+
+if __name__ == "__main__":
+    main()
