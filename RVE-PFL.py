@@ -60,14 +60,7 @@ def run_all(args: Namespace, interrupts: Interrupts) -> None:
     keep_freed_memory()
     device = choose_device(args.device)
     data = datasets.load(args.dataset, args.data_dir)
-    owned = sampling.partition(
-        data.labels, args.num_users, args.partition, rng(args.seed, "partition"), alpha=args.alpha,
-        classes_per_client=args.classes_per_client, unequal=args.unequal,
-        min_images=int(np.ceil(args.local_bs / (1 - HELD_OUT))))
-    splits = sampling.split_all(owned, data.labels, HELD_OUT, args.seed, "split")
-    if args.validate:
-        splits = sampling.split_all([train for train, _ in splits], data.labels, HELD_OUT, args.seed,
-                                    "validation")
+    owned, splits = deal(args, data.labels)
     client = make_client(args, data, device)
     head, private = client.method.split(client.state())
     protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
@@ -82,10 +75,22 @@ def run_all(args: Namespace, interrupts: Interrupts) -> None:
                 federate(args, client, run, owned, splits, interrupts)
                 with interrupts.held():
                     run.finish()
-            except Interrupted:
+            except (Interrupted, InputError):
                 run.save()
                 raise
         print(run.table())
+
+
+def deal(args: Namespace, labels: np.ndarray) -> tuple[list, list]:
+    """What each client owns, and its (training, held-out) split, as index arrays."""
+    owned = sampling.partition(
+        labels, args.num_users, args.partition, rng(args.seed, "partition"), alpha=args.alpha,
+        classes_per_client=args.classes_per_client, unequal=args.unequal,
+        min_images=int(np.ceil(args.local_bs / (1 - HELD_OUT))))   # one full batch to train on
+    splits = sampling.split_all(owned, labels, HELD_OUT, args.seed, "split")
+    if args.validate:
+        splits = sampling.split_all([train for train, _ in splits], labels, HELD_OUT, args.seed, "validation")
+    return owned, splits
 
 
 def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -> Client:
@@ -114,6 +119,7 @@ def federate(args: Namespace, client: Client, run: Run, owned: list, splits: lis
         sent, uploads, rows = run.progress.head, {}, []
         asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample", round=r))
         for k in asked:
+            bar.update()
             train, test = splits[k]
             try:
                 uploads[k], kept, figures = client.train(k, r, train, sent, run.private.get(k))
@@ -126,7 +132,6 @@ def federate(args: Namespace, client: Client, run: Run, owned: list, splits: lis
                 rows += [{"round": r, "client": k, "stage": "trained", "split": "train", **figures},
                          {"round": r, "client": k, "stage": "trained", "split": run.aside, **held_out}]
             bar.set_description(f"round {r}/{args.rounds} client {k} accuracy {figures['accuracy']:.3f}")
-            bar.update()
         if not uploads:
             raise InputError(f"round {r}: no client's loss stayed finite; start again with a smaller --lr")
         head, report = aggregation.mean(sent, uploads, {k: len(splits[k][0]) for k in asked})

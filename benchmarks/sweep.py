@@ -15,10 +15,9 @@ import numpy as np
 
 import aggregation
 import datasets
-import sampling
 from options import ROOT, args_parser
 from update import Private
-from utils import choose_device, keep_freed_memory, rng
+from utils import choose_device, keep_freed_memory
 
 spec = importlib.util.spec_from_file_location("driver", ROOT / "RVE-PFL.py")
 driver = importlib.util.module_from_spec(spec)
@@ -28,11 +27,7 @@ spec.loader.exec_module(driver)
 def sweep(args, clients: int) -> None:
     """Train the first ``clients`` clients under one setting and print a line a round."""
     data = datasets.load(args.dataset, args.data_dir)
-    owned = sampling.partition(data.labels, args.num_users, args.partition, rng(args.seed, "partition"),
-                               alpha=args.alpha, classes_per_client=args.classes_per_client,
-                               unequal=args.unequal, min_images=args.local_bs)[:clients]
-    train, _ = zip(*sampling.split_all(owned, data.labels, 0.1, args.seed, "split"), strict=True)
-    splits = sampling.split_all(list(train), data.labels, 0.1, args.seed, "validation")
+    splits = driver.deal(args, data.labels)[1][:clients]
     client = driver.make_client(args, data, choose_device(args.device))
     head, private = client.method.split(client.state())
     kept = [Private(private)] * clients
@@ -57,7 +52,7 @@ def main() -> None:
     clients, common = int(sys.argv[1]), sys.argv[2:cut]
     for setting in sys.argv[cut + 1:]:
         print(" ".join(common), setting, flush=True)
-        sweep(args_parser([*common, *setting.split()]), clients)
+        sweep(args_parser([*common, "--validate", *setting.split()]), clients)
 
 
 if __name__ == "__main__":
