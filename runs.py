@@ -109,8 +109,11 @@ class Run:
         counts = np.stack([np.bincount(labels[indices], minlength=classes) for indices in owned])
         plots.partition_picture(self.results / "partition.png", counts, self._title())
 
-    def append(self, name: str, rows: list[dict]) -> None:
-        """Add rows to one of the CSVs; all of them or, on an error, none. NaN is an empty field."""
+    def append(self, name: str, rows: list[dict]) -> int:
+        """Add rows to one of the CSVs, all of them or, on an error, none; its length in bytes after that.
+
+        NaN is an empty field.
+        """
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS[name], restval="", lineterminator="\n")
         writer.writerows([{key: _format(value) for key, value in row.items()} for row in rows])
@@ -122,13 +125,11 @@ class Run:
             except OSError:
                 file.truncate(end)
                 raise
-        self.progress.csv_bytes[name] = end + len(text.getvalue().encode())
+            return file.tell()
 
     def end_round(self, progress: Progress, rows: dict[str, list[dict]]) -> None:
         """Record a round: CSV rows, private parameters, and a checkpoint if one is due."""
-        for name, added in rows.items():
-            self.append(name, added)
-        progress.csv_bytes = dict(self.progress.csv_bytes)
+        progress.csv_bytes = {name: self.append(name, added) for name, added in rows.items()}
         self.private.commit()
         self.progress = progress
         if progress.round in self.rounds_kept or time.monotonic() - self.saved_at >= self.every:
@@ -236,17 +237,7 @@ class Run:
             csv_bytes = server["csv_bytes"]
             self.progress = Progress(max(found), server["head"], shared["sent"], shared["uploads"])
         for name, columns in COLUMNS.items():
-            self._cut(self.results / name, ",".join(columns) + "\n", csv_bytes.get(name))
-
-    def _cut(self, path: Path, header: str, size: int | None) -> None:
-        """Leave of a CSV what it held at the checkpoint; without one, its header."""
-        if size is None:
-            write_whole(path, lambda file: file.write(header.encode()))
-            size = len(header)
-        elif not path.exists() or path.stat().st_size < size:
-            raise InputError(f"{path} is shorter than when it was saved; start again with --overwrite")
-        os.truncate(path, size)
-        self.progress.csv_bytes[path.name] = size
+            cut(self.results / name, ",".join(columns) + "\n", csv_bytes.get(name))
 
     @staticmethod
     def _clear(*paths: Path) -> None:
@@ -255,6 +246,16 @@ class Run:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def cut(path: Path, header: str, size: int | None) -> None:
+    """Leave of a CSV what it held at a checkpoint, ``size`` bytes; without one, its header."""
+    if size is None:
+        write_whole(path, lambda file: file.write(header.encode()))
+    elif not path.exists() or path.stat().st_size < size:
+        raise InputError(f"{path} is shorter than when it was saved; start again with --overwrite")
+    else:
+        os.truncate(path, size)
 
 
 def _format(value: object) -> object:
