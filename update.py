@@ -175,13 +175,13 @@ class Client:
                     group["lr"] = group["scale"] * self.lr / (1 + self.lr_decay * steps)
                 self._step(optimizer, beta, batch, tally)
                 steps += 1
-            figures = tally.result(self.num_classes)
-            if not np.isfinite(figures["loss"]) or figures["kl_nats"] == np.inf:
-                raise Diverged(f"client {client}, round {round}: the loss is not finite after local epoch "
-                               f"{epoch + 1}; most likely --lr {self.lr:g} is too high"
-                               + (f", or --kl_weight {self.kl_weight:g}" if self.kl_weight else ""))
-        upload, kept = self.method.split(self.state())
-        return upload, Private(kept, steps), figures
+            if not torch.cat(tally.loss).isfinite().all():
+                raise self._diverged(client, round, epoch)
+        state = self.state()
+        if not all(value.isfinite().all() for value in state.values()):   # the very last step's doing
+            raise self._diverged(client, round, epoch)
+        upload, kept = self.method.split(state)
+        return upload, Private(kept, steps), tally.result(self.num_classes)
 
     @torch.inference_mode()
     def evaluate(self, client: int, round: int, indices: np.ndarray, shared: State,
@@ -208,6 +208,11 @@ class Client:
         optimizer.step()
         tally.add(loss, kl, logits, self.labels[batch])
 
+    def _diverged(self, client: int, round: int, epoch: int) -> Diverged:
+        beta = f", or --kl_weight {self.kl_weight:g}" if self.kl_weight else ""
+        return Diverged(f"client {client}, round {round}: the loss is not finite after local epoch "
+                        f"{epoch + 1}; most likely --lr {self.lr:g}{beta} is too high")
+
     def _pixels(self, batch: Tensor) -> Tensor:
         """Image numbers ``N`` -> ``N x C x H x W`` in [0, 1], channels-last in memory."""
         return self.images[batch].permute(0, 3, 1, 2).float().div_(255)
@@ -216,8 +221,8 @@ class Client:
         self.model.load_state_dict({**shared, **private.parameters})
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """A client's own optimiser, new every round: its moments belong to weights that the server
-        has since replaced, and keeping them would treble what a client stores."""
+        """A client's own optimiser, new every round as in FedAvg: the head's moments belong to weights that
+        the server has since replaced, and the encoder's would treble what a client stores."""
         groups = [{"params": part.parameters(), "scale": self.head_lr if name == "classifier" else 1.0}
                   for name, part in self.model.named_children()]
         if self.optimizer == "sgd":

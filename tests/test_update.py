@@ -128,6 +128,18 @@ def test_a_loss_that_is_not_finite_names_client_round_and_cause(tiny_arrays):
     assert equal(before, private.parameters)
 
 
+def test_a_last_step_that_breaks_the_weights_is_noticed(tiny_arrays, monkeypatch):
+    client, head, private = make(tiny_arrays, batch_size=100)   # one step: its loss is computed before it
+
+    class Breaking(torch.optim.SGD):
+        def step(self):
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+    monkeypatch.setattr(client, "_optimizer", lambda: Breaking([
+        {"params": client.model.parameters(), "scale": 1.0}], 0.1))
+    with pytest.raises(Diverged, match="client 0, round 1"):
+        client.train(0, 1, FIRST, head, private)
+
+
 @pytest.mark.parametrize("case", ["all classes", "a class missing", "never predicted", "only predicted"])
 def test_figures_equal_scikit_learns(case):
     rng = np.random.default_rng(0)
