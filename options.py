@@ -15,9 +15,16 @@ METHODS = ("rve_pfl", "lg_fedavg", "local", "fedavg")
 SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the head
 NOISY = ("rve_pfl", "local")                # and among them those whose encoder is variational
 
-# beta, warm-up and the rest per data set, chosen on validation images by benchmarks/sweep.sh.
-NOISE = {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8}
-NOISE_OF = {"mnist": {}, "mnist10k": {}, "fmnist": {}, "cifar": {}}
+# What depends on the data set, chosen on validation images with benchmarks/sweep.py; a NAME without a row of
+# its own has the first. Then who reads each, and what it is where nobody does.
+CHOSEN = {
+    "": {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8, "head_lr": 0.1,
+         "augment": "none"},
+    "cifar": {"augment": "flip"},
+}
+READ_BY = {"kl_weight": NOISY, "kl_warmup": NOISY, "init_logvar": NOISY, "eval_samples": NOISY,
+           "head_lr": SPLIT, "augment": METHODS}
+UNREAD = {"kl_weight": 0.0, "kl_warmup": 0, "init_logvar": None, "eval_samples": 1, "head_lr": 1.0}
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -55,7 +62,7 @@ class Parser(argparse.ArgumentParser):
                 low, high = self.ranges.get(action.dest, (-math.inf, math.inf))
                 if isinstance(one, (int, float)) and not low <= one <= high:
                     self.error(f"{flag} {one}: must be between {low:g} and {high:g}")
-                if action.choices and one not in action.choices:
+                if action.choices and one is not None and one not in action.choices:
                     self.error(f"{flag} {one}: choose from {', '.join(map(str, action.choices))}")
         return args
 
@@ -78,6 +85,8 @@ def make_parser() -> Parser:
     add(data, "--alpha", type=float, within=(1e-4, 1e6),
         help="concentration of --partition dirichlet, small is heterogeneous (0.1 if not given)")
     add(data, "--unequal", action="store_true", help="clients differ in size (log-normal, sigma 0.5)")
+    add(data, "--augment", choices=("none", "flip"),
+        help="flip: mirror half of the training images, drawn anew in every epoch (by data set if not given)")
     add(data, "--resplit", action="store_true",
         help="the released protocol, for comparison: train and test images are drawn afresh every round, "
              "so the test images have been trained on; marks every output")
@@ -141,15 +150,11 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse(argv)
     _check(parser, args)
-    _belongs(parser, args, args.partition == "shards", f"--partition {args.partition}",
-             {"classes_per_client": 2})
-    _belongs(parser, args, args.partition == "dirichlet", f"--partition {args.partition}", {"alpha": 0.1})
-    _belongs(parser, args, args.method in NOISY, f"--method {args.method}",
-             {**NOISE, **NOISE_OF.get(args.dataset, {})})
-    _belongs(parser, args, args.method in SPLIT, f"--method {args.method}", {"head_lr": 0.1})
-    for name, neutral in {"kl_weight": 0.0, "kl_warmup": 0, "eval_samples": 1, "head_lr": 1.0}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, neutral)
+    partition, method = f"--partition {args.partition}", f"--method {args.method}"
+    _fill(parser, args, "classes_per_client", args.partition == "shards", 2, None, partition)
+    _fill(parser, args, "alpha", args.partition == "dirichlet", 0.1, None, partition)
+    for name, default in {**CHOSEN[""], **CHOSEN.get(args.dataset, {})}.items():
+        _fill(parser, args, name, args.method in READ_BY[name], default, UNREAD.get(name), method)
     if args.run_name is None:
         marks = [mark for mark in ("resplit", "validate") if getattr(args, mark)]
         args.run_name = "-".join([args.dataset, args.partition, args.method, f"seed{args.seed}", *marks])
@@ -157,13 +162,14 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _belongs(parser: Parser, args: argparse.Namespace, applies: bool, to: str, defaults: dict) -> None:
-    """Fill options that only some settings read; given where nothing reads them, they are a mistake."""
-    for name, default in defaults.items():
-        if applies and getattr(args, name) is None:
-            setattr(args, name, default)
-        elif not applies and getattr(args, name) is not None:
-            parser.error(f"--{name} {getattr(args, name)}: {to} does not read it; leave it out")
+def _fill(parser: Parser, args: argparse.Namespace, name: str, is_read: bool, default: object,
+          unread: object, setting: str) -> None:
+    """Fill an option that only some settings read; given where nothing reads it, it is a mistake."""
+    given = getattr(args, name)
+    if given is not None and not is_read:
+        parser.error(f"--{name} {given}: {setting} does not read it; leave it out")
+    if given is None:
+        setattr(args, name, default if is_read else unread)
 
 
 def _check(parser: Parser, args: argparse.Namespace) -> None:

@@ -126,6 +126,7 @@ class Client:
         head_lr: the head's learning rate as a multiple of the encoder's.
         kl_weight: beta, on the KL summed over z; reached from 0, linearly over ``kl_warmup`` rounds.
         eval_samples: draws of z averaged in a prediction.
+        flip: mirror half of the training images, drawn anew each time.
         dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
     """
 
@@ -145,6 +146,7 @@ class Client:
     kl_weight: float
     kl_warmup: int
     eval_samples: int
+    flip: bool
     dtype: torch.dtype
 
     def state(self) -> State:
@@ -201,7 +203,7 @@ class Client:
     def _step(self, optimizer: torch.optim.Optimizer, beta: float, batch: Tensor, tally: Tally) -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
-            logits, kl = self.model(self._pixels(batch))
+            logits, kl = self.model(self._augmented(self._pixels(batch)))
         loss = F.cross_entropy(logits, self.labels[batch], reduction="none")
         objective = loss.mean() if kl is None else loss.mean() + beta * kl.mean()
         objective.backward()
@@ -216,6 +218,13 @@ class Client:
     def _pixels(self, batch: Tensor) -> Tensor:
         """Image numbers ``N`` -> ``N x C x H x W`` in [0, 1], channels-last in memory."""
         return self.images[batch].permute(0, 3, 1, 2).float().div_(255)
+
+    def _augmented(self, x: Tensor) -> Tensor:
+        """Mirror half of the training images left to right, if asked to."""
+        if not self.flip:
+            return x
+        chosen = torch.rand(len(x), device=x.device) < 0.5
+        return torch.where(chosen[:, None, None, None], x.flip(3), x)
 
     def _load(self, shared: State, private: Private) -> None:
         self.model.load_state_dict({**shared, **private.parameters})

@@ -21,7 +21,8 @@ BAD = [
     ("--checkpoint_seconds -1", "--checkpoint_seconds"), ("--save_rounds 0", "--save_rounds"),
     ("--save_rounds 101", "--save_rounds"), ("--optimizer sgd --momentum 1", "--momentum"),
     ("--momentum 0.5", "--momentum"), ("--method best", "--method"), ("--partition rounds", "--partition"),
-    ("--precision fp8", "--precision"), ("--optimizer lion", "--optimizer"), ("--device tpu", "--device"),
+    ("--precision fp8", "--precision"), ("--optimizer lion", "--optimizer"),
+    ("--augment cutout", "--augment"), ("--device tpu", "--device"),
     ("--dataset ../etc/passwd", "--dataset"), ("--run_name a/b", "--run_name"),
     ("--run_name ..", "--run_name"),
     ("--alpha 1", "--alpha"), ("--classes_per_client 2 --partition iid", "--classes_per_client"),
@@ -59,6 +60,15 @@ def test_defaults_are_the_papers():
     assert (args.optimizer, args.lr, args.lr_decay, args.classes_per_client) == ("adam", 1e-3, 1e-3, 2)
     assert args.run_name == "mnist-shards-rve_pfl-seed1"
     assert args_parser(["--epochs", "7"]).rounds == 7   # the authors' name
+
+
+def test_what_depends_on_the_data_set_is_filled_in():
+    assert args_parser(["--dataset", "cifar"]).augment == "flip"
+    assert args_parser(["--dataset", "cifar", "--augment", "none"]).augment == "none"
+    own = args_parser(["--dataset", "my_own"])
+    assert (own.augment, own.head_lr, own.kl_weight) == ("none", 0.1, 1e-5)
+    plain = args_parser(["--method", "fedavg"])
+    assert (plain.kl_weight, plain.init_logvar, plain.eval_samples, plain.head_lr) == (0.0, None, 1, 1.0)
 
 
 def test_marked_protocols_have_marked_names():

@@ -14,7 +14,7 @@ def make(tiny_arrays, name="rve_pfl", **changes):
     model = method.build((1, 8, 8), 4, -4.0)
     settings = {"seed": 1, "epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "head_lr": 1.0,
                 "lr_decay": 1e-3, "momentum": 0.0, "kl_weight": 1e-5, "kl_warmup": 0, "eval_samples": 4,
-                "dtype": torch.float32, **changes}
+                "flip": False, "dtype": torch.float32, **changes}
     client = Client(model, method, torch.from_numpy(tiny_arrays["train_images"]),
                     torch.from_numpy(tiny_arrays["train_labels"]).long(), 4, **settings)
     head, private = method.split(client.state())
@@ -118,6 +118,18 @@ def test_evaluation_uses_the_draws_asked_for(tiny_arrays):
     losses = {draws: client.evaluate(0, 1, SECOND, head, private)["loss"]
               for draws, (client, head, private) in losses.items()}
     assert losses[1] != losses[16]
+
+
+def test_flip_mirrors_about_half_of_the_training_images_and_nothing_else(tiny_arrays):
+    client, head, private = make(tiny_arrays, flip=True)
+    x = client._pixels(torch.arange(200))
+    mirrored = client._augmented(x)
+    same = (mirrored == x).flatten(1).all(1)
+    assert 60 < same.sum() < 140
+    assert torch.equal(mirrored[~same], x[~same].flip(3))
+    plain, *_ = make(tiny_arrays)
+    assert torch.equal(plain._augmented(x), x)
+    assert client.evaluate(0, 1, SECOND, head, private) == plain.evaluate(0, 1, SECOND, head, private)
 
 
 def test_a_loss_that_is_not_finite_names_client_round_and_cause(tiny_arrays):
