@@ -12,7 +12,6 @@ from argparse import Namespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import aggregation
 import datasets
@@ -110,29 +109,26 @@ def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -
 def federate(args: Namespace, client: Client, run: Run, owned: list, splits: list,
              interrupts: Interrupts) -> None:
     """The rounds: send the head, train the clients, aggregate what they upload, evaluate everyone."""
-    asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample"))
-    bar = tqdm(initial=run.progress.round * len(asked), total=args.rounds * len(asked), unit="client",
-               disable=None, dynamic_ncols=True)
+    labels = client.labels.cpu().numpy()
     for r in range(run.progress.round + 1, args.rounds + 1):
         started, evaluating = time.monotonic(), r % args.eval_every == 0 or r == args.rounds
         if args.resplit:
-            splits = sampling.split_all(owned, client.labels.cpu().numpy(), HELD_OUT, args.seed, "resplit", r)
+            splits = sampling.split_all(owned, labels, HELD_OUT, args.seed, "resplit", r)
         sent, uploads, rows = run.progress.head, {}, []
         asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample", round=r))
         for k in asked:
-            bar.update()
             train, test = splits[k]
             try:
                 uploads[k], kept, figures = client.train(k, r, train, sent, run.private.get(k))
             except Diverged as error:
-                bar.write(f"warning: {error}; this client's round is dropped", file=sys.stderr)
+                run.say(f"warning: {error}; this client's round is dropped")
                 continue
             run.private.put(k, kept)
             if evaluating:
                 held_out = client.evaluate(k, r, test, uploads[k], kept)
                 rows += [{"round": r, "client": k, "stage": "trained", "split": "train", **figures},
                          {"round": r, "client": k, "stage": "trained", "split": run.aside, **held_out}]
-            bar.set_description(f"round {r}/{args.rounds} client {k} accuracy {figures['accuracy']:.3f}")
+            run.advance(r, k, len(asked), figures["accuracy"])
         if not uploads:
             raise InputError(f"round {r}: no client's loss stayed finite; start again with a smaller --lr")
         head, report = aggregation.mean(sent, uploads, {k: len(splits[k][0]) for k in asked})
@@ -145,11 +141,6 @@ def federate(args: Namespace, client: Client, run: Run, owned: list, splits: lis
             run.end_round(Progress(r, head, sent, uploads), {
                 "clients.csv": rows, "rounds.csv": means,
                 "server.csv": [{"round": r, **row} for row in report] if head else []})
-        for mean in means:
-            if mean["split"] != "train":
-                bar.write(f"round {r}/{args.rounds}: {mean['stage']} {mean['split']} accuracy "
-                          f"{mean['accuracy']:.4f}, worst decile {mean['accuracy_worst']:.4f}")
-    bar.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 import plots
 from checkpoint import PrivateStore, load_checked, read_private, same_layout
@@ -71,7 +73,9 @@ def open_run(config: dict, initial: Private, head: State) -> Iterator["Run"]:
         except OSError as error:
             raise InputError(f"run {results.name} is being written by another process; wait for it, or "
                              "give this one another --run_name") from error
-        yield Run(config, initial, head)
+        run = Run(config, initial, head)
+        with run.bar:
+            yield run
 
 
 class Run:
@@ -91,6 +95,18 @@ class Run:
             self._clear(self.models / ".private", *self.models.glob(".round_*"))
             self._restore()
         self.saved_round, self.saved_at = self.progress.round, time.monotonic()
+        # In clients, so that the time left is known within a round too. No bar where nobody watches.
+        self.bar = tqdm(initial=self.progress.round, total=options["rounds"], unit="round",
+                        disable=self.finished or None, bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+
+    def advance(self, round: int, client: int, asked: int, accuracy: float) -> None:
+        """Move the bar on by one of the ``asked`` clients that train in a round."""
+        self.bar.set_description(f"round {round}/{self.bar.total} client {client} accuracy {accuracy:.3f}")
+        self.bar.update(1 / asked)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar, to standard error."""
+        self.bar.write(line, file=sys.stderr)
 
     def write_config(self) -> None:
         """``config.json``: every option, versions, commit, device, sizes, and whether the run is done."""
@@ -130,6 +146,12 @@ class Run:
     def end_round(self, progress: Progress, rows: dict[str, list[dict]]) -> None:
         """Record a round: CSV rows, private parameters, and a checkpoint if one is due."""
         progress.csv_bytes = {name: self.append(name, added) for name, added in rows.items()}
+        self.bar.n = progress.round   # exact again after the sum of the clients' shares
+        held_out = {row["stage"]: row for row in rows["rounds.csv"] if row["split"] == self.aside}
+        if held_out:
+            self.bar.write(f"round {progress.round}/{self.bar.total}: {self.aside} accuracy " + ", ".join(
+                f"{stage} {row['accuracy']:.4f} (worst decile {row['accuracy_worst']:.4f})"
+                for stage, row in held_out.items()))
         self.private.commit()
         self.progress = progress
         if progress.round in self.rounds_kept or time.monotonic() - self.saved_at >= self.every:
