@@ -17,7 +17,7 @@ import aggregation
 import datasets
 import sampling
 from options import args_parser
-from runs import Progress, Run, environment, open_run
+from runs import Progress, Run, open_run
 from update import METHODS, Client, Diverged, Private, over_clients
 from utils import (
     InputError,
@@ -25,6 +25,7 @@ from utils import (
     Interrupts,
     choose_device,
     choose_precision,
+    environment,
     keep_freed_memory,
     rng,
     seed_torch,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from files import write_whole
 from update import Private, State
-from utils import InputError, write_whole
+from utils import InputError
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
 

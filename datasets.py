@@ -6,12 +6,14 @@ first use and cached in that form: one decode, then a fast start.
 """
 import contextlib
 import io
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils import InputError, write_whole
+from files import write_whole
+from utils import InputError
 
 TORCHVISION = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar": "CIFAR10"}
 MIN_SIDE = 8   # pixels; the encoder's two valid convolutions and the head's two poolings need some room
@@ -83,11 +85,12 @@ def fetch(name: str, data_dir: Path) -> None:
     print(f"{data_dir / name}.npz does not exist yet: downloading {TORCHVISION[name]} with torchvision")
     make, halves = getattr(torchvision.datasets, TORCHVISION[name]), {}
     try:
-        for half in ("train", "test"):
-            with contextlib.redirect_stdout(io.StringIO()):   # torchvision prints each mirror that failed
-                data = make(data_dir / "torchvision", train=half == "train", download=True)
-            halves[f"{half}_images"] = np.asarray(data.data, np.uint8)
-            halves[f"{half}_labels"] = np.asarray(data.targets, np.uint8)
+        # Its archives are not needed once decoded; and it prints each mirror that failed.
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            for half in ("train", "test"):
+                data = make(folder, train=half == "train", download=True)
+                halves[f"{half}_images"] = np.asarray(data.data, np.uint8)
+                halves[f"{half}_labels"] = np.asarray(data.targets, np.uint8)
     except (OSError, RuntimeError) as error:   # no network: URLError, an OSError, or RuntimeError
         raise InputError(f"--dataset {name}: {data_dir / name}.npz does not exist and the download failed "
                          f"({_first_line(error)}); put the file there, {WAY_OUT}") from error
@@ -98,4 +101,4 @@ def fetch(name: str, data_dir: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(":")

@@ -4,14 +4,9 @@
 (checkpoint.py). A CSV only ever grows by whole rounds, and a checkpoint remembers how long each was:
 resuming cuts them there and computes the rest again, to the same bytes on a CPU.
 """
-import csv
 import fcntl
-import io
 import json
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,8 +21,9 @@ from tqdm import tqdm
 
 import plots
 from checkpoint import PrivateStore, load_checked, read_private, same_layout
+from files import append_csv, cut_csv, write_whole
 from update import FIGURES, Private, State
-from utils import InputError, write_whole
+from utils import InputError
 
 COLUMNS = {
     "clients.csv": ["round", "client", "stage", "split", "n", *FIGURES],
@@ -125,27 +121,10 @@ class Run:
         counts = np.stack([np.bincount(labels[indices], minlength=classes) for indices in owned])
         plots.partition_picture(self.results / "partition.png", counts, self._title())
 
-    def append(self, name: str, rows: list[dict]) -> int:
-        """Add rows to one of the CSVs, all of them or, on an error, none; its length in bytes after that.
-
-        NaN is an empty field.
-        """
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS[name], restval="", lineterminator="\n")
-        writer.writerows([{key: _format(value) for key, value in row.items()} for row in rows])
-        with open(self.results / name, "r+b", buffering=0) as file:
-            end, data = file.seek(0, os.SEEK_END), text.getvalue().encode()
-            try:
-                while data:
-                    data = data[file.write(data):]
-            except OSError:
-                file.truncate(end)
-                raise
-            return file.tell()
-
     def end_round(self, progress: Progress, rows: dict[str, list[dict]]) -> None:
         """Record a round: CSV rows, private parameters, and a checkpoint if one is due."""
-        progress.csv_bytes = {name: self.append(name, added) for name, added in rows.items()}
+        progress.csv_bytes = {name: append_csv(self.results / name, COLUMNS[name], added)
+                              for name, added in rows.items()}
         self.bar.n = progress.round   # exact again after the sum of the clients' shares
         held_out = {row["stage"]: row for row in rows["rounds.csv"] if row["split"] == self.aside}
         if held_out:
@@ -259,7 +238,7 @@ class Run:
             csv_bytes = server["csv_bytes"]
             self.progress = Progress(max(found), server["head"], shared["sent"], shared["uploads"])
         for name, columns in COLUMNS.items():
-            cut(self.results / name, ",".join(columns) + "\n", csv_bytes.get(name))
+            cut_csv(self.results / name, columns, csv_bytes.get(name))
 
     @staticmethod
     def _clear(*paths: Path) -> None:
@@ -268,33 +247,3 @@ class Run:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-
-
-def cut(path: Path, header: str, size: int | None) -> None:
-    """Leave of a CSV what it held at a checkpoint, ``size`` bytes; without one, its header."""
-    if size is None:
-        write_whole(path, lambda file: file.write(header.encode()))
-    elif not path.exists() or path.stat().st_size < size:
-        raise InputError(f"{path} is shorter than when it was saved; start again with --overwrite")
-    else:
-        os.truncate(path, size)
-
-
-def _format(value: object) -> object:
-    if isinstance(value, float):
-        return "" if value != value else format(value, ".8g")
-    return value
-
-
-def environment(device: torch.device) -> dict:
-    """What a figure depends on besides the options: versions, commit, machine."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    edits = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "commit": commit.stdout.strip() + (" with edits" if edits.stdout.strip() else ""),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
-        f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "system": platform.platform(),
-    }

@@ -1,13 +1,11 @@
-"""What every part needs and no method owns: a user's error, seeded randomness, device and precision."""
+"""What every part needs and no method owns: a user's error, seeding, device, precision, signals."""
 import ctypes
-import errno
 import hashlib
-import os
+import platform
 import signal
-from collections.abc import Callable
+import subprocess
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -69,24 +67,6 @@ def keep_freed_memory() -> None:
     mallopt(m_top_pad, 64 * 2**20)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have ``write`` fill a file beside ``path``, then rename it: a reader sees all of it or nothing.
-
-    Raises:
-        OSError: the file cannot be written (no room, no permission); nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-        partial.replace(path)
-    except RuntimeError as error:   # torch.save's name for a write that failed
-        raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0]})", str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM."""
 
@@ -119,3 +99,17 @@ class Interrupts:
             self.holding = False
         if self.pending:
             raise Interrupted
+
+
+def environment(device: torch.device) -> dict:
+    """What a figure depends on besides the options: versions, commit, machine."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    edits = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "commit": commit.stdout.strip() + (" with edits" if edits.stdout.strip() else ""),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
+        f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "system": platform.platform(),
+    }

@@ -14,9 +14,10 @@ import torch
 
 import checkpoint
 from checkpoint import PrivateStore, load_checked
+from files import write_whole
 from options import METHODS
 from update import Private
-from utils import InputError, write_whole
+from utils import InputError
 
 COLUMNS = {
     "clients.csv": "round,client,stage,split,n,loss,accuracy,precision,recall,f1,kl_nats",
