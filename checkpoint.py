@@ -5,6 +5,7 @@ A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``
 to files is its threat model. All are read with ``weights_only=True``: a file from elsewhere cannot run
 code.
 """
+import mmap
 import os
 import pickle
 import shutil
@@ -44,6 +45,20 @@ def same_layout(found: object, expected: State) -> bool:
         and found[name].dtype == value.dtype for name, value in expected.items())
 
 
+def off_heap(state: State) -> State:
+    """A copy in memory of its own, which the kernel gets back when the copy is dropped.
+
+    On the heap, what lives for a round would lie between the blocks that every training step reuses, and
+    break them into ever smaller ones: the process would grow with every round.
+    """
+    copy = {}
+    for name, value in state.items():
+        place = mmap.mmap(-1, value.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        copy[name] = torch.frombuffer(place, dtype=value.dtype, count=value.numel()).as_strided(
+            value.shape, value.stride()).copy_(value)
+    return copy
+
+
 class PrivateStore:
     """What stays with each client between its turns: in memory up to MEMORY bytes, then in files.
 
@@ -70,6 +85,7 @@ class PrivateStore:
             write_private(entry, private)
         else:
             self.free -= self.size
+            entry = Private(off_heap(private.parameters), private.steps)
         self.new[client] = entry
 
     def commit(self) -> None:

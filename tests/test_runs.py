@@ -392,6 +392,16 @@ def test_the_store_keeps_rounds_apart_whatever_the_memory(tmp_path, memory):
     assert len(spilled) == {0: 4, 6000: 3, 10**9: 0}[memory]
 
 
+def test_off_heap_copies_keep_values_and_strides():
+    state = {"conv": torch.randn(8, 3, 3, 3).to(memory_format=torch.channels_last), "bias": torch.randn(5),
+             "scalar": torch.tensor(2.5)}
+    copy = checkpoint.off_heap(state)
+    for name, value in state.items():
+        assert torch.equal(copy[name], value) and copy[name].stride() == value.stride()
+    copy["bias"].zero_()
+    assert state["bias"].abs().sum() > 0
+
+
 def test_waiting_in_files_changes_no_number(place, monkeypatch):
     assert place.main() == 0
     expected = place.clients_csv()
