@@ -73,12 +73,14 @@ def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
         load[chosen] += share
         for c in chosen:
             holders[c].append(client)
-    # Images of one class per unit of share, so that no class runs out.
-    density = min(counts[c] / load[c] for c in range(len(classes)) if holders[c])
-    quotas = np.floor(shares * density + 1e-9).astype(int)
-    if quotas.min() * classes_per_client < MIN_IMAGES or quotas.min() < 1:
-        raise InputError(f"--num_users {len(shares)} --classes_per_client {classes_per_client}: "
-                         "too few images of a class to share out")
+    # Two images of each class to everybody, so that one can be trained on, then the rest by share: as many
+    # a unit of share as the scarcest class allows.
+    spare = counts - MIN_IMAGES * np.array([len(clients) for clients in holders])
+    if spare.min() < 0:
+        raise InputError(f"--num_users {len(shares)} --classes_per_client {classes_per_client}: too few "
+                         f"images of a class to share out, every client needs {MIN_IMAGES} of each")
+    density = (spare[load > 0] / load[load > 0]).min()
+    quotas = MIN_IMAGES + np.floor(shares * density + 1e-9).astype(int)
     owned = [[] for _ in shares]
     for c, clients in enumerate(holders):
         pile = rng.permutation(np.flatnonzero(labels == classes[c]))
