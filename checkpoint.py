@@ -9,6 +9,7 @@ import mmap
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ def load_checked(path: Path) -> dict:
         InputError: the file is missing, damaged, or holds anything that would have to be executed.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):   # of old pickles: refused below, in one line
+            found = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise ValueError("no dictionary")
         return found
