@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The README's table of held-out accuracy: every method on three data sets, two classes a client, 10 clients.
 #   benchmarks/accuracy.sh [SEED]
-# About five hours on two CPU cores, nearly all of it CIFAR-10. Interrupted, it goes on where it stopped.
+# Some two and a half hours on two CPU cores, most of it CIFAR-10. Interrupted, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seed=${1:-1}
