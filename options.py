@@ -85,8 +85,9 @@ def make_parser() -> Parser:
     add(data, "--alpha", type=float, within=(1e-4, 1e6),
         help="concentration of --partition dirichlet, small is heterogeneous (0.1 if not given)")
     add(data, "--unequal", action="store_true", help="clients differ in size (log-normal, sigma 0.5)")
-    add(data, "--augment", choices=("none", "flip"),
-        help="flip: mirror half of the training images, drawn anew in every epoch (by data set if not given)")
+    add(data, "--augment", choices=("none", "flip", "flip+shift"),
+        help="of training images, drawn anew in every epoch: mirror half of them; also shift them by up to 4 "
+             "pixels (by data set if not given)")
     add(data, "--resplit", action="store_true",
         help="the released protocol, for comparison: train and test images are drawn afresh every round, "
              "so the test images have been trained on; marks every output")

@@ -14,6 +14,7 @@ import models
 from utils import seed_torch
 
 State = dict[str, Tensor]
+SHIFT = 4   # pixels, of --augment flip+shift
 FIGURES = ("loss", "accuracy", "precision", "recall", "f1", "kl_nats")
 
 
@@ -114,6 +115,11 @@ def over_clients(rows: list[dict]) -> list[dict]:
     return means
 
 
+def reflect(index: Tensor, side: int) -> Tensor:
+    """Bring pixel numbers that lie past an edge back inside, as a mirror at the edge would."""
+    return (side - 1) - ((side - 1) - index.abs()).abs()
+
+
 @dataclass
 class Client:
     """The one working model, which plays every client in turn.
@@ -126,7 +132,7 @@ class Client:
         head_lr: the head's learning rate as a multiple of the encoder's.
         kl_weight: beta, on the KL summed over z; reached from 0, linearly over ``kl_warmup`` rounds.
         eval_samples: draws of z averaged in a prediction.
-        flip: mirror half of the training images, drawn anew each time.
+        augment: ``none``, ``flip`` or ``flip+shift`` of the training images, drawn anew each time.
         dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
     """
 
@@ -146,7 +152,7 @@ class Client:
     kl_weight: float
     kl_warmup: int
     eval_samples: int
-    flip: bool
+    augment: str
     dtype: torch.dtype
 
     def state(self) -> State:
@@ -203,7 +209,7 @@ class Client:
     def _step(self, optimizer: torch.optim.Optimizer, beta: float, batch: Tensor, tally: Tally) -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
-            logits, kl = self.model(self._augmented(self._pixels(batch)))
+            logits, kl = self.model(self._augmented(batch))
         loss = F.cross_entropy(logits, self.labels[batch], reduction="none")
         objective = loss.mean() if kl is None else loss.mean() + beta * kl.mean()
         objective.backward()
@@ -219,12 +225,23 @@ class Client:
         """Image numbers ``N`` -> ``N x C x H x W`` in [0, 1], channels-last in memory."""
         return self.images[batch].permute(0, 3, 1, 2).float().div_(255)
 
-    def _augmented(self, x: Tensor) -> Tensor:
-        """Mirror half of the training images left to right, if asked to."""
-        if not self.flip:
-            return x
-        chosen = torch.rand(len(x), device=x.device) < 0.5
-        return torch.where(chosen[:, None, None, None], x.flip(3), x)
+    def _augmented(self, batch: Tensor) -> Tensor:
+        """``_pixels``, mirrored left to right with probability 1/2, or shifted too, where asked to.
+
+        A shift is up to SHIFT pixels each way, with the image's own mirrored edge filling the gap.
+        """
+        if self.augment == "none":
+            return self._pixels(batch)
+        device, (height, width) = batch.device, self.images.shape[1:3]
+        rows, columns = (torch.arange(side, device=device).expand(len(batch), side)
+                         for side in (height, width))
+        mirrored = torch.rand(len(batch), 1, device=device) < 0.5
+        if self.augment == "flip+shift":
+            by = torch.randint(-SHIFT, SHIFT + 1, (2, len(batch), 1), device=device)
+            rows, columns = reflect(rows + by[0], height), reflect(columns + by[1], width)
+        columns = torch.where(mirrored, width - 1 - columns, columns)
+        chosen = self.images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]   # N x H x W x C
+        return chosen.permute(0, 3, 1, 2).float().div_(255)
 
     def _load(self, shared: State, private: Private) -> None:
         self.model.load_state_dict({**shared, **private.parameters})

@@ -14,7 +14,7 @@ def make(tiny_arrays, name="rve_pfl", **changes):
     model = method.build((1, 8, 8), 4, -4.0)
     settings = {"seed": 1, "epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "head_lr": 1.0,
                 "lr_decay": 1e-3, "momentum": 0.0, "kl_weight": 1e-5, "kl_warmup": 0, "eval_samples": 4,
-                "flip": False, "dtype": torch.float32, **changes}
+                "augment": "none", "dtype": torch.float32, **changes}
     client = Client(model, method, torch.from_numpy(tiny_arrays["train_images"]),
                     torch.from_numpy(tiny_arrays["train_labels"]).long(), 4, **settings)
     head, private = method.split(client.state())
@@ -121,15 +121,27 @@ def test_evaluation_uses_the_draws_asked_for(tiny_arrays):
 
 
 def test_flip_mirrors_about_half_of_the_training_images_and_nothing_else(tiny_arrays):
-    client, head, private = make(tiny_arrays, flip=True)
-    x = client._pixels(torch.arange(200))
-    mirrored = client._augmented(x)
+    client, head, private = make(tiny_arrays, augment="flip")
+    batch = torch.arange(200)
+    x, mirrored = client._pixels(batch), client._augmented(batch)
     same = (mirrored == x).flatten(1).all(1)
     assert 60 < same.sum() < 140
     assert torch.equal(mirrored[~same], x[~same].flip(3))
+    assert mirrored.stride() == x.stride()   # channels-last
     plain, *_ = make(tiny_arrays)
-    assert torch.equal(plain._augmented(x), x)
+    assert torch.equal(plain._augmented(batch), x)
     assert client.evaluate(0, 1, SECOND, head, private) == plain.evaluate(0, 1, SECOND, head, private)
+
+
+def test_shift_moves_an_image_and_mirrors_its_edges(tiny_arrays):
+    client, *_ = make(tiny_arrays, augment="flip+shift")
+    client.images = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(300, 8, 8, 1)
+    seen = client._augmented(torch.arange(300)).mul(255).round().int()[:, 0]   # N x H x W, pixel numbers
+    padded = np.pad(np.arange(64).reshape(8, 8), 4, mode="reflect")
+    possible = {padded[i:i + 8, j:j + 8][:, ::step].tobytes(): (i, j, step)
+                for i in range(9) for j in range(9) for step in (1, -1)}
+    found = {possible[image.astype(np.int64).tobytes()] for image in seen.numpy()}
+    assert {i for i, _, _ in found} == set(range(9)) and len({(j, step) for _, j, step in found}) >= 9
 
 
 def test_a_loss_that_is_not_finite_names_client_round_and_cause(tiny_arrays):
