@@ -15,7 +15,7 @@ METHODS = ("rve_pfl", "lg_fedavg", "local", "fedavg")
 SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the head
 NOISY = ("rve_pfl", "local")                # and among them those whose encoder is variational
 
-# What depends on the data set, chosen on validation images with benchmarks/sweep.py; a NAME without a row of
+# What depends on the data set (how each was chosen, and what is provisional: README); a NAME without a row of
 # its own has the first. Then who reads each, and what it is where nobody does.
 CHOSEN = {
     "": {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8, "head_lr": 0.1,
