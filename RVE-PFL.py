@@ -5,7 +5,9 @@
 
 Writes CSVs and pictures to results/<run>/ and checkpoints to saved_models/<run>/. Options: options.py.
 """
+import itertools
 import shlex
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -17,6 +19,7 @@ import aggregation
 import datasets
 import sampling
 from options import args_parser
+from ranks import PeerLost, Ranks
 from runs import Progress, Run, open_run
 from update import METHODS, Client, Diverged, Private, over_clients
 from utils import (
@@ -38,47 +41,58 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if None) and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args = args_parser(argv)
-    again = shlex.join(["python", "RVE-PFL.py", *(a for a in argv if a not in ("--overwrite", "--resume")),
-                        "--resume"])
+    ranks = Ranks()
+    again = "the same command with --resume" if not ranks.alone else shlex.join(
+        ["python", "RVE-PFL.py", *(a for a in argv if a not in ("--overwrite", "--resume")), "--resume"])
+    lost = f"another process of this run died, or torchrun was stopped; to go on: {again}"
     try:
-        with Interrupts() as interrupts:
-            run_all(args, interrupts)
+        with Interrupts() as interrupts, ranks:
+            run_all(args, ranks, interrupts)
         return 0
     except InputError as error:
-        print(f"RVE-PFL.py: error: {error}", file=sys.stderr)
+        line, status = f"RVE-PFL.py: error: {error}", 2
     except OSError as error:
-        print(f"RVE-PFL.py: error: {error.filename or 'a file'}: {error.strerror or error}; "
-              f"mend that, then: {again}", file=sys.stderr)
-    except Interrupted:
-        print(f"interrupted; to go on: {again}", file=sys.stderr)
-        return 130
-    return 2
+        line, status = (f"RVE-PFL.py: error: {error.filename or 'a file'}: {error.strerror or error}; "
+                        f"mend that, then: {again}"), 2
+    except PeerLost:
+        line, status = lost, 1
+    except Interrupted as stop:
+        by_user = ranks.alone or stop.args[0] == signal.SIGINT
+        line, status = f"interrupted; to go on: {again}" if by_user else lost, 130
+    if ranks.speaks():
+        print(line, file=sys.stderr)
+    return status
 
 
-def run_all(args: Namespace, interrupts: Interrupts) -> None:
+def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
     """Options -> data -> partition -> rounds -> pictures and table."""
     keep_freed_memory()
     device = choose_device(args.device)
-    data = datasets.load(args.dataset, args.data_dir)
+    with ranks.first_before_others():
+        data = datasets.load(args.dataset, args.data_dir)
     owned, splits = deal(args, data.labels)
     client = make_client(args, data, device)
     head, private = client.method.split(client.state())
     protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
     config = {
         "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
+        "processes": ranks.size,
         "precision": str(client.dtype), "parameters": client.method.count(client.model),
         "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}}
-    with open_run(config, Private(private), head) as run:
+    with open_run(config, Private(private), head, ranks) as run:
         if not run.finished:
-            run.write_partition(owned, splits, data.labels)
+            if ranks.first:
+                run.write_partition(owned, splits, data.labels)
             try:
-                federate(args, client, run, owned, splits, interrupts)
+                federate(args, client, run, owned, splits, ranks, interrupts)
                 with interrupts.held():
                     run.finish()
             except (Interrupted, InputError):
-                run.save()
+                if ranks.alone:   # else some may be gone: the last checkpoint stands
+                    run.save()
                 raise
-        print(run.table())
+        if ranks.first:
+            print(run.table())
 
 
 def deal(args: Namespace, labels: np.ndarray) -> tuple[list, list]:
@@ -107,7 +121,7 @@ def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -
         dtype=choose_precision(args.precision, device))
 
 
-def federate(args: Namespace, client: Client, run: Run, owned: list, splits: list,
+def federate(args: Namespace, client: Client, run: Run, owned: list, splits: list, ranks: Ranks,
              interrupts: Interrupts) -> None:
     """The rounds: send the head, train the clients, aggregate what they upload, evaluate everyone."""
     labels = client.labels.cpu().numpy()
@@ -115,9 +129,9 @@ def federate(args: Namespace, client: Client, run: Run, owned: list, splits: lis
         started, evaluating = time.monotonic(), r % args.eval_every == 0 or r == args.rounds
         if args.resplit:
             splits = sampling.split_all(owned, labels, HELD_OUT, args.seed, "resplit", r)
-        sent, uploads, rows = run.progress.head, {}, []
+        sent, uploads, rows = run.progress.head, {}, {}
         asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample", round=r))
-        for k in asked:
+        for k in ranks.mine(asked):
             train, test = splits[k]
             try:
                 uploads[k], kept, figures = client.train(k, r, train, sent, run.private.get(k))
@@ -127,16 +141,18 @@ def federate(args: Namespace, client: Client, run: Run, owned: list, splits: lis
             run.private.put(k, kept)
             if evaluating:
                 held_out = client.evaluate(k, r, test, uploads[k], kept)
-                rows += [{"round": r, "client": k, "stage": "trained", "split": "train", **figures},
-                         {"round": r, "client": k, "stage": "trained", "split": run.aside, **held_out}]
-            run.advance(r, k, len(asked), figures["accuracy"])
-        if not uploads:
+                rows[k] = [{"round": r, "client": k, "stage": "trained", "split": "train", **figures},
+                           {"round": r, "client": k, "stage": "trained", "split": run.aside, **held_out}]
+            run.advance(r, k, len(ranks.mine(asked)), figures["accuracy"])
+        uploads, trained = ranks.gather(uploads), ranks.gather(rows)
+        if ranks.first and not uploads:
             raise InputError(f"round {r}: no client's loss stayed finite; start again with a smaller --lr")
         head, report = aggregation.mean(sent, uploads, {k: len(splits[k][0]) for k in asked})
-        if evaluating:
-            rows += [{"round": r, "client": k, "stage": "deployed", "split": run.aside,
-                      **client.evaluate(k, r, splits[k][1], head, run.private.get(k))}
-                     for k in range(args.num_users)]
+        head = ranks.share(head)
+        deployed = ranks.gather({k: {"round": r, "client": k, "stage": "deployed", "split": run.aside,
+                                     **client.evaluate(k, r, splits[k][1], head, run.private.get(k))}
+                                 for k in ranks.mine(range(args.num_users)) if evaluating})
+        rows = [*itertools.chain(*trained.values()), *deployed.values()]
         means = [{"round": r, **mean, "seconds": time.monotonic() - started} for mean in over_clients(rows)]
         with interrupts.held():
             run.end_round(Progress(r, head, sent, uploads), {

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -100,10 +101,10 @@ class PrivateStore:
                 self.free += self.size
         self.new = {}
 
-    def export(self, clients: int, folder: Path) -> None:
-        """Write ``client_<k>.pt`` for all clients, as of the last commit."""
+    def export(self, clients: Iterable[int], folder: Path) -> None:
+        """Write ``client_<k>.pt`` for each of the clients, as of the last commit."""
         first = {}   # where an entry was written: clients that never trained share one
-        for k in range(clients):
+        for k in clients:
             entry, target = self.kept.get(k, self.initial), folder / f"client_{k}.pt"
             source = entry if isinstance(entry, Path) else first.setdefault(id(entry), target)
             if source == target:

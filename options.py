@@ -6,6 +6,7 @@ code gets wrong (README, deviations).
 import argparse
 import difflib
 import math
+import os
 import re
 from pathlib import Path
 
@@ -42,7 +43,8 @@ class Parser(argparse.ArgumentParser):
         self.ranges = {}
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        said_elsewhere = os.environ.get("RANK", "0") != "0"   # by the first of torchrun's processes
+        self.exit(2, None if said_elsewhere else f"{self.prog}: error: {message}\n")
 
     def add(self, group, *flags: str, within: tuple[float, float] | None = None, **kwargs) -> None:
         """Declare an option; ``within`` is its closed range."""

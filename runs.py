@@ -22,6 +22,7 @@ from tqdm import tqdm
 import plots
 from checkpoint import PrivateStore, load_checked, read_private, same_layout
 from files import append_csv, cut_csv, write_whole
+from ranks import Ranks
 from update import FIGURES, Private, State
 from utils import InputError
 
@@ -50,13 +51,14 @@ class Progress:
 
 
 @contextmanager
-def open_run(config: dict, initial: Private, head: State) -> Iterator["Run"]:
+def open_run(config: dict, initial: Private, head: State, ranks: Ranks) -> Iterator["Run"]:
     """Take a run's folders, under a lock that lasts as long as the block, or the process.
 
     Args:
         config: what ``config.json`` will say, with every option under ``options``.
         initial: what every client starts from.
         head: what the server sends first.
+        ranks: the processes that share the run; the first holds the lock for all.
 
     Raises:
         InputError: the folders are in use, belong to an earlier or foreign run, or are damaged.
@@ -65,35 +67,42 @@ def open_run(config: dict, initial: Private, head: State) -> Iterator["Run"]:
     results.mkdir(parents=True, exist_ok=True)
     with open(results / ".lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if ranks.first:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"run {results.name} is being written by another process; wait for it, or "
                              "give this one another --run_name") from error
-        run = Run(config, initial, head)
+        run = Run(config, initial, head, ranks)
         with run.bar:
             yield run
 
 
 class Run:
-    """One run's folders; open them with ``open_run``."""
+    """One run's folders; open them with ``open_run``.
 
-    def __init__(self, config: dict, initial: Private, head: State):
-        options = config["options"]
+    With several ranks each writes its own clients' checkpoints, and the first everything else, all into the
+    same folders. What every rank must do alike, the first decides.
+    """
+
+    def __init__(self, config: dict, initial: Private, head: State, ranks: Ranks):
+        options, self.ranks = config["options"], ranks
         self.results = Path(options["results_dir"]) / options["run_name"]
         self.models = Path(options["models_dir"]) / options["run_name"]
         self.aside = ASIDE[config["protocol"]]
         self.config, self.rounds_kept = config, set(options["save_rounds"])
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
-        self.finished = self._admit(options["resume"], options["overwrite"])
+        self.finished = ranks.share(ranks.first and self._admit(options["resume"], options["overwrite"]))
         self.private = PrivateStore(self.models / ".private", initial)
         self.progress = Progress(0, head)
         if not self.finished:
-            self._clear(self.models / ".private", *self.models.glob(".round_*"))
+            if ranks.first:
+                self._clear(self.models / ".private", *self.models.glob(".round_*"))
             self._restore()
         self.saved_round, self.saved_at = self.progress.round, time.monotonic()
         # In clients, so that the time left is known within a round too. No bar where nobody watches.
         self.bar = tqdm(initial=self.progress.round, total=options["rounds"], unit="round",
-                        disable=self.finished or None, bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+                        disable=self.finished or not ranks.first or None,
+                        bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
 
     def advance(self, round: int, client: int, asked: int, accuracy: float) -> None:
         """Move the bar on by one of the ``asked`` clients that train in a round."""
@@ -123,8 +132,9 @@ class Run:
 
     def end_round(self, progress: Progress, rows: dict[str, list[dict]]) -> None:
         """Record a round: CSV rows, private parameters, and a checkpoint if one is due."""
-        progress.csv_bytes = {name: append_csv(self.results / name, COLUMNS[name], added)
-                              for name, added in rows.items()}
+        if self.ranks.first:
+            progress.csv_bytes = {name: append_csv(self.results / name, COLUMNS[name], added)
+                                  for name, added in rows.items()}
         self.bar.n = progress.round   # exact again after the sum of the clients' shares
         held_out = {row["stage"]: row for row in rows["rounds.csv"] if row["split"] == self.aside}
         if held_out:
@@ -133,7 +143,8 @@ class Run:
                 for stage, row in held_out.items()))
         self.private.commit()
         self.progress = progress
-        if progress.round in self.rounds_kept or time.monotonic() - self.saved_at >= self.every:
+        due = progress.round in self.rounds_kept or time.monotonic() - self.saved_at >= self.every
+        if self.ranks.share(due):
             self.save()
 
     def save(self) -> None:
@@ -142,26 +153,31 @@ class Run:
         if self.saved_round == now.round:
             return
         target, partial = self.models / f"round_{now.round}", self.models / f".round_{now.round}"
-        self._clear(partial)
-        partial.mkdir(parents=True)
-        self.private.export(self.clients, partial)
-        shared = {"round": now.round, "protocol": self.config["protocol"],
-                  "sent": now.sent, "uploads": now.uploads}
-        server = {"round": now.round, "head": now.head, "csv_bytes": now.csv_bytes}
-        write_whole(partial / "shared.pt", lambda file: torch.save(shared, file))
-        write_whole(partial / "server.pt", lambda file: torch.save(server, file))
-        partial.rename(target)
+        if self.ranks.first:
+            self._clear(partial)
+            partial.mkdir(parents=True)
+        self.ranks.share(None)   # wait for that
+        self.private.export(self.ranks.mine(range(self.clients)), partial)
+        self.ranks.gather({})    # wait for everybody's
+        if self.ranks.first:
+            shared = {"round": now.round, "protocol": self.config["protocol"],
+                      "sent": now.sent, "uploads": now.uploads}
+            server = {"round": now.round, "head": now.head, "csv_bytes": now.csv_bytes}
+            write_whole(partial / "shared.pt", lambda file: torch.save(shared, file))
+            write_whole(partial / "server.pt", lambda file: torch.save(server, file))
+            partial.rename(target)
+            self._clear(*(folder for r, folder in self._checkpoints().items()
+                          if r != now.round and r not in self.rounds_kept))
         self.saved_round, self.saved_at = now.round, time.monotonic()
-        self._clear(*(folder for r, folder in self._checkpoints().items()
-                      if r != now.round and r not in self.rounds_kept))
 
     def finish(self) -> None:
         """The last checkpoint, and the mark that nothing is left to do."""
         self.save()
-        self._clear(self.models / ".private")
-        plots.curves_picture(self.results / "curves.png", self.rounds(), self._title())
-        self.config["status"] = "finished"
-        self.write_config()
+        if self.ranks.first:
+            self._clear(self.models / ".private")
+            plots.curves_picture(self.results / "curves.png", self.rounds(), self._title())
+            self.config["status"] = "finished"
+            self.write_config()
 
     def rounds(self) -> pd.DataFrame:
         """``rounds.csv`` so far."""
@@ -219,16 +235,16 @@ class Run:
 
     def _restore(self) -> None:
         """Go back to the latest checkpoint, or to the start: cut the CSVs there and load what it holds."""
-        self.write_config()
-        found = self._checkpoints()
-        csv_bytes = {}
+        if self.ranks.first:
+            self.write_config()
+        found, csv_bytes = self.ranks.share(max(self._checkpoints(), default=0)), {}
         if found:
-            folder, head = found[max(found)], self.progress.head
+            folder, head = self.models / f"round_{found}", self.progress.head
             server, shared = load_checked(folder / "server.pt"), load_checked(folder / "shared.pt")
-            if not (server.keys() == {"round", "head", "csv_bytes"} and server["round"] == max(found)
+            if not (server.keys() == {"round", "head", "csv_bytes"} and server["round"] == found
                     and same_layout(server["head"], head) and {"sent", "uploads"} <= shared.keys()):
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
-            for k in range(self.clients):
+            for k in self.ranks.mine(range(self.clients)):
                 private = read_private(folder / f"client_{k}.pt")
                 if not same_layout(private.parameters, self.private.initial.parameters):
                     raise InputError(f"checkpoint {folder}/client_{k}.pt is of another network; start again "
@@ -236,8 +252,8 @@ class Run:
                 self.private.put(k, private)
             self.private.commit()
             csv_bytes = server["csv_bytes"]
-            self.progress = Progress(max(found), server["head"], shared["sent"], shared["uploads"])
-        for name, columns in COLUMNS.items():
+            self.progress = Progress(found, server["head"], shared["sent"], shared["uploads"])
+        for name, columns in COLUMNS.items() if self.ranks.first else ():
             cut_csv(self.results / name, columns, csv_bytes.get(name))
 
     @staticmethod

@@ -1,6 +1,7 @@
 """What every part needs and no method owns: a user's error, seeding, device, precision, signals."""
 import ctypes
 import hashlib
+import os
 import platform
 import signal
 import subprocess
@@ -27,10 +28,15 @@ def seed_torch(seed: int, purpose: str, client: int = 0, round: int = 0) -> None
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> a device that exists, or InputError."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> a device that exists, or InputError.
+
+    Without a number, processes that torchrun started on one machine take its GPUs in turn.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if name == "cuda" and torch.cuda.device_count():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices "
                          "that PyTorch can use; use --device cpu")
@@ -68,14 +74,14 @@ def keep_freed_memory() -> None:
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM."""
+    """Ctrl-C or SIGTERM, whose number is its argument."""
 
 
 class Interrupts:
     """While entered, SIGINT and SIGTERM raise Interrupted, except inside ``held()``, which they wait for."""
 
     def __enter__(self):
-        self.holding = self.pending = False
+        self.holding, self.pending = False, None
         self.before = {number: signal.signal(number, self._arrived)
                        for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -85,9 +91,9 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _arrived(self, number, frame):
-        self.pending = True
+        self.pending = number
         if not self.holding:
-            raise Interrupted
+            raise Interrupted(number)
 
     @contextmanager
     def held(self):
@@ -98,7 +104,7 @@ class Interrupts:
         finally:
             self.holding = False
         if self.pending:
-            raise Interrupted
+            raise Interrupted(self.pending)
 
 
 def environment(device: torch.device) -> dict:

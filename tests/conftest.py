@@ -84,8 +84,16 @@ class Place:
         return lines[0]
 
 
+@pytest.fixture(scope="session")
+def make_place(driver, tiny_arrays):
+    """A folder -> a Place in it."""
+    def make(folder):
+        (folder / "data").mkdir()
+        np.savez(folder / "data" / "tiny.npz", **tiny_arrays)
+        return Place(folder, driver)
+    return make
+
+
 @pytest.fixture
-def place(tmp_path, driver, tiny_arrays):
-    (tmp_path / "data").mkdir()
-    np.savez(tmp_path / "data" / "tiny.npz", **tiny_arrays)
-    return Place(tmp_path, driver)
+def place(tmp_path, make_place):
+    return make_place(tmp_path)

@@ -1,0 +1,105 @@
+"""Several processes under torchrun: one process's numbers, a death that ends all, another number goes on."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+FLAGS = ("--num_users", 5, "--frac", 0.7, "--checkpoint_seconds", 0)
+
+
+def start(place, launcher, *flags):
+    return subprocess.Popen([*launcher, str(ROOT / "RVE-PFL.py"), *place.argv(*flags)], text=True, env=ENV,
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(place, processes, *flags):
+    process = start(place, [*TORCHRUN, str(processes)], *flags)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def same(first, second):
+    """Two runs' clients.csv, to 1e-5."""
+    names = ["round", "client", "stage", "split", "n"]
+    assert first[names].equals(second[names])
+    figures = first.columns.difference(names)
+    assert np.allclose(first[figures], second[figures], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, make_place):
+    """clients.csv and server.csv of one process."""
+    place = make_place(tmp_path_factory.mktemp("alone"))
+    process = start(place, [sys.executable], *FLAGS)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return [pd.read_csv(place.results / name) for name in ("clients.csv", "server.csv")]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_same_numbers_as_one_process(place, alone, processes):
+    code, out, err = run(place, processes, *FLAGS)
+    assert code == 0, err
+    assert out.count("results:") == 1   # one process speaks for all
+    same(alone[0], pd.read_csv(place.results / "clients.csv"))
+    pd.testing.assert_frame_equal(alone[1], pd.read_csv(place.results / "server.csv"))
+    assert {p.name for p in (place.models / "round_3").iterdir()} == {
+        "shared.pt", "server.pt", *(f"client_{k}.pt" for k in range(5))}
+    assert not (place.models / ".private").exists()
+
+
+def test_a_death_ends_all_and_another_number_goes_on(place, alone):
+    process = start(place, [*TORCHRUN, "2"], *FLAGS)
+    end = time.monotonic() + 120
+    while not (place.models / "round_1").exists() and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                                                  text=True).stdout.split()]
+    os.kill(workers[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    said = [line for line in err.splitlines() if "another process of this run died" in line]
+    assert process.returncode != 0 and len(said) == 1 and "--resume" in said[0], err
+    code, _, err = run(place, 3, *FLAGS, "--resume")
+    assert code == 0, err
+    same(alone[0], pd.read_csv(place.results / "clients.csv"))
+
+
+def test_two_hosts(place, alone):
+    """Two launchers that know of each other only by the master's address."""
+    port = free_port()
+    hosts = [start(place, [*TORCHRUN, "1", "--nnodes", "2", "--node-rank", str(host), "--master-addr",
+                           "127.0.0.1", "--master-port", str(port)], *FLAGS) for host in (0, 1)]
+    for host in hosts:
+        _, err = host.communicate(timeout=240)
+        assert host.returncode == 0, err
+    same(alone[0], pd.read_csv(place.results / "clients.csv"))
+
+
+@pytest.mark.parametrize("flags, says", [(("--frac", 7), "--frac 7"), (("--dataset", "none"), "none.npz")])
+def test_a_mistake_is_told_once(place, flags, says):
+    code, _, err = run(place, 2, *flags)
+    lines = [line for line in err.splitlines() if line.startswith("RVE-PFL.py: error")]
+    assert code != 0 and len(lines) == 1 and says in lines[0], err
+
+
+def test_a_finished_run_is_refused_once(place):
+    assert place.main() == 0
+    code, _, err = run(place, 2)
+    lines = [line for line in err.splitlines() if line.startswith("RVE-PFL.py: error")]
+    assert code != 0 and len(lines) == 1 and "finished" in lines[0], err
