@@ -18,10 +18,12 @@ import torch
 import aggregation
 import datasets
 import sampling
+from figures import over_clients
 from options import args_parser
 from ranks import PeerLost, Ranks
 from runs import Progress, Run, open_run
-from update import METHODS, Client, Diverged, Private, over_clients
+from stacked import stack_size, train_each
+from update import METHODS, Client, Diverged, Private
 from utils import (
     InputError,
     Interrupted,
@@ -124,26 +126,25 @@ def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -
 def federate(args: Namespace, client: Client, run: Run, owned: list, splits: list, ranks: Ranks,
              interrupts: Interrupts) -> None:
     """The rounds: send the head, train the clients, aggregate what they upload, evaluate everyone."""
-    labels = client.labels.cpu().numpy()
+    labels, stack = client.labels.cpu().numpy(), args.stack or stack_size(client.labels.device, args.local_bs)
     for r in range(run.progress.round + 1, args.rounds + 1):
         started, evaluating = time.monotonic(), r % args.eval_every == 0 or r == args.rounds
         if args.resplit:
             splits = sampling.split_all(owned, labels, HELD_OUT, args.seed, "resplit", r)
         sent, uploads, rows = run.progress.head, {}, {}
         asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample", round=r))
-        for k in ranks.mine(asked):
-            train, test = splits[k]
-            try:
-                uploads[k], kept, figures = client.train(k, r, train, sent, run.private.get(k))
-            except Diverged as error:
-                run.say(f"warning: {error}; this client's round is dropped")
+        mine = {k: splits[k][0] for k in ranks.mine(asked)}
+        for k, outcome in train_each(client, r, mine, sent, run.private.get, stack):
+            if isinstance(outcome, Diverged):
+                run.say(f"warning: {outcome}; this client's round is dropped")
                 continue
+            uploads[k], kept, figures = outcome
             run.private.put(k, kept)
             if evaluating:
-                held_out = client.evaluate(k, r, test, uploads[k], kept)
+                held_out = client.evaluate(k, r, splits[k][1], uploads[k], kept)
                 rows[k] = [{"round": r, "client": k, "stage": "trained", "split": "train", **figures},
                            {"round": r, "client": k, "stage": "trained", "split": run.aside, **held_out}]
-            run.advance(r, k, len(ranks.mine(asked)), figures["accuracy"])
+            run.advance(r, k, len(mine), figures["accuracy"])
         uploads, trained = ranks.gather(uploads), ranks.gather(rows)
         if ranks.first and not uploads:
             raise InputError(f"round {r}: no client's loss stayed finite; start again with a smaller --lr")

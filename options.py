@@ -130,6 +130,9 @@ def make_parser() -> Parser:
     add(run, "--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(run, "--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="of convolutions and matrix products; auto: bf16 where the chip has it")
+    add(run, "--stack", type=int, within=(1, 10_000),
+        help="clients trained at a time as one stacked model (if not given: 1 on a CPU; on a GPU as many as "
+             "make 500 images a step)")
     add(run, "--eval_every", type=int, default=1, within=(1, huge),
         help="evaluate every so many rounds, and in the last")
     add(run, "--run_name", help="folder name under RESULTS_DIR and MODELS_DIR "

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 import plots
 from checkpoint import PrivateStore, load_checked, read_private, same_layout
+from figures import FIGURES
 from files import append_csv, cut_csv, write_whole
 from ranks import Ranks
-from update import FIGURES, Private, State
+from update import Private, State
 from utils import InputError
 
 COLUMNS = {

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-from utils import seed_torch
+from figures import Tally
+from utils import rng, seed_torch
 
 State = dict[str, Tensor]
 SHIFT = 4   # pixels, of --augment flip+shift
-FIGURES = ("loss", "accuracy", "precision", "recall", "f1", "kl_nats")
 
 
 @dataclass(frozen=True)
@@ -63,56 +63,6 @@ class Private:
 
     parameters: State
     steps: int = 0
-
-
-class Tally:
-    """Running sums over an epoch, kept on the device so that a step waits for nothing."""
-
-    def __init__(self):
-        self.loss, self.kl, self.predicted, self.labels = [], [], [], []
-
-    def add(self, loss: Tensor, kl: Tensor | None, scores: Tensor, labels: Tensor) -> None:
-        """Per-image losses ``N``, KL ``N`` or None, class scores ``N x num_classes``, labels ``N``."""
-        self.loss.append(loss.detach())
-        self.predicted.append(scores.detach().argmax(1))
-        self.labels.append(labels)
-        if kl is not None:
-            self.kl.append(kl.detach())
-
-    def result(self, num_classes: int) -> dict[str, float]:
-        """Means over images; precision, recall and F1 are macro averages over the classes that occur
-        among labels or predictions, 0 where a ratio is 0/0, as scikit-learn has them."""
-        from torchmetrics.functional import classification  # seconds to import: after the first steps
-
-        predicted, labels = torch.cat(self.predicted).cpu(), torch.cat(self.labels).cpu()
-        macro = {"num_classes": num_classes, "average": "macro"}
-        return {
-            "n": len(labels),
-            "loss": torch.cat(self.loss).double().mean().item(),
-            "accuracy": (predicted == labels).double().mean().item(),
-            "precision": classification.multiclass_precision(predicted, labels, **macro).item(),
-            "recall": classification.multiclass_recall(predicted, labels, **macro).item(),
-            "f1": classification.multiclass_f1_score(predicted, labels, **macro).item(),
-            "kl_nats": torch.cat(self.kl).double().mean().item() if self.kl else float("nan"),
-        }
-
-
-def over_clients(rows: list[dict]) -> list[dict]:
-    """Rows a client -> means over clients, one row for each stage and split in order of appearance.
-
-    ``accuracy_worst`` is the mean of the lowest tenth of the clients, at least one.
-    """
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["stage"], row["split"]), []).append(row)
-    means = []
-    for (stage, split), members in groups.items():
-        column = {name: np.array([row[name] for row in members]) for name in FIGURES}
-        accuracy = np.sort(column["accuracy"])
-        means.append({"stage": stage, "split": split, "accuracy_std": accuracy.std(),
-                      "accuracy_worst": accuracy[:max(1, round(len(accuracy) / 10))].mean(),
-                      **{name: values.mean() for name, values in column.items()}})
-    return means
 
 
 def reflect(index: Tensor, side: int) -> Tensor:
@@ -172,22 +122,24 @@ class Client:
         seed_torch(self.seed, "train", client, round)
         self._load(sent, private)
         self.model.train()
-        optimizer, steps = self._optimizer(), private.steps
-        beta = self.kl_weight * min(1.0, (round - 1) / self.kl_warmup if self.kl_warmup else 1.0)
-        own = torch.from_numpy(indices).to(self.labels.device)
-        for epoch in range(self.epochs):
+        optimizer, steps = self.make_optimizer(dict(self.model.named_parameters())), private.steps
+        orders = rng(self.seed, "order", client, round)   # the same on every device
+        for _ in range(self.epochs):
             tally = Tally()
-            order = torch.randperm(len(own)).to(own.device)
-            for batch in own[order].split(self.batch_size):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["scale"] * self.lr / (1 + self.lr_decay * steps)
-                self._step(optimizer, beta, batch, tally)
+            order = torch.from_numpy(orders.permutation(indices)).to(self.labels.device)
+            for batch in order.split(self.batch_size):
+                self.set_lr(optimizer, steps)
+                self._step(optimizer, round, batch, tally)
                 steps += 1
             if not torch.cat(tally.loss).isfinite().all():
-                raise self._diverged(client, round, epoch)
-        state = self.state()
+                raise self.diverged(client, round)
+        return self.outcome(client, round, self.state(), steps, tally)
+
+    def outcome(self, client: int, round: int, state: State, steps: int,
+                tally: Tally) -> tuple[State, Private, dict[str, float]]:
+        """What ``train`` returns, of a client's parameters after training, or Diverged."""
         if not all(value.isfinite().all() for value in state.values()):   # the very last step's doing
-            raise self._diverged(client, round, epoch)
+            raise self.diverged(client, round)
         upload, kept = self.method.split(state)
         return upload, Private(kept, steps), tally.result(self.num_classes)
 
@@ -200,32 +152,43 @@ class Client:
         self.model.eval()
         tally = Tally()
         for batch in torch.from_numpy(indices).to(self.labels.device).split(512):
-            with torch.autocast(batch.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+            with self.autocast():
                 probabilities, kl = self.model.predict(self._pixels(batch), self.eval_samples)
             loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), self.labels[batch], reduction="none")
             tally.add(loss, kl, probabilities, self.labels[batch])
         return tally.result(self.num_classes)
 
-    def _step(self, optimizer: torch.optim.Optimizer, beta: float, batch: Tensor, tally: Tally) -> None:
+    def objective(self, logits: Tensor, kl: Tensor | None, labels: Tensor,
+                  round: int) -> tuple[Tensor, Tensor]:
+        """``CE + beta KL`` and the CE alone, an image: ``N``, ``N``."""
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        beta = self.kl_weight * min(1.0, (round - 1) / self.kl_warmup if self.kl_warmup else 1.0)
+        return loss if kl is None else loss + beta * kl, loss
+
+    def autocast(self) -> torch.autocast:
+        """The precision of convolutions and matrix products, as a context."""
+        return torch.autocast(self.images.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
+
+    def _step(self, optimizer: torch.optim.Optimizer, round: int, batch: Tensor, tally: Tally) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(batch.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
-            logits, kl = self.model(self._augmented(batch))
-        loss = F.cross_entropy(logits, self.labels[batch], reduction="none")
-        objective = loss.mean() if kl is None else loss.mean() + beta * kl.mean()
-        objective.backward()
+        with self.autocast():
+            logits, kl = self.model(self.augmented(batch))
+        objective, loss = self.objective(logits, kl, self.labels[batch], round)
+        objective.mean().backward()
         optimizer.step()
         tally.add(loss, kl, logits, self.labels[batch])
 
-    def _diverged(self, client: int, round: int, epoch: int) -> Diverged:
+    def diverged(self, client: int, round: int) -> Diverged:
+        """The error, with its likely reason."""
         beta = f", or --kl_weight {self.kl_weight:g}" if self.kl_weight else ""
-        return Diverged(f"client {client}, round {round}: the loss is not finite after local epoch "
-                        f"{epoch + 1}; most likely --lr {self.lr:g}{beta} is too high")
+        return Diverged(f"client {client}, round {round}: the loss is not finite; most likely "
+                        f"--lr {self.lr:g}{beta} is too high")
 
     def _pixels(self, batch: Tensor) -> Tensor:
         """Image numbers ``N`` -> ``N x C x H x W`` in [0, 1], channels-last in memory."""
         return self.images[batch].permute(0, 3, 1, 2).float().div_(255)
 
-    def _augmented(self, batch: Tensor) -> Tensor:
+    def augmented(self, batch: Tensor) -> Tensor:
         """``_pixels``, mirrored left to right with probability 1/2, or shifted too, where asked to.
 
         A shift is up to SHIFT pixels each way, with the image's own mirrored edge filling the gap.
@@ -246,11 +209,17 @@ class Client:
     def _load(self, shared: State, private: Private) -> None:
         self.model.load_state_dict({**shared, **private.parameters})
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def make_optimizer(self, parameters: State) -> torch.optim.Optimizer:
         """A client's own optimiser, new every round as in FedAvg: the head's moments belong to weights that
         the server has since replaced, and the encoder's would treble what a client stores."""
-        groups = [{"params": part.parameters(), "scale": self.head_lr if name == "classifier" else 1.0}
-                  for name, part in self.model.named_children()]
+        groups = [{"params": [value for name, value in parameters.items() if name.startswith(part)],
+                   "scale": scale} for part, scale in (("encoder.", 1.0), ("classifier.", self.head_lr))]
+        groups = [group for group in groups if group["params"]]
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, self.lr, self.momentum, fused=True)
         return torch.optim.Adam(groups, self.lr, eps=1e-7, fused=True)
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        """The learning rates of a client's next step, after ``steps`` of its own."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * self.lr / (1 + self.lr_decay * steps)

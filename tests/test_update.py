@@ -4,7 +4,8 @@ import pytest
 import torch
 from sklearn.metrics import precision_recall_fscore_support
 
-from update import METHODS, Client, Diverged, Private, Tally, over_clients
+from figures import Tally, over_clients
+from update import METHODS, Client, Diverged, Private
 from utils import seed_torch
 
 
@@ -123,20 +124,20 @@ def test_evaluation_uses_the_draws_asked_for(tiny_arrays):
 def test_flip_mirrors_about_half_of_the_training_images_and_nothing_else(tiny_arrays):
     client, head, private = make(tiny_arrays, augment="flip")
     batch = torch.arange(200)
-    x, mirrored = client._pixels(batch), client._augmented(batch)
+    x, mirrored = client._pixels(batch), client.augmented(batch)
     same = (mirrored == x).flatten(1).all(1)
     assert 60 < same.sum() < 140
     assert torch.equal(mirrored[~same], x[~same].flip(3))
     assert mirrored.stride() == x.stride()   # channels-last
     plain, *_ = make(tiny_arrays)
-    assert torch.equal(plain._augmented(batch), x)
+    assert torch.equal(plain.augmented(batch), x)
     assert client.evaluate(0, 1, SECOND, head, private) == plain.evaluate(0, 1, SECOND, head, private)
 
 
 def test_shift_moves_an_image_and_mirrors_its_edges(tiny_arrays):
     client, *_ = make(tiny_arrays, augment="flip+shift")
     client.images = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(300, 8, 8, 1)
-    seen = client._augmented(torch.arange(300)).mul(255).round().int()[:, 0]   # N x H x W, pixel numbers
+    seen = client.augmented(torch.arange(300)).mul(255).round().int()[:, 0]   # N x H x W, pixel numbers
     padded = np.pad(np.arange(64).reshape(8, 8), 4, mode="reflect")
     possible = {padded[i:i + 8, j:j + 8][:, ::step].tobytes(): (i, j, step)
                 for i in range(9) for j in range(9) for step in (1, -1)}
@@ -158,7 +159,7 @@ def test_a_last_step_that_breaks_the_weights_is_noticed(tiny_arrays, monkeypatch
     class Breaking(torch.optim.SGD):
         def step(self):
             self.param_groups[0]["params"][0].data.fill_(float("nan"))
-    monkeypatch.setattr(client, "_optimizer", lambda: Breaking([
+    monkeypatch.setattr(client, "make_optimizer", lambda _: Breaking([
         {"params": client.model.parameters(), "scale": 1.0}], 0.1))
     with pytest.raises(Diverged, match="client 0, round 1"):
         client.train(0, 1, FIRST, head, private)

@@ -1,0 +1,187 @@
+"""A training step and a round of ours, beside a plain PyTorch loop and the machine's floor.
+
+    python benchmarks/speed.py [--repeats 10] [--only cifar]
+
+One process; the two take turns and each figure is a median. `plain` is the loop as peers write it: DataLoader
+with per-image transforms, fp32, a copy of the model a client, a loss read every step. `ours` is update.Client
+with the defaults of RVE-PFL.py. The floor is what the step's arithmetic would take at the rate of a large
+matrix product in the precision used, plus its memory traffic at the rate of a large copy: each parameter's
+gradient and optimiser state, and each tensor kept for the backward pass, once out and once in. Images are
+random: only their shape matters here.
+"""
+import argparse
+import copy
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+
+import _path  # noqa: F401 - lets this script import the project
+import numpy as np
+import torch
+import torch.nn.functional as F
+from plain import Plain, SmallCNN, Workload
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import aggregation
+import models
+from figures import Tally
+from update import Client, Method, Private
+from utils import choose_device, choose_precision, environment, keep_freed_memory
+
+GREY, COLOUR = (1, 28, 28), (3, 32, 32)
+WORKLOADS = {
+    "rve_pfl mnist, batch 256": Workload(models.RVE, GREY, 256, "adam", 2, 6, 1),
+    "rve_pfl cifar, batch 256": Workload(models.RVE, COLOUR, 256, "adam", 2, 6, 1),
+    "rve_pfl mnist, batch 32": Workload(models.RVE, GREY, 32, "adam", 2, 12, 4),
+    "rve_pfl cifar, batch 32": Workload(models.RVE, COLOUR, 32, "adam", 2, 12, 4),
+    "50 small clients cifar, batch 10": Workload(SmallCNN, COLOUR, 10, "sgd", 50, 5, 20),
+}
+
+
+class Ours:
+    """The project's own client, at its defaults."""
+
+    def __init__(self, work: Workload, images: np.ndarray, labels: np.ndarray, device: torch.device,
+                 precision: str):
+        self.client = Client(
+            work.model().to(device, memory_format=torch.channels_last),
+            Method(work.network, "classifier.", ""), torch.from_numpy(images).to(device),
+            torch.from_numpy(labels).to(device), 10, seed=1, epochs=1, batch_size=work.batch,
+            optimizer=work.optimizer, lr=1e-3, head_lr=0.1, lr_decay=1e-3, momentum=0.0, kl_weight=1e-5,
+            kl_warmup=0, eval_samples=8, augment="none", dtype=choose_precision(precision, device))
+        self.parts = np.split(np.arange(len(labels)), work.clients)
+        self.head, private = self.client.method.split(self.client.state())
+        self.private = dict.fromkeys(range(work.clients), Private(private))
+        self.rounds, self.batch, self.endless = 0, work.batch, self._endless()
+
+    def _endless(self):
+        """A client's training, step by step; what ``Client.train`` does around it is timed by ``round``."""
+        self.client.model.train()
+        optimizer, tally = self.client.make_optimizer(dict(self.client.model.named_parameters())), Tally()
+        while True:
+            for batch in torch.randperm(len(self.parts[0])).to(self.client.labels.device).split(self.batch):
+                yield self.client._step(optimizer, 1, batch, tally)
+
+    def step(self) -> None:
+        next(self.endless)
+
+    def round(self) -> None:
+        self.rounds += 1
+        uploads = {}
+        for k, own in enumerate(self.parts):
+            uploads[k], self.private[k], _ = self.client.train(
+                k, self.rounds, own, self.head, self.private[k])
+        self.head, _ = aggregation.mean(self.head, uploads, dict.fromkeys(uploads, 1))
+
+
+def as_peers_allocate() -> None:
+    """Undo ``keep_freed_memory``: what glibc's own adjustment arrives at after its first big tensors."""
+    m_trim_threshold, m_top_pad, m_mmap_threshold, m_mmap_max = -1, -2, -3, -4   # <malloc.h>
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((m_mmap_max, 65536), (m_mmap_threshold, 2**25), (m_trim_threshold, 2**26),
+                          (m_top_pad, 2**17)):
+        mallopt(option, value)
+
+
+def timed(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Seconds a call."""
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / times
+
+
+def in_turns(plain: Callable, ours: Callable, device: torch.device, repeats: int, times: int) -> list[float]:
+    """Median seconds of each, called by turns; the first turn does not count.
+
+    Short calls (``times`` of them, timed together) follow one untimed call, which finds the caches cold.
+    """
+    seconds = ([], [])
+    for _ in range(repeats + 1):
+        for allocate, call, column in ((as_peers_allocate, plain, seconds[0]),
+                                       (keep_freed_memory, ours, seconds[1])):
+            allocate()
+            if times:
+                call()
+            column.append(timed(call, device, max(1, times)))
+    return [statistics.median(column[1:]) for column in seconds]
+
+
+def rates(dtype: torch.dtype, device: torch.device, repeats: int) -> tuple[float, float]:
+    """Operations a second of a large matrix product, bytes a second of a large copy (read and written)."""
+    side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    source, target = torch.zeros(2, size // 4, device=device)
+    product, copied = [], []
+    for _ in range(repeats + 2):
+        product.append(timed(lambda: a @ b, device))
+        copied.append(timed(lambda: target.copy_(source), device))
+    return 2 * side**3 / statistics.median(product[2:]), 2 * size / statistics.median(copied[2:])
+
+
+def counted(work: Workload, ours: Ours) -> tuple[int, int]:
+    """A step's operations, and the bytes it cannot help moving (see the file's docstring)."""
+    kept, client = {}, ours.client
+    model = copy.deepcopy(client.model)
+    batch = torch.arange(work.batch, device=client.labels.device)
+
+    def note(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, \
+            torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), \
+            torch.autocast(batch.device.type, torch.bfloat16, client.dtype == torch.bfloat16):
+        logits, kl = model(client._pixels(batch))
+        loss = F.cross_entropy(logits, client.labels[batch]) + (0 if kl is None else kl.mean())
+        loss.backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    # a gradient written; then SGD reads it and the weight and writes the weight; Adam two moments besides
+    update = 4 * (1 + 3) if work.optimizer == "sgd" else 4 * (1 + 7)
+    return counter.get_total_flops(), parameters * update + 2 * sum(kept.values())
+
+
+def measure(name: str, work: Workload, args: argparse.Namespace, device: torch.device,
+            rate: tuple[float, float]) -> str:
+    """One line of the table."""
+    channels, height, width = work.image_shape
+    count = work.clients * work.batches * work.batch
+    drawn = np.random.default_rng(1)
+    images = drawn.integers(0, 256, (count, height, width, channels), np.uint8)
+    labels = drawn.integers(0, 10, count)
+    plain, ours = Plain(work, images, labels, device), Ours(work, images, labels, device, args.precision)
+    operations, moved = counted(work, ours)
+    floor = operations / rate[0] + moved / rate[1]
+    step = in_turns(plain.step, ours.step, device, args.repeats, work.steps)
+    whole = in_turns(plain.round, ours.round, device, args.repeats, 0)
+    return (f"{name:<34}{1e3 * step[0]:9.1f}{1e3 * step[1]:9.1f}{step[0] / step[1]:7.2f}{1e3 * floor:9.1f}"
+            f"{floor / step[1]:8.0%}{whole[0]:9.2f}{whole[1]:9.2f}{whole[0] / whole[1]:7.2f}"
+            f"   {operations / 1e9:.1f} GFLOP, {moved / 1e9:.2f} GB a step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=10, help="turns whose median is taken")
+    parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of ours")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    dtype = choose_precision(args.precision, device)
+    rate = rates(dtype, device, args.repeats)
+    print(f"{environment(device)['device']}, PyTorch {torch.__version__}, ours in {dtype}; "
+          f"products {rate[0] / 1e9:.0f} GFLOP/s, copies {rate[1] / 1e9:.1f} GB/s; medians of {args.repeats}")
+    print(f"{'':<34}{'step, ms':^42}{'round, s':^25}\n{'':<34}{'plain':>9}{'ours':>9}{'x':>7}{'floor':>9}"
+          f"{'reached':>8}{'plain':>9}{'ours':>9}{'x':>7}")
+    for name, work in WORKLOADS.items():
+        if args.only in name:
+            print(measure(name, work, args, device, rate), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What is measured of predictions: sums over a client's images, and means over clients."""
+import numpy as np
+import torch
+from torch import Tensor
+
+FIGURES = ("loss", "accuracy", "precision", "recall", "f1", "kl_nats")
+
+
+class Tally:
+    """Running sums over an epoch, kept on the device so that a step waits for nothing."""
+
+    def __init__(self):
+        self.loss, self.kl, self.predicted, self.labels = [], [], [], []
+
+    def add(self, loss: Tensor, kl: Tensor | None, scores: Tensor, labels: Tensor) -> None:
+        """Per-image losses ``N``, KL ``N`` or None, class scores ``N x num_classes``, labels ``N``."""
+        self.loss.append(loss.detach())
+        self.predicted.append(scores.detach().argmax(1))
+        self.labels.append(labels)
+        if kl is not None:
+            self.kl.append(kl.detach())
+
+    def result(self, num_classes: int) -> dict[str, float]:
+        """Means over images; precision, recall and F1 are macro averages over the classes that occur
+        among labels or predictions, 0 where a ratio is 0/0, as scikit-learn has them."""
+        from torchmetrics.functional import classification  # seconds to import: after the first steps
+
+        predicted, labels = torch.cat(self.predicted).cpu(), torch.cat(self.labels).cpu()
+        macro = {"num_classes": num_classes, "average": "macro"}
+        return {
+            "n": len(labels),
+            "loss": torch.cat(self.loss).double().mean().item(),
+            "accuracy": (predicted == labels).double().mean().item(),
+            "precision": classification.multiclass_precision(predicted, labels, **macro).item(),
+            "recall": classification.multiclass_recall(predicted, labels, **macro).item(),
+            "f1": classification.multiclass_f1_score(predicted, labels, **macro).item(),
+            "kl_nats": torch.cat(self.kl).double().mean().item() if self.kl else float("nan"),
+        }
+
+
+def over_clients(rows: list[dict]) -> list[dict]:
+    """Rows a client -> means over clients, one row for each stage and split in order of appearance.
+
+    ``accuracy_worst`` is the mean of the lowest tenth of the clients, at least one.
+    """
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["stage"], row["split"]), []).append(row)
+    means = []
+    for (stage, split), members in groups.items():
+        column = {name: np.array([row[name] for row in members]) for name in FIGURES}
+        accuracy = np.sort(column["accuracy"])
+        means.append({"stage": stage, "split": split, "accuracy_std": accuracy.std(),
+                      "accuracy_worst": accuracy[:max(1, round(len(accuracy) / 10))].mean(),
+                      **{name: values.mean() for name, values in column.items()}})
+    return means
