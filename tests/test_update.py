@@ -1,4 +1,6 @@
 """A client's round: what travels, what training and evaluation compute, and from which draws."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from figures import Tally, over_clients
 from update import METHODS, Client, Diverged, Private
-from utils import seed_torch
+from utils import rng, seed_torch
 
 
 def make(tiny_arrays, name="rve_pfl", **changes):
@@ -202,3 +204,47 @@ def test_bf16_agrees_with_fp32(tiny_arrays):
         assert all(value.dtype == torch.float32 for value in upload.values())
         accuracy[dtype] = client.evaluate(0, 1, SECOND, upload, kept)["accuracy"]
     assert abs(accuracy[torch.float32] - accuracy[torch.bfloat16]) <= 0.05
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_fast_path_gives_the_plain_loops_numbers(tiny_arrays, name):
+    """A textbook's: images as floats, contiguous, Adam as PyTorch writes it, the loss read every step."""
+    client, head, private = make(tiny_arrays, name, epochs=2, head_lr=0.3)
+    plain = copy.deepcopy(client.model)
+    client.model.to(memory_format=torch.channels_last)
+    upload, kept, figures = client.train(0, 3, FIRST, head, private)
+
+    images, labels = client.images.permute(0, 3, 1, 2).contiguous() / 255, client.labels
+    optimizer = torch.optim.Adam([
+        {"params": [p for n, p in plain.named_parameters() if n.startswith(part)], "lr": lr}
+        for part, lr in (("encoder", 1e-3), ("classifier", 3e-4))], eps=1e-7, fused=False, foreach=False)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 1e-3 * step))
+    orders = rng(1, "order", 0, 3)
+    seed_torch(1, "train", 0, 3)
+    plain.train()
+    for _ in range(2):
+        losses, order = [], torch.from_numpy(orders.permutation(FIRST))
+        for batch in order.split(32):
+            optimizer.zero_grad()
+            logits, kl = plain(images[batch])
+            loss = torch.nn.functional.cross_entropy(logits, labels[batch])
+            (loss + 1e-5 * (0 if kl is None else kl.mean())).backward()
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item() * len(batch))
+    trained = {**upload, **kept.parameters}
+    assert all(torch.allclose(value, trained[name], atol=1e-5) for name, value in plain.state_dict().items())
+    assert figures["loss"] == pytest.approx(sum(losses) / len(FIRST), abs=1e-5)
+
+
+def test_bf16_computes_what_fp32_does(tiny_arrays):
+    """One step: over many, any difference in rounding grows."""
+    figures = []
+    for dtype in (torch.float32, torch.bfloat16):
+        client, head, private = make(tiny_arrays, batch_size=160, dtype=dtype)
+        upload, kept, found = client.train(0, 1, np.arange(160), head, private)
+        assert all(value.dtype == torch.float32 for value in (*upload.values(), *kept.parameters.values()))
+        figures.append(found)
+    assert figures[1]["loss"] == pytest.approx(figures[0]["loss"], rel=0.01)
+    assert figures[1]["kl_nats"] == pytest.approx(figures[0]["kl_nats"], rel=0.01)
+    assert figures[1]["loss"] != figures[0]["loss"]   # else bf16 was not used
