@@ -16,12 +16,12 @@ METHODS = ("rve_pfl", "lg_fedavg", "local", "fedavg")
 SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the head
 NOISY = ("rve_pfl", "local")                # and among them those whose encoder is variational
 
-# What depends on the data set (how each was chosen, and what is provisional: README); a NAME without a row of
+# What depends on the data set (how each was chosen: README); a NAME without a row of
 # its own has the first. Then who reads each, and what it is where nobody does.
 CHOSEN = {
     "": {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8, "head_lr": 0.1,
          "augment": "none"},
-    "cifar": {"augment": "flip"},
+    "cifar": {"augment": "flip+shift"},
 }
 READ_BY = {"kl_weight": NOISY, "kl_warmup": NOISY, "init_logvar": NOISY, "eval_samples": NOISY,
            "head_lr": SPLIT, "augment": METHODS}
@@ -110,6 +110,8 @@ def make_parser() -> Parser:
         help="the shared head's learning rate as a multiple of --lr (by data set if not given)")
     add(federated, "--lr_decay", type=float, default=1e-3, within=(0, 1e3),
         help="lr / (1 + lr_decay * steps a client has made)")
+    add(federated, "--lr_warmup", type=float, default=0.2, within=(0, 1),
+        help="share of a round's steps over which lr rises from 0, since a client's optimiser starts anew")
     add(federated, "--momentum", type=float, default=0.0, within=(0, 0.9999), help="of --optimizer sgd")
 
     model = parser.add_argument_group("model")

@@ -62,7 +62,8 @@ def _train(client: Client, round: int, indices: dict[int, np.ndarray], sent: Sta
     states = [{**sent, **own.parameters} for own in privates.values()]
     parameters = {name: torch.stack([state[name] for state in states]).to(device).requires_grad_()
                   for name in states[0]}   # S x ...
-    optimizer, steps = client.make_optimizer(parameters), next(iter(privates.values())).steps
+    optimizer, before = client.make_optimizer(parameters), next(iter(privates.values())).steps
+    steps, most = before, max(map(len, indices.values()))   # as many batches for all
     orders = {k: rng(client.seed, "order", k, round) for k in indices}
     client.model.train()
     gradient = vmap(grad(_objective(client, round), has_aux=True), randomness="different")
@@ -71,7 +72,7 @@ def _train(client: Client, round: int, indices: dict[int, np.ndarray], sent: Sta
         numbers, counts = _batches({k: orders[k].permutation(own) for k, own in indices.items()},
                                    client.batch_size)
         for batch, counted in zip(numbers.to(device), counts.to(device), strict=True):   # S x B each
-            client.set_lr(optimizer, steps)
+            client.set_lr(optimizer, steps, steps - before, most)
             images = client.augmented(batch.flatten()).unflatten(0, batch.shape)   # S x B x C x H x W
             labels = client.labels[batch]
             values = {name: value.detach() for name, value in parameters.items()}

@@ -79,6 +79,8 @@ class Client:
         images: all images pooled, ``N x H x W x C`` uint8, on that device.
         labels: ``N`` int64, on that device.
         lr_decay: learning rate ``lr / (1 + lr_decay * step)``, step counted over all rounds.
+        lr_warmup: share of a round's steps over which it rises from 0: a new Adam's first steps are all as
+            long as the learning rate, since it does not know the gradients' size yet.
         head_lr: the head's learning rate as a multiple of the encoder's.
         kl_weight: beta, on the KL summed over z; reached from 0, linearly over ``kl_warmup`` rounds.
         eval_samples: draws of z averaged in a prediction.
@@ -98,6 +100,7 @@ class Client:
     lr: float
     head_lr: float
     lr_decay: float
+    lr_warmup: float
     momentum: float
     kl_weight: float
     kl_warmup: int
@@ -128,7 +131,7 @@ class Client:
             tally = Tally()
             order = torch.from_numpy(orders.permutation(indices)).to(self.labels.device)
             for batch in order.split(self.batch_size):
-                self.set_lr(optimizer, steps)
+                self.set_lr(optimizer, steps, steps - private.steps, len(indices))
                 self._step(optimizer, round, batch, tally)
                 steps += 1
             if not torch.cat(tally.loss).isfinite().all():
@@ -219,7 +222,9 @@ class Client:
             return torch.optim.SGD(groups, self.lr, self.momentum, fused=True)
         return torch.optim.Adam(groups, self.lr, eps=1e-7, fused=True)
 
-    def set_lr(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        """The learning rates of a client's next step, after ``steps`` of its own."""
+    def set_lr(self, optimizer: torch.optim.Optimizer, steps: int, done: int, images: int) -> None:
+        """The learning rates of a client's next step, after ``steps`` in all and ``done`` in this round."""
+        warm = self.lr_warmup * self.epochs * -(-images // self.batch_size)
+        factor = min(1.0, (done + 1) / max(warm, 1)) / (1 + self.lr_decay * steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * self.lr / (1 + self.lr_decay * steps)
+            group["lr"] = group["scale"] * self.lr * factor

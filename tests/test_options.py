@@ -13,7 +13,8 @@ BAD = [
     ("--num_users 0", "--num_users"), ("--num_users -3", "--num_users"), ("--num_users two", "num_users"),
     ("--rounds 0", "--rounds"), ("--frac 0", "--frac"), ("--frac 1.5", "--frac"), ("--frac nan", "--frac"),
     ("--local_ep 0", "--local_ep"), ("--local_bs 0", "--local_bs"), ("--lr 0", "--lr"),
-    ("--lr inf", "--lr"), ("--lr -1", "--lr"), ("--lr_decay -1", "--lr_decay"), ("--head_lr -1", "--head_lr"),
+    ("--lr inf", "--lr"), ("--lr -1", "--lr"), ("--lr_decay -1", "--lr_decay"),
+    ("--lr_warmup 2", "--lr_warmup"), ("--head_lr -1", "--head_lr"), ("--stack 0", "--stack"),
     ("--kl_weight -1", "--kl_weight"), ("--kl_warmup -1", "--kl_warmup"),
     ("--eval_samples 0", "--eval_samples"),
     ("--init_logvar 99", "--init_logvar"), ("--eval_every 0", "--eval_every"), ("--seed -1", "--seed"),
@@ -63,7 +64,7 @@ def test_defaults_are_the_papers():
 
 
 def test_what_depends_on_the_data_set_is_filled_in():
-    assert args_parser(["--dataset", "cifar"]).augment == "flip"
+    assert args_parser(["--dataset", "cifar"]).augment == "flip+shift"
     assert args_parser(["--dataset", "cifar", "--augment", "none"]).augment == "none"
     own = args_parser(["--dataset", "my_own"])
     assert (own.augment, own.head_lr, own.kl_weight) == ("none", 0.1, 1e-5)

@@ -16,8 +16,8 @@ def make(tiny_arrays, name="rve_pfl", **changes):
     seed_torch(1, "init")
     model = method.build((1, 8, 8), 4, -4.0)
     settings = {"seed": 1, "epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "head_lr": 1.0,
-                "lr_decay": 1e-3, "momentum": 0.0, "kl_weight": 1e-5, "kl_warmup": 0, "eval_samples": 4,
-                "augment": "none", "dtype": torch.float32, **changes}
+                "lr_decay": 1e-3, "lr_warmup": 0.0, "momentum": 0.0, "kl_weight": 1e-5, "kl_warmup": 0,
+                "eval_samples": 4, "augment": "none", "dtype": torch.float32, **changes}
     client = Client(model, method, torch.from_numpy(tiny_arrays["train_images"]),
                     torch.from_numpy(tiny_arrays["train_labels"]).long(), 4, **settings)
     head, private = method.split(client.state())
@@ -209,7 +209,7 @@ def test_bf16_agrees_with_fp32(tiny_arrays):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_fast_path_gives_the_plain_loops_numbers(tiny_arrays, name):
     """A textbook's: images as floats, contiguous, Adam as PyTorch writes it, the loss read every step."""
-    client, head, private = make(tiny_arrays, name, epochs=2, head_lr=0.3)
+    client, head, private = make(tiny_arrays, name, epochs=2, head_lr=0.3, lr_warmup=0.5)
     plain = copy.deepcopy(client.model)
     client.model.to(memory_format=torch.channels_last)
     upload, kept, figures = client.train(0, 3, FIRST, head, private)
@@ -218,7 +218,8 @@ def test_the_fast_path_gives_the_plain_loops_numbers(tiny_arrays, name):
     optimizer = torch.optim.Adam([
         {"params": [p for n, p in plain.named_parameters() if n.startswith(part)], "lr": lr}
         for part, lr in (("encoder", 1e-3), ("classifier", 3e-4))], eps=1e-7, fused=False, foreach=False)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 1e-3 * step))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 4) / (1 + 1e-3 * step))
     orders = rng(1, "order", 0, 3)
     seed_torch(1, "train", 0, 3)
     plain.train()
