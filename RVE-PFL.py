@@ -19,6 +19,7 @@ import aggregation
 import datasets
 import sampling
 from figures import over_clients
+from graphed import GraphedClient
 from options import args_parser
 from ranks import PeerLost, Ranks
 from runs import Progress, Run, open_run
@@ -74,7 +75,7 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         data = datasets.load(args.dataset, args.data_dir)
     owned, splits = deal(args, data.labels)
     client = make_client(args, data, device)
-    head, private = client.method.split(client.state())
+    head, private = client.split(client.state())
     protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
     config = {
         "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
@@ -114,7 +115,8 @@ def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -
     method = METHODS[args.method]
     seed_torch(args.seed, "init")
     model = method.build(data.image_shape, data.num_classes, args.init_logvar)
-    return Client(
+    kind = GraphedClient if device.type == "cuda" else Client
+    return kind(
         model.to(device, memory_format=torch.channels_last), method, torch.from_numpy(data.images).to(device),
         torch.from_numpy(data.labels).to(device), data.num_classes, seed=args.seed, epochs=args.local_ep,
         batch_size=args.local_bs, optimizer=args.optimizer, lr=args.lr, head_lr=args.head_lr,

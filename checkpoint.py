@@ -63,16 +63,20 @@ def off_heap(state: State) -> State:
 
 
 class PrivateStore:
-    """What stays with each client between its turns: in memory up to MEMORY bytes, then in files.
+    """What stays with each client between turns: on the GPU that trains, up to half of what is free there,
+    then in memory up to MEMORY bytes, then in files.
 
     ``put`` is provisional until ``commit``: a round cut short leaves everybody as before it. Files are
     never written twice, so a checkpoint can hard-link them instead of copying.
     """
 
     def __init__(self, folder: Path, initial: Private, memory: int = MEMORY):
-        self.folder, self.initial, self.free = folder, initial, memory
+        self.folder, self.initial = folder, initial
         self.kept, self.new, self.serial = {}, {}, 0
         self.size = sum(value.nbytes for value in initial.parameters.values())
+        self.free = {"cpu": memory}   # bytes left, by the kind of device
+        if initial.kind == "cuda":
+            self.free["cuda"] = torch.cuda.mem_get_info()[0] // 2
 
     def get(self, client: int) -> Private:
         """The client's latest; a client that has never trained has what all began with."""
@@ -82,13 +86,15 @@ class PrivateStore:
     def put(self, client: int, private: Private) -> None:
         """Remember for this round."""
         entry = private
-        if self.size > self.free:
+        if private.kind == "cuda" and self.size <= self.free["cuda"]:
+            self.free["cuda"] -= self.size
+        elif self.size <= self.free["cpu"]:
+            self.free["cpu"] -= self.size
+            entry = Private(off_heap(private.parameters), private.steps)
+        else:
             self.serial += 1
             entry = self.folder / f"{client}-{self.serial}.pt"
             write_private(entry, private)
-        else:
-            self.free -= self.size
-            entry = Private(off_heap(private.parameters), private.steps)
         self.new[client] = entry
 
     def commit(self) -> None:
@@ -98,7 +104,7 @@ class PrivateStore:
             if isinstance(old, Path):
                 old.unlink()
             elif old is not None:
-                self.free += self.size
+                self.free[old.kind] += self.size
         self.new = {}
 
     def export(self, clients: Iterable[int], folder: Path) -> None:
@@ -118,7 +124,8 @@ class PrivateStore:
 
 def write_private(path: Path, private: Private) -> None:
     """Write a ``client_<k>.pt``."""
-    write_whole(path, lambda file: torch.save(vars(private), file))
+    parameters = {name: value.cpu() for name, value in private.parameters.items()}
+    write_whole(path, lambda file: torch.save({"parameters": parameters, "steps": private.steps}, file))
 
 
 def read_private(path: Path) -> Private:

@@ -83,15 +83,14 @@ def _train(client: Client, round: int, indices: dict[int, np.ndarray], sent: Sta
             optimizer.step()
             steps += 1
             epoch.append((loss, kl[0] if kl else None, logits, labels, counted))
-    final = {name: value.detach().cpu() for name, value in parameters.items()}
     for s, k in enumerate(indices):
         tally = Tally()
         for loss, kl, logits, labels, counted in epoch:
             real = counted[s] > 0
             tally.add(loss[s][real], None if kl is None else kl[s][real], logits[s][real], labels[s][real])
         try:
-            yield k, client.outcome(k, round, {name: value[s].clone() for name, value in final.items()},
-                                    steps, tally)
+            yield k, client.outcome(k, round, {name: value[s].detach().clone()
+                                               for name, value in parameters.items()}, steps, tally)
         except Diverged as error:
             yield k, error
 

@@ -64,6 +64,11 @@ class Private:
     parameters: State
     steps: int = 0
 
+    @property
+    def kind(self) -> str:
+        """The kind of device that its parameters are on."""
+        return next((value.device.type for value in self.parameters.values()), "cpu")
+
 
 def reflect(index: Tensor, side: int) -> Tensor:
     """Bring pixel numbers that lie past an edge back inside, as a mirror at the edge would."""
@@ -109,8 +114,13 @@ class Client:
     dtype: torch.dtype
 
     def state(self) -> State:
-        """A copy of the working model's parameters, on the CPU."""
-        return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+        """A copy of the working model's parameters, on their device."""
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def split(self, state: State) -> tuple[State, State]:
+        """What is shared, in main memory, and what stays private, where it is."""
+        shared, private = self.method.split(state)
+        return {name: value.cpu() for name, value in shared.items()}, private
 
     def train(self, client: int, round: int, indices: np.ndarray, sent: State,
               private: Private) -> tuple[State, Private, dict[str, float]]:
@@ -132,7 +142,7 @@ class Client:
             order = torch.from_numpy(orders.permutation(indices)).to(self.labels.device)
             for batch in order.split(self.batch_size):
                 self.set_lr(optimizer, steps, steps - private.steps, len(indices))
-                self._step(optimizer, round, batch, tally)
+                tally.add(*self._step(optimizer, round, batch), self.labels[batch])
                 steps += 1
             if not torch.cat(tally.loss).isfinite().all():
                 raise self.diverged(client, round)
@@ -141,9 +151,9 @@ class Client:
     def outcome(self, client: int, round: int, state: State, steps: int,
                 tally: Tally) -> tuple[State, Private, dict[str, float]]:
         """What ``train`` returns, of a client's parameters after training, or Diverged."""
-        if not all(value.isfinite().all() for value in state.values()):   # the very last step's doing
+        if not torch.stack([value.isfinite().all() for value in state.values()]).all():   # the last step
             raise self.diverged(client, round)
-        upload, kept = self.method.split(state)
+        upload, kept = self.split(state)
         return upload, Private(kept, steps), tally.result(self.num_classes)
 
     @torch.inference_mode()
@@ -165,21 +175,26 @@ class Client:
                   round: int) -> tuple[Tensor, Tensor]:
         """``CE + beta KL`` and the CE alone, an image: ``N``, ``N``."""
         loss = F.cross_entropy(logits, labels, reduction="none")
-        beta = self.kl_weight * min(1.0, (round - 1) / self.kl_warmup if self.kl_warmup else 1.0)
-        return loss if kl is None else loss + beta * kl, loss
+        return loss if kl is None else loss + self.beta(round) * kl, loss
+
+    def beta(self, round: int) -> float:
+        """``kl_weight``, or the part of it that its warm-up has reached."""
+        return self.kl_weight * min(1.0, (round - 1) / self.kl_warmup if self.kl_warmup else 1.0)
 
     def autocast(self) -> torch.autocast:
         """The precision of convolutions and matrix products, as a context."""
         return torch.autocast(self.images.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
 
-    def _step(self, optimizer: torch.optim.Optimizer, round: int, batch: Tensor, tally: Tally) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer, round: int,
+              batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """One step on a batch of image numbers -> loss and KL an image, logits."""
         optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             logits, kl = self.model(self.augmented(batch))
         objective, loss = self.objective(logits, kl, self.labels[batch], round)
         objective.mean().backward()
         optimizer.step()
-        tally.add(loss, kl, logits, self.labels[batch])
+        return loss, kl, logits
 
     def diverged(self, client: int, round: int) -> Diverged:
         """The error, with its likely reason."""
@@ -227,4 +242,8 @@ class Client:
         warm = self.lr_warmup * self.epochs * -(-images // self.batch_size)
         factor = min(1.0, (done + 1) / max(warm, 1)) / (1 + self.lr_decay * steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * self.lr * factor
+            rate = group["scale"] * self.lr * factor
+            if isinstance(group["lr"], Tensor):   # a captured step reads it where it is
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate

@@ -53,7 +53,7 @@ class Ours:
             kl_weight=1e-5, kl_warmup=0, eval_samples=8, augment="none",
             dtype=choose_precision(precision, device))
         self.parts = np.split(np.arange(len(labels)), work.clients)
-        self.head, private = self.client.method.split(self.client.state())
+        self.head, private = self.client.split(self.client.state())
         self.private = dict.fromkeys(range(work.clients), Private(private))
         self.rounds, self.batch, self.endless = 0, work.batch, self._endless()
 
@@ -63,7 +63,8 @@ class Ours:
         optimizer, tally = self.client.make_optimizer(dict(self.client.model.named_parameters())), Tally()
         while True:
             for batch in torch.randperm(len(self.parts[0])).to(self.client.labels.device).split(self.batch):
-                yield self.client._step(optimizer, 1, batch, tally)
+                tally.add(*self.client._step(optimizer, 1, batch), self.client.labels[batch])
+                yield
 
     def step(self) -> None:
         next(self.endless)

@@ -29,7 +29,7 @@ def sweep(args, clients: int) -> None:
     data = datasets.load(args.dataset, args.data_dir)
     splits = driver.deal(args, data.labels)[1][:clients]
     client = driver.make_client(args, data, choose_device(args.device))
-    head, private = client.method.split(client.state())
+    head, private = client.split(client.state())
     kept = [Private(private)] * clients
     for r in range(1, args.rounds + 1):
         start, uploads, accuracy = time.monotonic(), {}, {"training": [], "trained": [], "deployed": []}
