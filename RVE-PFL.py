@@ -82,12 +82,13 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         "processes": ranks.size,
         "precision": str(client.dtype), "parameters": client.method.count(client.model),
         "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}}
+    server = make_server(args, splits)
     with open_run(config, Private(private), head, ranks) as run:
         if not run.finished:
             if ranks.first:
                 run.write_partition(owned, splits, data.labels)
             try:
-                federate(args, client, run, owned, splits, ranks, interrupts)
+                federate(args, client, server, run, owned, splits, ranks, interrupts)
                 with interrupts.held():
                     run.finish()
             except (Interrupted, InputError):
@@ -125,16 +126,26 @@ def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -
         dtype=choose_precision(args.precision, device))
 
 
-def federate(args: Namespace, client: Client, run: Run, owned: list, splits: list, ranks: Ranks,
-             interrupts: Interrupts) -> None:
+def make_server(args: Namespace, splits: list) -> aggregation.Server:
+    """How the method aggregates."""
+    return METHODS[args.method].server(aggregation.Setting(
+        seed=args.seed, clients=args.num_users, frac=args.frac, rounds=args.rounds,
+        smallest=min(len(train) for train, _ in splits), epsilon=args.epsilon, delta=args.delta,
+        clip=args.clip, exposures=args.exposures, noise_multiplier=args.noise_multiplier))
+
+
+def federate(args: Namespace, client: Client, server: aggregation.Server, run: Run, owned: list, splits: list,
+             ranks: Ranks, interrupts: Interrupts) -> None:
     """The rounds: send the head, train the clients, aggregate what they upload, evaluate everyone."""
     labels, stack = client.labels.cpu().numpy(), args.stack or stack_size(client.labels.device, args.local_bs)
+    server.memory.update(run.progress.memory)
     for r in range(run.progress.round + 1, args.rounds + 1):
         started, evaluating = time.monotonic(), r % args.eval_every == 0 or r == args.rounds
         if args.resplit:
             splits = sampling.split_all(owned, labels, HELD_OUT, args.seed, "resplit", r)
         sent, uploads, rows = run.progress.head, {}, {}
-        asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample", round=r))
+        asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample", round=r),
+                                        client.method.poisson)
         mine = {k: splits[k][0] for k in ranks.mine(asked)}
         for k, outcome in train_each(client, r, mine, sent, run.private.get, stack):
             if isinstance(outcome, Diverged):
@@ -148,17 +159,19 @@ def federate(args: Namespace, client: Client, run: Run, owned: list, splits: lis
                            {"round": r, "client": k, "stage": "trained", "split": run.aside, **held_out}]
             run.advance(r, k, len(mine), figures["accuracy"])
         uploads, trained = ranks.gather(uploads), ranks.gather(rows)
-        if ranks.first and not uploads:
+        if ranks.first and asked and not uploads:
             raise InputError(f"round {r}: no client's loss stayed finite; start again with a smaller --lr")
-        head, report = aggregation.mean(sent, uploads, {k: len(splits[k][0]) for k in asked})
-        head = ranks.share(head)
+        report = []
+        if ranks.first:
+            head, uploads, report = server(r, sent, uploads, {k: len(splits[k][0]) for k in asked})
+        head = ranks.share(head if ranks.first else None)
         deployed = ranks.gather({k: {"round": r, "client": k, "stage": "deployed", "split": run.aside,
                                      **client.evaluate(k, r, splits[k][1], head, run.private.get(k))}
                                  for k in ranks.mine(range(args.num_users)) if evaluating})
         rows = [*itertools.chain(*trained.values()), *deployed.values()]
         means = [{"round": r, **mean, "seconds": time.monotonic() - started} for mean in over_clients(rows)]
         with interrupts.held():
-            run.end_round(Progress(r, head, sent, uploads), {
+            run.end_round(Progress(r, head, sent, uploads, memory=dict(server.memory)), server.facts, {
                 "clients.csv": rows, "rounds.csv": means,
                 "server.csv": [{"round": r, **row} for row in report] if head else []})
 

@@ -1,9 +1,11 @@
 """The server: what it makes of the heads that clients upload.
 
-An aggregation rule takes the head sent and the uploads, and returns the next head with one report
-a client. The plain weighted mean is here; rules that judge the uploads take its place behind the
-same signature.
+A server is called once a round with the head it sent and the uploads, and returns the next head, the uploads
+as it saw them, and one report a client. The plain weighted mean is here, and differential privacy in
+privacy.py; rules that judge the uploads take their place behind the same call.
 """
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,22 +30,76 @@ def weighted_mean(states: list[State], weights: list[float]) -> State:
     return average
 
 
-def mean(sent: State, uploads: dict[int, State], sizes: dict[int, int]) -> tuple[State, list[dict]]:
-    """Average this round's uploads, weighted by local data size; non-finite uploads count for nothing.
+@dataclass(frozen=True)
+class Setting:
+    """What servers need to know of a run; the rest is for those that add noise (privacy.py).
 
     Args:
-        sent: the head sent at the start of the round; returned as it is when nothing usable came back.
-        uploads: client -> head after local training.
-        sizes: client -> number of training images, for every client asked to train this round; one
-            that is not in ``uploads`` failed to train.
-
-    Returns:
-        The next head, and one row for ``server.csv`` a client asked: ``client``, ``n``, ``weight``.
+        smallest: training images of the smallest local data set.
+        clip: bound on a norm, or None where the method finds its own.
+        exposures: how often NbAFL counts an upload as seen.
+        noise_multiplier: noise in units of the clip, or None to find it from ``epsilon``.
     """
-    usable = [k for k in sorted(uploads) if is_finite(uploads[k])]
-    total = sum(sizes[k] for k in usable)
-    report = [{"client": k, "n": sizes[k], "weight": sizes[k] / total if k in usable else 0.0,
-               "malicious": 0} for k in sorted(sizes)]
-    if not usable:
-        return sent, report
-    return weighted_mean([uploads[k] for k in usable], [sizes[k] for k in usable]), report
+
+    seed: int = 1
+    clients: int = 1
+    frac: float = 1.0
+    rounds: int = 1
+    smallest: int = 1
+    epsilon: float | None = None
+    delta: float | None = None
+    clip: float | None = None
+    exposures: int | None = None
+    noise_multiplier: float | None = None
+
+
+class Server:
+    """FedAvg's: a mean weighted by local data size, in which non-finite uploads count for nothing.
+
+    Attributes:
+        memory: plain numbers that the next round starts from; a checkpoint keeps them.
+    """
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.memory: dict[str, float] = {}
+
+    @property
+    def facts(self) -> dict[str, float | str]:
+        """What ``config.json`` says of it."""
+        return {}
+
+    def receive(self, round: int, sent: State, uploads: dict[int, State]) -> dict[int, State]:
+        """What the server sees of the clients' uploads, after whatever they did to protect them."""
+        return uploads
+
+    def weights(self, sizes: dict[int, int]) -> dict[int, float]:
+        """Each client's weight before they are made to sum to 1."""
+        return dict(sizes)
+
+    def __call__(self, round: int, sent: State, uploads: dict[int, State],
+                 sizes: dict[int, int]) -> tuple[State, dict[int, State], list[dict]]:
+        """Aggregate a round.
+
+        Args:
+            sent: the head sent at the start of the round; returned as it is when nothing usable came back.
+            uploads: client -> head after local training.
+            sizes: client -> number of training images, for every client asked to train this round; one
+                that is not in ``uploads`` failed to train.
+
+        Returns:
+            The next head; the uploads as the server saw them; and one row for ``server.csv`` a client asked:
+            ``client``, ``n``, ``weight``, ``malicious``.
+        """
+        seen = self.receive(round, sent, uploads)
+        usable = [k for k in sorted(seen) if is_finite(seen[k])]
+        weights = self.weights({k: sizes[k] for k in usable})
+        total = sum(weights.values())
+        report = [{"client": k, "n": sizes[k], "weight": weights[k] / total if k in weights else 0.0,
+                   "malicious": 0} for k in sorted(sizes)]
+        head = self.combine(round, sent, [seen[k] for k in usable], list(weights.values()))
+        return head, seen, report
+
+    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
+        """The next head."""
+        return weighted_mean(uploads, weights) if uploads else sent

@@ -133,6 +133,14 @@ class CNN(nn.Module):
         return self.classifier(x).softmax(1), None
 
 
+class DropoutCNN(CNN):
+    """The CNN with one more dropout before its last layer: an inverter does not know what it dropped."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, p: float = 0.5):
+        super().__init__(image_shape, num_classes)
+        self.classifier.features.append(nn.Dropout(p))
+
+
 class EncoderClassifier(nn.Module):
     """Private deterministic encoder and shared head: RVE-PFL without its noise."""
 

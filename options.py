@@ -12,7 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 
-METHODS = ("rve_pfl", "lg_fedavg", "local", "fedavg")
+METHODS = ("rve_pfl", "lg_fedavg", "local", "fedavg", "fedper", "nbafl", "client_dp", "client_dp_adaptive",
+           "dropout")
+CLIENT_DP = ("client_dp", "client_dp_adaptive")
+DP = ("nbafl", *CLIENT_DP)
 SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the head
 NOISY = ("rve_pfl", "local")                # and among them those whose encoder is variational
 
@@ -23,8 +26,14 @@ CHOSEN = {
          "augment": "none"},
     "cifar": {"augment": "flip+shift"},
 }
+BY_METHOD = {
+    "nbafl": {"epsilon": 50.0, "delta": 0.01, "exposures": 1},
+    "client_dp": {"clip": 1.0},
+    "client_dp_adaptive": {"clip": 1.0},
+}
 READ_BY = {"kl_weight": NOISY, "kl_warmup": NOISY, "init_logvar": NOISY, "eval_samples": NOISY,
-           "head_lr": SPLIT, "augment": METHODS}
+           "head_lr": SPLIT, "augment": METHODS, "epsilon": DP, "delta": DP, "clip": DP,
+           "exposures": ("nbafl",), "noise_multiplier": CLIENT_DP}
 UNREAD = {"kl_weight": 0.0, "kl_warmup": 0, "init_logvar": None, "eval_samples": 1, "head_lr": 1.0}
 
 
@@ -127,6 +136,19 @@ def make_parser() -> Parser:
     add(privacy, "--kl_warmup", type=int, within=(0, huge),
         help="rounds over which beta rises from 0 (by data set if not given)")
 
+    add(privacy, "--epsilon", type=float, within=(tiny, 1e6),
+        help="privacy budget [epsilon]: nominal with nbafl (50 if not given), of the whole run with "
+             "client-level DP, whose noise it decides (8 if neither it nor --noise_multiplier is given)")
+    add(privacy, "--delta", type=float, within=(tiny, 0.5),
+        help="[delta] (0.01 with nbafl, clients^-1.1 with client-level DP if not given)")
+    add(privacy, "--clip", type=float, within=(tiny, 1e9),
+        help="clipping norm: of what a client uploads with nbafl [C] (the median of the first round's norms "
+             "if not given), of its update with client-level DP, at the start if adaptive (1 if not given)")
+    add(privacy, "--exposures", type=int, within=(1, huge),
+        help="how often nbafl counts an upload as seen [L] (1 if not given)")
+    add(privacy, "--noise_multiplier", type=float, within=(1e-3, 1e6),
+        help="client-level DP's noise in units of the clip, instead of --epsilon [z]")
+
     run = parser.add_argument_group("run")
     add(run, "--seed", type=int, default=1, within=(0, 2**31 - 1), help="decides every random draw")
     add(run, "--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -161,8 +183,11 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
     partition, method = f"--partition {args.partition}", f"--method {args.method}"
     _fill(parser, args, "classes_per_client", args.partition == "shards", 2, None, partition)
     _fill(parser, args, "alpha", args.partition == "dirichlet", 0.1, None, partition)
-    for name, default in {**CHOSEN[""], **CHOSEN.get(args.dataset, {})}.items():
-        _fill(parser, args, name, args.method in READ_BY[name], default, UNREAD.get(name), method)
+    if args.method in CLIENT_DP:
+        _fill_client_dp(parser, args)
+    chosen = {**CHOSEN[""], **CHOSEN.get(args.dataset, {}), **BY_METHOD.get(args.method, {})}
+    for name, readers in READ_BY.items():
+        _fill(parser, args, name, args.method in readers, chosen.get(name), UNREAD.get(name), method)
     if args.run_name is None:
         marks = [mark for mark in ("resplit", "validate") if getattr(args, mark)]
         args.run_name = "-".join([args.dataset, args.partition, args.method, f"seed{args.seed}", *marks])
@@ -178,6 +203,16 @@ def _fill(parser: Parser, args: argparse.Namespace, name: str, is_read: bool, de
         parser.error(f"--{name} {given}: {setting} does not read it; leave it out")
     if given is None:
         setattr(args, name, default if is_read else unread)
+
+
+def _fill_client_dp(parser: Parser, args: argparse.Namespace) -> None:
+    """Either epsilon or the noise is given; delta is below one in the number of clients."""
+    if args.epsilon is not None and args.noise_multiplier is not None:
+        parser.error("--epsilon and --noise_multiplier each decide the other; leave one out")
+    if args.epsilon is None and args.noise_multiplier is None:
+        args.epsilon = 8.0
+    if args.delta is None:
+        args.delta = min(0.1, args.num_users**-1.1)
 
 
 def _check(parser: Parser, args: argparse.Namespace) -> None:

@@ -49,6 +49,7 @@ class Progress:
     sent: State = field(default_factory=dict)     # what it sent in ``round``
     uploads: dict[int, State] = field(default_factory=dict)
     csv_bytes: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)   # the server's own numbers
 
 
 @contextmanager
@@ -114,6 +115,12 @@ class Run:
         """Print a line above the bar, to standard error."""
         self.bar.write(line, file=sys.stderr)
 
+    def note(self, facts: dict) -> None:
+        """Have ``config.json`` say what the server knows of itself, if that is new."""
+        if self.config.get("server") != facts:
+            self.config["server"] = facts
+            self.write_config()
+
     def write_config(self) -> None:
         """``config.json``: every option, versions, commit, device, sizes, and whether the run is done."""
         text = json.dumps(self.config, indent=2, default=str) + "\n"
@@ -131,9 +138,10 @@ class Run:
         counts = np.stack([np.bincount(labels[indices], minlength=classes) for indices in owned])
         plots.partition_picture(self.results / "partition.png", counts, self._title())
 
-    def end_round(self, progress: Progress, rows: dict[str, list[dict]]) -> None:
-        """Record a round: CSV rows, private parameters, and a checkpoint if one is due."""
+    def end_round(self, progress: Progress, facts: dict, rows: dict[str, list[dict]]) -> None:
+        """Record a round: CSV rows, the server's facts, private parameters, a checkpoint if one is due."""
         if self.ranks.first:
+            self.note(facts)
             progress.csv_bytes = {name: append_csv(self.results / name, COLUMNS[name], added)
                                   for name, added in rows.items()}
         self.bar.n = progress.round   # exact again after the sum of the clients' shares
@@ -163,7 +171,8 @@ class Run:
         if self.ranks.first:
             shared = {"round": now.round, "protocol": self.config["protocol"],
                       "sent": now.sent, "uploads": now.uploads}
-            server = {"round": now.round, "head": now.head, "csv_bytes": now.csv_bytes}
+            server = {"round": now.round, "head": now.head, "csv_bytes": now.csv_bytes,
+                      "memory": now.memory}
             write_whole(partial / "shared.pt", lambda file: torch.save(shared, file))
             write_whole(partial / "server.pt", lambda file: torch.save(server, file))
             partial.rename(target)
@@ -242,7 +251,7 @@ class Run:
         if found:
             folder, head = self.models / f"round_{found}", self.progress.head
             server, shared = load_checked(folder / "server.pt"), load_checked(folder / "shared.pt")
-            if not (server.keys() == {"round", "head", "csv_bytes"} and server["round"] == found
+            if not (server.keys() == {"round", "head", "csv_bytes", "memory"} and server["round"] == found
                     and same_layout(server["head"], head) and {"sent", "uploads"} <= shared.keys()):
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
             for k in self.ranks.mine(range(self.clients)):
@@ -253,7 +262,8 @@ class Run:
                 self.private.put(k, private)
             self.private.commit()
             csv_bytes = server["csv_bytes"]
-            self.progress = Progress(found, server["head"], shared["sent"], shared["uploads"])
+            self.progress = Progress(found, server["head"], shared["sent"], shared["uploads"],
+                                     memory=server["memory"])
         for name, columns in COLUMNS.items() if self.ranks.first else ():
             cut_csv(self.results / name, columns, csv_bytes.get(name))
 

@@ -147,7 +147,12 @@ def split_all(owned: list[np.ndarray], labels: np.ndarray, share: float, seed: i
             for client, indices in enumerate(owned)]
 
 
-def sample_clients(num_clients: int, frac: float, rng: Generator) -> list[int]:
-    """Who trains in a round: ``max(1, frac K)`` clients, without replacement, in ascending order."""
+def sample_clients(num_clients: int, frac: float, rng: Generator, poisson: bool = False) -> list[int]:
+    """Who trains in a round: ``max(1, frac K)`` clients, without replacement, in ascending order.
+
+    With ``poisson``, each client with probability ``frac`` instead, so perhaps nobody.
+    """
+    if poisson:
+        return np.flatnonzero(rng.random(num_clients) < frac).tolist()
     size = max(1, round(frac * num_clients))
     return sorted(rng.choice(num_clients, size, replace=False).tolist())

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
+from aggregation import Server
 from figures import Tally
+from privacy import AdaptiveClientDP, ClientDP, NbAFL
 from utils import rng, seed_torch
 
 State = dict[str, Tensor]
@@ -25,6 +27,8 @@ class Method:
     network: type[nn.Module]
     travels: str | None   # "classifier." is the head, and all of the plain CNN; None: nothing leaves
     source: str
+    server: type[Server] = Server
+    poisson: bool = False   # clients sampled independently, as the accounting of client-level DP needs
 
     def split(self, state: State) -> tuple[State, State]:
         """A state dict -> what is shared, what stays private."""
@@ -50,6 +54,12 @@ METHODS = {
     "lg_fedavg": Method(models.EncoderClassifier, "classifier.", "Liang et al. 2020, arXiv 2001.01523"),
     "local": Method(models.RVE, None, "RVE-PFL's model, nothing shared: the honest floor"),
     "fedavg": Method(models.CNN, "classifier.", "McMahan et al. 2017, arXiv 1602.05629"),
+    "fedper": Method(models.CNN, "classifier.features.", "Arivazhagan et al. 2019, arXiv 1912.00818"),
+    "nbafl": Method(models.CNN, "classifier.", "Wei et al. 2020, arXiv 1911.00222", NbAFL),
+    "client_dp": Method(models.CNN, "classifier.", "McMahan et al. 2018, arXiv 1710.06963", ClientDP, True),
+    "client_dp_adaptive": Method(models.CNN, "classifier.", "Andrew et al. 2021, arXiv 1905.03871",
+                                 AdaptiveClientDP, True),
+    "dropout": Method(models.DropoutCNN, "classifier.", "Zheng 2021, arXiv 2108.11106"),
 }
 
 

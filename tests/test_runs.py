@@ -15,7 +15,7 @@ import torch
 import checkpoint
 from checkpoint import PrivateStore, load_checked
 from files import write_whole
-from options import METHODS
+from options import CLIENT_DP, METHODS, SPLIT
 from update import Private
 from utils import InputError
 
@@ -28,7 +28,8 @@ COLUMNS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_from_the_command_line(place, method):
-    process = place.start("--method", method, "--rounds", 2)
+    noise = ["--noise_multiplier", 0.1] if method in CLIENT_DP else []   # adaptive: two clients allow no more
+    process = place.start("--method", method, "--rounds", 2, *noise)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "deployed" in out and str(place.results) in out and str(place.models) in out
@@ -37,7 +38,8 @@ def test_each_method_from_the_command_line(place, method):
     assert clients["kl_nats"].notna().all() == (method in ("rve_pfl", "local"))
     shared = load_checked(place.models / "round_2" / "shared.pt")
     private = load_checked(place.models / "round_2" / "client_0.pt")["parameters"]
-    assert bool(shared["uploads"][0]) == (method != "local") and bool(private) == (method != "fedavg")
+    assert bool(shared["uploads"][0]) == (method != "local")
+    assert bool(private) == (method in (*SPLIT, "fedper"))
 
 
 def test_the_files_of_a_run(place):
@@ -413,3 +415,34 @@ def test_waiting_in_files_changes_no_number(place, monkeypatch):
 def test_load_checked_says_which_file(tmp_path):
     with pytest.raises(InputError, match="none.pt"):
         load_checked(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("flags", [("--method", "nbafl"), ("--method", "fedper"), ("--method", "dropout"),
+                                   ("--method", "client_dp_adaptive", "--noise_multiplier", 0.1)])
+def test_what_the_server_remembers_is_resumed(place, flags):
+    flags = (*flags, "--rounds", 4, "--num_users", 4, "--frac", 0.6, "--checkpoint_seconds", 0)
+    assert place.main(*flags) == 0
+    expected, config = place.clients_csv(), json.loads((place.results / "config.json").read_text())["server"]
+    assert place.main(*flags, "--overwrite", "--save_rounds", 2) == 0
+    checkpoint.shutil.rmtree(place.models / "round_4")   # so that it goes on from round 2
+    old = json.loads((place.results / "config.json").read_text())
+    (place.results / "config.json").write_text(json.dumps({**old, "status": "unfinished"}))
+    assert place.main(*flags, "--resume") == 0
+    assert place.clients_csv() == expected
+    assert json.loads((place.results / "config.json").read_text())["server"] == config
+
+
+def test_nobody_sampled_is_a_round_too(place):
+    """Poisson sampling may take no client: the head moves by the noise alone."""
+    assert place.main("--method", "client_dp", "--frac", 0.01, "--noise_multiplier", 1, "--rounds", 2) == 0
+    clients = pd.read_csv(place.results / "clients.csv")
+    assert len(clients) == 2 * 2 and set(clients["stage"]) == {"deployed"}
+    shared = load_checked(place.models / "round_2" / "shared.pt")
+    assert not shared["uploads"] and all(value.isfinite().all() for value in shared["sent"].values())
+
+
+def test_config_says_what_the_noise_is(place):
+    assert place.main("--method", "nbafl", "--epsilon", 60, "--rounds", 1) == 0
+    facts = json.loads((place.results / "config.json").read_text())["server"]
+    assert facts["epsilon_nominal"] == 60 and facts["why_nominal"]
+    assert facts["clip"] > 0 and facts["sigma_uplink"] > 0

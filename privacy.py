@@ -1,0 +1,216 @@
+"""Differential privacy on what travels: NbAFL's noise on uploads and broadcast, and client-level DP.
+
+Noise and clipping are simulated where the server is, from generators of their own, so that a run resumes to
+the same draws; ``receive`` is what a client would do before its upload leaves it.
+"""
+import math
+import statistics
+
+import torch
+from torch import Tensor
+
+from aggregation import Server, Setting, State, is_finite
+from utils import InputError, rng
+
+
+def norm(state: State) -> float:
+    """L2 norm of all parameters as one vector."""
+    return math.sqrt(sum(value.double().square().sum().item() for value in state.values()))
+
+
+def clipped(state: State, clip: float) -> State:
+    """``state * min(1, clip / ||state||)``: the whole vector is scaled, not its elements one by one."""
+    factor = min(1.0, clip / max(norm(state), 1e-30))
+    return {name: value * factor for name, value in state.items()}
+
+
+def noisy(state: State, sigma: float, seed: int, purpose: str, client: int, round: int) -> State:
+    """``state + N(0, sigma^2 I)``, drawn from (seed, purpose, client, round)."""
+    generator = torch.Generator().manual_seed(int(rng(seed, purpose, client, round).integers(2**63)))
+    return {name: value + sigma * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            for name, value in state.items()}
+
+
+def nbafl_sigmas(clip: float, smallest: int, epsilon: float, delta: float, exposures: int, rounds: int,
+                 clients: int) -> tuple[float, float]:
+    """Standard deviations of NbAFL's uplink and downlink noise (Wei et al. 2020, arXiv 1911.00222).
+
+    ``sigma_U = c L Ds / eps`` with ``c = sqrt(2 ln(1.25 / delta))`` and ``Ds = 2 C / m``; ``sigma_D = 2 c C
+    sqrt(T^2 - L^2 N) / (m N eps)`` where ``T > L sqrt(N)``, else 0 (theorem 1).
+
+    Args:
+        clip: C, the bound on the norm of what a client uploads.
+        smallest: m, images of the smallest local data set.
+        exposures: L, how often a client's upload is seen.
+        rounds: T.
+        clients: N.
+    """
+    c = math.sqrt(2 * math.log(1.25 / delta))
+    uplink = c * exposures * (2 * clip / smallest) / epsilon
+    excess = rounds**2 - exposures**2 * clients
+    return uplink, 2 * c * clip * math.sqrt(max(excess, 0)) / (smallest * clients * epsilon)
+
+
+class NbAFL(Server):
+    """Noise before aggregation: each upload is clipped and noised, and so is what the server sends back."""
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        if setting.clip is not None:
+            self.memory["clip"] = setting.clip
+
+    @property
+    def facts(self) -> dict[str, float | str]:
+        """C and both sigmas once C is known, and what epsilon is worth."""
+        s, known = self.setting, {}
+        if "clip" in self.memory:
+            uplink, downlink = self._sigmas()
+            known = {"clip": self.memory["clip"], "sigma_uplink": uplink, "sigma_downlink": downlink}
+        return {"epsilon_nominal": s.epsilon, "delta": s.delta, "exposures": s.exposures,
+                "smallest": s.smallest, **known,
+                "clip_from": "median norm of round 1's uploads" if s.clip is None else "--clip",
+                "why_nominal": "the classical Gaussian mechanism's formula holds for epsilon under 1 only, "
+                               "and 2C/m does not bound what several local epochs can change"}
+
+    def receive(self, round: int, sent: State, uploads: dict[int, State]) -> dict[int, State]:
+        """Clip the uploaded parameters themselves, then add the uplink noise."""
+        norms = [norm(upload) for upload in uploads.values() if is_finite(upload)]
+        if "clip" not in self.memory and norms:
+            self.memory["clip"] = statistics.median(norms)
+        if "clip" not in self.memory:
+            return uploads
+        clip, (sigma, _), seed = self.memory["clip"], self._sigmas(), self.setting.seed
+        return {k: noisy(clipped(upload, clip), sigma, seed, "uplink", k, round)
+                for k, upload in uploads.items()}
+
+    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
+        """The mean, with the downlink noise."""
+        if not uploads:
+            return sent
+        head = super().combine(round, sent, uploads, weights)
+        return noisy(head, self._sigmas()[1], self.setting.seed, "downlink", 0, round)
+
+    def _sigmas(self) -> tuple[float, float]:
+        s = self.setting
+        return nbafl_sigmas(self.memory["clip"], s.smallest, s.epsilon, s.delta, s.exposures, s.rounds,
+                            s.clients)
+
+
+class ClientDP(Server):
+    """Client-level DP with a trusted server (McMahan et al. 2018, arXiv 1710.06963; Geyer et al. 2017).
+
+    Each round takes clients by Poisson sampling; their updates are clipped to S and summed, noise of standard
+    deviation ``z S`` is added, and the sum is divided by the expected number of clients. Weights are
+    uniform: a client's size is private too.
+    """
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.expected = setting.frac * setting.clients   # m
+        self.z = setting.noise_multiplier or calibrated(setting)
+        self.memory["clip"] = setting.clip
+
+    @property
+    def facts(self) -> dict[str, float | str]:
+        """The guarantee and what it costs."""
+        s = self.setting
+        return {"epsilon": spent(self.z, s), "delta": s.delta, "noise_multiplier": self.z,
+                "accountant": "dp-accounting, RDP, Poisson sampling, add or remove one client",
+                "clip": self.memory["clip"],
+                "sigma_of_the_mean": self.sum_multiplier() * self.memory["clip"] / self.expected}
+
+    def weights(self, sizes: dict[int, int]) -> dict[int, float]:
+        """Uniform."""
+        return dict.fromkeys(sizes, 1.0)
+
+    def receive(self, round: int, sent: State, uploads: dict[int, State]) -> dict[int, State]:
+        """Clip the updates."""
+        return {k: added(sent, clipped(difference(upload, sent), self.memory["clip"]))
+                for k, upload in uploads.items()}
+
+    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
+        """``head + (sum of clipped updates + N(0, (z S)^2)) / m``, noise also when nobody was sampled."""
+        total = {name: torch.zeros_like(value) for name, value in sent.items()}
+        for upload in uploads:
+            total = added(total, difference(upload, sent))
+        sigma = self.sum_multiplier() * self.memory["clip"]
+        total = noisy(total, sigma, self.setting.seed, "client dp", 0, round)
+        return {name: value + total[name] / self.expected for name, value in sent.items()}
+
+    def sum_multiplier(self) -> float:
+        """The sum's noise, in units of the clipping norm."""
+        return self.z
+
+
+class AdaptiveClientDP(ClientDP):
+    """``ClientDP`` whose clipping norm follows the median update norm (Andrew et al. 2021, arXiv 1905.03871).
+
+    Each client also says whether its update was under C; of those bits a noisy mean b moves C to
+    ``C exp(-0.2 (b - 0.5))``. The bits' noise ``sigma_b = m / 20`` is paid for by the sum's: ``z_D = (z^-2 -
+    (2 sigma_b)^-2)^(-1/2)`` (theorem 1), which needs ``m > 10 z``.
+    """
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.sigma_bits = self.expected / 20
+        if self.z >= 2 * self.sigma_bits:
+            needed = math.floor(10 * self.z / setting.frac) + 1
+            raise InputError(
+                f"--method client_dp_adaptive: a noise multiplier of {self.z:.3g} leaves no noise for the "
+                f"clipping bits of {self.expected:g} clients a round; it needs --num_users {needed} or more "
+                f"at --frac {setting.frac:g}, a larger --epsilon, or --method client_dp")
+
+    def receive(self, round: int, sent: State, uploads: dict[int, State]) -> dict[int, State]:
+        """Clip the updates, and count those that needed none."""
+        norms = [norm(difference(upload, sent)) for upload in uploads.values()]
+        self.under = sum(value <= self.memory["clip"] for value in norms)
+        return super().receive(round, sent, uploads)
+
+    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
+        """As ``ClientDP``, then move C."""
+        head = super().combine(round, sent, uploads, weights)
+        drawn = rng(self.setting.seed, "clipping bits", round=round).normal(0, self.sigma_bits)
+        self.memory["clip"] *= math.exp(-0.2 * ((self.under + drawn) / self.expected - 0.5))
+        return head
+
+    def sum_multiplier(self) -> float:
+        """``z_D``."""
+        return (self.z**-2 - (2 * self.sigma_bits)**-2) ** -0.5
+
+
+def difference(one: State, other: State) -> State:
+    """``one - other``."""
+    return {name: value - other[name] for name, value in one.items()}
+
+
+def added(one: State, other: State) -> dict[str, Tensor]:
+    """``one + other``."""
+    return {name: value + other[name] for name, value in one.items()}
+
+
+def _event(z: float, setting: Setting):
+    import dp_accounting as dp  # seconds to import, and only these methods need it
+
+    release = dp.GaussianDpEvent(z)
+    if setting.frac < 1:
+        release = dp.PoissonSampledDpEvent(setting.frac, release)
+    return dp.SelfComposedDpEvent(release, setting.rounds)
+
+
+def _accountant():
+    from dp_accounting.rdp import RdpAccountant
+
+    return RdpAccountant(orders=[*range(2, 64), *range(64, 513, 16)])   # whole orders: exact and fast
+
+
+def spent(z: float, setting: Setting) -> float:
+    """Epsilon of a run at noise multiplier ``z``, for ``setting.delta``."""
+    return float(_accountant().compose(_event(z, setting)).get_epsilon(setting.delta))
+
+
+def calibrated(setting: Setting) -> float:
+    """The smallest noise multiplier that keeps a run at ``setting.epsilon``."""
+    import dp_accounting as dp
+
+    return float(dp.calibrate_dp_mechanism(_accountant, lambda z: _event(z, setting), setting.epsilon,
+                                           setting.delta, dp.LowerEndpointAndGuess(0.0, 1.0), tol=1e-4))

@@ -1,0 +1,136 @@
+"""NbAFL's and client-level DP's noise: worked by hand, measured, and accounted for."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from aggregation import Setting
+from privacy import AdaptiveClientDP, ClientDP, NbAFL, calibrated, clipped, nbafl_sigmas, norm, spent
+from utils import InputError
+
+
+def state(*values):
+    a, *b = map(float, values)
+    return {"a": torch.tensor([a]), "b": torch.tensor([b])}
+
+
+def zeros(size=40_000):
+    return {"w": torch.zeros(size)}
+
+
+@pytest.mark.parametrize("exposures, rounds, uplink, downlink", [
+    (1, 100, 4.14e-4, 4.14e-3),      # by hand: c = sqrt(2 ln 125) = 3.1075, Ds = 2 * 20 / 6000
+    (100, 100, 4.14e-2, 0.0),        # T < L sqrt(N)
+    (1, 3, 4.14e-4, 0.0),            # T = 3 < sqrt(10)
+])
+def test_nbafls_sigmas_by_hand(exposures, rounds, uplink, downlink):
+    found = nbafl_sigmas(20, 6000, 50, 0.01, exposures, rounds, 10)
+    assert found == (pytest.approx(uplink, rel=2e-3), pytest.approx(downlink, rel=2e-3))
+
+
+def test_nbafls_downlink_for_one_exposure_each_way():
+    _, downlink = nbafl_sigmas(1, 100, 2, 0.05, 2, 20, 9)
+    assert downlink == pytest.approx(2 * math.sqrt(2 * math.log(25)) * math.sqrt(400 - 36) / (100 * 9 * 2))
+
+
+def test_the_whole_vector_is_clipped():
+    assert norm(state(3, 0, 4)) == 5
+    assert clipped(state(3, 0, 4), 2.5)["b"].tolist() == [[0, 2]]   # halved, also what is below the bound
+    assert clipped(state(3, 0, 4), 6)["b"].tolist() == [[0, 4]]     # left alone
+
+
+def test_nbafl_clips_then_adds_the_noise_it_names():
+    server = NbAFL(Setting(clients=4, rounds=50, smallest=10, epsilon=5.0, delta=0.01, clip=3.0, exposures=2))
+    uplink, downlink = server.facts["sigma_uplink"], server.facts["sigma_downlink"]
+    uploads = {k: {"w": torch.full((40_000,), 1.0 + k)} for k in range(4)}
+    head, seen, report = server(1, zeros(), uploads, dict.fromkeys(range(4), 10))
+    bound = 3.0 / math.sqrt(40_000)   # each element of a clipped upload
+    for k in range(4):
+        assert seen[k]["w"].std().item() == pytest.approx(uplink, rel=0.03)
+        assert seen[k]["w"].mean().item() == pytest.approx(bound, abs=4 * uplink / 200)
+    assert not torch.equal(seen[0]["w"], seen[1]["w"])
+    assert head["w"].std().item() == pytest.approx(math.hypot(uplink / 2, downlink), rel=0.03)   # 4 uploads
+    assert [row["weight"] for row in report] == [0.25] * 4
+    again = NbAFL(server.setting)(1, zeros(), uploads, dict.fromkeys(range(4), 10))
+    assert torch.equal(again[0]["w"], head["w"])
+    assert not torch.equal(server(2, zeros(), uploads, dict.fromkeys(range(4), 10))[0]["w"], head["w"])
+
+
+def test_nbafl_takes_the_median_of_the_first_rounds_norms():
+    server = NbAFL(Setting(clients=3, smallest=10, epsilon=1e9, delta=0.01, exposures=1))
+    assert "clip" not in server.facts
+    server(1, state(0, 0, 0), {0: state(3, 0, 4), 1: state(0, 0, 7), 2: state(0, 0, 1)}, {0: 1, 1: 1, 2: 1})
+    assert server.facts["clip"] == 5 and "median" in server.facts["clip_from"]
+    _, seen, _ = server(2, state(0, 0, 0), {1: state(0, 0, 100)}, {1: 1})
+    assert norm(seen[1]) == pytest.approx(5, abs=1e-3)
+    assert server.memory == {"clip": 5}
+
+
+@pytest.mark.parametrize("kind", [NbAFL, ClientDP])
+def test_a_non_finite_upload_counts_for_nothing(kind):
+    server = kind(Setting(clients=2, smallest=10, epsilon=1e9, delta=0.01, exposures=1, clip=10.0,
+                          noise_multiplier=1e-3))
+    uploads = {0: state(1, 2, 2), 1: state(float("nan"), 0, 0)}
+    head, _, report = server(1, state(0, 0, 0), uploads, {0: 5, 1: 5})
+    assert [row["weight"] for row in report] == [1, 0]
+    assert all(value.isfinite().all() for value in head.values())
+
+
+def test_client_dp_by_hand():
+    """Sum of clipped updates over the expected number of clients, not over those that came."""
+    server = ClientDP(Setting(clients=8, frac=0.5, clip=2.0, delta=0.01, noise_multiplier=1e-3))
+    sent = state(1, 1, 1)
+    head, seen, _ = server(1, sent, {0: state(4, 1, 5), 3: state(1, 2, 1)}, {0: 10, 3: 90})
+    assert torch.allclose(seen[0]["b"], torch.tensor([[1, 1 + 4 * 2 / 5]]))      # update 3, 0, 4 of norm 5
+    assert torch.allclose(head["b"], torch.tensor([[1 + 1 / 4, 1 + 1.6 / 4]]), atol=5e-3)
+    assert torch.allclose(head["a"], torch.tensor([1 + 1.2 / 4]), atol=5e-3)
+
+
+@pytest.mark.parametrize("sampled", [[], [0, 1, 2]])
+def test_client_dps_noise(sampled):
+    server = ClientDP(Setting(clients=10, frac=0.5, clip=0.7, delta=0.01, noise_multiplier=2.0))
+    head, _, _ = server(1, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1))
+    assert server.facts["sigma_of_the_mean"] == pytest.approx(2.0 * 0.7 / 5)
+    assert head["w"].std().item() == pytest.approx(2.0 * 0.7 / 5, rel=0.02)
+
+
+def test_epsilon_comes_from_the_accountant():
+    setting = Setting(clients=100, frac=0.1, rounds=50, epsilon=8.0, delta=1e-3, clip=1.0)
+    z = calibrated(setting)
+    assert spent(z, setting) == pytest.approx(8.0, rel=0.01) and spent(z, setting) <= 8.0
+    assert ClientDP(setting).facts["epsilon"] == pytest.approx(8.0, rel=0.01)
+    assert spent(2 * z, setting) < 4.5 and spent(z, Setting(frac=1.0, rounds=50, delta=1e-3)) > 8.0
+    # one Gaussian release, whose RDP is alpha / (2 z^2): the classical conversion bounds it from above
+    once = spent(5.0, Setting(delta=1e-5))
+    assert once < min(a / 50 + math.log(1e5) / (a - 1) for a in range(2, 200))
+
+
+def test_the_adaptive_norm_moves_to_the_median():
+    setting = Setting(clients=1000, clip=1.0, delta=1e-4, noise_multiplier=1.0)
+    server = AdaptiveClientDP(setting)
+    norms = np.random.default_rng(0).uniform(2, 6, 1000)
+    uploads = {k: {"w": torch.tensor([value, 0.0])} for k, value in enumerate(norms)}
+    sizes, clips = dict.fromkeys(range(1000), 1), []
+    for r in range(1, 60):
+        server(r, {"w": torch.zeros(2)}, uploads, sizes)
+        clips.append(server.memory["clip"])
+    assert clips[0] == pytest.approx(math.exp(0.2 * 0.5), rel=0.05)   # nobody is under 1: C rises by e^0.1
+    assert np.mean(clips[-10:]) == pytest.approx(4, rel=0.1)
+
+
+def test_the_adaptive_split_spends_what_it_should():
+    """Noise on the sum and on the bits together are worth one release at z (Andrew et al., theorem 1)."""
+    server = AdaptiveClientDP(Setting(clients=100, clip=0.5, delta=1e-4, noise_multiplier=1.0))
+    assert server.sigma_bits == 5
+    assert server.sum_multiplier() ** -2 + (2 * server.sigma_bits) ** -2 == pytest.approx(1.0)
+    head, _, _ = server(1, zeros(), {k: zeros() for k in range(2)}, {0: 1, 1: 1})
+    assert head["w"].std().item() == pytest.approx(server.sum_multiplier() * 0.5 / 100, rel=0.02)
+
+
+def test_too_few_clients_for_the_adaptive_split():
+    with pytest.raises(InputError, match="--num_users 31 or more"):
+        AdaptiveClientDP(Setting(clients=10, clip=1.0, delta=1e-4, noise_multiplier=3.0))
+    AdaptiveClientDP(Setting(clients=31, clip=1.0, delta=1e-4, noise_multiplier=3.0))
+    with pytest.raises(InputError, match="--num_users 61 or more at --frac 0.5"):
+        AdaptiveClientDP(Setting(clients=10, frac=0.5, clip=1.0, delta=1e-4, noise_multiplier=3.0))
