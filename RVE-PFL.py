@@ -122,7 +122,8 @@ def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -
         torch.from_numpy(data.labels).to(device), data.num_classes, seed=args.seed, epochs=args.local_ep,
         batch_size=args.local_bs, optimizer=args.optimizer, lr=args.lr, head_lr=args.head_lr,
         lr_decay=args.lr_decay, lr_warmup=args.lr_warmup, momentum=args.momentum, kl_weight=args.kl_weight,
-        kl_warmup=args.kl_warmup, eval_samples=args.eval_samples, augment=args.augment,
+        kl_warmup=args.kl_warmup, eval_samples=args.eval_samples, loss_weight=args.loss_weight,
+        augment=args.augment,
         dtype=choose_precision(args.precision, device))
 
 

@@ -9,6 +9,7 @@ Parameter names route the protocol: ``encoder.*`` stays with its client, ``class
 """
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
@@ -139,6 +140,46 @@ class DropoutCNN(CNN):
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, p: float = 0.5):
         super().__init__(image_shape, num_classes)
         self.classifier.features.append(nn.Dropout(p))
+
+
+class ResSFL(CNN):
+    """A CNN trained against an inverter of its first features (after Li et al. 2022, CVPR, "ResSFL").
+
+    An adaptation: the original is for split learning, where the features themselves leave the client; it
+    trains the inverter and the first layers in a stage of their own, on another data set. Here nothing but
+    weights leaves, all is trained at once, and the inverter is private to the client. As there, the features
+    pass a bottleneck of few channels.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int = 8):
+        super().__init__(image_shape, num_classes)
+        channels, *size = image_shape
+        self.classifier.features.insert(3, nn.Sequential(
+            nn.Conv2d(32, width, 3, padding=1), nn.ReLU()))   # N x 8 x H/2 x W/2, what the inverter sees
+        self.classifier.features.insert(4, nn.Sequential(nn.Conv2d(width, 32, 3, padding=1), nn.ReLU()))
+        self.attacker = nn.Sequential(
+            nn.Conv2d(width, 32, 3, padding=1), nn.ReLU(), nn.Upsample(tuple(size)),
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, channels, 3, padding=1), nn.Sigmoid())
+        initialise(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        self.seen = self.classifier.features[:4](x)   # for ``resistance``, in the same step
+        return self.classifier.output(self.classifier.features[4:](self.seen)).float(), None
+
+    def resistance(self, x: Tensor, weight: float) -> Tensor:
+        """What is added to the loss of the images just seen, ``N``.
+
+        ``weight * max(0, SSIM(inverted, x) - 0.5)``, which the features learn from and the inverter does not,
+        plus the inverter's own squared error, which it alone learns from.
+        """
+        fixed = {name: value.detach() for name, value in self.attacker.named_parameters()}
+        inverted = functional_call(self.attacker, fixed, (self.seen,)).float()
+        error = (self.attacker(self.seen.detach()).float() - x).square().mean((1, 2, 3))
+        from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+
+        with torch.autocast(x.device.type, enabled=False):
+            similar = structural_similarity_index_measure(inverted, x, data_range=1.0, reduction="none")
+        return weight * (similar - 0.5).clamp_min(0) + error
 
 
 class EncoderClassifier(nn.Module):

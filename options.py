@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 
 METHODS = ("rve_pfl", "lg_fedavg", "local", "fedavg", "fedper", "nbafl", "client_dp", "client_dp_adaptive",
-           "dropout")
+           "dropout", "ressfl")
 CLIENT_DP = ("client_dp", "client_dp_adaptive")
 DP = ("nbafl", *CLIENT_DP)
 SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the head
@@ -28,12 +28,14 @@ CHOSEN = {
 }
 BY_METHOD = {
     "nbafl": {"epsilon": 50.0, "delta": 0.01, "exposures": 1},
+    "ressfl": {"loss_weight": 0.3},
     "client_dp": {"clip": 1.0},
     "client_dp_adaptive": {"clip": 1.0},
 }
 READ_BY = {"kl_weight": NOISY, "kl_warmup": NOISY, "init_logvar": NOISY, "eval_samples": NOISY,
            "head_lr": SPLIT, "augment": METHODS, "epsilon": DP, "delta": DP, "clip": DP,
-           "exposures": ("nbafl",), "noise_multiplier": CLIENT_DP}
+           "exposures": ("nbafl",), "noise_multiplier": CLIENT_DP,
+           "loss_weight": ("ressfl",)}
 UNREAD = {"kl_weight": 0.0, "kl_warmup": 0, "init_logvar": None, "eval_samples": 1, "head_lr": 1.0}
 
 
@@ -148,6 +150,9 @@ def make_parser() -> Parser:
         help="how often nbafl counts an upload as seen [L] (1 if not given)")
     add(privacy, "--noise_multiplier", type=float, within=(1e-3, 1e6),
         help="client-level DP's noise in units of the clip, instead of --epsilon [z]")
+
+    add(privacy, "--loss_weight", type=float, within=(0, 1e6),
+        help="weight of ressfl's loss against its inner attacker [lambda] (0.3 if not given)")
 
     run = parser.add_argument_group("run")
     add(run, "--seed", type=int, default=1, within=(0, 2**31 - 1), help="decides every random draw")

@@ -29,12 +29,14 @@ def train_each(client: Client, round: int, indices: dict[int, np.ndarray], sent:
                private: Callable[[int], Private], most: int) -> Iterator[tuple[int, Outcome]]:
     """Train clients in turn, or up to ``most`` at a time, and yield what ``Client.train`` returns or raises.
 
+    A method with a loss of its own, which looks into the model, is trained in turn.
+
     Args:
         client: the working model and how it trains.
         indices: client -> its training images, for all that train in this round.
         private: what stays with a client, by its number.
     """
-    if most == 1:
+    if most == 1 or client.method.loss is not None:
         for k, own in indices.items():
             try:
                 yield k, client.train(k, round, own, sent, private(k))
@@ -99,7 +101,7 @@ def _objective(client: Client, round: int) -> Callable:
     """One client's objective, of its parameters and one batch, for ``vmap`` to spread over the stack."""
     def objective(parameters: State, images: Tensor, labels: Tensor, counted: Tensor):
         logits, kl = functional_call(client.model, parameters, (images,))
-        whole, loss = client.objective(logits, kl, labels, round)
+        whole, loss = client.objective(client.model, images, logits, kl, labels, round)
         noted = (loss, logits) if kl is None else (loss, logits, kl)
         return (whole * counted).sum() / counted.sum(), noted
     return objective

@@ -3,6 +3,7 @@
 A method is its difference from FedAvg: which network a client trains and which of its parameters
 travel. Everything else, here and in the driver, is common to all.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ class Method:
     travels: str | None   # "classifier." is the head, and all of the plain CNN; None: nothing leaves
     source: str
     server: type[Server] = Server
+    loss: Callable[[nn.Module, Tensor, float], Tensor] | None = None   # model, images, weight -> ``N``, added
     poisson: bool = False   # clients sampled independently, as the accounting of client-level DP needs
 
     def split(self, state: State) -> tuple[State, State]:
@@ -56,10 +58,13 @@ METHODS = {
     "fedavg": Method(models.CNN, "classifier.", "McMahan et al. 2017, arXiv 1602.05629"),
     "fedper": Method(models.CNN, "classifier.features.", "Arivazhagan et al. 2019, arXiv 1912.00818"),
     "nbafl": Method(models.CNN, "classifier.", "Wei et al. 2020, arXiv 1911.00222", NbAFL),
-    "client_dp": Method(models.CNN, "classifier.", "McMahan et al. 2018, arXiv 1710.06963", ClientDP, True),
+    "client_dp": Method(models.CNN, "classifier.", "McMahan et al. 2018, arXiv 1710.06963", ClientDP,
+                        poisson=True),
     "client_dp_adaptive": Method(models.CNN, "classifier.", "Andrew et al. 2021, arXiv 1905.03871",
-                                 AdaptiveClientDP, True),
+                                 AdaptiveClientDP, poisson=True),
     "dropout": Method(models.DropoutCNN, "classifier.", "Zheng 2021, arXiv 2108.11106"),
+    "ressfl": Method(models.ResSFL, "classifier.", "after Li et al. 2022, CVPR",
+                     loss=models.ResSFL.resistance),
 }
 
 
@@ -99,6 +104,7 @@ class Client:
         head_lr: the head's learning rate as a multiple of the encoder's.
         kl_weight: beta, on the KL summed over z; reached from 0, linearly over ``kl_warmup`` rounds.
         eval_samples: draws of z averaged in a prediction.
+        loss_weight: lambda, of the method's own loss.
         augment: ``none``, ``flip`` or ``flip+shift`` of the training images, drawn anew each time.
         dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
     """
@@ -120,6 +126,7 @@ class Client:
     kl_weight: float
     kl_warmup: int
     eval_samples: int
+    loss_weight: float
     augment: str
     dtype: torch.dtype
 
@@ -181,11 +188,14 @@ class Client:
             tally.add(loss, kl, probabilities, self.labels[batch])
         return tally.result(self.num_classes)
 
-    def objective(self, logits: Tensor, kl: Tensor | None, labels: Tensor,
+    def objective(self, model: nn.Module, images: Tensor, logits: Tensor, kl: Tensor | None, labels: Tensor,
                   round: int) -> tuple[Tensor, Tensor]:
-        """``CE + beta KL`` and the CE alone, an image: ``N``, ``N``."""
+        """``CE + beta KL + the method's own loss``, and the CE alone, an image: ``N``, ``N``."""
         loss = F.cross_entropy(logits, labels, reduction="none")
-        return loss if kl is None else loss + self.beta(round) * kl, loss
+        whole = loss if kl is None else loss + self.beta(round) * kl
+        if self.method.loss is not None:
+            whole = whole + self.method.loss(model, images, self.loss_weight)
+        return whole, loss
 
     def beta(self, round: int) -> float:
         """``kl_weight``, or the part of it that its warm-up has reached."""
@@ -200,8 +210,9 @@ class Client:
         """One step on a batch of image numbers -> loss and KL an image, logits."""
         optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            logits, kl = self.model(self.augmented(batch))
-        objective, loss = self.objective(logits, kl, self.labels[batch], round)
+            images = self.augmented(batch)
+            logits, kl = self.model(images)
+            objective, loss = self.objective(self.model, images, logits, kl, self.labels[batch], round)
         objective.mean().backward()
         optimizer.step()
         return loss, kl, logits
@@ -240,8 +251,9 @@ class Client:
     def make_optimizer(self, parameters: State) -> torch.optim.Optimizer:
         """A client's own optimiser, new every round as in FedAvg: the head's moments belong to weights that
         the server has since replaced, and the encoder's would treble what a client stores."""
-        groups = [{"params": [value for name, value in parameters.items() if name.startswith(part)],
-                   "scale": scale} for part, scale in (("encoder.", 1.0), ("classifier.", self.head_lr))]
+        groups = [{"params": [value for name, value in parameters.items()
+                              if name.startswith("classifier.") == of_head], "scale": scale}
+                  for of_head, scale in ((False, 1.0), (True, self.head_lr))]
         groups = [group for group in groups if group["params"]]
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, self.lr, self.momentum, fused=True)

@@ -50,7 +50,7 @@ class Ours:
             Method(work.network, "classifier.", ""), torch.from_numpy(images).to(device),
             torch.from_numpy(labels).to(device), 10, seed=1, epochs=1, batch_size=work.batch,
             optimizer=work.optimizer, lr=1e-3, head_lr=0.1, lr_decay=1e-3, lr_warmup=0.2, momentum=0.0,
-            kl_weight=1e-5, kl_warmup=0, eval_samples=8, augment="none",
+            kl_weight=1e-5, kl_warmup=0, eval_samples=8, loss_weight=0.0, augment="none",
             dtype=choose_precision(precision, device))
         self.parts = np.split(np.arange(len(labels)), work.clients)
         self.head, private = self.client.split(self.client.state())

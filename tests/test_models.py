@@ -2,13 +2,16 @@
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from models import (
     CNN,
     RVE,
     Classifier,
+    DropoutCNN,
     EncoderClassifier,
     FlattenHWC,
+    ResSFL,
     VariationalEncoder,
     as_image,
     kl_to_standard_normal,
@@ -44,7 +47,7 @@ def test_layers_and_counts(shape, latent, flat, head_flat, encoder, head):
 
 
 @pytest.mark.parametrize("shape", [MNIST, CIFAR, (2, 9, 13)])
-@pytest.mark.parametrize("network", [RVE, EncoderClassifier, CNN])
+@pytest.mark.parametrize("network", [RVE, EncoderClassifier, CNN, DropoutCNN, ResSFL])
 def test_shapes(network, shape):
     model = network(shape, 7, -4.0) if network is RVE else network(shape, 7)
     model.eval()
@@ -95,3 +98,49 @@ def test_prediction_averages_probabilities_over_draws():
 
 def test_dense_image_classes_need_no_square():
     assert Classifier((3, 10, 20), 5)(torch.rand(2, 3, 10, 20)).shape == (2, 5)
+
+
+def test_the_dropout_methods_extra_layer():
+    model = DropoutCNN(MNIST, 10)
+    assert [part.p for part in model.classifier.features if isinstance(part, torch.nn.Dropout)] == [0.25, 0.5]
+    assert count(model) == count(CNN(MNIST, 10))
+
+
+def test_resistance_by_hand():
+    """lambda * max(0, SSIM - 0.5) + the inner attacker's error; each learns from its own term alone."""
+    model, x = ResSFL(MNIST, 10), torch.rand(6, *MNIST)
+    model(x)
+    inverted = model.attacker(model.seen)
+    error = (inverted - x).square().mean((1, 2, 3))
+    similar = torch.stack([structural_similarity_index_measure(a[None], b[None], data_range=1.0)
+                           for a, b in zip(inverted, x, strict=True)])
+    found = model.resistance(x, 2.0)
+    assert torch.allclose(found, 2 * (similar - 0.5).clamp_min(0) + error, atol=1e-5)
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return [0.0 if p.grad is None else p.grad.abs().sum().item()
+                for p in (model.attacker[0].weight, model.classifier.features[0].weight)]
+    model(x)
+    only_attacker = gradients(model.resistance(x, 0.0).sum())
+    assert only_attacker[0] > 0 and only_attacker[1] == 0
+
+
+def test_features_that_can_be_inverted_cost():
+    """With an attacker that inverts well, the loss is there and pushes the features."""
+    torch.manual_seed(0)
+    model, x = ResSFL(MNIST, 10), torch.zeros(8, *MNIST)
+    x[:, :, 8:20, 8:20] = torch.rand(8, 1, 1, 1)
+    optimizer = torch.optim.Adam(model.attacker.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(x)
+        model.resistance(x, 0.0).mean().backward()
+        optimizer.step()
+    model(x)
+    loss = model.resistance(x, 1.0) - model.resistance(x, 0.0)
+    assert (loss > 0.1).all()   # SSIM over 0.6
+    model.zero_grad()
+    loss.mean().backward()
+    assert model.classifier.features[0].weight.grad.abs().sum() > 0

@@ -39,7 +39,7 @@ def test_each_method_from_the_command_line(place, method):
     shared = load_checked(place.models / "round_2" / "shared.pt")
     private = load_checked(place.models / "round_2" / "client_0.pt")["parameters"]
     assert bool(shared["uploads"][0]) == (method != "local")
-    assert bool(private) == (method in (*SPLIT, "fedper"))
+    assert bool(private) == (method in (*SPLIT, "fedper", "ressfl"))
 
 
 def test_the_files_of_a_run(place):
