@@ -13,7 +13,6 @@ import time
 import _path  # noqa: F401 - lets this script import the project
 import numpy as np
 
-import aggregation
 import datasets
 from options import ROOT, args_parser
 from update import Private
@@ -30,14 +29,14 @@ def sweep(args, clients: int) -> None:
     splits = driver.deal(args, data.labels)[1][:clients]
     client = driver.make_client(args, data, choose_device(args.device))
     head, private = client.split(client.state())
-    kept = [Private(private)] * clients
+    kept, server = [Private(private)] * clients, driver.make_server(args, splits)
     for r in range(1, args.rounds + 1):
         start, uploads, accuracy = time.monotonic(), {}, {"training": [], "trained": [], "deployed": []}
         for k, (own, validation) in enumerate(splits):
             uploads[k], kept[k], figures = client.train(k, r, own, head, kept[k])
             accuracy["training"].append(figures["accuracy"])
             accuracy["trained"].append(client.evaluate(k, r, validation, uploads[k], kept[k])["accuracy"])
-        head, _ = aggregation.mean(head, uploads, {k: len(own) for k, (own, _) in enumerate(splits)})
+        head, *_ = server(r, head, uploads, {k: len(own) for k, (own, _) in enumerate(splits)})
         held_out = [client.evaluate(k, r, validation, head, kept[k])
                     for k, (_, validation) in enumerate(splits)]
         accuracy["deployed"] = [figures["accuracy"] for figures in held_out]
