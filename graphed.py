@@ -5,6 +5,7 @@ holds them all, and one launch replays them: on the same addresses, so parameter
 and the batch's image numbers stay where they were captured and are overwritten in place. Short last batches
 take the plain step. Not measured yet: its logic is tested on a CPU, with a stand-in for the graph.
 """
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
 class GraphedClient(Client):
     """``Client`` with full batches' steps replayed; ``capture`` turns a step into its replay."""
 
-    capture: Callable[[Callable[[], None]], Callable[[], None]] = cuda_graph
+    capture: Callable[[Callable[[], None]], Callable[[], None]] | None = cuda_graph
     made: torch.optim.Optimizer | None = field(default=None, init=False)
     replays: dict[float, Callable[[], None]] = field(default_factory=dict, init=False)   # by beta
 
@@ -56,12 +57,17 @@ class GraphedClient(Client):
 
     def _step(self, optimizer: torch.optim.Optimizer, round: int,
               batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        if optimizer is not self.made or len(batch) < self.batch_size:
+        if self.capture is None or optimizer is not self.made or len(batch) < self.batch_size:
             return super()._step(optimizer, round, batch)
         self.batch.copy_(batch)
         beta = self.beta(round)
         if beta not in self.replays:
-            self.replays = {beta: self._captured(round)}   # a warm-up's earlier ones are over
+            try:
+                self.replays = {beta: self._captured(round)}   # a warm-up's earlier ones are over
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph of the training step, so it is slower: {error}", stacklevel=2)
+                self.capture = None
+                return super()._step(optimizer, round, batch)
         self.replays[beta]()
         return tuple(None if value is None else value.detach().clone() for value in self.noted)
 
@@ -73,14 +79,15 @@ class GraphedClient(Client):
         steady = [*self.model.parameters(), *(group["lr"] for group in self.made.param_groups)]
         before = [tensor.detach().clone() for tensor in steady]
         moments = [tensor.clone() for tensor in self._moments()]   # none yet before the very first step
-        with torch.random.fork_rng([self.labels.device] if self.labels.is_cuda else []):
-            replay = self.capture(step)
-        with torch.no_grad():
-            for tensor, value in zip(steady, before, strict=True):
-                tensor.copy_(value)
-            for i, tensor in enumerate(self._moments()):
-                tensor.copy_(moments[i] if moments else torch.zeros_like(tensor))
-        return replay
+        try:
+            with torch.random.fork_rng([self.labels.device] if self.labels.is_cuda else []):
+                return self.capture(step)
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(steady, before, strict=True):
+                    tensor.copy_(value)
+                for i, tensor in enumerate(self._moments()):
+                    tensor.copy_(moments[i] if moments else torch.zeros_like(tensor))
 
     def _moments(self) -> list[Tensor]:
         return [tensor for state in self.made.state.values() for tensor in state.values()

@@ -52,6 +52,21 @@ def test_a_batch_too_short_is_never_captured(tiny_arrays):
     assert not captures
 
 
+def test_where_a_capture_fails_plain_steps_go_on(tiny_arrays):
+    def fails(step):
+        step()
+        raise RuntimeError("not permitted")
+    plain, head, private = make(tiny_arrays, lr_decay=0.0)
+    replayed, *_ = graphed(make(tiny_arrays, lr_decay=0.0)[0])
+    replayed.capture = fails
+    expected = plain.train(0, 1, FIRST, head, private)
+    with pytest.warns(UserWarning, match="no CUDA graph.*not permitted"):
+        found = replayed.train(0, 1, FIRST, head, private)
+    assert replayed.capture is None
+    for name, value in expected[1].parameters.items():
+        assert torch.allclose(found[1].parameters[name], value, atol=1e-5)
+
+
 def test_what_the_driver_picks(driver, place):
     """No graph on a CPU."""
     args = driver.args_parser(place.argv())
