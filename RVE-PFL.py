@@ -20,11 +20,12 @@ import datasets
 import sampling
 from figures import over_clients
 from graphed import GraphedClient
+from methods import METHODS
 from options import args_parser
 from ranks import PeerLost, Ranks
 from runs import Progress, Run, open_run
 from stacked import stack_size, train_each
-from update import METHODS, Client, Diverged, Private
+from update import Client, Diverged, Private
 from utils import (
     InputError,
     Interrupted,

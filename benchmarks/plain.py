@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
 import models
-from update import Method
+from methods import Method
 from utils import seed_torch
 
 

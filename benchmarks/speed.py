@@ -32,8 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from aggregation import weighted_mean
 from figures import Tally
+from methods import Method
 from options import ROOT
-from update import Client, Method, Private
+from update import Client, Private
 from utils import choose_device, choose_precision, environment, keep_freed_memory
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)

@@ -7,7 +7,7 @@ import torch
 from test_update import FIRST, SECOND, make
 
 from graphed import GraphedClient
-from update import METHODS
+from methods import METHODS
 
 
 def graphed(client):

@@ -5,8 +5,9 @@ import re
 import pytest
 from conftest import ROOT
 
+import methods
+import models
 import options
-import update
 from options import args_parser, make_parser
 
 BAD = [
@@ -107,8 +108,8 @@ def test_every_option_is_read(place, driver, monkeypatch):
 
 
 def test_the_parsers_methods_are_the_tables():
-    assert set(options.METHODS) == set(update.METHODS)
-    noisy = {name for name, method in update.METHODS.items() if method.network is update.models.RVE}
+    assert set(options.METHODS) == set(methods.METHODS)
+    noisy = {name for name, method in methods.METHODS.items() if method.network is models.RVE}
     assert set(options.NOISY) == noisy
 
 

@@ -7,7 +7,8 @@ import torch
 from sklearn.metrics import precision_recall_fscore_support
 
 from figures import Tally, over_clients
-from update import METHODS, Client, Diverged, Private
+from methods import METHODS
+from update import Client, Diverged, Private
 from utils import rng, seed_torch
 
 
