@@ -6,7 +6,6 @@ A row of the table is a setting: runs that differ in nothing but the seed, their
 over seeds, and the command that makes them. Runs that are unfinished, damaged or not this program's are
 listed with the reason. The page needs no other file.
 """
-import argparse
 import base64
 import contextlib
 import html
@@ -21,7 +20,7 @@ import matplotlib
 import pandas as pd
 
 from files import write_whole
-from options import ROOT, args_parser, make_parser
+from options import ROOT, Parser, args_parser, make_parser
 from runs import ASIDE, COLUMNS
 from utils import InputError
 
@@ -233,9 +232,9 @@ def _line(error: Exception) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the report; the exit status."""
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="report.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--results_dir", type=Path, default=ROOT / "results", help="where the runs are")
-    folder = parser.parse_args(argv).results_dir
+    folder = parser.parse(argv).results_dir
     try:
         if not folder.is_dir():
             raise InputError(f"--results_dir {folder}: no such folder")

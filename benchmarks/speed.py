@@ -2,29 +2,30 @@
 
     python benchmarks/speed.py [--repeats 10] [--only cifar]
 
-One process; the two take turns and each figure is a median. `plain` is the loop as peers write it: DataLoader
-with per-image transforms, fp32, a copy of the model a client, a loss read every step. `ours` is update.Client
-with the defaults of RVE-PFL.py. The floor is what the step's arithmetic would take at the rate of a large
-matrix product in the precision used, plus its memory traffic at the rate of a large copy: each parameter's
-gradient and optimiser state, and each tensor kept for the backward pass, once out and once in. Images are
-random: only their shape matters here.
+The two take turns and each figure is a median. `plain` is the loop as peers write it: DataLoader with per-
+image transforms, fp32, a copy of the model a client, a loss read every step. `ours` is update.Client with
+the defaults of RVE-PFL.py. Each is in a process of its own, where the other waits: ours sets how its process
+allocates memory, and in one process the other would profit from it. The floor is what the step's arithmetic
+would take at the rate of a large matrix product in the precision used, plus its memory traffic at the rate
+of a large copy: each parameter's gradient and optimiser state, and each tensor kept for the backward pass,
+once out and once in. Images are random: only their shape matters here.
 """
 import argparse
 import contextlib
 import copy
-import ctypes
-import importlib.util
 import io
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from unittest import mock
 
-import _path  # noqa: F401 - lets this script import the project
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _path import load_driver  # lets this script import the project
 from plain import Plain, SmallCNN, Workload
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +34,6 @@ import models
 from aggregation import weighted_mean
 from figures import Tally
 from methods import Method
-from options import ROOT
 from update import Client, Private
 from utils import choose_device, choose_precision, environment, keep_freed_memory
 
@@ -85,15 +85,6 @@ class Ours:
         self.head = weighted_mean(list(uploads.values()), [1] * len(uploads))
 
 
-def as_peers_allocate() -> None:
-    """Undo ``keep_freed_memory``: what glibc's own adjustment arrives at after its first big tensors."""
-    m_trim_threshold, m_top_pad, m_mmap_threshold, m_mmap_max = -1, -2, -3, -4   # <malloc.h>
-    mallopt = ctypes.CDLL(None).mallopt
-    for option, value in ((m_mmap_max, 65536), (m_mmap_threshold, 2**25), (m_trim_threshold, 2**26),
-                          (m_top_pad, 2**17)):
-        mallopt(option, value)
-
-
 def timed(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
     """Seconds a call."""
     start = time.perf_counter()
@@ -104,20 +95,41 @@ def timed(call: Callable[[], object], device: torch.device, times: int = 1) -> f
     return (time.perf_counter() - start) / times
 
 
-def in_turns(plain: Callable, ours: Callable, device: torch.device, repeats: int, times: int) -> list[float]:
-    """Median seconds of each, called by turns; the first turn does not count.
+class Elsewhere:
+    """A ``Plain`` in a process of its own."""
 
-    Short calls (``times`` of them, timed together) follow one untimed call, which finds the caches cold.
+    def __init__(self, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.connection, there = context.Pipe()
+        self.process = context.Process(target=self._serve, args=(there, arguments), daemon=True)
+        self.process.start()
+
+    @staticmethod
+    def _serve(connection: Connection, arguments: tuple) -> None:
+        plain = Plain(*arguments)
+        while True:
+            name, times = connection.recv()
+            connection.send(timed(getattr(plain, name), plain.device, times))
+
+    def timed(self, name: str, times: int) -> float:
+        """Seconds a call of its method ``name``."""
+        self.connection.send((name, times))
+        return self.connection.recv()
+
+
+def in_turns(plain: Elsewhere, ours: Ours, name: str, device: torch.device, repeats: int,
+             times: int) -> list[float]:
+    """Median seconds of the method ``name`` of each, called by turns; the first turn does not count.
+
+    Each call, or several timed together where they are short, follows an untimed one: caches are warm.
     """
-    seconds = ([], [])
+    seconds = []
     for _ in range(repeats + 1):
-        for allocate, call, column in ((as_peers_allocate, plain, seconds[0]),
-                                       (keep_freed_memory, ours, seconds[1])):
-            allocate()
-            if times:
-                call()
-            column.append(timed(call, device, max(1, times)))
-    return [statistics.median(column[1:]) for column in seconds]
+        plain.timed(name, 1)
+        theirs = plain.timed(name, times)
+        timed(getattr(ours, name), device)
+        seconds.append((theirs, timed(getattr(ours, name), device, times)))
+    return [statistics.median(column) for column in zip(*seconds[1:], strict=True)]
 
 
 def rates(dtype: torch.dtype, device: torch.device, repeats: int) -> tuple[float, float]:
@@ -163,11 +175,12 @@ def measure(name: str, work: Workload, args: argparse.Namespace, device: torch.d
     drawn = np.random.default_rng(1)
     images = drawn.integers(0, 256, (count, height, width, channels), np.uint8)
     labels = drawn.integers(0, 10, count)
-    plain, ours = Plain(work, images, labels, device), Ours(work, images, labels, device, args.precision)
+    plain, ours = Elsewhere(work, images, labels, device), Ours(work, images, labels, device, args.precision)
     operations, moved = counted(work, ours)
     floor = operations / rate[0] + moved / rate[1]
-    step = in_turns(plain.step, ours.step, device, args.repeats, work.steps)
-    whole = in_turns(plain.round, ours.round, device, args.repeats, 0)
+    step = in_turns(plain, ours, "step", device, args.repeats, work.steps)
+    whole = in_turns(plain, ours, "round", device, args.repeats, 1)
+    plain.process.kill()
     return (f"{name:<34}{1e3 * step[0]:9.1f}{1e3 * step[1]:9.1f}{step[0] / step[1]:7.2f}{1e3 * floor:9.1f}"
             f"{floor / step[1]:8.0%}{whole[0]:9.2f}{whole[1]:9.2f}{whole[0] / whole[1]:7.2f}"
             f"   {operations / 1e9:.1f} GFLOP, {moved / 1e9:.2f} GB a step")
@@ -179,9 +192,7 @@ def round_over_steps(work: Workload, device: torch.device, precision: str) -> fl
     Three rounds of ten local epochs, two clients of three batches: a tenth of the paper's data, so that what
     does not grow with the data weighs ten times as much as there. The first round does not count.
     """
-    spec = importlib.util.spec_from_file_location("driver", ROOT / "RVE-PFL.py")
-    driver = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(driver)
+    driver = load_driver()
     stepping, ends, step, end = [0.0], [], driver.Client._step, driver.Run.end_round
 
     def timed_step(self, *arguments):
@@ -218,6 +229,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of ours")
     args = parser.parse_args()
+    keep_freed_memory()
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
     rate = rates(dtype, device, args.repeats)

@@ -6,21 +6,18 @@ The first argument is how many of the clients take part, in every round; then op
 to all settings, `--`, and the settings. A tenth of each client's training images, held out, is evaluated
 (`--validate`); test images are never looked at.
 """
-import importlib.util
 import sys
 import time
 
-import _path  # noqa: F401 - lets this script import the project
 import numpy as np
+from _path import load_driver  # lets this script import the project
 
 import datasets
-from options import ROOT, args_parser
+from options import args_parser
 from update import Private
 from utils import choose_device, keep_freed_memory
 
-spec = importlib.util.spec_from_file_location("driver", ROOT / "RVE-PFL.py")
-driver = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(driver)
+driver = load_driver()
 
 
 def sweep(args, clients: int) -> None:

@@ -92,3 +92,6 @@ def test_an_empty_folder_and_none(report, tmp_path, capsys):
     assert (tmp_path / "report.html").exists()
     assert report.main(["--results_dir", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--result_dir", str(tmp_path)])
+    assert capsys.readouterr().err.endswith("unknown argument --result_dir (did you mean --results_dir?)\n")

@@ -1,0 +1,197 @@
+"""What must be refused, each with one line, and what must then still be whole."""
+import fcntl
+import os
+import pickle
+import resource
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import load_checked
+from files import write_whole
+from runs import COLUMNS
+
+
+def test_an_earlier_run_is_never_lost_by_accident(place, capsys):
+    assert place.main("--rounds", 1) == 0
+    before = place.clients_csv()
+    assert "--overwrite" in place.refuses(capsys, "--rounds", 1)
+    assert "--lr" in place.refuses(capsys, "--rounds", 1, "--resume", "--lr", 0.1)
+    assert "--rounds" in place.refuses(capsys, "--rounds", 2, "--resume")
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    line = place.refuses(capsys, "--rounds", 1)
+    assert "--resume" in line and "--overwrite" in line
+    config.write_text("{")
+    assert "config.json" in place.refuses(capsys, "--rounds", 1, "--resume")
+    assert place.clients_csv() == before
+    assert place.main("--rounds", 2, "--overwrite") == 0
+    assert place.clients_csv() != before
+
+
+def test_a_second_run_of_the_same_name_is_refused(place, capsys):
+    place.results.mkdir(parents=True)
+    with open(place.results / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process" in place.refuses(capsys)
+        assert "another process" in place.refuses(capsys, "--overwrite")
+    assert place.main() == 0
+
+
+def test_foreign_folders_are_left_alone(place, capsys):
+    place.results.mkdir(parents=True)
+    (place.results / "thesis.tex").write_text("years of work")
+    for flag in ([], ["--overwrite"], ["--resume"]):
+        assert "thesis.tex" in place.refuses(capsys, *flag)
+    assert (place.results / "thesis.tex").read_text() == "years of work"
+
+
+def test_checkpoints_without_results_are_not_taken_up(place, capsys):
+    assert place.main("--rounds", 1) == 0
+    checkpoint.shutil.rmtree(place.results)
+    assert "--overwrite" in place.refuses(capsys, "--rounds", 1)
+    assert place.main("--rounds", 1, "--overwrite") == 0
+
+
+@pytest.fixture
+def unfinished(place):
+    """A run of three rounds, of which two are left to do."""
+    assert place.main("--save_rounds", 1, "--checkpoint_seconds", 1e6) == 0
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    checkpoint.shutil.rmtree(place.models / "round_3")
+    return place
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/a-checkpoint-ran-code",)
+
+
+def torn(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def foreign(path):
+    torch.save({"anything": torch.zeros(3)}, path)
+
+
+def pickled(path):
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+def zipped_pickle(path):
+    torch.save({"parameters": Bomb(), "steps": 1}, path)
+
+
+@pytest.mark.parametrize("name", ["shared.pt", "server.pt", "client_1.pt"])
+@pytest.mark.parametrize("damage", [torn, foreign, pickled, zipped_pickle, os.remove])
+def test_a_damaged_or_foreign_checkpoint_is_refused(unfinished, capsys, name, damage):
+    damage(unfinished.models / "round_1" / name)
+    line = unfinished.refuses(capsys, "--save_rounds", 1, "--resume")
+    assert "round_1" in line
+    assert not os.path.exists("/tmp/a-checkpoint-ran-code")
+
+
+def test_a_checkpoint_of_another_network_is_refused(unfinished, capsys):
+    path = unfinished.models / "round_1" / "client_0.pt"
+    found = load_checked(path)
+    found["parameters"]["encoder.mu.weight"] = found["parameters"]["encoder.mu.weight"][:, :5].clone()
+    torch.save(found, path)
+    assert "client_0.pt" in unfinished.refuses(capsys, "--save_rounds", 1, "--resume")
+
+
+def test_a_shortened_csv_is_refused(unfinished, capsys):
+    path = unfinished.results / "clients.csv"
+    path.write_bytes(path.read_bytes()[:100])
+    assert "clients.csv" in unfinished.refuses(capsys, "--save_rounds", 1, "--resume")
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--dataset", "nothing"], "nothing.npz"), (["--num_users", 200], "--num_users"),
+    (["--classes_per_client", 5], "--classes_per_client"), (["--device", "cuda:99"], "--device"),
+    (["--frac", 0], "--frac")])
+def test_bad_input_leaves_nothing_behind(place, capsys, flags, named):
+    assert named in place.refuses(capsys, *flags)
+    assert not place.results.exists() and not place.models.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_absent(place, capsys):
+    assert "--device cpu" in place.refuses(capsys, "--device", "cuda")
+
+
+@pytest.mark.parametrize("which", ["--results_dir", "--models_dir", "--data_dir"])
+def test_a_folder_that_cannot_be_used(place, capsys, which):
+    (place.folder / "file").write_text("")
+    assert "file" in place.refuses(capsys, which, place.folder / "file" / "inside")
+
+
+def limit_files(size):
+    """What a process calls so that none of its files passes ``size`` bytes: a full disk, for one process."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_stops_with_one_line_and_whole_files(place):
+    flags = ("--rounds", 40, "--checkpoint_seconds", 1e6)
+    process = place.start(*flags, preexec_fn=limit_files(6000))
+    _, err = process.communicate(timeout=120)
+    said = [line for line in err.splitlines() if "error" in line]
+    assert process.returncode == 2 and len(said) == 1 and "Traceback" not in err, err
+    assert place.clients_csv().endswith(b"\n")
+    assert not list(place.folder.rglob("*.tmp"))
+    if (place.results / "config.json").exists():
+        assert place.main(*flags, "--resume") == 0
+
+
+def test_a_full_disk_during_a_checkpoint_keeps_the_last_one(place):
+    flags = ("--checkpoint_seconds", 0)
+    assert place.main("--save_rounds", 1, *flags) == 0
+    expected = place.clients_csv()
+    size = (place.models / "round_1" / "client_0.pt").stat().st_size
+    process = place.start(*flags, "--overwrite", preexec_fn=limit_files(size // 2))
+    _, err = process.communicate(timeout=120)
+    said = [line for line in err.splitlines() if "error" in line]
+    assert process.returncode == 2 and len(said) == 1 and "Traceback" not in err, err
+    assert not list(place.models.glob("round_*")) and not list(place.folder.rglob("*.tmp"))
+    assert place.main(*flags, "--resume") == 0
+    assert place.clients_csv() == expected
+
+
+def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(file):
+        file.write(b"new, but")
+        raise RuntimeError("PytorchStreamWriter failed")
+    with pytest.raises(OSError, match="PytorchStreamWriter"):
+        write_whole(path, fail)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_client_that_diverges_is_left_out_and_the_others_go_on(place, driver, capsys, monkeypatch):
+    train = driver.Client.train
+
+    def broken(self, client, round, indices, sent, private):
+        if (client, round) == (1, 2):
+            self = driver.Client(**{**vars(self), "lr": 1000.0, "epochs": 5})
+        return train(self, client, round, indices, sent, private)
+    monkeypatch.setattr(driver.Client, "train", broken)
+    assert place.main() == 0
+    assert "client 1, round 2" in capsys.readouterr().err
+    server = pd.read_csv(place.results / "server.csv").set_index(["round", "client"])
+    assert server.loc[(2, 1), "weight"] == 0 and server.loc[(2, 0), "weight"] == 1
+    clients = pd.read_csv(place.results / "clients.csv")
+    assert clients.query("round == 2 and client == 1")["stage"].tolist() == ["deployed"]
+    assert np.isfinite(clients["loss"]).all() and clients["round"].max() == 3
+
+
+def test_when_every_client_diverges_the_run_stops(place, capsys):
+    assert place.main("--lr", 1000, "--local_ep", 5) == 2
+    err = capsys.readouterr().err
+    assert "client 0, round 1" in err and "smaller --lr" in err
+    assert place.clients_csv() == (",".join(COLUMNS["clients.csv"]) + "\n").encode()
