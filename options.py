@@ -26,6 +26,7 @@ CHOSEN = {
          "augment": "none"},
     "cifar": {"augment": "flip+shift"},
 }
+PLAIN = {"cifar": {"augment": "flip"}}   # the same for methods without an encoder, whose CNN fits less
 BY_METHOD = {
     "nbafl": {"epsilon": 50.0, "delta": 0.01, "exposures": 1},
     "ressfl": {"loss_weight": 0.3},
@@ -190,7 +191,8 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
     _fill(parser, args, "alpha", args.partition == "dirichlet", 0.1, None, partition)
     if args.method in CLIENT_DP:
         _fill_client_dp(parser, args)
-    chosen = {**CHOSEN[""], **CHOSEN.get(args.dataset, {}), **BY_METHOD.get(args.method, {})}
+    plain = {} if args.method in SPLIT else PLAIN.get(args.dataset, {})
+    chosen = {**CHOSEN[""], **CHOSEN.get(args.dataset, {}), **plain, **BY_METHOD.get(args.method, {})}
     for name, readers in READ_BY.items():
         _fill(parser, args, name, args.method in readers, chosen.get(name), UNREAD.get(name), method)
     if args.run_name is None:

@@ -1,0 +1,234 @@
+"""The table of attacks, and one adversary's side of each: what it holds, what it trains, what it hands in."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from attack import classes, gradients, learnt
+from attack.access import Holdings, Run, Victim
+from methods import METHODS
+from models import FlattenHWC, as_image
+from options import NOISY
+from update import State
+
+flatten = FlattenHWC()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method's adversary may spend."""
+
+    restarts: int
+    iterations: int
+    epochs: int     # of what it trains on public images
+    draws: int      # of z averaged in an answer
+    lr: float       # the client's, of its simulated local epoch
+    keep: int       # scores that a service tells
+
+
+class Adversary:
+    """One adversary's knowledge of one client in one round, and what it trains with it, once."""
+
+    def __init__(self, holdings: Holdings | None, query: Callable[[Tensor], Tensor] | None, start: nn.Module,
+                 public: Tensor, labels: Tensor, kl_weight: float, budget: Budget):
+        self.holdings, self.query, self.start, self.budget = holdings, query, start, budget
+        self.public, self.labels, self.kl_weight = public, labels, kl_weight
+
+    @cached_property
+    def view(self) -> Holdings:
+        """A way from images to logits: the model itself, or the head behind a shadow encoder."""
+        if not self.holdings.split or self.holdings.encoder is not None:
+            return self.holdings
+        return learnt.shadow_encoder(self.holdings, self.start, self.public, self.labels, self.budget.epochs,
+                                     self.kl_weight)
+
+    @cached_property
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        """From a latent to an image, learnt on public images."""
+        return learnt.decoder(self.view.sample, self.public, self.budget.epochs)
+
+    @cached_property
+    def generator(self) -> learnt.Generator:
+        """A prior of images."""
+        return learnt.generator(self.public, self.budget.epochs)
+
+    def score(self, draws: int) -> classes.Score:
+        """Images to log-probabilities."""
+        return lambda x: self.view.logits(x, draws)
+
+    def images_of(self, inputs: Tensor) -> Tensor:
+        """Recovered inputs of the head, ``N x C x H x W`` -> images."""
+        return self.decoder(flatten(inputs)) if self.holdings.split else inputs.clamp(0, 1)
+
+    def starts(self, *shape: int) -> Tensor:
+        """Restarts: noise of the size of images, or of latents."""
+        noise = torch.randn(self.budget.restarts, *shape)
+        return noise if self.holdings.split else (0.5 + 0.2 * noise).clamp(0, 1)
+
+
+# Class attacks: (adversary, labels P) -> R x P x C x H x W, of each label the adversary's own choice first.
+
+def mi_face(adversary: Adversary, labels: Tensor) -> Tensor:
+    return classes.mi_face(adversary.score(adversary.budget.draws), labels, adversary.holdings.image_shape,
+                           10 * adversary.budget.iterations)[None]
+
+
+def mi_strong(adversary: Adversary, labels: Tensor, draws: int | None = None) -> Tensor:
+    mean = adversary.public.mean(0)
+    start = (mean + 0.1 * torch.randn(adversary.budget.restarts, len(labels), *mean.shape)).clamp(0, 1)
+    score = adversary.score(adversary.budget.draws if draws is None else draws)
+    return classes.mi_strong(score, labels, start, mean, adversary.budget.iterations)[0]
+
+
+def mi_strong_mu(adversary: Adversary, labels: Tensor) -> Tensor:
+    return mi_strong(adversary, labels, draws=0)
+
+
+def mi_prior(adversary: Adversary, labels: Tensor) -> Tensor:
+    made = adversary.generator
+    start = torch.randn(adversary.budget.restarts, len(labels), made.size)
+    return classes.mi_prior(adversary.score(adversary.budget.draws), labels, made.decode, start,
+                            adversary.budget.iterations)[0]
+
+
+# Image attacks: what is observed of some images; (adversary, observed) -> R x N x C x H x W and labels N.
+
+def one_step(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
+    """The gradient of each image alone."""
+    return [victim.update(x[i:i + 1], y[i:i + 1], gradients.gradient) for i in range(len(x))]
+
+
+def one_epoch(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
+    """The change over a local epoch of two steps on all images at once."""
+    batch = -(-len(x) // 2)
+    return [victim.update(x, y, lambda head, z, t: gradients.epoch_update(head, z, t, budget.lr, batch))]
+
+
+def stacked(seen: list[State]) -> State:
+    return {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
+
+
+def dlg(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
+    head, shape = adversary.holdings.head, adversary.holdings.image_shape
+    outputs = len(seen[0]["output.bias"])
+    tried = [[gradients.deep_leakage(head, one, 1, outputs, start[None], adversary.budget.iterations)
+              for one, start in zip(seen, starts, strict=True)]
+             for starts in adversary.starts(len(seen), *shape)]
+    found = torch.stack([torch.cat([x for x, _ in row]) for row in tried])
+    value = torch.tensor([[v for _, v in row] for row in tried])
+    found, _ = gradients.best_first(found.nan_to_num(0.5), value)
+    return every(adversary, found), torch.cat([gradients.labels_of(one, 1) for one in seen])
+
+
+def cosine_tv(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
+    head, labels = adversary.holdings.head, torch.stack([gradients.labels_of(one, 1) for one in seen])
+    start = adversary.starts(len(seen), 1, *adversary.holdings.image_shape)
+    found, _ = gradients.invert(lambda x, y: gradients.gradient(head, x, y), stacked(seen), labels, start,
+                                adversary.budget.iterations, 1e-2, not adversary.holdings.split)
+    return every(adversary, found.squeeze(2)), labels.squeeze(1)
+
+
+def analytic(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
+    head, shape = adversary.holdings.head, adversary.holdings.image_shape
+    place = next(i for i, part in enumerate(head.features) if isinstance(part, nn.Linear))
+    recovered = torch.stack([gradients.dense_input(one, f"features.{place}") for one in seen])
+    found, _ = gradients.from_features(head.features[:place], recovered, adversary.starts(len(seen), *shape),
+                                       adversary.budget.iterations, 1e-4, not adversary.holdings.split)
+    return every(adversary, found), torch.cat([gradients.labels_of(one, 1) for one in seen])
+
+
+def update(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
+    head, lr, batch = adversary.holdings.head, adversary.budget.lr, -(-count // 2)
+    labels = gradients.labels_of(seen[0], count)
+    start = adversary.starts(1, count, *adversary.holdings.image_shape)
+    found, _ = gradients.invert(lambda x, y: gradients.epoch_update(head, x, y, lr, batch), stacked(seen),
+                                labels[None], start, adversary.budget.iterations, 1e-2,
+                                not adversary.holdings.split)
+    return every(adversary, found.squeeze(1)), labels
+
+
+def latents(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
+    """One draw of z of each image, ``N x CHW``."""
+    return flatten(victim.head_input(x))
+
+
+def decode_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return adversary.decoder(z)[None], label_of_latent(adversary, z)
+
+
+def optimise_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    mean = adversary.public.mean(0)
+    start = (mean + 0.1 * torch.randn(adversary.budget.restarts, len(z), *mean.shape)).clamp(0, 1)
+    found, _ = gradients.from_features(lambda x: adversary.view.posterior(x)[0], z, start,
+                                       adversary.budget.iterations, 0.3, True)
+    return found, label_of_latent(adversary, z)
+
+
+def label_of_latent(adversary: Adversary, z: Tensor) -> Tensor:
+    """What the head says of it."""
+    return adversary.holdings.head(as_image(z, adversary.holdings.image_shape)).argmax(1)
+
+
+def every(adversary: Adversary, inputs: Tensor) -> Tensor:
+    """``images_of`` over restarts."""
+    return torch.stack([adversary.images_of(one) for one in inputs])
+
+
+def scores(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
+    """The service's answers, ``N x num_classes``, of which it tells the largest ``keep``."""
+    return victim.answers(x, budget.draws, budget.keep)
+
+
+def decode_scores(adversary: Adversary, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A decoder of truncated scores, trained on the service's answers to public images (Yang et al. 2019,
+    arXiv 1902.08552)."""
+    def of(answers):
+        logs = answers.clamp_min(1e-8).log()
+        return logs - logs.mean(1, keepdim=True)
+    decode = learnt.decoder(lambda x: of(adversary.query(x)), adversary.public, adversary.budget.epochs)
+    return decode(of(seen))[None], seen.argmax(1)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack: ``observe`` is None for a class attack, which sees nothing of single images."""
+
+    solve: Callable
+    observe: Callable | None
+    adversaries: tuple[str, ...]
+    source: str
+
+
+KNOW_MODEL = ("curious_server", "stolen_model", "curious_client")
+ATTACKS = {
+    "mi_face": Attack(mi_face, None, KNOW_MODEL, "Fredrikson et al. 2015"),
+    "mi_strong": Attack(mi_strong, None, KNOW_MODEL, "margin, total variation, restarts"),
+    "mi_strong_mu": Attack(mi_strong_mu, None, ("stolen_model",), "the same, through mu alone"),
+    "mi_prior": Attack(mi_prior, None, KNOW_MODEL, "after Zhang et al. 2020, arXiv 1911.07135"),
+    "dlg": Attack(dlg, one_step, ("curious_server",), "Zhu et al. 2019, arXiv 1906.08935"),
+    "cosine_tv": Attack(cosine_tv, one_step, ("curious_server",), "Geiping et al. 2020, arXiv 2003.14053"),
+    "analytic": Attack(analytic, one_step, ("curious_server",), "Phong et al. 2018, then features inverted"),
+    "epoch": Attack(update, one_epoch, ("curious_server",), "a local epoch simulated, after Geiping et al."),
+    "latent_decoder": Attack(decode_latent, latents, ("stolen_model",), "decoder trained on public images"),
+    "latent_search": Attack(optimise_latent, latents, ("stolen_model",), "Mahendran and Vedaldi 2015"),
+    "score_decoder": Attack(decode_scores, scores, ("prediction_api",), "Yang et al. 2019, arXiv 1902.08552"),
+}
+
+
+def unfit(name: str, adversary: str, run: Run) -> str | None:
+    """Why an attack does not fit an adversary of a run, or None."""
+    attack, method = ATTACKS[name], METHODS[run.options["method"]]
+    travels = method.split(run.network().state_dict())[0]
+    if adversary not in attack.adversaries:
+        return "needs what this adversary does not have"
+    if adversary in ("curious_server", "curious_client") and not travels:
+        return "nothing travels with this method"
+    if adversary == "curious_server" and "classifier.output.bias" not in travels:
+        return "part of the head stays with the clients"
+    if attack.observe is latents and not run.split:
+        return "this method has no latents"
+    if name == "mi_strong_mu" and run.options["method"] not in NOISY:
+        return "this method's encoder has no noise"
+    return None

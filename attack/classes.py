@@ -1,0 +1,99 @@
+"""Class inversion: an image of a class, from a model that knows the class.
+
+All classes and restarts are one batch: the loss of one image does not depend on the others.
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from attack.gradients import best_first, total_variation
+
+Score = Callable[[Tensor], Tensor]   # images -> log-probabilities
+
+
+def mi_face(score: Score, labels: Tensor, image_shape: tuple[int, int, int], iterations: int, lr: float = 0.1,
+            patience: int = 100, enough: float = 0.99) -> Tensor:
+    """Gradient descent on ``1 - p(label | x)`` from a black image (Fredrikson et al. 2015, algorithm 1).
+
+    An image is done when its probability reaches ``enough`` or its cost has not fallen for ``patience``
+    steps; the best so far is returned, ``P x C x H x W``.
+    """
+    x = torch.zeros(len(labels), *image_shape)
+    best, lowest = x.clone(), torch.full((len(labels),), torch.inf)
+    since = torch.zeros(len(labels), dtype=torch.long)
+    for _ in range(iterations):
+        going = (lowest > 1 - enough) & (since < patience)
+        if not going.any():
+            break
+        at = x[going].requires_grad_()
+        cost = 1 - score(at).gather(1, labels[going, None]).squeeze(1).exp()
+        slope, = torch.autograd.grad(cost.sum(), at)
+        better = torch.zeros_like(going)
+        better[going] = cost.detach() < lowest[going]
+        lowest[going] = torch.minimum(lowest[going], cost.detach())
+        best[better] = x[better]
+        since = torch.where(better, 0, since + 1)
+        x[going] = (at.detach() - lr * slope).clamp(0, 1)
+    return best
+
+
+def mi_strong(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterations: int, tv: float = 3.0,
+              pull: float = 0.3, lr: float = 0.05) -> tuple[Tensor, Tensor]:
+    """The margin ``log p - log(1 - p)``, which does not saturate as p does, with total variation and a pull
+    towards the public images' mean; Adam.
+
+    Args:
+        start: ``R x P x C x H x W``, R restarts.
+        mean: ``C x H x W``.
+
+    Returns:
+        Images and objectives, of each label the best restart first.
+    """
+    restarts, problems = start.shape[:2]
+    x, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(restarts)
+    optimizer = torch.optim.Adam([x], lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+
+    def objective():
+        return (-margin(score(x), y).clamp_max(20) + tv * total_variation(x)
+                + pull * (x - mean).square().mean((1, 2, 3)))
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        objective().sum().backward()
+        optimizer.step()
+        schedule.step()
+        x.data.clamp_(0, 1)
+    with torch.no_grad():
+        value = objective()
+    return best_first(x.detach().unflatten(0, (restarts, problems)), value.unflatten(0, (restarts, problems)))
+
+
+def mi_prior(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, iterations: int,
+             weight: float = 0.05, lr: float = 0.05) -> tuple[Tensor, Tensor]:
+    """The margin over what a generator of public images can draw, its code kept near N(0, I) (after Zhang et
+    al. 2020, arXiv 1911.07135, whose generator is a GAN).
+
+    Args:
+        decoder: code ``N x Z`` -> images.
+        start: ``R x P x Z``.
+    """
+    restarts, problems = start.shape[:2]
+    code, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(restarts)
+    optimizer = torch.optim.Adam([code], lr)
+
+    def objective():
+        return -margin(score(decoder(code)), y).clamp_max(20) + weight * 0.5 * code.square().sum(1)
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        objective().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        value, images = objective(), decoder(code)
+    return best_first(images.unflatten(0, (restarts, problems)), value.unflatten(0, (restarts, problems)))
+
+
+def margin(logs: Tensor, labels: Tensor) -> Tensor:
+    """``log p - log(1 - p)`` of the labels, from log-probabilities."""
+    hit = torch.zeros_like(logs, dtype=torch.bool).scatter_(1, labels[:, None], True)
+    return logs[hit] - logs.masked_fill(hit, -torch.inf).logsumexp(1)

@@ -1,0 +1,111 @@
+"""What an adversary trains on public images: a shadow encoder, decoders, and a generator of images."""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attack.access import Holdings
+from models import as_image, kl_to_standard_normal, reparameterise
+
+Loss = Callable[[Tensor], Tensor]   # indices of a batch -> mean loss
+
+
+def fit(parameters: list[Tensor], loss: Loss, count: int, epochs: int, lr: float = 1e-3,
+        batch: int = 128) -> None:
+    """Adam over ``count`` examples, its learning rate falling to 0."""
+    optimizer = torch.optim.Adam(parameters, lr)
+    steps = epochs * -(-count // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(2, steps), pct_start=0.1)
+    for _ in range(epochs):
+        for part in torch.randperm(count).split(batch):
+            optimizer.zero_grad()
+            loss(part).backward()
+            optimizer.step()
+            schedule.step()
+
+
+def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels: Tensor, epochs: int,
+                   kl_weight: float) -> Holdings:
+    """An encoder trained on public images against the frozen head, as a client trains its own.
+
+    Args:
+        start: the network with the weights that all clients start from, which the protocol makes no secret.
+    """
+    encoder, head = start.encoder.train(), holdings.head
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(True)
+
+    def loss(part):
+        found = encoder(images[part])
+        z, kl = (found, 0.0) if not isinstance(found, tuple) else (
+            reparameterise(*found), kl_to_standard_normal(*found).mean())
+        return F.cross_entropy(head(as_image(z, holdings.image_shape)), labels[part]) + kl_weight * kl
+    fit(list(encoder.parameters()), loss, len(images), epochs)
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    return Holdings(head, encoder.eval(), True, holdings.image_shape)
+
+
+class Decoder(nn.Module):
+    """A vector ``N x D`` -> images in [0, 1], ``N x C x H x W``: two dense layers and two upsamplings, beside
+    a linear way, since an encoder's last layers are linear too."""
+
+    def __init__(self, size: int, image_shape: tuple[int, int, int], width: int = 512):
+        super().__init__()
+        channels, height, side = image_shape
+        quarter, half = (-(-height // 4), -(-side // 4)), (-(-height // 2), -(-side // 2))
+        self.layers = nn.Sequential(
+            nn.Linear(size, width), nn.ReLU(), nn.Linear(width, 32 * quarter[0] * quarter[1]), nn.ReLU(),
+            nn.Unflatten(1, (32, *quarter)),
+            nn.Upsample(half), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+            nn.Upsample((height, side)), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, channels, 3, padding=1))
+        self.linear = nn.Sequential(nn.Linear(size, channels * height * side), nn.Unflatten(1, image_shape))
+
+    def forward(self, code: Tensor) -> Tensor:
+        return (self.layers(code) + self.linear(code)).sigmoid()
+
+
+def decoder(encode: Callable[[Tensor], Tensor], images: Tensor, epochs: int) -> Decoder:
+    """A decoder of what ``encode`` makes of images, trained on public ones for the squared error.
+
+    Args:
+        encode: images -> ``N x D``, drawn anew each time where it is random.
+    """
+    with torch.no_grad():
+        first = torch.cat([encode(part) for part in images.split(512)])
+    mean, std = first.mean(0), first.std(0) + 1e-3 * first.std() + 1e-12
+    made = Decoder(first.shape[1], tuple(images.shape[1:]))
+
+    def loss(part):
+        with torch.no_grad():
+            code = (encode(images[part]) - mean) / std
+        return (made(code) - images[part]).square().mean()
+    fit(list(made.parameters()), loss, len(images), epochs)
+    made.eval().requires_grad_(False)
+    return lambda code: made((code - mean) / std)
+
+
+class Generator(nn.Module):
+    """A variational autoencoder of public images (Kingma and Welling 2014); its decoder draws new ones."""
+
+    def __init__(self, image_shape: tuple[int, int, int], size: int = 32):
+        super().__init__()
+        pixels = image_shape[0] * image_shape[1] * image_shape[2]
+        self.size = size
+        self.encode = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 512), nn.ReLU(), nn.Linear(512, 2 * size))
+        self.decode = Decoder(size, image_shape)
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Negative evidence bound, the image's term a Gaussian of standard deviation 0.1."""
+        mu, logvar = self.encode(x).chunk(2, 1)
+        error = (self.decode(reparameterise(mu, logvar)) - x).square().sum((1, 2, 3)) / (2 * 0.1**2)
+        return (error + kl_to_standard_normal(mu, logvar)).mean()
+
+
+def generator(images: Tensor, epochs: int) -> Generator:
+    """A generator trained on public images."""
+    made = Generator(tuple(images.shape[1:]))
+    fit(list(made.parameters()), lambda part: made.loss(images[part]), len(images), epochs)
+    return made.eval().requires_grad_(False)

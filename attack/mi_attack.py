@@ -1,0 +1,170 @@
+"""Attack a run with everything that fits each adversary, and score it beside controls.
+
+    python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
+
+Writes to results/<run>/: attack.csv, a row for each reconstruction and control; attack_summary.csv, their
+means with 95 % bootstrap intervals; and attack_<adversary>_<attack>_round<r>_client<k>.png. An adversary
+reads its own files only (access.py); what it trains, it trains on images that no client owns, or on another
+data set (--public). Interrupted, it goes on where it stopped.
+"""
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project, whatever the folder
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from attack.access import ADVERSARIES, Run, open_run
+from attack.attacks import ATTACKS, unfit
+from attack.scene import COLUMNS, FIGURES, POOL, UNIT, Scene
+from files import write_whole
+from options import ROOT, Formatter, Parser
+from utils import InputError, Interrupted, Interrupts, keep_freed_memory, rng
+
+NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, not how: they may change
+
+
+def make_parser() -> Parser:
+    """The options."""
+    parser = Parser(prog="mi_attack.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+                    formatter_class=Formatter)
+    add, group, huge = parser.add, parser.add_argument_group("attack"), 10**9
+    add(group, "--run", required=True, help="the run's folder name under RESULTS_DIR and MODELS_DIR")
+    add(group, "--adversary", nargs="+", choices=ADVERSARIES, default=list(ADVERSARIES), help="who attacks")
+    add(group, "--attack", nargs="+", choices=tuple(ATTACKS), default=list(ATTACKS), help="how")
+    add(group, "--clients", nargs="+", type=int, default=[0], within=(0, huge), help="whom")
+    add(group, "--rounds", nargs="+", type=int, within=(1, huge),
+        help="rounds whose checkpoints are attacked (the latest if not given)")
+    add(group, "--images", type=int, default=8, within=(1, POOL),
+        help="of the client's training images, for attacks on single images")
+    add(group, "--restarts", type=int, default=3, within=(1, 1000), help="of each search")
+    add(group, "--iterations", type=int, default=300, within=(1, huge), help="of each search")
+    add(group, "--train_epochs", type=int, default=20, within=(1, huge),
+        help="of what an adversary trains on public images")
+    add(group, "--draws", type=int, default=32, within=(1, 1000), help="of z, averaged in an answer")
+    add(group, "--scores", type=int, default=3, within=(1, huge), help="class scores that a service tells")
+    add(group, "--public", default="unowned",
+        help="what adversaries train on: `unowned`, the run's images that no client has, or another data "
+             "set's NAME, of the same shape")
+    add(group, "--seed", type=int, default=1, within=(0, 2**31 - 1), help="decides every random draw")
+    add(group, "--overwrite", action="store_true", help="forget what an earlier attack on this run found")
+    for name, where in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
+        add(group, f"--{name}", type=Path, default=ROOT / where, help="as in RVE-PFL.py")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line and return the exit status."""
+    args = make_parser().parse(argv)
+    try:
+        with Interrupts():
+            attack_all(args)
+        return 0
+    except InputError as error:
+        line, status = f"mi_attack.py: error: {error}", 2
+    except OSError as error:
+        line, status = f"mi_attack.py: error: {error.filename or 'a file'}: {error.strerror or error}", 2
+    except Interrupted:
+        line, status = "interrupted; the same command goes on where it stopped", 130
+    print(line, file=sys.stderr)
+    return status
+
+
+def attack_all(args: Namespace) -> None:
+    """Every adversary, attack, round and client that is asked for, fits and is not done yet."""
+    keep_freed_memory()
+    run = open_run(args.run, args.results_dir, args.models_dir, args.data_dir)
+    rounds = args.rounds or run.rounds()[-1:]
+    if not rounds:
+        raise InputError(f"--run {args.run}: {run.models} holds no checkpoint yet")
+    last = run.options["num_users"] - 1
+    if max(args.clients) > last:
+        raise InputError(f"--clients {max(args.clients)}: the run's clients are 0 to {last}")
+    for r in rounds:
+        run.file(r, "shared.pt")
+    scene = Scene(run, args)
+    rows = begin(run, args)
+    done = {tuple(row[column] for column in UNIT) for row in rows}
+    plan = [(who, how, r, k) for r in rounds for k in args.clients for who in args.adversary
+            for how in args.attack if unfit(how, who, run) is None]
+    if not plan:
+        reasons = {unfit(how, who, run) for who in args.adversary for how in args.attack}
+        raise InputError(f"--run {args.run}: no attack asked for fits ({'; '.join(sorted(reasons))})")
+    with tqdm(total=len(plan), initial=len([u for u in plan if u in done]), unit="attack",
+              disable=None) as bar:
+        for unit in (unit for unit in plan if unit not in done):
+            bar.set_description(" ".join(map(str, unit)))
+            started = time.monotonic()
+            rows += scene.attack(*unit)
+            write_rows(run, rows)
+            bar.write(f"{unit[0]} {unit[1]} round {unit[2]} client {unit[3]}: "
+                      f"{outcome(rows, unit)} ({time.monotonic() - started:.0f} s)")
+            bar.update(1)
+    summary = summarise(rows)
+    write_whole(run.results / "attack_summary.csv",
+                lambda file: summary.to_csv(file, index=False, float_format="%.5g"))
+    print(f"\n{scene.about()}\nresults:     {run.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
+
+
+def begin(run: Run, args: Namespace) -> list[dict]:
+    """The rows of an earlier attack with the same options, if any."""
+    options = {key: value for key, value in json.loads(json.dumps(vars(args), default=str)).items()
+               if key not in (*NARROW, "overwrite", "results_dir", "models_dir", "data_dir")}
+    path, rows = run.results / "attack.json", []
+    if path.exists() and not args.overwrite:
+        try:
+            before = json.loads(path.read_text())
+            rows = pd.read_csv(run.results / "attack.csv", keep_default_na=False, na_values=[""],
+                               dtype={"control": str}).fillna({"control": ""})[COLUMNS].to_dict("records")
+        except FileNotFoundError:
+            before = options
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{run.results}: attack.csv or .json is damaged; use --overwrite") from error
+        differ = [key for key in options if before.get(key) != options[key]]
+        if differ:
+            raise InputError(f"--{differ[0]} {options[differ[0]]}: this run was attacked before with "
+                             f"{before.get(differ[0])}; give the same, or --overwrite to start again")
+    write_whole(path, lambda file: file.write((json.dumps(options, indent=2) + "\n").encode()))
+    return rows
+
+
+def write_rows(run: Run, rows: list[dict]) -> None:
+    """``attack.csv``, whole: an attack is in it entirely or not at all."""
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    write_whole(run.results / "attack.csv",
+                lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+
+
+def outcome(rows: list[dict], unit: tuple) -> str:
+    """An attack's first choices in a few words."""
+    mine = [row for row in rows if tuple(row[c] for c in UNIT) == unit and row["restart"] == 0
+            and not row["control"]]
+    mean = {name: np.mean([row[name] for row in mine]) for name in FIGURES}
+    rank = np.median([row["nearest_rank"] for row in mine])
+    return (f"PSNR {mean['psnr']:.1f} dB, SSIM {mean['ssim']:.2f}, evaluator right "
+            f"{mean['evaluator_correct']:.0%}, median rank {rank:.0f}")
+
+
+def summarise(rows: list[dict], draws: int = 1000) -> pd.DataFrame:
+    """Means with 95 % bootstrap intervals over images, of an adversary's first choices and of controls."""
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = table[(table["restart"] == 0) | (table["control"] != "")]
+    found = []
+    for key, part in table.groupby(["adversary", "attack", "round", "control"], sort=False):
+        picks = rng(0, "bootstrap").integers(len(part), size=(draws, len(part)))
+        row = dict(zip(("adversary", "attack", "round", "control"), key, strict=True), n=len(part))
+        for name in FIGURES:
+            values = part[name].to_numpy(float)
+            low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
+            row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
+        found.append(row)
+    return pd.DataFrame(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

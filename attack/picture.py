@@ -1,0 +1,27 @@
+"""The picture of an attack: one column an image; truth, reconstruction and controls below each other."""
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+from torch import Tensor  # noqa: E402
+
+from files import write_whole  # noqa: E402
+
+
+def grid(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str, most: int = 10) -> None:
+    """Draw the first ``most`` of each row's ``N x C x H x W``."""
+    count = min(most, len(labels))
+    figure, axes = plt.subplots(len(rows), count, figsize=(2.2 + 0.9 * count, 0.6 + 0.95 * len(rows)),
+                                squeeze=False, layout="constrained")
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for i, place in enumerate(line):
+            place.imshow(images[i].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            place.set(xticks=[], yticks=[])
+            if line is axes[0]:
+                place.set_title(int(labels[i]), fontsize=8)
+        line[0].set_ylabel(name.replace("_", " "), rotation=0, ha="right", va="center", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)

@@ -1,0 +1,220 @@
+"""Each attack recovers what theory says it must, on networks small enough for it to be certain."""
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import mean_squared_error
+from torch import nn
+
+from attack import classes, gradients, learnt, scoring
+from attack.access import Holdings
+from models import Classifier, Encoder, VariationalEncoder, as_image
+from utils import seed_torch
+
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    seed_torch(3, "attack tests")
+
+
+class Sigmoid(nn.Module):
+    """A dense network, as smooth as DLG wants it, with the head's names."""
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.Sigmoid())
+        self.output = nn.Linear(48, 4)
+        for p in self.parameters():
+            nn.init.uniform_(p, -weight, weight)
+
+    def forward(self, x):
+        return self.output(self.features(x))
+
+
+def images(count):
+    return torch.rand(count, *SHAPE)
+
+
+def psnr(found, truth):
+    return scoring.likeness(found, truth)["psnr"]
+
+
+def test_the_gradient_is_autograds():
+    head, x, y = Classifier(SHAPE, 4).eval(), images(3), torch.tensor([0, 3, 1])
+    nn.functional.cross_entropy(head(x), y).backward()
+    for name, value in gradients.gradient(head, x, y).items():
+        torch.testing.assert_close(value, dict(head.named_parameters())[name].grad)
+
+
+def test_an_epochs_update_is_what_sgd_does():
+    head, x, y = Sigmoid(), images(4), torch.tensor([0, 3, 1, 1])
+    before = {name: p.detach().clone() for name, p in head.named_parameters()}
+    seen = gradients.epoch_update(head, x, y, 0.1, 2)
+    optimizer = torch.optim.SGD(head.parameters(), 0.1)
+    for part in ([0, 1], [2, 3]):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(x[part]), y[part]).backward()
+        optimizer.step()
+    for name, p in head.named_parameters():
+        torch.testing.assert_close(before[name] - 0.1 * seen[name], p.detach())
+
+
+@pytest.mark.parametrize("labels", [[0], [3], [2, 0], [1, 1, 3, 0]])
+def test_labels_are_read_off_the_last_bias(labels):
+    head, y = Classifier(SHAPE, 4).eval(), torch.tensor(labels)
+    seen = gradients.gradient(head, images(len(y)), y)
+    assert gradients.labels_of(seen, len(y)).tolist() == sorted(labels)
+
+
+def test_the_dense_layers_input_is_recovered_exactly():
+    head, x = Classifier(SHAPE, 4).eval(), images(1)
+    seen = gradients.gradient(head, x, torch.tensor([2]))
+    truth = head.features[:7](x)[0].detach()
+    found = gradients.dense_input(seen, "features.7")
+    assert ((found - truth).norm() / truth.norm()) < 1e-5
+
+
+def test_features_that_determine_the_image_give_it_back():
+    mixing = torch.linalg.qr(torch.randn(64, 64)).Q
+    x = images(2)
+    found, value = gradients.from_features(lambda z: z.flatten(1) @ mixing, x.flatten(1) @ mixing,
+                                           torch.rand(2, 2, *SHAPE), 300, 0.0, True)
+    assert (psnr(found[0], x) > 40).all() and (value[0] <= value[1]).all()
+
+
+def test_dlg_recovers_an_image_from_a_smooth_network():
+    head, x, y = Sigmoid(0.5), images(1), torch.tensor([1])
+    seen = gradients.gradient(head, x, y)
+    found, value = gradients.deep_leakage(head, seen, 1, 4, torch.rand_like(x), 200)
+    assert psnr(found, x).item() > 40 and value < 1e-6
+
+
+def test_cosine_matching_recovers_several_images_at_once():
+    head, x, y = Sigmoid(0.5), images(3), torch.tensor([1, 0, 2])
+    seen = [gradients.gradient(head, x[i:i + 1], y[i:i + 1]) for i in range(3)]
+    seen = {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
+    found, _ = gradients.invert(lambda z, t: gradients.gradient(head, z, t), seen, y[:, None],
+                                torch.rand(2, 3, 1, *SHAPE), 400, 1e-6, True)
+    assert (psnr(found[0, :, 0], x) > 25).all()
+
+
+def test_a_simulated_epoch_gives_its_images_back():
+    head, x, y = Sigmoid(0.5), images(2), torch.tensor([0, 2])
+    seen = gradients.epoch_update(head, x, y, 0.1, 1)
+    found, _ = gradients.invert(lambda z, t: gradients.epoch_update(head, z, t, 0.1, 1),
+                                {name: value[None] for name, value in seen.items()}, y[None],
+                                torch.rand(1, 1, 2, *SHAPE), 500, 1e-6, True)
+    assert (psnr(scoring.assigned(found[0, 0], x), x) > 20).all()
+
+
+def score_by_template(templates):
+    return lambda x: (-40 * (x[:, None] - templates).square().mean((2, 3, 4))).log_softmax(1)
+
+
+def test_class_inversion_finds_the_class():
+    templates = (images(4) > 0.5).float()
+    score, labels = score_by_template(templates), torch.tensor([2, 0])
+    plain = classes.mi_face(score, labels, SHAPE, 500)
+    strong, value = classes.mi_strong(score, labels, torch.rand(3, 2, *SHAPE), torch.full(SHAPE, 0.5), 200)
+    assert (score(plain).argmax(1) == labels).all()
+    assert (score(strong[0]).argmax(1) == labels).all() and (value[0] <= value[2]).all()
+    nearest = scoring.distances(strong[0], templates).argmin(1)
+    assert (nearest == labels).all()
+
+
+def test_a_generator_narrows_class_inversion_to_its_images():
+    patterns = (images(4) > 0.5).float()
+    public = (patterns.repeat(80, 1, 1, 1) * (0.7 + 0.3 * torch.rand(320, 1, 1, 1))).clamp(0, 1)
+    made = learnt.generator(public, 30)
+    found, _ = classes.mi_prior(score_by_template(patterns), torch.tensor([3, 1]), made.decode,
+                                torch.randn(3, 2, made.size), 200)
+    assert (scoring.distances(found[0], patterns).argmin(1) == torch.tensor([3, 1])).all()
+
+
+def test_the_margin_is_the_log_odds():
+    logs = torch.randn(5, 4).log_softmax(1)
+    y = torch.tensor([0, 1, 2, 3, 0])
+    p = logs.exp()[range(5), y]
+    torch.testing.assert_close(classes.margin(logs, y), (p / (1 - p)).log())
+
+
+def test_a_decoder_learns_to_undo_a_fixed_mixing():
+    mixing, public = torch.linalg.qr(torch.randn(64, 64)).Q, (images(600) > 0.8).float()
+    decode = learnt.decoder(lambda x: x.flatten(1) @ mixing, public[:500], 60)
+    error = (decode(public[500:].flatten(1) @ mixing) - public[500:]).square().mean()
+    assert error < 0.5 * public.var()
+
+
+@pytest.mark.parametrize("kind", [Encoder, VariationalEncoder])
+def test_a_shadow_encoder_fits_the_frozen_head(kind):
+    head = Classifier(SHAPE, 4).eval()
+    start = nn.Module()
+    start.encoder = kind(SHAPE) if kind is Encoder else kind(SHAPE, -4.0)
+    public = images(200) * 0.2
+    y = torch.arange(200) % 4
+    for c in range(4):
+        public[y == c, :, 2 * c:2 * c + 2] += 0.7
+    before = {name: p.clone() for name, p in head.named_parameters()}
+    view = learnt.shadow_encoder(Holdings(head, None, True, SHAPE), start, public, y, 15, 1e-5)
+    assert (view.logits(public, 8).argmax(1) == y).double().mean() > 0.9
+    assert all(torch.equal(p, before[name]) for name, p in head.named_parameters())
+
+
+def test_answers_average_probabilities_over_draws():
+    head, encoder = Classifier(SHAPE, 4).eval(), VariationalEncoder(SHAPE, 1.0).eval()
+    view, x = Holdings(head, encoder, True, SHAPE), images(2)
+    torch.manual_seed(1)
+    found = view.logits(x, 5).exp()
+    torch.manual_seed(1)
+    mu, logvar = encoder(x)
+    z = mu + (0.5 * logvar).exp() * torch.randn(5, *mu.shape)
+    each = torch.stack([head(as_image(one, SHAPE)).softmax(1) for one in z])
+    torch.testing.assert_close(found, each.mean(0))
+
+
+def test_likeness_is_what_others_compute():
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+    psnr, ssim = PeakSignalNoiseRatio(data_range=1.0), StructuralSimilarityIndexMeasure(data_range=1.0)
+    x, y = torch.rand(3, 1, 28, 28), torch.rand(3, 1, 28, 28)
+    like = scoring.likeness(x, y)
+    for i in range(3):
+        a, b = x[i:i + 1], y[i:i + 1]
+        assert like["mse"][i].item() == pytest.approx(
+            mean_squared_error(a.flatten().double(), b.flatten().double()), abs=1e-9)
+        assert like["psnr"][i].item() == pytest.approx(psnr(a, b).item(), abs=1e-3)
+        assert like["ssim"][i].item() == pytest.approx(ssim(a, b).item(), abs=1e-5)
+
+
+def test_matching_is_by_assignment_not_greedy():
+    truth = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
+    found = torch.tensor([1.4, 0.9]).reshape(2, 1, 1, 1)   # both nearest to 1: only one may have it
+    assert scoring.assigned(found, truth).flatten().tolist() == pytest.approx([0.9, 1.4])
+
+
+def test_the_rank_is_of_the_nearest_target():
+    pool = torch.arange(5.0).reshape(5, 1, 1, 1)
+    target = torch.tensor([[False, False, True, False, True]])
+    assert scoring.rank_of(torch.tensor([0.4]).reshape(1, 1, 1, 1), pool, target).tolist() == [3]
+    assert scoring.rank_of(torch.tensor([2.1]).reshape(1, 1, 1, 1), pool, target).tolist() == [1]
+
+
+def test_the_bound_is_reverse_water_filling():
+    """Two variances 4 and 1, by hand: at ln 2 nats only the larger is told, and to a variance of 1."""
+    x = np.array([[2.0, 1], [-2, 1], [2, -1], [-2, -1]]) * np.sqrt(3 / 4)   # unbiased variances 4 and 1
+    x = torch.tensor(x).reshape(4, 1, 1, 2)
+    assert scoring.distortion_bound(x, 0.0) == pytest.approx(2.5, rel=1e-6)
+    assert scoring.distortion_bound(x, np.log(2)) == pytest.approx(1.0, rel=1e-6)
+    assert scoring.distortion_bound(x, 2 * np.log(2)) == pytest.approx(np.sqrt(0.25), rel=1e-6)
+    falling = [scoring.distortion_bound(x, nats) for nats in (0, 0.1, 1, 10)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_no_decoder_beats_the_bound_on_gaussian_images():
+    x = (0.5 + 0.1 * torch.randn(4000, 1, 8, 8)) * torch.linspace(0.2, 1, 64).reshape(8, 8)
+    sigma = 0.1   # z = x + noise tells I(x; z) = sum 1/2 ln(1 + var / sigma^2)
+    variances = x.flatten(1).var(0)
+    nats = 0.5 * (1 + variances / sigma**2).log().sum().item()
+    decode = learnt.decoder(lambda part: part.flatten(1) + sigma * torch.randn(len(part), 64), x[:3000], 20)
+    error = (decode(x[3000:].flatten(1) + sigma * torch.randn(1000, 64)) - x[3000:]).square().mean().item()
+    assert error > scoring.distortion_bound(x, nats)

@@ -1,0 +1,213 @@
+"""The attack's command line: what it reads, writes, resumes and refuses."""
+import dataclasses
+import json
+import sys
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from attack import mi_attack, scene
+from attack.attacks import ATTACKS
+
+QUICK = ["--images", 2, "--restarts", 2, "--iterations", 3, "--train_epochs", 1, "--draws", 2]
+opened, watching = [], threading.Event()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guard():
+    """Notes each file opened while ``watching`` is set."""
+    def note(event, arguments):
+        if watching.is_set() and event == "open" and isinstance(arguments[0], str):
+            opened.append(arguments[0])
+    sys.addaudithook(note)
+
+
+class Trained:
+    """A folder with trained runs in it, and the attack on them."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def argv(self, run, *flags):
+        folder = self.place.folder
+        return ["--run", run, *map(str, QUICK), "--public", "public", "--data_dir", str(folder / "data"),
+                "--results_dir", str(folder / "results"), "--models_dir", str(folder / "models"),
+                *map(str, flags)]
+
+    def attack(self, run, *flags):
+        return mi_attack.main(self.argv(run, *flags))
+
+    def csv(self, run, name="attack.csv"):
+        return pd.read_csv(self.place.folder / "results" / run / name, keep_default_na=False)
+
+    def refuses(self, capsys, run, *flags):
+        try:
+            status = self.attack(run, *flags)
+        except SystemExit as stop:
+            status = stop.code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert status == 2 and len(lines) == 1 and lines[0].startswith("mi_attack.py: error: "), lines
+        return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_place, tiny_arrays):
+    place = make_place(tmp_path_factory.mktemp("trained"))
+    arrays = {name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()}
+    np.savez(place.folder / "data" / "public.npz", **arrays)
+    for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper"):
+        assert place.main("--method", method, "--run_name", method, "--rounds", 2, "--save_rounds", 1) == 0
+    return Trained(place)
+
+
+def expected(method):
+    """What fits, by hand."""
+    classes = {"mi_face", "mi_strong", "mi_prior"}
+    steps = {"dlg", "cosine_tv", "analytic", "epoch"}
+    latent = {"latent_decoder", "latent_search"}
+    server = {"rve_pfl": classes | steps, "fedavg": classes | steps, "lg_fedavg": classes | steps,
+              "local": set(), "fedper": set()}[method]
+    stolen = classes | {"rve_pfl": {"mi_strong_mu"} | latent, "local": {"mi_strong_mu"} | latent,
+                        "lg_fedavg": latent}.get(method, set())
+    client = classes if method != "local" else set()
+    return {*(("curious_server", how) for how in server), *(("stolen_model", how) for how in stolen),
+            *(("curious_client", how) for how in client), ("prediction_api", "score_decoder")}
+
+
+@pytest.mark.parametrize("method", ["rve_pfl", "fedavg", "lg_fedavg", "local", "fedper"])
+def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, method):
+    assert trained.attack(method, "--overwrite") == 0
+    table = trained.csv(method)
+    assert list(table.columns) == scene.COLUMNS
+    assert set(zip(table["adversary"], table["attack"], strict=True)) == expected(method)
+    folder = trained.place.folder / "results" / method
+    for (who, how), part in table.groupby(["adversary", "attack"]):
+        found = part[part["control"] == ""]
+        count = 4 if ATTACKS[how].observe is None else 2   # the client's classes, or --images
+        count = min(count, found.groupby("restart").size().max())
+        restarts = 1 if how in ("mi_face", "latent_decoder", "score_decoder") else 2
+        assert len(found) == count * restarts
+        assert part["control"].value_counts().drop("").to_dict() == dict.fromkeys(
+            ("grey", "noise", "class_mean", "nearest_public"), count)
+        assert (folder / f"attack_{who}_{how}_round2_client0.png").stat().st_size > 1000
+    numbers = table[["mse", "psnr", "ssim", "nearest_rank"]].apply(pd.to_numeric)
+    assert np.isfinite(numbers).all(axis=None) and (numbers["nearest_rank"] >= 1).all()
+    assert table["evaluator_correct"].isin([0, 1]).all() and table["label_match"].isin([0, 1]).all()
+    summary = trained.csv(method, "attack_summary.csv")
+    assert (summary["mse_low"] <= summary["mse"] + 1e-9).all()
+    assert (summary["mse"] <= summary["mse_high"] + 1e-9).all()
+
+
+def test_images_are_those_of_the_client(trained):
+    assert trained.attack("fedavg", "--overwrite", "--attack", "analytic", "--clients", 1) == 0
+    table = trained.csv("fedavg")
+    with np.load(trained.place.folder / "results" / "fedavg" / "partition.npz") as partition:
+        assert set(table["image"]) <= set(partition["train_1"])
+
+
+@pytest.mark.parametrize("adversary, allowed", [
+    ("curious_server", set()), ("stolen_model", {"client_0.pt"}), ("curious_client", {"client_1.pt"})])
+def test_an_adversary_opens_its_own_files_only(trained, adversary, allowed):
+    """What it knows; what a victim does in front of it is computed from the victim's file, by ``Victim``."""
+    run = mi_attack.open_run("rve_pfl", *(trained.place.folder / name for name in
+                                          ("results", "models", "data")))
+    opened.clear()
+    watching.set()
+    try:
+        scene.hold(run, adversary, 2, 0, own=1)
+    finally:
+        watching.clear()
+    files = {name.rsplit("/", 1)[-1] for name in opened if "/models/" in name}
+    assert files == {"shared.pt"} | allowed
+    assert not any("partition" in name or "/data/" in name for name in opened)
+
+
+def test_no_attack_opens_a_file(trained, monkeypatch):
+    """Once it has what it holds and observes, an attack asks for nothing else."""
+    def watched(solve):
+        def call(*arguments):
+            watching.set()
+            try:
+                return solve(*arguments)
+            finally:
+                watching.clear()
+        return call
+    monkeypatch.setattr(scene, "ATTACKS", {name: dataclasses.replace(attack, solve=watched(attack.solve))
+                                           for name, attack in ATTACKS.items()})
+    opened.clear()
+    assert trained.attack("rve_pfl", "--overwrite") == 0
+    folder = str(trained.place.folder)
+    assert not [name for name in opened if name.startswith(folder)]
+
+
+def test_it_goes_on_where_it_stopped_and_narrowing_is_free(trained, monkeypatch):
+    flags = ("--adversary", "stolen_model", "--attack", "mi_face", "mi_strong", "latent_decoder")
+    assert trained.attack("rve_pfl", "--overwrite", *flags) == 0
+    whole = trained.csv("rve_pfl")
+    attack, calls = scene.Scene.attack, []
+
+    def counted(self, *unit):
+        calls.append(unit[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return attack(self, *unit)
+    monkeypatch.setattr(scene.Scene, "attack", counted)
+    with pytest.raises(KeyboardInterrupt):
+        trained.attack("rve_pfl", "--overwrite", *flags)
+    assert trained.attack("rve_pfl", *flags) == 0
+    assert calls == ["mi_face", "mi_strong", "mi_strong", "latent_decoder"]
+    again = trained.csv("rve_pfl")
+    pd.testing.assert_frame_equal(again[again["attack"] != "latent_decoder"],
+                                  whole[whole["attack"] != "latent_decoder"])
+    assert trained.attack("rve_pfl", "--rounds", 1, *flags) == 0
+    assert set(trained.csv("rve_pfl")["round"]) == {1, 2}
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--clients", 2], "0 to 1"), (["--rounds", 7], "--save_rounds 7"), (["--attack", "epoche"], "--attack"),
+    (["--images", 0], "--images"), (["--public", "nothing"], "nothing.npz"),
+    (["--itrations", 4], "--iterations"), (["--public", "unowned"], "--public")])
+def test_bad_input(trained, capsys, flags, named):
+    assert named in trained.refuses(capsys, "rve_pfl", "--overwrite", *flags)
+
+
+def test_what_does_not_fit_says_why(trained, capsys):
+    assert "nothing travels" in trained.refuses(capsys, "local", "--adversary", "curious_server")
+    assert "head stays" in trained.refuses(capsys, "fedper", "--adversary", "curious_server")
+    assert "no latents" in trained.refuses(capsys, "fedavg", "--attack", "latent_decoder")
+
+
+def test_other_options_than_before_are_refused(trained, capsys):
+    assert trained.attack("lg_fedavg", "--overwrite", "--attack", "latent_decoder") == 0
+    line = trained.refuses(capsys, "lg_fedavg", "--attack", "latent_decoder", "--iterations", 4)
+    assert "--iterations" in line and "--overwrite" in line
+
+
+def test_damaged_and_foreign_files(trained, capsys, tmp_path):
+    place = trained.place
+    assert "no runs" in trained.refuses(capsys, "rve_pfl", "--results_dir", str(tmp_path))
+    assert "there: " in trained.refuses(capsys, "none")
+    shared = place.folder / "models" / "rve_pfl" / "round_2" / "shared.pt"
+    whole = shared.read_bytes()
+    other = place.folder / "models" / "fedavg" / "round_2" / "shared.pt"
+    try:
+        shared.write_bytes(other.read_bytes()[:500])
+        assert "shared.pt" in trained.refuses(capsys, "rve_pfl", "--overwrite")
+    finally:
+        shared.write_bytes(whole)
+    config = place.folder / "results" / "fedper" / "config.json"
+    text = config.read_text()
+    try:
+        config.write_text("{")
+        assert "config.json is damaged" in trained.refuses(capsys, "fedper")
+        config.write_text(json.dumps({"options": {"method": "magic"}}))
+        assert "not of this version" in trained.refuses(capsys, "fedper")
+    finally:
+        config.write_text(text)
+
+
+def test_resplit_runs_are_not_attacked(trained, capsys):
+    assert trained.place.main("--resplit", "--run_name", "resplit", "--rounds", 1) == 0
+    assert "--resplit" in trained.refuses(capsys, "resplit")
