@@ -67,24 +67,24 @@ class Decoder(nn.Module):
         return (self.layers(code) + self.linear(code)).sigmoid()
 
 
-def decoder(encode: Callable[[Tensor], Tensor], images: Tensor, epochs: int) -> Decoder:
-    """A decoder of what ``encode`` makes of images, trained on public ones for the squared error.
+def decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Callable[[Tensor], Tensor]:
+    """A decoder of what is seen of images, trained on public ones for the squared error.
 
     Args:
-        encode: images -> ``N x D``, drawn anew each time where it is random.
-    """
-    with torch.no_grad():
-        first = torch.cat([encode(part) for part in images.split(512)])
-    mean, std = first.mean(0), first.std(0) + 1e-3 * first.std() + 1e-12
-    made = Decoder(first.shape[1], tuple(images.shape[1:]))
+        mean: what is seen of each image, ``N x D``.
+        logvar: the log variance of the noise on it, drawn anew in every epoch, or None.
 
-    def loss(part):
-        with torch.no_grad():
-            code = (encode(images[part]) - mean) / std
-        return (made(code) - images[part]).square().mean()
-    fit(list(made.parameters()), loss, len(images), epochs)
+    Returns:
+        ``M x D`` -> images.
+    """
+    def seen(part):
+        return mean[part] if logvar is None else reparameterise(mean[part], logvar[part])
+    made, first = Decoder(mean.shape[1], tuple(images.shape[1:])), seen(torch.arange(len(mean)))
+    centre, spread = first.mean(0), first.std(0) + 1e-3 * first.std() + 1e-12
+    fit(list(made.parameters()), lambda part: (
+        made((seen(part) - centre) / spread) - images[part]).square().mean(), len(images), epochs)
     made.eval().requires_grad_(False)
-    return lambda code: made((code - mean) / std)
+    return lambda code: made((code - centre) / spread)
 
 
 class Generator(nn.Module):

@@ -141,7 +141,7 @@ def test_the_margin_is_the_log_odds():
 
 def test_a_decoder_learns_to_undo_a_fixed_mixing():
     mixing, public = torch.linalg.qr(torch.randn(64, 64)).Q, (images(600) > 0.8).float()
-    decode = learnt.decoder(lambda x: x.flatten(1) @ mixing, public[:500], 60)
+    decode = learnt.decoder(public[:500].flatten(1) @ mixing, None, public[:500], 60)
     error = (decode(public[500:].flatten(1) @ mixing) - public[500:]).square().mean()
     assert error < 0.5 * public.var()
 
@@ -215,6 +215,7 @@ def test_no_decoder_beats_the_bound_on_gaussian_images():
     sigma = 0.1   # z = x + noise tells I(x; z) = sum 1/2 ln(1 + var / sigma^2)
     variances = x.flatten(1).var(0)
     nats = 0.5 * (1 + variances / sigma**2).log().sum().item()
-    decode = learnt.decoder(lambda part: part.flatten(1) + sigma * torch.randn(len(part), 64), x[:3000], 20)
+    mean = x[:3000].flatten(1)
+    decode = learnt.decoder(mean, torch.full_like(mean, 2 * np.log(sigma)), x[:3000], 20)
     error = (decode(x[3000:].flatten(1) + sigma * torch.randn(1000, 64)) - x[3000:]).square().mean().item()
     assert error > scoring.distortion_bound(x, nats)
