@@ -1,10 +1,14 @@
-# make run: a first training on real data.   make test: the tests.   Both install into .venv first.
+# make run: a first training on real data.   make attack: model inversion of what it trained.
+# make test: the tests.   Each installs into .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
 run: $(VENV)/.run
 	$(BIN)/python RVE-PFL.py --dataset mnist10k --rounds 5 --local_ep 2 --overwrite
+
+attack: $(VENV)/.run
+	$(BIN)/python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -23,4 +27,4 @@ $(VENV)/.test: requirements-test.txt requirements.txt
 	$(BIN)/pip install --quiet -r requirements-test.txt
 	touch $@
 
-.PHONY: run test lint
+.PHONY: run attack test lint

@@ -111,7 +111,8 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
     """One row a setting and stage: means over seeds, and the standard deviation where there are several."""
     rows = []
     for setting in dict.fromkeys(run.setting for run in runs):
-        same = sorted((run for run in runs if run.setting == setting), key=lambda run: run.options["seed"])
+        by_seed = {run.options["seed"]: run for run in runs if run.setting == setting}   # one of each counts
+        same = [by_seed[seed] for seed in sorted(by_seed)]
         options = same[0].options
         for stage in STAGES:
             last = pd.concat([_last(run, stage) for run in same])

@@ -58,6 +58,12 @@ def test_means_over_seeds(report, runs, capsys):
     assert set(table["protocol"]) == {"held-out", "resplit"}
 
 
+def test_a_seed_counts_once(report, runs):
+    found = report.read(runs / "run0")
+    table = report.summarise([found, found])
+    assert table["seeds"].tolist() == ["1", "1"] and table["accuracy_std"].isna().all()   # its two stages
+
+
 def test_commands_make_the_same_runs(report, runs):
     for run in runs.iterdir():
         found = report.read(run) if run.is_dir() else ""
