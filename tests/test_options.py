@@ -8,6 +8,7 @@ from conftest import ROOT
 import methods
 import models
 import options
+from attack import mi_attack
 from options import args_parser, make_parser
 
 BAD = [
@@ -115,7 +116,8 @@ def test_the_parsers_methods_are_the_tables():
 
 
 def test_readme_flags_exist():
-    declared = {flag for a in make_parser()._actions for flag in a.option_strings}
+    parsers = (make_parser(), mi_attack.make_parser())
+    declared = {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
     text = (ROOT / "README.md").read_text()
     ours = re.sub(r"pip install[^\n]*|python -m venv[^\n]*|torchrun [^\n]*RVE-PFL.py", "", text)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", ours))
