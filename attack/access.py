@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import datasets
 from checkpoint import load_checked, read_private, same_layout
 from methods import METHODS
-from models import as_image, reparameterise
+from models import as_image, kl_to_standard_normal, reparameterise
 from update import State
 from utils import InputError
 
@@ -190,6 +190,17 @@ class Victim:
         """What the head sees of images: the images, or a draw of z as images."""
         holdings = self._holdings(self.upload)
         return as_image(holdings.sample(x), holdings.image_shape) if self.run.split else x
+
+    @torch.no_grad()
+    def nats(self, x: Tensor) -> float | None:
+        """``kl_nats``, the mean over images of what a draw of z can tell of one; None without noise."""
+        if not self.run.split:
+            return None
+        holdings = self._holdings(self.upload)
+        found = [holdings.posterior(part) for part in x.split(256)]
+        if found[0][1] is None:
+            return None
+        return torch.cat([kl_to_standard_normal(*pair) for pair in found]).mean().item()
 
     def update(self, x: Tensor, y: Tensor, change: Callable[[nn.Module, Tensor, Tensor], State]) -> State:
         """What a step, or an epoch, on the head that the server sent lets the server see.

@@ -108,7 +108,9 @@ def attack_all(args: Namespace) -> None:
     summary = summarise(rows)
     write_whole(run.results / "attack_summary.csv",
                 lambda file: summary.to_csv(file, index=False, float_format="%.5g"))
-    print(f"\n{scene.about()}\nresults:     {run.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
+    bounds = filter(None, (scene.bound(r, k) for r in rounds for k in args.clients))
+    print("", scene.about(), *bounds, sep="\n")
+    print(f"results:     {run.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
 
 
 def begin(run: Run, args: Namespace) -> list[dict]:
