@@ -5,6 +5,7 @@
 
 Writes CSVs and pictures to results/<run>/ and checkpoints to saved_models/<run>/. Options: options.py.
 """
+import copy
 import itertools
 import shlex
 import signal
@@ -17,14 +18,18 @@ import torch
 
 import aggregation
 import datasets
+import robust
 import sampling
+from checkpoint import borrowed_encoders
 from figures import over_clients
 from graphed import GraphedClient
+from malicious import Crowd
 from methods import METHODS
 from options import args_parser
 from ranks import PeerLost, Ranks
 from runs import Progress, Run, open_run
-from stacked import stack_size, train_each
+from stacked import stack_size
+from threat import ThreatAware
 from update import Client, Diverged, Private
 from utils import (
     InputError,
@@ -83,13 +88,18 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         "processes": ranks.size,
         "precision": str(client.dtype), "parameters": client.method.count(client.model),
         "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}}
-    server = make_server(args, splits)
+    server = make_server(args, client, splits)
+    crowd = Crowd(args.malicious_behaviour, args.malicious_frac, args.num_users, args.seed)
     with open_run(config, Private(private), head, ranks) as run:
         if not run.finished:
             if ranks.first:
                 run.write_partition(owned, splits, data.labels)
+            if args.encoders_from and run.progress.round == 0:
+                for k, encoder in borrowed_encoders(args, ranks.mine(range(args.num_users)), private):
+                    run.private.put(k, encoder)
+                run.private.commit()
             try:
-                federate(args, client, server, run, owned, splits, ranks, interrupts)
+                federate(args, client, server, crowd, run, owned, splits, ranks, interrupts)
                 with interrupts.held():
                     run.finish()
             except (Interrupted, InputError):
@@ -117,6 +127,8 @@ def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -
     method = METHODS[args.method]
     seed_torch(args.seed, "init")
     model = method.build(data.image_shape, data.num_classes, args.init_logvar)
+    if args.encoders_from:   # spares the backward pass; its learning rate is 0 besides
+        model.encoder.requires_grad_(False)
     kind = GraphedClient if device.type == "cuda" else Client
     return kind(
         model.to(device, memory_format=torch.channels_last), method, torch.from_numpy(data.images).to(device),
@@ -124,20 +136,23 @@ def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -
         batch_size=args.local_bs, optimizer=args.optimizer, lr=args.lr, head_lr=args.head_lr,
         lr_decay=args.lr_decay, lr_warmup=args.lr_warmup, momentum=args.momentum, kl_weight=args.kl_weight,
         kl_warmup=args.kl_warmup, eval_samples=args.eval_samples, loss_weight=args.loss_weight,
-        augment=args.augment,
-        dtype=choose_precision(args.precision, device))
+        augment=args.augment, dtype=choose_precision(args.precision, device), frozen=bool(args.encoders_from))
 
 
-def make_server(args: Namespace, splits: list) -> aggregation.Server:
-    """How the method aggregates."""
-    return METHODS[args.method].server(aggregation.Setting(
+def make_server(args: Namespace, client: Client, splits: list) -> aggregation.Server:
+    """How the method aggregates: with noise of its own, or by the rule asked for."""
+    setting = aggregation.Setting(
         seed=args.seed, clients=args.num_users, frac=args.frac, rounds=args.rounds,
         smallest=min(len(train) for train, _ in splits), epsilon=args.epsilon, delta=args.delta,
-        clip=args.clip, exposures=args.exposures, noise_multiplier=args.noise_multiplier))
+        clip=args.clip, exposures=args.exposures, noise_multiplier=args.noise_multiplier,
+        tolerate=args.tolerate, rule=args.aggregation)
+    if args.aggregation == "threat":
+        return ThreatAware(setting, copy.deepcopy(client.model.classifier).cpu().eval())
+    return (METHODS[args.method].server if args.aggregation == "mean" else robust.Robust)(setting)
 
 
-def federate(args: Namespace, client: Client, server: aggregation.Server, run: Run, owned: list, splits: list,
-             ranks: Ranks, interrupts: Interrupts) -> None:
+def federate(args: Namespace, client: Client, server: aggregation.Server, crowd: Crowd, run: Run, owned: list,
+             splits: list, ranks: Ranks, interrupts: Interrupts) -> None:
     """The rounds: send the head, train the clients, aggregate what they upload, evaluate everyone."""
     labels, stack = client.labels.cpu().numpy(), args.stack or stack_size(client.labels.device, args.local_bs)
     server.memory.update(run.progress.memory)
@@ -149,7 +164,7 @@ def federate(args: Namespace, client: Client, server: aggregation.Server, run: R
         asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample", round=r),
                                         client.method.poisson)
         mine = {k: splits[k][0] for k in ranks.mine(asked)}
-        for k, outcome in train_each(client, r, mine, sent, run.private.get, stack):
+        for k, outcome in crowd.train_each(client, r, mine, sent, run.private.get, stack):
             if isinstance(outcome, Diverged):
                 run.say(f"warning: {outcome}; this client's round is dropped")
                 continue
@@ -165,17 +180,20 @@ def federate(args: Namespace, client: Client, server: aggregation.Server, run: R
             raise InputError(f"round {r}: no client's loss stayed finite; start again with a smaller --lr")
         report = []
         if ranks.first:
-            head, uploads, report = server(r, sent, uploads, {k: len(splits[k][0]) for k in asked})
+            uploads, sizes = crowd.forge(server, r, sent, uploads, {k: len(splits[k][0]) for k in asked})
+            head, uploads, report = server(r, sent, uploads, sizes)
         head = ranks.share(head if ranks.first else None)
         deployed = ranks.gather({k: {"round": r, "client": k, "stage": "deployed", "split": run.aside,
                                      **client.evaluate(k, r, splits[k][1], head, run.private.get(k))}
                                  for k in ranks.mine(range(args.num_users)) if evaluating})
         rows = [*itertools.chain(*trained.values()), *deployed.values()]
-        means = [{"round": r, **mean, "seconds": time.monotonic() - started} for mean in over_clients(rows)]
+        honest = [row for row in rows if row["client"] not in crowd.members] or rows
+        means = [{"round": r, **mean, "seconds": time.monotonic() - started} for mean in over_clients(honest)]
         with interrupts.held():
             run.end_round(Progress(r, head, sent, uploads, memory=dict(server.memory)), server.facts, {
                 "clients.csv": rows, "rounds.csv": means,
-                "server.csv": [{"round": r, **row} for row in report] if head else []})
+                "server.csv": [{"round": r, **row, "malicious": int(row["client"] in crowd.members)}
+                               for row in report] if head else []})
 
 
 if __name__ == "__main__":

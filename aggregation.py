@@ -1,8 +1,8 @@
 """The server: what it makes of the heads that clients upload.
 
 A server is called once a round with the head it sent and the uploads, and returns the next head, the uploads
-as it saw them, and one report a client. The plain weighted mean is here, and differential privacy in
-privacy.py; rules that judge the uploads take their place behind the same call.
+as it saw them, and one report a client. The plain weighted mean is here, published robust rules in robust.py,
+weights that follow a threat model in threat.py, and differential privacy in privacy.py.
 """
 from dataclasses import dataclass
 
@@ -30,6 +30,25 @@ def weighted_mean(states: list[State], weights: list[float]) -> State:
     return average
 
 
+def updates_of(sent: State, uploads: list[State]) -> Tensor:
+    """``D_k = head_k - head`` as rows, ``K x P``, parameters in the head's order."""
+    rows = torch.empty(len(uploads), sum(value.numel() for value in sent.values()))
+    start = 0
+    for name, value in sent.items():
+        columns = rows[:, start:start + value.numel()]
+        for row, upload in zip(columns, uploads, strict=True):
+            torch.sub(upload[name].flatten(), value.flatten(), out=row)
+        start += value.numel()
+    return rows
+
+
+def moved(sent: State, update: Tensor) -> State:
+    """``head + D``: the inverse of one row of ``updates_of``."""
+    parts = update.split([value.numel() for value in sent.values()])
+    return {name: value + part.view_as(value)
+            for (name, value), part in zip(sent.items(), parts, strict=True)}
+
+
 @dataclass(frozen=True)
 class Setting:
     """What servers need to know of a run; the rest is for those that add noise (privacy.py).
@@ -39,6 +58,8 @@ class Setting:
         clip: bound on a norm, or None where the method finds its own.
         exposures: how often NbAFL counts an upload as seen.
         noise_multiplier: noise in units of the clip, or None to find it from ``epsilon``.
+        tolerate: share of the uploads that a robust rule is told may be malicious.
+        rule: name of the robust rule (robust.py).
     """
 
     seed: int = 1
@@ -51,18 +72,20 @@ class Setting:
     clip: float | None = None
     exposures: int | None = None
     noise_multiplier: float | None = None
+    tolerate: float = 0.3
+    rule: str = "mean"
 
 
 class Server:
     """FedAvg's: a mean weighted by local data size, in which non-finite uploads count for nothing.
 
     Attributes:
-        memory: plain numbers that the next round starts from; a checkpoint keeps them.
+        memory: numbers and tensors that the next round starts from; a checkpoint keeps them.
     """
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self.memory: dict[str, float] = {}
+        self.memory: dict[str, float | Tensor] = {}
 
     @property
     def facts(self) -> dict[str, float | str]:
@@ -77,6 +100,11 @@ class Server:
         """Each client's weight before they are made to sum to 1."""
         return dict(sizes)
 
+    def trust(self, round: int, sent: State, uploads: dict[int, State],
+              sizes: dict[int, int]) -> dict[int, float]:
+        """How far it trusts each upload, from 0 to 1."""
+        return dict.fromkeys(uploads, 1.0)
+
     def __call__(self, round: int, sent: State, uploads: dict[int, State],
                  sizes: dict[int, int]) -> tuple[State, dict[int, State], list[dict]]:
         """Aggregate a round.
@@ -89,16 +117,21 @@ class Server:
 
         Returns:
             The next head; the uploads as the server saw them; and one row for ``server.csv`` a client asked:
-            ``client``, ``n``, ``weight``, ``malicious``.
+            ``client``, ``n``, ``weight`` and what else its rule has to say.
         """
         seen = self.receive(round, sent, uploads)
         usable = [k for k in sorted(seen) if is_finite(seen[k])]
-        weights = self.weights({k: sizes[k] for k in usable})
+        weights, notes = self.assess(round, sent, {k: seen[k] for k in usable}, {k: sizes[k] for k in usable})
         total = sum(weights.values())
-        report = [{"client": k, "n": sizes[k], "weight": weights[k] / total if k in weights else 0.0,
-                   "malicious": 0} for k in sorted(sizes)]
+        report = [{"client": k, "n": sizes[k], **notes.get(k, {}),
+                   "weight": weights[k] / total if k in weights else 0.0} for k in sorted(sizes)]
         head = self.combine(round, sent, [seen[k] for k in usable], list(weights.values()))
         return head, seen, report
+
+    def assess(self, round: int, sent: State, uploads: dict[int, State],
+               sizes: dict[int, int]) -> tuple[dict[int, float], dict[int, dict]]:
+        """The finite uploads' weights, and further columns of ``server.csv``."""
+        return self.weights(sizes), {}
 
     def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
         """The next head."""

@@ -5,12 +5,14 @@ A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``
 to files is its threat model. All are read with ``weights_only=True``: a file from elsewhere cannot run
 code.
 """
+import json
 import mmap
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -134,3 +136,30 @@ def read_private(path: Path) -> Private:
     if found.keys() != {"parameters", "steps"} or not isinstance(found["steps"], int):
         raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
     return Private(**found)
+
+
+def borrowed_encoders(args: Namespace, clients: Iterable[int],
+                      expected: State) -> Iterator[tuple[int, Private]]:
+    """Each client's private parameters at the end of the run that ``--encoders_from`` names.
+
+    Raises:
+        InputError: there is no such run, or its clients are not this one's.
+    """
+    name = args.encoders_from
+    try:
+        config = json.loads((args.results_dir / name / "config.json").read_text())
+        theirs, finished = config["options"], config["status"] == "finished"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--encoders_from {name}: no finished run {args.results_dir / name}") from error
+    deal = ("dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "resplit",
+            "validate", "method")
+    differ = [key for key in deal if theirs.get(key) != getattr(args, key)]
+    if differ or not finished:
+        why = f"its --{differ[0]} is {theirs.get(differ[0])}" if differ else "it is not finished"
+        raise InputError(f"--encoders_from {name}: {why}; give a finished run of the same clients and images")
+    folder = args.models_dir / name / f"round_{theirs['rounds']}"
+    for k in clients:
+        found = read_private(folder / f"client_{k}.pt").parameters
+        if not same_layout(found, expected):
+            raise InputError(f"--encoders_from {name}: {folder}/client_{k}.pt is of another network")
+        yield k, Private(found)

@@ -95,7 +95,7 @@ class Classifier(nn.Module):
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
         super().__init__()
-        channels, height, width = image_shape
+        channels, height, width = self.input_shape = image_shape
         self.features = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),   # N x 32 x H/2 x W/2
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),         # N x 64 x H/4 x W/4

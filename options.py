@@ -16,18 +16,23 @@ METHODS = ("rve_pfl", "lg_fedavg", "local", "fedavg", "fedper", "nbafl", "client
            "dropout", "ressfl")
 CLIENT_DP = ("client_dp", "client_dp_adaptive")
 DP = ("nbafl", *CLIENT_DP)
+RULES = ("threat", "mean", "median", "trimmed_mean", "krum", "geometric_median", "centered_clipping")
+BEHAVIOURS = ("label_flip", "sign_flip", "gaussian", "scaling", "alie", "ipm", "mimic", "sybil", "false_size",
+              "nan", "gan_poison", "adaptive", "passive", "absent")
 SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the head
+SHARING = tuple(method for method in METHODS if method != "local")
 NOISY = ("rve_pfl", "local")                # and among them those whose encoder is variational
 
 # What depends on the data set (how each was chosen: README); a NAME without a row of
 # its own has the first. Then who reads each, and what it is where nobody does.
 CHOSEN = {
     "": {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8, "head_lr": 0.1,
-         "augment": "none"},
+         "augment": "none", "aggregation": "mean"},
     "cifar": {"augment": "flip+shift"},
 }
 PLAIN = {"cifar": {"augment": "flip"}}   # the same for methods without an encoder, whose CNN fits less
 BY_METHOD = {
+    "rve_pfl": {"aggregation": "threat"},
     "nbafl": {"epsilon": 50.0, "delta": 0.01, "exposures": 1},
     "ressfl": {"loss_weight": 0.3},
     "client_dp": {"clip": 1.0},
@@ -36,8 +41,9 @@ BY_METHOD = {
 READ_BY = {"kl_weight": NOISY, "kl_warmup": NOISY, "init_logvar": NOISY, "eval_samples": NOISY,
            "head_lr": SPLIT, "augment": METHODS, "epsilon": DP, "delta": DP, "clip": DP,
            "exposures": ("nbafl",), "noise_multiplier": CLIENT_DP,
-           "loss_weight": ("ressfl",)}
-UNREAD = {"kl_weight": 0.0, "kl_warmup": 0, "init_logvar": None, "eval_samples": 1, "head_lr": 1.0}
+           "loss_weight": ("ressfl",), "aggregation": SHARING, "encoders_from": ("rve_pfl", "lg_fedavg")}
+UNREAD = {"kl_weight": 0.0, "kl_warmup": 0, "init_logvar": None, "eval_samples": 1, "head_lr": 1.0,
+          "aggregation": "mean"}
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -133,6 +139,20 @@ def make_parser() -> Parser:
     add(model, "--eval_samples", type=int, within=(1, 1000),
         help="draws of z averaged in a prediction (by data set if not given)")
 
+    server = parser.add_argument_group("server")
+    add(server, "--aggregation", choices=RULES,
+        help="how uploads become the next head: weights that follow the threat model (threat), by data size "
+             "(mean), or a robust rule (threat with rve_pfl, else mean, if not given)")
+    add(server, "--tolerate", type=float, within=(0, 0.5),
+        help="share of the uploads that trimmed_mean and krum are told may be malicious (0.3 if not given)")
+    add(server, "--malicious_frac", type=float, default=0.0, within=(0, 1),
+        help="share of the clients that are malicious, rounded down [F]")
+    add(server, "--malicious_behaviour", choices=BEHAVIOURS,
+        help="what they do (README; label_flip if not given)")
+    add(server, "--encoders_from", metavar="RUN",
+        help="take the clients' encoders from a finished RUN of the same clients and train the heads alone, "
+             "so that no encoder makes up for a bad head")
+
     privacy = parser.add_argument_group("privacy")
     add(privacy, "--kl_weight", type=float, within=(0, 1e6),
         help="weight of the KL term, summed over z [beta] (by data set if not given)")
@@ -189,12 +209,17 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
     partition, method = f"--partition {args.partition}", f"--method {args.method}"
     _fill(parser, args, "classes_per_client", args.partition == "shards", 2, None, partition)
     _fill(parser, args, "alpha", args.partition == "dirichlet", 0.1, None, partition)
+    _check_server(parser, args)
+    _fill(parser, args, "malicious_behaviour", args.malicious_frac > 0, "label_flip", None,
+          "--malicious_frac 0")
     if args.method in CLIENT_DP:
         _fill_client_dp(parser, args)
     plain = {} if args.method in SPLIT else PLAIN.get(args.dataset, {})
     chosen = {**CHOSEN[""], **CHOSEN.get(args.dataset, {}), **plain, **BY_METHOD.get(args.method, {})}
     for name, readers in READ_BY.items():
         _fill(parser, args, name, args.method in readers, chosen.get(name), UNREAD.get(name), method)
+    _fill(parser, args, "tolerate", args.aggregation in ("trimmed_mean", "krum"), 0.3, 0.3,
+          f"--aggregation {args.aggregation}")
     if args.run_name is None:
         marks = [mark for mark in ("resplit", "validate") if getattr(args, mark)]
         args.run_name = "-".join([args.dataset, args.partition, args.method, f"seed{args.seed}", *marks])
@@ -210,6 +235,20 @@ def _fill(parser: Parser, args: argparse.Namespace, name: str, is_read: bool, de
         parser.error(f"--{name} {given}: {setting} does not read it; leave it out")
     if given is None:
         setattr(args, name, default if is_read else unread)
+
+
+def _check_server(parser: Parser, args: argparse.Namespace) -> None:
+    """What a server that adds noise, or receives nothing, cannot do."""
+    if args.method in DP and args.aggregation not in (None, "mean"):
+        parser.error(f"--aggregation {args.aggregation}: weights or rules that follow the uploads break the "
+                     f"privacy accounting of --method {args.method}; leave it out")
+    if args.method == "local" and args.malicious_frac:
+        parser.error("--malicious_frac: nothing travels with --method local; leave it out")
+    if args.method == "fedper":
+        for name, value in (("malicious_behaviour", "gan_poison"), ("aggregation", "threat")):
+            if getattr(args, name) == value:
+                parser.error(f"--{name} {value}: needs the whole head, of which --method fedper keeps a part "
+                             "private; choose another")
 
 
 def _fill_client_dp(parser: Parser, args: argparse.Namespace) -> None:

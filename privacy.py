@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aggregation import Server, Setting, State, is_finite
-from utils import InputError, rng
+from utils import InputError, rng, torch_rng
 
 
 def norm(state: State) -> float:
@@ -26,7 +26,7 @@ def clipped(state: State, clip: float) -> State:
 
 def noisy(state: State, sigma: float, seed: int, purpose: str, client: int, round: int) -> State:
     """``state + N(0, sigma^2 I)``, drawn from (seed, purpose, client, round)."""
-    generator = torch.Generator().manual_seed(int(rng(seed, purpose, client, round).integers(2**63)))
+    generator = torch_rng(seed, purpose, client, round)
     return {name: value + sigma * torch.randn(value.shape, generator=generator, dtype=value.dtype)
             for name, value in state.items()}
 

@@ -31,7 +31,7 @@ COLUMNS = {
     "clients.csv": ["round", "client", "stage", "split", "n", *FIGURES],
     "rounds.csv": ["round", "stage", "split", "loss", "accuracy", "accuracy_std", "accuracy_worst",
                    *FIGURES[2:], "seconds"],
-    "server.csv": ["round", "client", "n", "norm_ratio", "cosine", "class_cosine", "lookalike", "trust",
+    "server.csv": ["round", "client", "n", "norm_ratio", "cosine", "probe", "lookalike", "trust",
                    "weight", "malicious"],
 }
 # What an evaluation is on, by protocol; CSVs and pictures say so.
@@ -49,7 +49,7 @@ class Progress:
     sent: State = field(default_factory=dict)     # what it sent in ``round``
     uploads: dict[int, State] = field(default_factory=dict)
     csv_bytes: dict[str, int] = field(default_factory=dict)
-    memory: dict[str, float] = field(default_factory=dict)   # the server's own numbers
+    memory: dict = field(default_factory=dict)   # the server's own
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Client:
         loss_weight: lambda, of the method's own loss.
         augment: ``none``, ``flip`` or ``flip+shift`` of the training images, drawn anew each time.
         dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
+        frozen: what stays with a client is not trained.
     """
 
     model: nn.Module
@@ -74,6 +75,7 @@ class Client:
     loss_weight: float
     augment: str
     dtype: torch.dtype
+    frozen: bool = False
 
     def state(self) -> State:
         """A copy of the working model's parameters, on their device."""
@@ -198,7 +200,7 @@ class Client:
         the server has since replaced, and the encoder's would treble what a client stores."""
         groups = [{"params": [value for name, value in parameters.items()
                               if name.startswith("classifier.") == of_head], "scale": scale}
-                  for of_head, scale in ((False, 1.0), (True, self.head_lr))]
+                  for of_head, scale in ((False, 0.0 if self.frozen else 1.0), (True, self.head_lr))]
         groups = [group for group in groups if group["params"]]
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, self.lr, self.momentum, fused=True)

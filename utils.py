@@ -22,6 +22,11 @@ def rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> np.random.G
     return np.random.default_rng([seed, int.from_bytes(digest, "little"), client, round])
 
 
+def torch_rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> torch.Generator:
+    """``rng`` as a generator of PyTorch's, on the CPU."""
+    return torch.Generator().manual_seed(int(rng(seed, purpose, client, round).integers(2**63)))
+
+
 def seed_torch(seed: int, purpose: str, client: int = 0, round: int = 0) -> None:
     """Seed PyTorch's own generators, dropout's included, for one client's work in one round."""
     torch.manual_seed(int(rng(seed, purpose, client, round).integers(2**63)))

@@ -1,0 +1,180 @@
+"""Weights that follow a threat model: ``w_k ~ min(n_k, cap) trust_k``, on clipped head updates.
+
+A server has no data, but it can question heads. It makes probes, inputs that the mean head takes for each
+class, by gradient ascent from noise, and asks every upload for their classes. A client that lacks some
+classes forgets them a little, and all alike; a head trained on wrong labels unlearns the very classes that
+were flipped. The trust of a round is a product of four factors:
+
+- **norm**: an update is clipped at twice the median norm, and one over three times it loses trust;
+- **direction**: its cosine with the trusted mean of the others; only clear opposition counts, since clients
+  of other classes are at right angles or worse;
+- **probes**: how much it forgets of the class it forgets most, against the median over uploads;
+- **look-alikes**: g copies of an upload share what one would get, and lose as much again.
+
+What trust a client has is the lower of this round's and an exponential average: quick to go, slow to return.
+README says what was measured, which of DESIGN's tests were dropped for it, and what no weight can see.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aggregation import Server, State, moved, updates_of
+from utils import torch_rng
+
+CLIP, LONG = 2.0, 3.0              # in median norms
+AGAINST, OPPOSED = -0.45, -0.75    # cosines at which trust begins to fall, and is gone
+FORGETS, POWER = 1.85, 8          # times the median that an upload may forget; how fast trust falls after
+LEAST = 0.1                        # nats: forgetting less than that is nothing, whatever the median
+COPY = 0.95                        # cosine of copies: two clients with the same two classes have 0.7
+KEEP = 0.8                         # of the average, from round to round
+PROBES, STEPS, RATE = 4, 20, 0.1   # a class, and Adam's steps from noise towards it
+SHARE = 3.0                        # times 1 / K that one client may weigh at most
+
+
+class ThreatAware(Server):
+    """The threat-aware mean; where it trusts fewer than half of the uploads, a trimmed mean.
+
+    Attributes:
+        network: the head's layers, whose parameters uploads replace.
+    """
+
+    def __init__(self, setting, network: nn.Module):
+        super().__init__(setting)
+        self.network = network
+        self.memory = {"trust": torch.ones(setting.clients), "seen": torch.zeros(setting.clients),
+                       "fallbacks": 0}
+
+    @property
+    def facts(self) -> dict[str, float | str]:
+        """In how many rounds most uploads were not trusted."""
+        return {"fallbacks": self.memory["fallbacks"]}
+
+    def __call__(self, round: int, sent: State, uploads: dict[int, State],
+                 sizes: dict[int, int]) -> tuple[State, dict[int, State], list[dict]]:
+        """As ``Server``; ``server.csv`` has the reasons. Remembers this round's trust."""
+        head, seen, report = super().__call__(round, sent, uploads, sizes)
+        trust, count = self.memory["trust"].clone(), self.memory["seen"].clone()
+        for row in report:
+            k, now = row["client"], row.pop("now", 0.0)
+            trust[k] = now if not count[k] else KEEP * trust[k] + (1 - KEEP) * now
+            count[k] += 1
+        fallback = any(math.isnan(row["weight"]) for row in report)
+        self.memory = {"trust": trust, "seen": count, "fallbacks": self.memory["fallbacks"] + fallback}
+        return head, seen, report
+
+    def trust(self, round: int, sent: State, uploads: dict[int, State],
+              sizes: dict[int, int]) -> dict[int, float]:
+        """How far each upload would be trusted."""
+        return {k: notes["trust"] for k, notes in self.assess(round, sent, uploads, sizes)[1].items()}
+
+    def assess(self, round: int, sent: State, uploads: dict[int, State],
+               sizes: dict[int, int]) -> tuple[dict[int, float], dict[int, dict]]:
+        """Weights, and what ``server.csv`` says of each upload; all NaN where most are not trusted."""
+        clients = list(uploads)
+        if not clients:
+            return {}, {}
+        before = torch.where(self.memory["seen"] > 0, self.memory["trust"], 1.0)[clients].double()
+        updates = updates_of(sent, list(uploads.values()))
+        gram = (updates @ updates.T).double()
+        ratio, scale = lengths(gram)
+        gram *= scale[:, None] * scale   # of clipped updates, from here on
+        alike, copies = likenesses(gram)
+        now = first = (LONG / ratio).clamp_max(1).square() / copies.square()
+        for _ in range(2):   # what the first look distrusts does not blur the second
+            weight = before * now
+            cosine = against_others(gram, weight)
+            mean = moved(sent, (weight * scale).float() @ updates / weight.sum().clamp_min(1e-12))
+            forgotten = self.forgotten(round, mean, uploads)
+            now = (first * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
+                   * (FORGETS / forgotten).clamp_max(1)**POWER)
+        again = (self.memory["seen"] > 0)[clients]
+        trust = torch.where(again, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
+        columns = {"norm_ratio": ratio, "cosine": cosine, "probe": forgotten, "lookalike": alike,
+                   "trust": trust, "now": now}
+        notes = {k: {name: column[i].item() for name, column in columns.items()}
+                 for i, k in enumerate(clients)}
+        return dict(zip(clients, weigh(torch.tensor([sizes[k] for k in clients]), trust), strict=True)), notes
+
+    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
+        """The weighted mean of clipped updates, or nearest-neighbour mixing and a trimmed mean."""
+        if not uploads:
+            return sent
+        updates = updates_of(sent, uploads)
+        if any(math.isnan(weight) for weight in weights):
+            from byzfl import NNM, TrMean
+            f = max(0, (len(uploads) - 1) // 2)
+            return moved(sent, TrMean(f)(NNM(f)(updates)))
+        _, scale = lengths(updates.square().sum(1).double().diag())
+        share = torch.tensor(weights, dtype=torch.float64)
+        return moved(sent, (share / share.sum() * scale).float() @ updates)
+
+    def forgotten(self, round: int, mean: State, uploads: dict[int, State]) -> Tensor:
+        """How many nats each upload forgets, against the mean head, of the class that it forgets most: in
+        units of the median over uploads."""
+        probes, labels = self.probes(round, mean)
+
+        @torch.no_grad()
+        def known(head: State) -> Tensor:
+            logs = self.ask(head, probes).log_softmax(1).gather(1, labels[:, None])
+            return logs.view(PROBES, -1).mean(0)
+        base = known(mean)
+        lost = torch.stack([(base - known(upload)).max() for upload in uploads.values()])
+        return (lost / lost.median().clamp_min(LEAST)).clamp_min(1e-6).double()
+
+    def probes(self, round: int, mean: State) -> tuple[Tensor, Tensor]:
+        """Inputs that the head takes for each class in turn, and those classes."""
+        draw = torch_rng(self.setting.seed, "probes", round=round)
+        classes = self.network.output.out_features
+        labels = torch.arange(classes).repeat(PROBES)
+        x = torch.randn(len(labels), *self.network.input_shape, generator=draw).requires_grad_()
+        optimizer = torch.optim.Adam([x], RATE)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(self.ask(mean, x), labels, reduction="sum").backward()
+            optimizer.step()
+        return x.detach(), labels
+
+    def ask(self, head: State, x: Tensor) -> Tensor:
+        """A head's logits."""
+        layers = {name.removeprefix("classifier."): value for name, value in head.items()}
+        return functional_call(self.network, layers, (x,))
+
+
+def lengths(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Each update's norm in median norms, and what clips it."""
+    norms = gram.diag().clamp_min(1e-24).sqrt()
+    ratio = norms / norms.median()
+    return ratio, (CLIP / ratio).clamp_max(1)
+
+
+def cosines(gram: Tensor) -> Tensor:
+    """Between updates, from their inner products."""
+    norms = gram.diag().clamp_min(1e-24).sqrt()
+    return gram / (norms[:, None] * norms)
+
+
+def likenesses(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Each update's largest cosine with another, and how many copies of it there are, itself included."""
+    others = cosines(gram) - 2 * torch.eye(len(gram))
+    return others.max(1).values, 1.0 + (others > COPY).sum(1)
+
+
+def against_others(gram: Tensor, weight: Tensor) -> Tensor:
+    """Each update's cosine with the weighted mean of the others; 0 where there are none."""
+    others = weight * (1 - torch.eye(len(gram), dtype=gram.dtype))   # row k: without k
+    norms = gram.diag() * ((others @ gram) * others).sum(1)
+    return (others * gram).sum(1) / norms.clamp_min(1e-24).sqrt()
+
+
+def weigh(sizes: Tensor, trust: Tensor) -> list[float]:
+    """``min(n, twice the median) trust``, none over SHARE / K of the whole; NaN where the effective number of
+    trusted uploads, ``(sum t)^2 / sum t^2``, is under half."""
+    if trust.sum()**2 < len(trust) / 2 * trust.square().sum() or trust.sum() < 1e-9:
+        return [math.nan] * len(trust)
+    weights = torch.minimum(sizes.double(), 2 * sizes.double().median()) * trust
+    for _ in range(len(weights)):   # what is cut off one goes to the others, and may lift those over
+        weights = torch.minimum(weights / weights.sum(), torch.tensor(SHARE / len(weights)))
+    return weights.tolist()
