@@ -6,9 +6,7 @@ A row of the table is a setting: runs that differ in nothing but the seed, their
 over seeds, and the command that makes them. Runs that are unfinished, damaged or not this program's are
 listed with the reason. The page needs no other file.
 """
-import base64
 import contextlib
-import html
 import io
 import json
 import shlex
@@ -16,32 +14,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 
 from files import write_whole
 from options import ROOT, Parser, args_parser, make_parser
+from page import FIGURES, page
 from runs import ASIDE, COLUMNS
 from utils import InputError
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 # Options that say where and how, not what: they part no settings and stand in no command.
 ASIDE_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
                  "overwrite", "checkpoint_seconds", "device", "stack", "eval_every"}
 BASIC = ("dataset", "method", "partition")   # on which the defaults of others depend
-FIGURES = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "f1": "macro F1", "kl_nats": "KL, nats"}
 STAGES = ("deployed", "trained")
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:1.2rem auto;max-width:76rem;padding:0 1rem;color:#1b1b1b}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
-table{border-collapse:collapse;white-space:nowrap}th,td{padding:.25rem .6rem;text-align:right}
-th:first-child,td:first-child,th:last-child,td:last-child{text-align:left}
-thead th{border-bottom:2px solid #888}
-tbody tr:nth-child(even){background:#f4f6f8}code{font-size:.85em}td code{user-select:all}
-img{max-width:100%;height:auto}.mark{color:#a00;font-weight:600}details{margin:.4rem 0}
-"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +44,14 @@ class Finished:
         """The same for runs that differ in the seed alone."""
         kept = {key: value for key, value in self.options.items() if key not in ASIDE_OPTIONS}
         return json.dumps([self.protocol, kept], sort_keys=True)
+
+    @property
+    def partition(self) -> str:
+        """Its partition in words."""
+        extra = {"shards": self.options.get("classes_per_client"), "dirichlet": self.options.get("alpha")}
+        unequal = ", unequal" if self.options.get("unequal") else ""
+        value = extra.get(self.options["partition"])
+        return f"{self.options['partition']}{'' if value is None else f' {value:g}'}{unequal}"
 
 
 def read(folder: Path) -> Finished | str:
@@ -118,7 +111,7 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
             last = pd.concat([_last(run, stage) for run in same])
             if last.empty:   # nobody was sampled in the last round
                 continue
-            row = {"dataset": options["dataset"], "partition": _partition(options),
+            row = {"dataset": options["dataset"], "partition": same[0].partition,
                    "method": options["method"], "protocol": same[0].protocol, "clients": options["num_users"],
                    "rounds": options["rounds"], "local_ep": options["local_ep"], "stage": stage,
                    "seeds": " ".join(str(run.options["seed"]) for run in same)}
@@ -135,96 +128,6 @@ def _last(run: Finished, stage: str) -> pd.DataFrame:
     rounds = run.rounds
     return rounds[(rounds["round"] == run.options["rounds"]) & (rounds["stage"] == stage)
                   & (rounds["split"] == ASIDE[run.protocol])]
-
-
-def _partition(options: dict) -> str:
-    extra = {"shards": options.get("classes_per_client"), "dirichlet": options.get("alpha")}
-    unequal = ", unequal" if options.get("unequal") else ""
-    value = extra.get(options["partition"])
-    return f"{options['partition']}{'' if value is None else f' {value:g}'}{unequal}"
-
-
-def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> str:
-    """The whole report as HTML."""
-    parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
-             "content='width=device-width,initial-scale=1'><title>RVE-PFL runs</title>"
-             f"<style>{STYLE}</style><h1>RVE-PFL runs</h1>"
-             f"<p>{len(runs)} finished, {len(others)} not. Accuracy, F1 and KL are means over clients on "
-             "held-out images, in the last round; &plusmn; is the standard deviation over seeds. "
-             "<b>deployed</b> is what a method hands to its user, <b>trained</b> the same after a client's "
-             "local training. A method's KL bounds what its latents tell about an image; a dash is no bound."]
-    if len(table):
-        for (dataset, partition), block in table.groupby(["dataset", "partition"], sort=False):
-            parts.append(f"<h2>{html.escape(dataset)}, {html.escape(partition)}</h2>")
-            parts.append(_table(block))
-            here = [run for run in runs
-                    if (run.options["dataset"], _partition(run.options)) == (dataset, partition)]
-            parts.append(_image(_curves(here), f"deployed accuracy over rounds, {dataset}, {partition}"))
-            parts.append(_partition_picture(here))
-    if others:
-        rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(why)}</td></tr>"
-                       for name, why in sorted(others.items()))
-        parts.append(f"<h2>Not in the tables</h2><div class=wide><table><tbody>{rows}</tbody></table></div>")
-    return "\n".join(parts) + "\n"
-
-
-def _table(block: pd.DataFrame) -> str:
-    head = ["method", "stage", "seeds", *FIGURES.values(), "seconds", "command"]
-    rows = []
-    for row in block.to_dict("records"):
-        mark = "" if row["protocol"] == "held-out" else f" <span class=mark>{row['protocol']}</span>"
-        scale = f" <small>{row['clients']} clients, {row['rounds']}&times;{row['local_ep']}</small>"
-        figures = [_spread(row[figure], row[f"{figure}_std"], 1 if figure == "kl_nats" else 4)
-                   for figure in FIGURES]
-        cells = [html.escape(row["method"]) + mark + scale, row["stage"], row["seeds"].replace(" ", ", "),
-                 *figures, f"{row['seconds']:.0f}", f"<code>{html.escape(row['command'])}</code>"]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return ("<div class=wide><table><thead><tr>" + "".join(f"<th>{name}</th>" for name in head)
-            + "</tr></thead><tbody>" + "".join(rows) + "</tbody></table></div>")
-
-
-def _spread(mean: float, std: float, digits: int) -> str:
-    if mean != mean:
-        return "&ndash;"
-    return f"{mean:.{digits}f}" + ("" if std != std else f" &plusmn; {std:.{digits}f}")
-
-
-def _curves(runs: list[Finished]) -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for setting in dict.fromkeys(run.setting for run in runs):
-        same = [run for run in runs if run.setting == setting]
-        deployed = pd.concat([run.rounds[run.rounds["stage"] == "deployed"] for run in same])
-        mean = deployed.groupby("round")["accuracy"].agg(["mean", "std"])
-        o, mark = same[0].options, "" if same[0].protocol == "held-out" else f", {same[0].protocol}"
-        line, = axes.plot(mean.index, mean["mean"], marker=".",
-                          label=f"{o['method']} {o['rounds']}x{o['local_ep']}{mark}")
-        axes.fill_between(mean.index, mean["mean"] - mean["std"], mean["mean"] + mean["std"], alpha=0.15,
-                          color=line.get_color(), linewidth=0)
-    axes.set(xlabel="round", ylabel="deployed accuracy")
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    return figure
-
-
-def _image(figure: plt.Figure, text: str) -> str:
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=110)
-    plt.close(figure)
-    return f"<img alt='{html.escape(text, quote=True)}' src='{_data(held.getvalue())}'>"
-
-
-def _partition_picture(runs: list[Finished]) -> str:
-    for run in runs:
-        picture = run.folder / "partition.png"
-        if picture.exists():
-            return (f"<details><summary>who owns which classes (seed {int(run.options['seed'])})</summary>"
-                    f"<img alt='images by client and class' src='{_data(picture.read_bytes())}'></details>")
-    return ""
-
-
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _line(error: Exception) -> str:
