@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+import leakage
 from files import write_whole
 from options import ROOT, Parser, args_parser, make_parser
 from page import FIGURES, page
@@ -31,13 +32,16 @@ STAGES = ("deployed", "trained")
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run: its options, its protocol, its folder, and ``rounds.csv``."""
+    """One finished run: its options, its protocol, its folder, ``rounds.csv``, and what attackers found of it
+    (leakage.py), or why that cannot be read."""
 
     name: str
     folder: Path
     protocol: str
     options: dict
     rounds: pd.DataFrame
+    leaks: pd.DataFrame
+    unread: str
 
     @property
     def setting(self) -> str:
@@ -84,7 +88,14 @@ def read(folder: Path) -> Finished | str:
         return f"unfinished: {reached} of {asked} rounds; go on with --resume"
     if len(final) != 1 or numbers.isna().any(axis=None):
         return f"rounds.csv is damaged (round {asked} is missing or has gaps)"
-    return Finished(folder.name, folder, protocol, options, rounds)
+    return Finished(folder.name, folder, protocol, options, rounds, *_attacked(folder))
+
+
+def _attacked(folder: Path) -> tuple[pd.DataFrame, str]:
+    try:
+        return leakage.read(folder), ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return leakage.NONE, f"finished, but attack_summary.csv or attack.json is damaged ({_line(error)})"
 
 
 def command(options: dict) -> str:
@@ -104,7 +115,8 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
     """One row a setting and stage: means over seeds, and the standard deviation where there are several."""
     rows = []
     for setting in dict.fromkeys(run.setting for run in runs):
-        by_seed = {run.options["seed"]: run for run in runs if run.setting == setting}   # one of each counts
+        same = sorted((run for run in runs if run.setting == setting), key=lambda run: len(run.leaks))
+        by_seed = {run.options["seed"]: run for run in same}   # one of each counts, an attacked one first
         same = [by_seed[seed] for seed in sorted(by_seed)]
         options = same[0].options
         for stage in STAGES:
@@ -118,7 +130,9 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
             for figure in FIGURES:
                 row[figure], row[f"{figure}_std"] = last[figure].mean(), last[figure].std()
             seconds = sum(run.rounds.drop_duplicates("round")["seconds"].sum() for run in same)
-            rows.append({**row, "seconds": seconds / len(same), "command": command(options)})
+            leaks = [leakage.worst(run.leaks) for run in same if stage == "deployed"]
+            rows.append({**row, "seconds": seconds / len(same), "command": command(options),
+                         **leakage.over_seeds(leaks)})
     table = pd.DataFrame(rows)
     return table.sort_values(["dataset", "partition", "protocol", "rounds", "local_ep", "stage", "accuracy"],
                              ascending=[True] * 6 + [False]) if rows else table
@@ -145,7 +159,9 @@ def main(argv: list[str] | None = None) -> int:
         found = {path.name: read(path) for path in sorted(folder.iterdir()) if path.is_dir()}
         runs = [run for run in found.values() if isinstance(run, Finished)]
         table = summarise(runs)
-        text = page(table, runs, {name: why for name, why in found.items() if isinstance(why, str)})
+        others = {name: run if isinstance(run, str) else run.unread for name, run in found.items()}
+        others = {name: why for name, why in others.items() if why}
+        text = page(table, runs, others)
         write_whole(folder / "report.html", lambda file: file.write(text.encode()))
         write_whole(folder / "summary.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
     except InputError as error:
@@ -155,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"report.py: error: {error.filename or folder}: {error.strerror or error}", file=sys.stderr)
         return 2
     print(f"{len(runs)} runs in {folder / 'report.html'} and {folder / 'summary.csv'}"
-          + "".join(f"\nleft out: {name}: {why}" for name, why in found.items() if isinstance(why, str)))
+          + "".join(f"\nleft out: {name}: {why}" for name, why in others.items()))
     return 0
 
 
