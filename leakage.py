@@ -2,7 +2,8 @@
 
 *Image* attacks observe something of single images; the strongest has the highest SSIM, and its leakage is
 that minus the best control's, mostly ``nearest_public``: the public image nearest the truth, which only a
-lucky guesser would pick. Over 0 it shows what no public image shows; under 0 it may still tell something.
+lucky guesser would pick. Over 0 it shows what no public image shows. Under 0 it may still tell which image it
+was: the true image's mean rank among the client's says so, where it is under every control's.
 
 *Class* attacks observe none, they draw a class; the strongest is recognised most often by the independent
 evaluator. It stands beside grey and noise, what a blank picture gets by chance, and not beside ``class_mean``
@@ -35,7 +36,7 @@ BLANK = ("grey", "noise")
 CONTROLS = (*BLANK, "class_mean", "nearest_public")
 KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK)}   # judged by, beside which
 FOUND = ["adversary", "round", "kind", "attack", "n", "score", "low", "high", "control", "control_score",
-         "leakage", "psnr", "rank", "budget"]
+         "leakage", "psnr", "rank", "control_rank", "budget"]
 NONE = pd.DataFrame(columns=FOUND)
 WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]
 MARKERS = dict(zip(ADVERSARIES, itertools.cycle("osD^vP")))   # noqa: B905 - a cycle is endless
@@ -84,7 +85,8 @@ def condense(table: pd.DataFrame) -> pd.DataFrame:
                      "n": int(best["n"]), "score": best[judge], "low": best[f"{judge}_low"],
                      "high": best[f"{judge}_high"], "control": control["control"],
                      "control_score": control[judge], "leakage": best[judge] - control[judge],
-                     "psnr": best["psnr"], "rank": best["nearest_rank"]})
+                     "psnr": best["psnr"], "rank": best["nearest_rank"],
+                     "control_rank": beside["nearest_rank"].min()})
     return pd.DataFrame(rows)
 
 
@@ -133,22 +135,23 @@ def picture(rows: pd.DataFrame, kind: str, x: str) -> plt.Figure:
     """A kind's leakage over ``accuracy``, a point an adversary of a run, or over ``round``, a line each."""
     figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     y, label = AXES[kind]
-    betas = rows.groupby("method")["beta"].nunique()
-    rows = rows[rows["kind"] == kind]
+    rows = rows[rows["kind"] == kind].sort_values("round")
+    shift = rows["control_score"] if y == "leakage" else 0
+    rows = rows.assign(bottom=rows["low"] - shift, top=rows["high"] - shift)
     for (_, adversary, method), part in rows.groupby(["run", "adversary", "method"], sort=False):
         # The adversaries of a run stand at one accuracy: side by side they can be told apart.
         aside = 4 * (list(MARKERS).index(adversary) - 1.5) if x == "accuracy" else 0
         place = axes.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
-        part, look = part.sort_values("round"), {"color": COLOURS[method], "transform": place}
-        base = part["control_score"] if y == "leakage" else 0
-        axes.vlines(part[x], part["low"] - base, part["high"] - base, alpha=0.25, **look)
+        look = {"color": COLOURS[method], "transform": place}
+        axes.vlines(part[x], part["bottom"], part["top"], alpha=0.25, **look)
         axes.plot(part[x], part[y], marker=MARKERS[adversary], linewidth=1, markeredgecolor="white",
                   markeredgewidth=0.6, **look)
-        if betas[method] > 1:
-            axes.annotate(f"β={part['beta'].iloc[-1]:g}", (part[x].iloc[-1], part[y].iloc[-1]), fontsize=6.5,
-                          xytext=(aside + 5, -2), textcoords="offset points")
-        for end in ("low", "high"):   # what is drawn aside moves no axis of itself
-            axes.update_datalim(np.column_stack([part[x], part[end] - base]).astype(float))
+        hits = part[(part["rank"] < part["control_rank"]) & (kind == "image")]
+        axes.plot(hits[x], hits[y], "o", markersize=11, markerfacecolor="none", markeredgecolor="black",
+                  transform=place)
+        for end in ("bottom", "top"):   # what is drawn aside moves no axis of itself
+            axes.update_datalim(part[[x, end]].to_numpy(float))
+    _betas(axes, rows, y, x)
     axes.autoscale_view()
     if kind == "image":
         axes.axhline(0, color="grey", linewidth=0.8)
@@ -156,9 +159,32 @@ def picture(rows: pd.DataFrame, kind: str, x: str) -> plt.Figure:
     if x == "round":
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
+    _legend(figure, rows, kind)
+    return figure
+
+
+def _betas(axes: plt.Axes, rows: pd.DataFrame, y: str, x: str) -> None:
+    """Where a method's runs differ in beta, each run's: over its points, or right of its lines."""
+    several = rows.groupby("method")["beta"].transform("nunique") > 1
+    for _, part in rows[several].groupby("run"):
+        beta, last = f"β={part['beta'].iloc[0]:g}", part[part["round"] == part["round"].max()]
+        if x == "accuracy":
+            axes.annotate(beta, (part[x].iloc[0], part["top"].max()), fontsize=7, rotation=90, ha="center",
+                          xytext=(0, 4), textcoords="offset points")
+        else:
+            axes.annotate(beta, (last[x].iloc[0], last[y].max()), fontsize=7, va="center", xytext=(8, 0),
+                          textcoords="offset points")
+    if several.any():   # room for them
+        axes.margins(x=0.05 if x == "accuracy" else 0.2, y=0.2)
+
+
+def _legend(figure: plt.Figure, rows: pd.DataFrame, kind: str) -> None:
+    """Below the axes: what shapes, colours and rings mean."""
     shapes = [Line2D([], [], linestyle="", marker=mark, color="dimgrey", label=name.replace("_", " "))
               for name, mark in MARKERS.items() if name in set(rows["adversary"])]
     colours = [Line2D([], [], linewidth=5, color=colour, label=name)
                for name, colour in COLOURS.items() if name in set(rows["method"])]
-    figure.legend(handles=[*shapes, *colours], loc="outside lower center", ncols=3, fontsize=8.5)
-    return figure
+    ring = [Line2D([], [], linestyle="", marker="o", markersize=11, markerfacecolor="none",
+                   markeredgecolor="black", label="rank under every control's")]
+    ring *= int(kind == "image" and (rows["rank"] < rows["control_rank"]).any())
+    figure.legend(handles=[*shapes, *colours, *ring], loc="outside lower center", ncols=3, fontsize=8.5)

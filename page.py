@@ -19,18 +19,20 @@ table{border-collapse:collapse;white-space:nowrap}th,td{padding:.25rem .6rem;tex
 th:first-child,td:first-child,th:last-child,td:last-child{text-align:left}
 thead th{border-bottom:2px solid #888;white-space:normal;vertical-align:bottom}
 tbody tr:nth-child(even){background:#f4f6f8}code{font-size:.85em}td code{user-select:all}
-img{max-width:100%;height:auto;vertical-align:top}.mark{color:#a00;font-weight:600}details{margin:.4rem 0}
+img{max-width:100%;height:auto;vertical-align:top}.mark{color:#a00;font-weight:600}
+.dense{font-size:.85em}details{margin:.4rem 0}
 """
 ATTACKS = """<p><b>What attackers find</b> is each adversary's strongest attack in the last round it attacked,
 beside the accuracy and KL of what was deployed in that round; brackets are 95 % bootstrap intervals over
 images. <b>An attack that fails is an attack that failed, not a proof of privacy, and PSNR alone ranks
 nothing.</b> <i>Image attacks</i> observe something of single images, and the strongest has the highest SSIM.
 Leakage is that SSIM minus the best control's, mostly the public image nearest the truth, which only a lucky
-guesser would pick: over 0 an attack shows what no public image shows, under 0 it may still tell something.
-The rank is the true image's among up to 500 of the client's, by distance; 1 is a hit. <i>Class attacks</i>
-draw a class, and the strongest is recognised most often by an independent evaluator. They stand beside grey
-and noise, what a blank picture gets by chance, not beside class means and public images, which are real and
-trivially recognised: a high share says that a model shows its classes, and nothing of the client's images."""
+guesser would pick: over 0 an attack shows what no public image shows. Under 0 it may still tell which image
+it was: the rank is the true image's place, by distance, among up to 500 of the client's, 1 is a hit, and a
+ring marks a mean rank under every control's. <i>Class attacks</i> draw a class, and the strongest is
+recognised most often by an independent evaluator. They stand beside grey and noise, what a blank picture gets
+by chance, not beside class means and public images, which are real and trivially recognised: a high share
+says that a model shows its classes, and nothing of the client's images."""
 
 
 def page(table: pd.DataFrame, runs: list, others: dict[str, str]) -> str:
@@ -79,20 +81,20 @@ def _attacks(runs: list) -> list[str]:
         return []
     rows = pd.concat([leakage.beside_utility(run) for run in runs], ignore_index=True)
     last = pd.concat([leakage.latest(part) for _, part in rows.groupby("run", sort=False)])
-    parts = ["<h3>What attackers find</h3>", _attack_table(last)]
+    parts = ["<h3>What attackers find</h3><div class=dense>", _attack_table(last), "</div>"]
     if last["budget"].nunique() > 1:
         parts.append("<p class=mark>These attacks had different budgets (last column): a difference between "
                      "rows may be theirs.")
-    for x, shown in (("accuracy", last), ("round", rows)):
-        if x == "accuracy" or rows.groupby("run")["round"].nunique().max() > 1:
-            parts += ["<p>"] + [_image(leakage.picture(shown, kind, x), f"leakage over {x}, {kind} attacks")
-                                for kind in leakage.KINDS if kind in set(rows["kind"])]
+    several = rows[rows.groupby("run")["round"].transform("nunique") > 1]
+    for x, shown in (("accuracy", last), ("round", several)):
+        parts += ["<p>"] + [_image(leakage.picture(shown, kind, x), f"leakage over {x}, {kind} attacks")
+                            for kind in leakage.KINDS if kind in set(shown["kind"])]
     return parts + [_attack_pictures(run) for run in runs]
 
 
 def _attack_table(last: pd.DataFrame) -> str:
     head = ["method", "adversary", "round", "deployed accuracy", "KL, nats",
-            "image attack: SSIM", "best control", "PSNR, dB", "mean rank",
+            "image attack: SSIM", "best control", "PSNR, dB", "mean rank", "best control's rank",
             "class attack: evaluator right", "blank control", "budget"]
     rows, dash = [], "&ndash;"
     for (name, adversary), part in last.groupby(["run", "adversary"], sort=False):
@@ -106,7 +108,8 @@ def _attack_table(last: pd.DataFrame) -> str:
                 f"<small>{row['attack']}</small> {row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
                 f"<small>{row['control']}</small> {row['control_score']:.2f}"]
             if kind == "image":
-                cells += [dash] * 2 if row is None else [f"{row['psnr']:.1f}", f"{row['rank']:.0f}"]
+                cells += [dash] * 3 if row is None else [
+                    f"{row['psnr']:.1f}", f"{row['rank']:.0f}", f"{row['control_rank']:.0f}"]
         rows.append([*cells, html.escape(one["budget"])])
     return _grid(head, rows)
 
