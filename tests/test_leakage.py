@@ -1,0 +1,204 @@
+"""leakage.py and what report.py shows of it: hand-written attacks against arithmetic by hand."""
+import json
+import math
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from conftest import ROOT, _load
+
+import leakage
+from attack import mi_attack, scene
+
+# adversary, attack, round -> (SSIM, evaluator right) of the attack, grey, noise, class mean, nearest public
+EARLY = {("stolen_model", "latent_decoder", 1): [(0.9, 1), (0.0, 0), (0.1, 0), (0.2, 1), (0.3, 1)]}
+LAST = {   # latent_search is further over its controls, mi_face has the higher SSIM but observes no image
+    ("stolen_model", "latent_search", 2): [(0.4, 1), (0.0, 0), (0.05, 0), (0.1, 1), (0.1, 1)],
+    ("stolen_model", "latent_decoder", 2): [(0.6, 1), (0.0, 0), (0.1, 0), (0.55, 1), (0.5, 1)],
+    ("stolen_model", "mi_face", 2): [(0.9, 0.5), (0.0, 0.1), (0.1, 0.25), (0.2, 1), (0.3, 1)],
+    ("stolen_model", "mi_strong", 2): [(0.2, 0.75), (0.0, 0.125), (0.1, 0), (0.2, 1), (0.3, 1)],
+    ("prediction_api", "score_decoder", 2): [(0.3, 1), (0.0, 0), (0.1, 0), (0.2, 1), (0.7, 1)],
+}
+
+
+@pytest.fixture(scope="module")
+def report():
+    return _load("report", ROOT / "report.py")
+
+
+def lines(attacks):
+    """The rows of an attack_summary.csv."""
+    rows = []
+    for (adversary, attack, round), scores in attacks.items():
+        for control, (ssim, right) in zip(("", *leakage.CONTROLS), scores, strict=True):
+            row = {"adversary": adversary, "attack": attack, "round": round, "control": control, "n": 8}
+            lucky = 9 if attack == "latent_decoder" else 5
+            rank = {"": 7, "grey": 90, "nearest_public": lucky}.get(control, 50)
+            figures = {"ssim": ssim, "evaluator_correct": right, "psnr": 20 - round, "nearest_rank": rank}
+            for name in leakage.FIGURES:
+                value = figures.get(name, 0.5)
+                row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+            rows.append(row)
+    return rows
+
+
+def attacked(folder, attacks, public="unowned"):
+    """Leave in a folder what an attack leaves."""
+    pd.DataFrame(lines(attacks)).to_csv(folder / "attack_summary.csv", index=False)
+    (folder / "attack.json").write_text(json.dumps(
+        {"restarts": 3, "iterations": 20, "train_epochs": 2, "public": public}))
+    shutil.copy(folder / "curves.png", folder / "attack_stolen_model_latent_decoder_round2_client0.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, make_place):
+    """rve_pfl attacked with two seeds and with another beta; fedavg not attacked; local's attack damaged."""
+    place = make_place(tmp_path_factory.mktemp("leakage"))
+    for name, *flags in (("one",), ("two", "--seed", 2), ("beta", "--kl_weight", 0.01),
+                         ("calm", "--method", "fedavg"), ("torn", "--method", "local")):
+        assert place.main("--rounds", 2, "--run_name", name, *flags) == 0
+    folder = place.folder / "results"
+    attacked(folder / "one", {**EARLY, **LAST})
+    attacked(folder / "two", {key: [(scores[0][0] - 0.2, 0.25), *scores[1:]] for key, scores in LAST.items()})
+    attacked(folder / "beta", LAST, public="<i>mine</i>")
+    attacked(folder / "torn", LAST)
+    text = (folder / "torn" / "attack_summary.csv").read_text()
+    (folder / "torn" / "attack_summary.csv").write_text(text.replace("mi_face", "mi_<b>"))
+    return folder
+
+
+def test_columns_are_those_that_the_attack_writes():
+    row = dict.fromkeys(scene.COLUMNS, 0) | {"control": "", "adversary": "stolen_model", "attack": "mi_face"}
+    assert list(mi_attack.summarise([row]).columns) == leakage.COLUMNS
+
+
+def test_the_strongest_attack_beside_the_best_control():
+    found = leakage.condense(pd.DataFrame(lines({**EARLY, **LAST}))).set_index(["adversary", "round", "kind"])
+    assert len(found) == 4
+    image, drawn = found.loc[("stolen_model", 2, "image")], found.loc[("stolen_model", 2, "class")]
+    assert (image["attack"], image["control"]) == ("latent_decoder", "class_mean")
+    assert image[["score", "low", "high", "leakage", "psnr", "rank", "control_rank", "n"]].tolist() == \
+        pytest.approx([0.6, 0.5, 0.7, 0.05, 18, 7, 9, 8])
+    assert (drawn["attack"], drawn["control"]) == ("mi_strong", "grey")
+    assert drawn[["score", "low", "high", "control_score", "leakage"]].tolist() == pytest.approx(
+        [0.75, 0.65, 0.85, 0.125, 0.625])
+    assert found.loc[("stolen_model", 1, "image"), "leakage"] == pytest.approx(0.6)
+    assert found.loc[("prediction_api", 2, "image"), "leakage"] == pytest.approx(-0.4)
+
+
+def test_the_worst_adversary_in_the_last_rounds():
+    found = leakage.condense(pd.DataFrame(lines({**EARLY, **LAST})))
+    row = leakage.worst(found)
+    assert row["image_attack"] == "stolen_model latent_decoder"
+    assert row["class_attack"] == "stolen_model mi_strong"
+    assert (row["image_leakage"], row["image_ssim"], row["class_right"]) == pytest.approx((0.05, 0.6, 0.75))
+    assert not any(leakage.worst(leakage.NONE).values())
+    assert leakage.worst(leakage.condense(pd.DataFrame(lines(EARLY))))["class_right"] is None
+
+
+@pytest.mark.parametrize("harm, reason", [
+    (lambda text: "", "No columns"), (lambda text: text.split("\n")[0] + "\n", "gaps"),
+    (lambda text: text.replace("psnr", "snr"), "columns"),
+    (lambda text: text[:200], "columns"),
+    (lambda text: text.replace(",0.6,", ",,"), "gaps"),
+    (lambda text: text.replace(",0.6,", ",high,"), "high"),
+    (lambda text: text.replace("noise", "music"), "each control once"),
+    (lambda text: text + text.split("\n")[1] + "\n", "once"),
+    (lambda text: text.replace("prediction_api", "neighbour"), "neighbour")])
+def test_a_damaged_attack_says_why_and_the_run_stays(report, runs, tmp_path, harm, reason):
+    folder = shutil.copytree(runs / "one", tmp_path / "one")
+    path = folder / "attack_summary.csv"
+    path.write_text(harm(path.read_text()))
+    found = report.read(folder)
+    assert not len(found.leaks) and reason in found.unread and found.unread.count("\n") == 0
+
+
+def test_an_attack_without_its_options_is_damaged(report, runs, tmp_path):
+    folder = shutil.copytree(runs / "one", tmp_path / "one")
+    for text in ("{", "[]", '{"public": "unowned"}'):
+        (folder / "attack.json").write_text(text)
+        assert "damaged" in report.read(folder).unread
+    (folder / "attack.json").unlink()
+    unread = report.read(folder).unread
+    assert "attack.json" in unread
+
+
+def test_summary_means_over_seeds(report, runs):
+    assert report.main(["--results_dir", str(runs)]) == 0
+    table = pd.read_csv(runs / "summary.csv")
+    deployed = table[table["stage"] == "deployed"].set_index("command")
+    both = deployed[deployed["seeds"] == "1 2"].iloc[0]
+    assert both["seeds_attacked"] == 2
+    assert both[["image_leakage", "image_ssim", "class_right"]].tolist() == pytest.approx([-0.05, 0.5, 0.5])
+    assert both["image_leakage_std"] == pytest.approx(0.1 * math.sqrt(2), rel=1e-4)   # of 0.05 and -0.15
+    assert both["image_attack"] == "stolen_model latent_decoder"
+    assert both["class_attack"] == "stolen_model mi_strong; stolen_model mi_face"   # equal: the first
+    added = ["seeds_attacked", *leakage.WORST]
+    assert table[table["stage"] == "trained"][added].isna().all(axis=None)
+    assert deployed[deployed["method"].isin(["fedavg", "local"])][added].isna().all(axis=None)
+    assert {"fedavg", "local"} <= set(deployed["method"])
+
+
+def test_a_run_that_was_attacked_counts_before_its_double(report, runs):
+    one, calm = report.read(runs / "one"), report.read(runs / "calm")
+    double = report.Finished("x", one.folder, one.protocol, one.options, one.rounds, leakage.NONE, "")
+    table = report.summarise([one, double, calm])
+    assert table["image_ssim"].dropna().tolist() == pytest.approx([0.6])
+
+
+def test_utility_is_that_of_the_round_attacked(report, runs):
+    run = report.read(runs / "one")
+    rows = leakage.beside_utility(run)
+    deployed = run.rounds[run.rounds["stage"] == "deployed"].set_index("round")["accuracy"]
+    assert rows["accuracy"].tolist() == deployed.loc[rows["round"]].tolist()
+    assert set(rows["round"]) == {1, 2}
+
+
+def rings(axes):
+    """How high stand those whose rank is under every control's."""
+    return [y for line in axes.lines if line.get_markersize() == 11 for y in line.get_ydata()]
+
+
+def test_pictures_have_the_points(report, runs):
+    rows = pd.concat([leakage.beside_utility(report.read(runs / name)) for name in ("one", "two", "beta")])
+    axes = leakage.picture(rows, "image", "round").axes[0]
+    drawn = [line.get_xydata().tolist() for line in axes.lines]
+    assert any(line == [[1, pytest.approx(0.6)], [2, pytest.approx(0.05)]] for line in drawn)
+    intervals = [segment.tolist() for bars in axes.collections for segment in bars.get_segments()]
+    assert pytest.approx([1, 0.5]) in [low for low, _ in intervals]   # over the control too: 0.8 - 0.3
+    assert axes.get_ylabel() and axes.get_xlabel() == "round"
+    assert {text.get_text() for text in axes.texts} == {"β=1e-05", "β=0.01"}
+    last = leakage.latest(rows[rows["run"] == "one"])
+    axes = leakage.picture(last, "class", "accuracy").axes[0]
+    assert axes.lines[0].get_xydata()[0].tolist() == [last["accuracy"].iloc[0], 0.75] and not axes.texts
+    assert not rings(axes)
+    assert rings(leakage.picture(last, "image", "accuracy").axes[0]) == pytest.approx([0.05])
+    assert axes.get_ylim()[0] < 0.65 and axes.get_ylim()[1] > 0.85   # the interval is on the picture
+    leakage.plt.close("all")
+
+
+def test_the_page(report, runs, capsys):
+    assert report.main(["--results_dir", str(runs)]) == 0
+    assert "left out: torn: finished, but attack_summary.csv" in capsys.readouterr().out
+    text = (runs / "report.html").read_text()
+    assert "latent_decoder</small> 0.60 [0.50, 0.70]" in text and "class_mean</small> 0.55" in text
+    assert "mi_strong</small> 0.75 [0.65, 0.85]" in text and "grey</small> 0.12" in text
+    assert "not a proof of privacy" in text and "PSNR alone" in text
+    assert "different budgets" in text   # one trained on other public images
+    assert "&lt;i&gt;mine" in text and "<i>mine" not in text
+    assert "mi_&lt;b&gt;" in text and "mi_<b>" not in text
+    assert text.count("leakage over accuracy") == 2 and text.count("leakage over round") == 2
+    assert text.count("in pictures") == 3 and text.count("alt='attack_stolen_model_latent_decoder") == 3
+    assert not re.search(r"https?://|<script|<link", text)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r"src='([^']*)", text))
+    for method in ("fedavg", "local"):   # not attacked, or its attack damaged: its accuracy is shown
+        assert f"<td>{method} <small>2 clients" in text and f"<td>{method} <small>torn" not in text
+
+
+def test_a_page_without_attacks_says_nothing_of_them(report, runs, tmp_path):
+    shutil.copytree(runs / "calm", tmp_path / "calm")
+    assert report.main(["--results_dir", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "fedavg" in text and "attack" not in text
