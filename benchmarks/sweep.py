@@ -26,7 +26,7 @@ def sweep(args, clients: int) -> None:
     splits = driver.deal(args, data.labels)[1][:clients]
     client = driver.make_client(args, data, choose_device(args.device))
     head, private = client.split(client.state())
-    kept, server = [Private(private)] * clients, driver.make_server(args, splits)
+    kept, server = [Private(private)] * clients, driver.make_server(args, client, splits)
     for r in range(1, args.rounds + 1):
         start, uploads, accuracy = time.monotonic(), {}, {"training": [], "trained": [], "deployed": []}
         for k, (own, validation) in enumerate(splits):
