@@ -1,4 +1,4 @@
-"""The two pictures of a run: who owns which classes, and how it learnt."""
+"""The pictures of a run: who owns which classes, how it learnt, and whom the server trusted."""
 from pathlib import Path
 
 import matplotlib
@@ -52,6 +52,24 @@ def curves_picture(path: Path, rounds: pd.DataFrame, title: str) -> None:
         row[-1].set_yscale("log")
     row[0].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def trust_picture(path: Path, server: pd.DataFrame, title: str) -> None:
+    """Trust by client and round, as a heat map; malicious clients' numbers are red."""
+    grid = server.pivot(index="client", columns="round", values="trust")
+    bad = set(server.loc[server["malicious"] == 1, "client"])
+    figure, axes = plt.subplots(figsize=(min(14, 3 + 0.3 * grid.shape[1]), 1.8 + 0.25 * min(len(grid), 40)),
+                                layout="constrained")
+    picture = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
+                          extent=(grid.columns.min() - 0.5, grid.columns.max() + 0.5, len(grid) - 0.5, -0.5))
+    axes.set(xlabel="round", ylabel="client" + (" (red: malicious)" if bad else ""), title=title)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    if len(grid) <= 40:
+        axes.set_yticks(range(len(grid)), grid.index)
+        for client, label in zip(grid.index, axes.get_yticklabels(), strict=True):
+            label.set_color("red" if client in bad else "black")
+    figure.colorbar(picture, ax=axes, label="trust")
     _save(figure, path)
 
 

@@ -186,6 +186,9 @@ class Run:
         if self.ranks.first:
             self._clear(self.models / ".private")
             plots.curves_picture(self.results / "curves.png", self.rounds(), self._title())
+            server = pd.read_csv(self.results / "server.csv")
+            if server["trust"].notna().any():
+                plots.trust_picture(self.results / "trust.png", server, self._title())
             self.config["status"] = "finished"
             self.write_config()
 

@@ -1,21 +1,237 @@
-"""The server's threat model: rules and behaviours end to end, and what the weights see."""
+"""The server's threat model: what its weights see, and rules and behaviours end to end."""
+import math
+import shutil
+
 import pandas as pd
 import pytest
+import torch
 
+import threat
+from aggregation import Setting
+from malicious import BEHAVIOURS as TABLE
+from malicious import Crowd, Seen, adaptive
+from models import Classifier
 from options import BEHAVIOURS, RULES
+from threat import ThreatAware, against_others, lengths, likenesses, weigh
+from update import State
+
+SHAPE, CLASSES = (1, 8, 8), 4
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(3)
+    return Classifier(SHAPE, CLASSES).eval()
+
+
+@pytest.fixture(scope="module")
+def crowd(network):
+    """A head, what eight honest clients of two classes each make of it, and the same with labels turned."""
+    torch.manual_seed(4)
+    sent = {f"classifier.{name}": value.clone() for name, value in network.state_dict().items()}
+    patterns = torch.randn(CLASSES, *SHAPE)
+
+    def trained(start: State, classes, turn=False, steps=30):
+        state = {name.removeprefix("classifier."): value.clone().requires_grad_()
+                 for name, value in start.items()}
+        optimizer = torch.optim.Adam(state.values(), 1e-3)
+        for _ in range(steps):
+            y = torch.tensor(classes).repeat(16)
+            x = patterns[y] + 0.3 * torch.randn(len(y), *SHAPE)
+            logits = torch.func.functional_call(network, state, (x,))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits, CLASSES - 1 - y if turn else y).backward()
+            optimizer.step()
+        return {f"classifier.{name}": value.detach() for name, value in state.items()}
+    sent = trained(sent, [0, 1, 2, 3])
+    mine = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (0, 1), (2, 3)]
+    return sent, {k: trained(sent, c) for k, c in enumerate(mine)}, {k: trained(sent, c, turn=True)
+                                                                    for k, c in enumerate(mine)}
+
+
+def server(network, clients=8):
+    return ThreatAware(Setting(clients=clients), network)
+
+
+def sizes(uploads):
+    return dict.fromkeys(uploads, 100)
+
+
+def test_honest_clients_of_few_classes_are_trusted(network, crowd):
+    sent, honest, _ = crowd
+    trust = server(network).trust(1, sent, honest, sizes(honest))
+    assert min(trust.values()) > 0.8
+
+
+@pytest.mark.parametrize("bad", [(0,), (1, 4), (0, 5)])
+def test_flipped_labels_lose_their_say(network, crowd, bad):
+    sent, honest, flipped = crowd
+    uploads = {k: flipped[k] if k in bad else honest[k] for k in honest}
+    head, _, report = server(network)(1, sent, uploads, sizes(uploads))
+    weight = {row["client"]: row["weight"] for row in report}
+    assert sum(weight[k] for k in bad) < len(bad) / 8 / 2
+    assert sum(weight.values()) == pytest.approx(1)
+
+
+def test_copies_share_what_one_would_get(network, crowd):
+    sent, honest, _ = crowd
+    uploads = {**honest, 8: honest[0], 9: honest[0]}
+    report = server(network, 10)(1, sent, uploads, sizes(uploads))[2]
+    weight = [row["weight"] for row in report]
+    assert weight[0] == weight[8] == weight[9] and 3 * weight[0] < 0.5 * weight[1]
+
+
+def test_length_buys_nothing_and_opposition_is_seen(network, crowd):
+    sent, honest, _ = crowd
+    own = {k: {name: value - sent[name] for name, value in upload.items()} for k, upload in honest.items()}
+    mean = {name: sum(update[name] for update in own.values()) / len(own) for name in sent}
+    for factor, which in ((50, own[0]), (-1, mean), (-30, mean)):
+        bad = {name: value + factor * which[name] for name, value in sent.items()}
+        report = server(network)(1, sent, {**honest, 0: bad}, sizes(honest))[2]
+        assert report[0]["weight"] < 0.03 and min(row["weight"] for row in report[1:]) > 0.05
+
+
+def test_order_and_scale_do_not_matter(network, crowd):
+    sent, honest, flipped = crowd
+    uploads = {**honest, 0: flipped[0]}
+    first = server(network)(1, sent, uploads, sizes(uploads))
+    again = server(network)(1, sent, dict(reversed(uploads.items())), sizes(uploads))
+    assert all(torch.allclose(value, again[0][name], atol=1e-6) for name, value in first[0].items())
+    gram = torch.randn(5, 9).double()
+    gram = gram @ gram.T
+    for scale in (1e-3, 1e3):   # of all updates alike
+        assert torch.allclose(lengths(gram)[0], lengths(scale * gram)[0])
+        assert torch.allclose(likenesses(gram)[0], likenesses(scale * gram)[0])
+        assert torch.allclose(against_others(gram, torch.ones(5).double()),
+                              against_others(scale * gram, torch.ones(5).double()))
+
+
+def test_directions_by_hand():
+    updates = torch.tensor([[1.0, 0], [0, 1], [-1, -1]]).double()
+    cosine = against_others(updates @ updates.T, torch.tensor([1.0, 1, 0]).double())
+    assert cosine.tolist() == pytest.approx([0, 0, -1])   # the third has no say, and opposes the two others
+    alike, copies = likenesses(updates @ updates.T)
+    assert alike.tolist() == pytest.approx([0, 0, -math.sqrt(0.5)]) and copies.tolist() == [1, 1, 1]
+
+
+def test_caps_and_fall_back(network, crowd):
+    even = weigh(torch.tensor([100, 100, 100, 100_000]), torch.ones(4).double())
+    assert even == pytest.approx([0.2, 0.2, 0.2, 0.4])   # a size counts up to twice the median
+    big = weigh(torch.tensor([200] + [100] * 3 + [1] * 8), torch.ones(12).double())
+    assert max(big) <= threat.SHARE / 12 + 1e-9
+    assert all(map(math.isnan, weigh(torch.tensor([1] * 5), torch.tensor([1, 1, 0, 0, 0.0]).double())))
+    sent, honest, _ = crowd
+    made, copies = server(network), {k: honest[k if k < 3 else 3] for k in honest}   # five of eight alike
+    head, _, report = made(1, sent, copies, sizes(honest))
+    assert made.facts == {"fallbacks": 1} and all(math.isnan(row["weight"]) for row in report)
+    assert all(value.isfinite().all() for value in head.values())
+    assert any(not torch.equal(value, sent[name]) for name, value in head.items())
+
+
+def test_trust_goes_at_once_and_returns_slowly(network, crowd):
+    sent, honest, flipped = crowd
+    made, seen = server(network), []
+    for r, uploads in enumerate((honest, {**honest, 0: flipped[0]}, honest, honest), 1):
+        report = made(r, sent, uploads, sizes(uploads))[2]
+        seen.append(report[0]["trust"])
+    assert seen[0] > 0.8 and seen[1] < 0.4 and seen[1] < seen[2] < seen[3] < 0.95
+
+
+def test_one_client_nobody_and_all_malicious(network, crowd):
+    sent, honest, flipped = crowd
+    head, _, report = server(network)(1, sent, {3: honest[3]}, {3: 10})
+    assert report[0]["weight"] == 1 and torch.allclose(
+        head["classifier.output.bias"], honest[3]["classifier.output.bias"], atol=1e-6)
+    assert server(network)(1, sent, {}, {0: 10})[0] is sent
+    nan = {name: torch.full_like(value, torch.nan) for name, value in sent.items()}
+    head, _, report = server(network)(1, sent, {0: nan}, {0: 10})
+    assert head is sent and report[0]["weight"] == 0
+    head, _, report = server(network)(1, sent, {**honest, 0: nan}, sizes(honest))
+    assert report[0]["weight"] == 0 and sum(row["weight"] for row in report) == pytest.approx(1)
+    head, *_ = server(network)(1, sent, flipped, sizes(flipped))   # nothing to compare with: no error
+    assert all(value.isfinite().all() for value in head.values())
+
+
+def seen_of(own, honest, judge=lambda forged: 1.0):
+    return Seen(torch.tensor(own), torch.tensor(honest), torch.Generator().manual_seed(0), judge)
+
+
+@pytest.mark.parametrize("behaviour, expected", [
+    ("sign_flip", [-2.0, -3.0]), ("scaling", [10.0, 0.0]), ("ipm", [-4.0, -6.0]), ("mimic", [1.0, 2.0]),
+    ("alie", [2 + 1.5 * math.sqrt(2), 3 + 1.5 * math.sqrt(2)])])
+def test_forgeries_by_hand(behaviour, expected):
+    forged = TABLE[behaviour].forge(seen_of([[1.0, 0.0]], [[1.0, 2.0], [3.0, 4.0]]))
+    assert forged.tolist() == [pytest.approx(expected)]
+
+
+def test_noise_copies_and_nothing_at_all():
+    own, honest = torch.randn(2, 10_000), torch.randn(3, 10_000)
+    noise = TABLE["gaussian"].forge(seen_of(own.tolist(), honest.tolist()))
+    assert noise.std().item() == pytest.approx(3 * honest.square().mean().sqrt().item(), rel=0.05)
+    copies = TABLE["sybil"].forge(seen_of(own.tolist(), honest.tolist()))
+    assert torch.cosine_similarity(*copies, dim=0) > 0.99 and not torch.equal(*copies)
+    assert TABLE["nan"].forge(seen_of([[1.0]], [[1.0]])).isnan().all()
+
+
+def test_the_adaptive_one_stops_where_trust_would_fall():
+    forged = adaptive(seen_of([[0.0]], [[1.0]], lambda forged: 1.0 if forged.min() >= -3 else 0.5))
+    assert -3.0 <= forged.item() < -2.98
+
+
+def test_who_is_malicious_is_seeded_and_rounded_down():
+    crowd = Crowd("nan", 0.3, 10, seed=1)
+    assert len(crowd.members) == 3 and crowd.members == Crowd("ipm", 0.3, 10, 1).members
+    assert crowd.members != Crowd("nan", 0.3, 10, 2).members and not Crowd(None, 0.0, 10, 1).members
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
-def test_every_behaviour_runs_under_the_threat_aware_weights(place, behaviour):
+def test_every_behaviour_runs(place, behaviour):
     assert place.main("--num_users", 4, "--rounds", 2, "--malicious_frac", 0.25,
                       "--malicious_behaviour", behaviour) == 0
     server = pd.read_csv(place.results / "server.csv")
-    assert server.groupby("round")["malicious"].sum().tolist() == ([0, 0] if behaviour == "absent" else [1, 1])
+    assert server.groupby("round")["malicious"].sum().tolist() == [behaviour != "absent"] * 2
+    assert (place.results / "trust.png").exists()
+    clients = pd.read_csv(place.results / "clients.csv").query("round == 2 and stage == 'deployed'")
+    rounds = pd.read_csv(place.results / "rounds.csv").query("round == 2 and stage == 'deployed'")
+    bad = Crowd(behaviour, 0.25, 4, seed=1).members
+    honest = clients[~clients["client"].isin(bad)]
+    assert rounds["accuracy"].item() == pytest.approx(honest["accuracy"].mean())   # the malicious left out
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule_runs(place, rule):
-    assert place.main("--num_users", 4, "--rounds", 2, "--aggregation", rule, "--malicious_frac", 0.25,
-                      "--malicious_behaviour", "nan") == 0
-    deployed = pd.read_csv(place.results / "rounds.csv").query("stage == 'deployed'")
-    assert deployed["accuracy"].between(0, 1).all() and deployed["loss"].notna().all()
+def test_every_rule_resumes_to_the_same_numbers(place, rule):
+    flags = ("--num_users", 4, "--rounds", 3, "--aggregation", rule, "--malicious_frac", 0.25,
+             "--malicious_behaviour", "label_flip", "--save_rounds", 1)
+    assert place.main(*flags) == 0
+    whole, server = place.clients_csv(), (place.results / "server.csv").read_bytes()
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    shutil.rmtree(place.models / "round_3")
+    assert place.main(*flags, "--resume") == 0
+    assert place.clients_csv() == whole and (place.results / "server.csv").read_bytes() == server
+
+
+def test_heads_alone_on_borrowed_encoders(place, capsys):
+    assert place.main() == 0
+    before = torch.load(place.models / "round_3" / "client_0.pt")["parameters"]
+    assert place.main("--encoders_from", "run", "--run_name", "heads", "--rounds", 1) == 0
+    after = torch.load(place.folder / "models" / "heads" / "round_1" / "client_0.pt")["parameters"]
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    line = place.refuses(capsys, "--encoders_from", "run", "--run_name", "other", "--seed", 9)
+    assert "--encoders_from run: its --seed is 1" in line
+    assert "no finished run" in place.refuses(capsys, "--encoders_from", "nowhere", "--run_name", "third")
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    assert "not finished" in place.refuses(capsys, "--encoders_from", "run", "--run_name", "fourth")
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--method nbafl --aggregation threat", "accounting"),
+    ("--method client_dp --aggregation krum", "accounting"),
+    ("--method local --malicious_frac 0.2", "nothing travels"),
+    ("--method local --aggregation mean", "read"), ("--method fedper --aggregation threat", "whole head"),
+    ("--malicious_behaviour nan", "--malicious_frac 0"), ("--method fedavg --encoders_from x", "read"),
+    ("--tolerate 0.2", "--aggregation threat does not read"),
+    ("--malicious_frac 2", "between"), ("--malicious_behaviour nun", "choose from")])
+def test_refusals(place, capsys, flags, said):
+    assert said in place.refuses(capsys, *flags.split())

@@ -1,0 +1,79 @@
+"""byzfl's rules as servers: against arithmetic by hand, and what every rule has to survive."""
+import pytest
+import torch
+
+from aggregation import Setting, moved, updates_of
+from robust import RULES, Robust
+
+SENT = {"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "bias": torch.tensor([5.0])}
+
+
+def heads(*updates):
+    return {k: moved(SENT, torch.tensor(update)) for k, update in enumerate(updates)}
+
+
+def aggregate(rule, uploads, tolerate=0.3):
+    server = Robust(Setting(clients=len(uploads), rule=rule, tolerate=tolerate))
+    head, _, report = server(1, SENT, uploads, dict.fromkeys(uploads, 10))
+    return updates_of(SENT, [head])[0], report
+
+
+def test_updates_and_back():
+    upload = {"weight": torch.tensor([[1.5, 2.0], [3.0, 3.0]]), "bias": torch.tensor([7.0])}
+    rows = updates_of(SENT, [upload, SENT])
+    assert rows.tolist() == [[0.5, 0, 0, -1, 2], [0, 0, 0, 0, 0]]   # in the head's own order
+    assert all(torch.equal(value, upload[name]) for name, value in moved(SENT, rows[0]).items())
+
+
+@pytest.mark.parametrize("rule, expected", [
+    ("median", [1.5, 0, 0, 0, 2]),          # of 0, 1, 2, 9: halfway between the two in the middle
+    ("trimmed_mean", [1.5, 0, 0, 0, 2]),    # without the least and the most
+    ("krum", [1.0, 0, 0, 0, 2]),            # with f = 1, nearest to its two nearest
+])
+def test_by_hand(rule, expected):
+    update, report = aggregate(rule, heads(*([x, 0, 0, 0, 2.0] for x in (0.0, 1.0, 2.0, 9.0))))
+    assert update.tolist() == pytest.approx(expected)
+    assert all(row["weight"] != row["weight"] for row in report)   # none that could be told
+
+
+def test_the_geometric_median_balances_unit_vectors():
+    points = [[x, y, 0, 0, 0] for x, y in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (40.0, 0.0), (0.3, 0.1))]
+    update, _ = aggregate("geometric_median", heads(*points))
+    apart = update - torch.tensor(points)
+    pull = (apart / apart.norm(dim=1, keepdim=True).clamp_min(1e-9)).sum(0)
+    assert pull.norm() < 1.05   # at the least sum of distances: 0, or up to 1 where it sits on a point
+    assert update.norm() < 1
+
+
+def test_centered_clipping_bounds_what_one_client_can_do():
+    near, _ = aggregate("centered_clipping", heads(*[[1.0, 0, 0, 0, 0]] * 9, [0.0, 10, 0, 0, 0]))
+    far, _ = aggregate("centered_clipping", heads(*[[1.0, 0, 0, 0, 0]] * 9, [0.0, 1e6, 0, 0, 0]))
+    assert (near - far).abs().max() < 0.02 and far[0] > 0.8   # all but its direction is cut off
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_order_scale_and_lone_clients(rule):
+    torch.manual_seed(0)
+    uploads = {k: moved(SENT, row) for k, row in enumerate(torch.randn(7, 5))}
+    update, _ = aggregate(rule, uploads)
+    back, _ = aggregate(rule, {k: uploads[6 - k] for k in range(7)})
+    assert torch.allclose(update, back, atol=1e-5)
+    twice, _ = aggregate(rule, {k: moved(SENT, 2 * row) for k, row in enumerate(
+        updates_of(SENT, list(uploads.values())))})
+    assert torch.allclose(2 * update, twice, atol=1e-4)
+    alone, _ = aggregate(rule, {0: uploads[0]})
+    assert torch.allclose(alone, updates_of(SENT, [uploads[0]])[0], atol=1e-4)
+    nobody, _, _ = Robust(Setting(rule=rule))(1, SENT, {}, {0: 10})
+    assert nobody is SENT
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_uploads_that_are_not_finite_count_for_nothing(rule):
+    good = heads([1.0, 0, 0, 0, 0], [1.1, 0, 0, 0, 0], [0.9, 0, 0, 0, 0])
+    bad = {3: moved(SENT, torch.full((5,), torch.nan)), 4: moved(SENT, torch.full((5,), torch.inf))}
+    assert torch.equal(aggregate(rule, {**good, **bad})[0], aggregate(rule, good)[0])
+
+
+def test_most_being_malicious_is_no_error():
+    update, _ = aggregate("krum", heads(*[[float(k), 0, 0, 0, 0] for k in range(3)]), tolerate=0.5)
+    assert update[0] in (0.0, 1.0, 2.0)
