@@ -14,7 +14,7 @@ State = dict[str, Tensor]
 
 def is_finite(state: State) -> bool:
     """Whether every value of a state dict is finite."""
-    return all(bool(torch.isfinite(value).all()) for value in state.values())
+    return all(bool(torch.stack(torch.aminmax(value)).isfinite().all()) for value in state.values())
 
 
 def weighted_mean(states: list[State], weights: list[float]) -> State:

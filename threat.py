@@ -1,11 +1,12 @@
-"""Weights that follow a threat model: ``w_k ~ min(n_k, cap) trust_k``, on clipped head updates.
+"""Weights that follow a threat model: ``w_k ~ min(n_k, cap) clip_k trust_k``.
 
 A server has no data, but it can question heads. It makes probes, inputs that the mean head takes for each
 class, by gradient ascent from noise, and asks every upload for their classes. A client that lacks some
 classes forgets them a little, and all alike; a head trained on wrong labels unlearns the very classes that
 were flipped. The trust of a round is a product of four factors:
 
-- **norm**: an update is clipped at twice the median norm, and one over three times it loses trust;
+- **norm**: an update over twice the median norm weighs less in proportion, and over three times it loses
+  trust;
 - **direction**: its cosine with the trusted mean of the others; only clear opposition counts, since clients
   of other classes are at right angles or worse;
 - **probes**: how much it forgets of the class it forgets most, against the median over uploads;
@@ -30,7 +31,7 @@ FORGETS, POWER = 1.85, 8          # times the median that an upload may forget; 
 LEAST = 0.1                        # nats: forgetting less than that is nothing, whatever the median
 COPY = 0.95                        # cosine of copies: two clients with the same two classes have 0.7
 KEEP = 0.8                         # of the average, from round to round
-PROBES, STEPS, RATE = 4, 20, 0.1   # a class, and Adam's steps from noise towards it
+PROBES, STEPS, RATE = 2, 20, 0.1   # a class, and Adam's steps from noise towards it
 SHARE = 3.0                        # times 1 / K that one client may weigh at most
 
 
@@ -82,34 +83,33 @@ class ThreatAware(Server):
         ratio, scale = lengths(gram)
         gram *= scale[:, None] * scale   # of clipped updates, from here on
         alike, copies = likenesses(gram)
-        now = first = (LONG / ratio).clamp_max(1).square() / copies.square()
+        first = (LONG / ratio).clamp_max(1).square() / copies.square()
+        weight, now = before * first, torch.zeros_like(first)
         for _ in range(2):   # what the first look distrusts does not blur the second
-            weight = before * now
             cosine = against_others(gram, weight)
             mean = moved(sent, (weight * scale).float() @ updates / weight.sum().clamp_min(1e-12))
             forgotten = self.forgotten(round, mean, uploads)
             now = (first * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
                    * (FORGETS / forgotten).clamp_max(1)**POWER)
+            if torch.equal(weight, before * now):
+                break
+            weight = before * now
         again = (self.memory["seen"] > 0)[clients]
         trust = torch.where(again, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
         columns = {"norm_ratio": ratio, "cosine": cosine, "probe": forgotten, "lookalike": alike,
                    "trust": trust, "now": now}
         notes = {k: {name: column[i].item() for name, column in columns.items()}
                  for i, k in enumerate(clients)}
-        return dict(zip(clients, weigh(torch.tensor([sizes[k] for k in clients]), trust), strict=True)), notes
+        weights = weigh(torch.tensor([sizes[k] for k in clients]).double(), scale, trust)
+        return dict(zip(clients, weights, strict=True)), notes
 
     def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
-        """The weighted mean of clipped updates, or nearest-neighbour mixing and a trimmed mean."""
-        if not uploads:
-            return sent
-        updates = updates_of(sent, uploads)
-        if any(math.isnan(weight) for weight in weights):
-            from byzfl import NNM, TrMean
-            f = max(0, (len(uploads) - 1) // 2)
-            return moved(sent, TrMean(f)(NNM(f)(updates)))
-        _, scale = lengths(updates.square().sum(1).double().diag())
-        share = torch.tensor(weights, dtype=torch.float64)
-        return moved(sent, (share / share.sum() * scale).float() @ updates)
+        """The weighted mean, or nearest-neighbour mixing and a trimmed mean."""
+        if not any(math.isnan(weight) for weight in weights):
+            return super().combine(round, sent, uploads, weights)
+        from byzfl import NNM, TrMean
+        f = (len(uploads) - 1) // 2
+        return moved(sent, TrMean(f)(NNM(f)(updates_of(sent, uploads))))
 
     def forgotten(self, round: int, mean: State, uploads: dict[int, State]) -> Tensor:
         """How many nats each upload forgets, against the mean head, of the class that it forgets most: in
@@ -129,7 +129,8 @@ class ThreatAware(Server):
         draw = torch_rng(self.setting.seed, "probes", round=round)
         classes = self.network.output.out_features
         labels = torch.arange(classes).repeat(PROBES)
-        x = torch.randn(len(labels), *self.network.input_shape, generator=draw).requires_grad_()
+        x = torch.randn(len(labels), *self.network.input_shape, generator=draw)
+        x = x.to(memory_format=torch.channels_last).requires_grad_()   # half the time of a question
         optimizer = torch.optim.Adam([x], RATE)
         for _ in range(STEPS):
             optimizer.zero_grad()
@@ -169,12 +170,12 @@ def against_others(gram: Tensor, weight: Tensor) -> Tensor:
     return (others * gram).sum(1) / norms.clamp_min(1e-24).sqrt()
 
 
-def weigh(sizes: Tensor, trust: Tensor) -> list[float]:
-    """``min(n, twice the median) trust``, none over SHARE / K of the whole; NaN where the effective number of
-    trusted uploads, ``(sum t)^2 / sum t^2``, is under half."""
+def weigh(sizes: Tensor, scale: Tensor, trust: Tensor) -> list[float]:
+    """``min(n, twice the median) scale trust``, none over SHARE / K of the whole; NaN where the effective
+    number of trusted uploads, ``(sum t)^2 / sum t^2``, is under half."""
     if trust.sum()**2 < len(trust) / 2 * trust.square().sum() or trust.sum() < 1e-9:
         return [math.nan] * len(trust)
-    weights = torch.minimum(sizes.double(), 2 * sizes.double().median()) * trust
+    weights = torch.minimum(sizes, 2 * sizes.median()) * scale * trust
     for _ in range(len(weights)):   # what is cut off one goes to the others, and may lift those over
         weights = torch.minimum(weights / weights.sum(), torch.tensor(SHARE / len(weights)))
     return weights.tolist()

@@ -115,11 +115,12 @@ def test_directions_by_hand():
 
 
 def test_caps_and_fall_back(network, crowd):
-    even = weigh(torch.tensor([100, 100, 100, 100_000]), torch.ones(4).double())
+    even = weigh(torch.tensor([100, 100, 100, 100_000.0]), torch.ones(4), torch.ones(4))
     assert even == pytest.approx([0.2, 0.2, 0.2, 0.4])   # a size counts up to twice the median
-    big = weigh(torch.tensor([200] + [100] * 3 + [1] * 8), torch.ones(12).double())
+    big = weigh(torch.tensor([200.0] + [100] * 3 + [1] * 8), torch.ones(12), torch.ones(12))
     assert max(big) <= threat.SHARE / 12 + 1e-9
-    assert all(map(math.isnan, weigh(torch.tensor([1] * 5), torch.tensor([1, 1, 0, 0, 0.0]).double())))
+    assert weigh(torch.ones(2), torch.tensor([1.0, 0.5]), torch.ones(2)) == pytest.approx([2 / 3, 1 / 3])
+    assert all(map(math.isnan, weigh(torch.ones(5), torch.ones(5), torch.tensor([1, 1, 0, 0, 0.0]))))
     sent, honest, _ = crowd
     made, copies = server(network), {k: honest[k if k < 3 else 3] for k in honest}   # five of eight alike
     head, _, report = made(1, sent, copies, sizes(honest))
