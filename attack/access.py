@@ -192,15 +192,20 @@ class Victim:
         return as_image(holdings.sample(x), holdings.image_shape) if self.run.split else x
 
     @torch.no_grad()
-    def nats(self, x: Tensor) -> float | None:
-        """``kl_nats``, the mean over images of what a draw of z can tell of one; None without noise."""
+    def noise(self, x: Tensor) -> dict[str, float] | None:
+        """What the noise on z leaves of images, means over them: ``kl_nats``, at most what a draw of z can
+        tell of one; ``sigma``; ``snr_db``, the variance of mu over images against that of the noise. None
+        without noise."""
         if not self.run.split:
             return None
         holdings = self._holdings(self.upload)
-        found = [holdings.posterior(part) for part in x.split(256)]
-        if found[0][1] is None:
+        mu, logvar = zip(*(holdings.posterior(part) for part in x.split(256)), strict=True)
+        if logvar[0] is None:
             return None
-        return torch.cat([kl_to_standard_normal(*pair) for pair in found]).mean().item()
+        mu, logvar = torch.cat(mu), torch.cat(logvar)
+        return {"kl_nats": kl_to_standard_normal(mu, logvar).mean().item(),
+                "sigma": (0.5 * logvar).exp().mean().item(),
+                "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item()}
 
     def update(self, x: Tensor, y: Tensor, change: Callable[[nn.Module, Tensor, Tensor], State]) -> State:
         """What a step, or an epoch, on the head that the server sent lets the server see.

@@ -3,9 +3,10 @@
     python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
 
 Writes to results/<run>/: attack.csv, a row for each reconstruction and control; attack_summary.csv, their
-means with 95 % bootstrap intervals; and attack_<adversary>_<attack>_round<r>_client<k>.png. An adversary
-reads its own files only (access.py); what it trains, it trains on images that no client owns, or on another
-data set (--public). Interrupted, it goes on where it stopped.
+means with 95 % bootstrap intervals; attack_latents.csv, what z can tell; and
+attack_<adversary>_<attack>_round<r>_client<k>.png. An adversary reads its own files only (access.py); what it
+trains, it trains on images that no client owns, or on another data set (--public). Interrupted, it goes on
+where it stopped.
 """
 import json
 import sys
@@ -108,8 +109,8 @@ def attack_all(args: Namespace) -> None:
     summary = summarise(rows)
     write_whole(run.results / "attack_summary.csv",
                 lambda file: summary.to_csv(file, index=False, float_format="%.5g"))
-    bounds = filter(None, (scene.bound(r, k) for r in rounds for k in args.clients))
-    print("", scene.about(), *bounds, sep="\n")
+    latents = write_latents(run, [scene.latents(r, k) for r in rounds for k in args.clients])
+    print("", scene.about(), *latents, sep="\n")
     print(f"results:     {run.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
 
 
@@ -118,7 +119,10 @@ def begin(run: Run, args: Namespace) -> list[dict]:
     options = {key: value for key, value in json.loads(json.dumps(vars(args), default=str)).items()
                if key not in (*NARROW, "overwrite", "results_dir", "models_dir", "data_dir")}
     path, rows = run.results / "attack.json", []
-    if path.exists() and not args.overwrite:
+    if args.overwrite:   # also what would stand beside the new attack as if it were its own
+        for old in run.results.glob("attack*"):
+            old.unlink()
+    if path.exists():
         try:
             before = json.loads(path.read_text())
             rows = pd.read_csv(run.results / "attack.csv", keep_default_na=False, na_values=[""],
@@ -140,6 +144,24 @@ def write_rows(run: Run, rows: list[dict]) -> None:
     table = pd.DataFrame(rows, columns=COLUMNS)
     write_whole(run.results / "attack.csv",
                 lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+
+
+def write_latents(run: Run, found: list[dict | None]) -> list[str]:
+    """``attack_latents.csv``, a row a round and client, earlier calls' included; what the new ones say."""
+    path, rows = run.results / "attack_latents.csv", list(filter(None, found))
+    if not rows:
+        return []
+    table = pd.DataFrame(rows)
+    if path.exists():
+        try:
+            table = pd.concat([pd.read_csv(path)[list(table)], table])
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{path} is damaged; remove it, or use --overwrite") from error
+    table = table.drop_duplicates(["round", "client"], keep="last").sort_values(["round", "client"])
+    write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.5g"))
+    return [f"round {row['round']} client {row['client']}: z tells at most {row['kl_nats']:.0f} nats of an "
+            f"image (sigma {row['sigma']:.3f}, SNR {row['snr_db']:.1f} dB); were images Gaussian, nobody who "
+            f"holds z could do better than a mean squared error of {row['mse_bound']:.2g}" for row in rows]
 
 
 def outcome(rows: list[dict], unit: tuple) -> str:

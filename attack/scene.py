@@ -64,15 +64,14 @@ class Scene:
         return (f"evaluator: right on {self.evaluator.accuracy:.1%} of images that neither it nor any victim "
                 f"has seen; public images: {len(self.public)} ({self.args.public})")
 
-    def bound(self, round: int, client: int) -> str | None:
-        """What a draw of z can tell of one of the client's images, and how near it lets anybody come."""
+    def latents(self, round: int, client: int) -> dict | None:
+        """What z can tell of one of the client's images, and how near that lets anybody come."""
         images = self.pixels(torch.from_numpy(self.train[client]))
-        nats = Victim(self.run, round, client).nats(images)
-        if nats is None:
+        noise = Victim(self.run, round, client).noise(images)
+        if noise is None:
             return None
-        least = scoring.distortion_bound(images, nats)
-        return (f"round {round} client {client}: z tells at most {nats:.0f} nats of an image; were images "
-                f"Gaussian, nobody who holds z could do better than a mean squared error of {least:.2g}")
+        return {"round": round, "client": client, **noise,
+                "mse_bound": scoring.distortion_bound(images, noise["kl_nats"])}
 
     def adversary(self, name: str, round: int, client: int) -> Adversary:
         """One adversary of one client in one round."""

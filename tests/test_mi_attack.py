@@ -211,3 +211,24 @@ def test_damaged_and_foreign_files(trained, capsys, tmp_path):
 def test_resplit_runs_are_not_attacked(trained, capsys):
     assert trained.place.main("--resplit", "--run_name", "resplit", "--rounds", 1) == 0
     assert "--resplit" in trained.refuses(capsys, "resplit")
+
+
+def test_what_z_can_tell_stands_beside_the_attacks(trained, capsys):
+    quick = ("--adversary", "stolen_model", "--attack", "latent_decoder")
+    path = trained.place.folder / "results" / "rve_pfl" / "attack_latents.csv"
+    assert trained.attack("rve_pfl", *quick, "--overwrite", "--rounds", 1) == 0
+    assert trained.attack("rve_pfl", *quick, "--rounds", 2) == 0
+    table = trained.csv("rve_pfl", "attack_latents.csv")
+    assert table[["round", "client"]].to_numpy().tolist() == [[1, 0], [2, 0]]
+    assert (table["kl_nats"] > 0).all() and (table["sigma"] > 0).all() and (table["mse_bound"] > 0).all()
+    found = trained.csv("rve_pfl", "attack_summary.csv")
+    found = found[found["control"] == ""].set_index("round")["mse"]
+    assert (found >= table.set_index("round")["mse_bound"]).all()   # no attack on z beats the bound
+    said = capsys.readouterr().out
+    assert "round 2 client 0: z tells at most" in said
+    path.write_text("round\n1\n")
+    assert "attack_latents.csv is damaged" in trained.refuses(capsys, "rve_pfl", *quick, "--rounds", 2)
+    assert trained.attack("rve_pfl", *quick, "--overwrite", "--rounds", 2) == 0
+    assert len(trained.csv("rve_pfl", "attack_latents.csv")) == 1
+    assert trained.attack("lg_fedavg", *quick, "--overwrite") == 0   # no noise: nothing to say
+    assert not (path.parent.parent / "lg_fedavg" / path.name).exists()
