@@ -10,6 +10,7 @@ goes on where it stopped.
 """
 import argparse
 import contextlib
+import gc
 import io
 import itertools
 import shutil
@@ -30,7 +31,7 @@ def plan(scale: argparse.Namespace) -> list[dict]:
              for partition in scale.partitions for frac in scale.fracs]
     tried = [behaviour for behaviour in BEHAVIOURS if behaviour != "absent"]
     runs += [{"partition": partition, "rule": rule, "frac": frac, "behaviour": behaviour}
-             for rule in RULES for frac in scale.fracs if rule == OURS or frac == max(scale.fracs)
+             for rule in scale.rules for frac in scale.fracs if rule == OURS or frac == max(scale.fracs)
              for partition in scale.partitions for behaviour in tried
              if rule == OURS or behaviour != "passive"]
     return runs
@@ -66,6 +67,7 @@ def train(driver, run: dict, scale: argparse.Namespace) -> None:
          eval_every=scale.rounds,
          encoders_from=encoders(run, scale), run_name=name(run, scale), **attack)
     shutil.rmtree(ROOT / "saved_models" / name(run, scale), ignore_errors=True)
+    gc.collect()   # a run's encoders, a gigabyte, hang on cycles
 
 
 def outcome(run: dict, scale: argparse.Namespace) -> dict | None:
@@ -75,8 +77,10 @@ def outcome(run: dict, scale: argparse.Namespace) -> dict | None:
         rounds, server = pd.read_csv(folder / "rounds.csv"), pd.read_csv(folder / "server.csv")
     except FileNotFoundError:
         return None
-    last = rounds[(rounds["round"] == rounds["round"].max()) & (rounds["stage"] == "deployed")].iloc[0]
-    bad = server[server["malicious"] == 1]
+    last = rounds[(rounds["round"] == scale.rounds) & (rounds["stage"] == "deployed")]
+    if last.empty:
+        return None
+    last, bad = last.iloc[0], server[server["malicious"] == 1]
     share = server["malicious"].mean()
     weight = bad.groupby("round")["weight"].sum(min_count=1).mean() / share if len(bad) else float("nan")
     return {**run, "accuracy": last["accuracy"], "worst": last["accuracy_worst"], "weight": weight,
@@ -99,7 +103,8 @@ def table(found: pd.DataFrame) -> str:
     wide = tried.pivot_table(index=["partition", "frac", "rule"], columns="behaviour", values="lost")
     judged = wide.drop(columns=["passive"], errors="ignore")
     wide.insert(0, "worst", judged.max(axis=1))
-    order = ["worst", *judged.max().sort_values(ascending=False).index, "passive"]
+    order = ["worst", *judged.max().sort_values(ascending=False).index,
+             *wide.columns.intersection(["passive"])]
     lines = ["points of accuracy lost to the oracle", wide[order].sort_values(["partition", "frac", "worst"])
              .to_string(float_format="%.1f")]
     trusted = tried[tried["rule"] == "threat"].pivot_table(
@@ -115,7 +120,9 @@ def table(found: pd.DataFrame) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="mnist10k")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=3)   # 1's malicious clients own all of their classes: no
+    # honest client has what they flip; 2 was tuned on
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--local_ep", type=int, default=1)
     parser.add_argument("--partitions", nargs="+", default=["shards", "dirichlet"])
