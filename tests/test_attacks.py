@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import mean_squared_error
 from torch import nn
 
-from attack import classes, gradients, learnt, scoring
+from attack import attacks, classes, gradients, learnt, scoring
 from attack.access import Holdings
 from models import Classifier, Encoder, VariationalEncoder, as_image
 from utils import seed_torch
@@ -60,11 +60,25 @@ def test_an_epochs_update_is_what_sgd_does():
         torch.testing.assert_close(before[name] - 0.1 * seen[name], p.detach())
 
 
+def test_a_single_steps_update_is_the_batchs_gradient():
+    head, x, y = Sigmoid(), images(3), torch.tensor([2, 0, 3])
+    whole = gradients.gradient(head, x, y)
+    for name, value in gradients.epoch_update(head, x, y, 0.1, 3).items():
+        assert torch.equal(value, whole[name])
+
+
 @pytest.mark.parametrize("labels", [[0], [3], [2, 0], [1, 1, 3, 0]])
 def test_labels_are_read_off_the_last_bias(labels):
     head, y = Classifier(SHAPE, 4).eval(), torch.tensor(labels)
     seen = gradients.gradient(head, images(len(y)), y)
     assert gradients.labels_of(seen, len(y)).tolist() == sorted(labels)
+
+
+def test_labels_of_an_epoch_count_each_step():
+    """Two steps of two images: a label is worth half of a step's mean, so three of the four are class 1."""
+    head, y = Classifier(SHAPE, 4).eval(), torch.tensor([1, 1, 1, 0])
+    seen = gradients.epoch_update(head, images(4), y, 0.01, 2)
+    assert gradients.labels_of(seen, 4, steps=2).tolist() == [0, 1, 1, 1]
 
 
 def test_the_dense_layers_input_is_recovered_exactly():
@@ -106,6 +120,31 @@ def test_a_simulated_epoch_gives_its_images_back():
                                 {name: value[None] for name, value in seen.items()}, y[None],
                                 torch.rand(1, 1, 2, *SHAPE), 500, 1e-6, True)
     assert (psnr(scoring.assigned(found[0, 0], x), x) > 20).all()
+
+
+class Client:
+    """A victim whose head is fed its images."""
+
+    def __init__(self, head):
+        self.head = head
+
+    def update(self, x, y, change):
+        return change(self.head, x, y)
+
+
+def test_a_batchs_gradient_gives_its_images_back():
+    """Two classes, a dense smooth network, and flat images, which total variation does not hurt."""
+    x, y = torch.tensor([0.8, 0.2]).reshape(2, 1, 1, 1).expand(2, *SHAPE).clone(), torch.tensor([2, 0])
+    x[0, :, :4], x[1, :, :, :4] = 0.1, 0.9
+    head, attack = Sigmoid(0.5), attacks.ATTACKS["batch"]
+    budget = attacks.Budget(restarts=2, iterations=300, epochs=1, draws=1, lr=0.1, keep=1)
+    adversary = attacks.Adversary(Holdings(head, None, False, SHAPE), None, head, x, y, 0.0, budget)
+    found, labels = attack.solve(adversary, attack.observe(Client(head), x, y, budget), 2)
+    assert labels.tolist() == [0, 2] and (psnr(scoring.assigned(found[0], x), x) > 20).all()
+
+
+def test_only_what_tells_no_order_is_scored_in_any_order():
+    assert {name for name, attack in attacks.ATTACKS.items() if attack.unordered} == {"batch", "epoch"}
 
 
 def score_by_template(templates):

@@ -65,7 +65,7 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
 def expected(method):
     """What fits, by hand."""
     classes = {"mi_face", "mi_strong", "mi_prior"}
-    steps = {"dlg", "cosine_tv", "analytic", "epoch"}
+    steps = {"dlg", "cosine_tv", "analytic", "batch", "epoch"}
     latent = {"latent_decoder", "latent_search"}
     server = {"rve_pfl": classes | steps, "fedavg": classes | steps, "lg_fedavg": classes | steps,
               "local": set(), "fedper": set()}[method]
