@@ -49,8 +49,8 @@ class Adversary:
         """From a latent to an image, learnt on public images."""
         with torch.no_grad():
             mu, logvar = zip(*(self.view.posterior(part) for part in self.public.split(256)), strict=True)
-        return learnt.decoder(torch.cat(mu), None if logvar[0] is None else torch.cat(logvar), self.public,
-                              self.budget.epochs)
+        return learnt.latent_decoder(torch.cat(mu), None if logvar[0] is None else torch.cat(logvar),
+                                     self.public, self.budget.epochs)
 
     @cached_property
     def generator(self) -> learnt.Generator:
@@ -192,7 +192,7 @@ def decode_scores(adversary: Adversary, seen: Tensor, count: int) -> tuple[Tenso
         logs = answers.clamp_min(1e-8).log()
         return logs - logs.mean(1, keepdim=True)
     answers = torch.cat([of(adversary.query(part)) for part in adversary.public.split(64)])
-    decode = learnt.decoder(answers, None, adversary.public, adversary.budget.epochs)
+    decode = learnt.decoder(answers, adversary.public, adversary.budget.epochs)
     return decode(of(seen))[None], seen.argmax(1)
 
 
