@@ -47,8 +47,9 @@ class Adversary:
     @cached_property
     def decoder(self) -> Callable[[Tensor], Tensor]:
         """From a latent to an image, learnt on public images."""
+        view = self.view   # which may have to be trained first, so not under no_grad
         with torch.no_grad():
-            mu, logvar = zip(*(self.view.posterior(part) for part in self.public.split(256)), strict=True)
+            mu, logvar = zip(*(view.posterior(part) for part in self.public.split(256)), strict=True)
         return learnt.latent_decoder(torch.cat(mu), None if logvar[0] is None else torch.cat(logvar),
                                      self.public, self.budget.epochs)
 

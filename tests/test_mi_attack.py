@@ -100,6 +100,12 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, meth
     assert (summary["mse"] <= summary["mse_high"] + 1e-9).all()
 
 
+@pytest.mark.parametrize("how", ["analytic", "batch"])
+def test_an_attack_alone_trains_the_shadow_encoder_it_needs(trained, how):
+    assert trained.attack("rve_pfl", "--overwrite", "--adversary", "curious_server", "--attack", how) == 0
+    assert set(trained.csv("rve_pfl")["attack"]) == {how}
+
+
 def test_images_are_those_of_the_client(trained):
     assert trained.attack("fedavg", "--overwrite", "--attack", "analytic", "--clients", 1) == 0
     table = trained.csv("fedavg")
