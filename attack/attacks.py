@@ -1,7 +1,7 @@
 """The table of attacks, and one adversary's side of each: what it holds, what it trains, what it hands in."""
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,11 @@ class Adversary:
     @cached_property
     def decoder(self) -> Callable[[Tensor], Tensor]:
         """From a latent to an image, learnt on public images."""
+        view = self.view   # which may have to be trained first, so not under no_grad
         with torch.no_grad():
-            mu, logvar = zip(*(self.view.posterior(part) for part in self.public.split(256)), strict=True)
-        return learnt.decoder(torch.cat(mu), None if logvar[0] is None else torch.cat(logvar), self.public,
-                              self.budget.epochs)
+            mu, logvar = zip(*(view.posterior(part) for part in self.public.split(256)), strict=True)
+        return learnt.latent_decoder(torch.cat(mu), None if logvar[0] is None else torch.cat(logvar),
+                                     self.public, self.budget.epochs)
 
     @cached_property
     def generator(self) -> learnt.Generator:
@@ -103,9 +104,9 @@ def one_step(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State
     return [victim.update(x[i:i + 1], y[i:i + 1], gradients.gradient) for i in range(len(x))]
 
 
-def one_epoch(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
-    """The change over a local epoch of two steps on all images at once."""
-    batch = -(-len(x) // 2)
+def together(victim: Victim, x: Tensor, y: Tensor, budget: Budget, steps: int) -> list[State]:
+    """The change over ``steps`` steps that share all images out: of one step, the gradient of the batch."""
+    batch = -(-len(x) // steps)
     return [victim.update(x, y, lambda head, z, t: gradients.epoch_update(head, z, t, budget.lr, batch))]
 
 
@@ -142,9 +143,10 @@ def analytic(adversary: Adversary, seen: list[State], count: int) -> tuple[Tenso
     return every(adversary, found), torch.cat([gradients.labels_of(one, 1) for one in seen])
 
 
-def update(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
-    head, lr, batch = adversary.holdings.head, adversary.budget.lr, -(-count // 2)
-    labels = gradients.labels_of(seen[0], count)
+def update(adversary: Adversary, seen: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
+    """The inversion of ``together``."""
+    head, lr, batch = adversary.holdings.head, adversary.budget.lr, -(-count // steps)
+    labels = gradients.labels_of(seen[0], count, min(steps, count))
     start = adversary.starts(1, count, *adversary.holdings.image_shape)
     found, _ = gradients.invert(lambda x, y: gradients.epoch_update(head, x, y, lr, batch), stacked(seen),
                                 labels[None], start, adversary.budget.iterations, 1e-2,
@@ -191,18 +193,20 @@ def decode_scores(adversary: Adversary, seen: Tensor, count: int) -> tuple[Tenso
         logs = answers.clamp_min(1e-8).log()
         return logs - logs.mean(1, keepdim=True)
     answers = torch.cat([of(adversary.query(part)) for part in adversary.public.split(64)])
-    decode = learnt.decoder(answers, None, adversary.public, adversary.budget.epochs)
+    decode = learnt.decoder(answers, adversary.public, adversary.budget.epochs)
     return decode(of(seen))[None], seen.argmax(1)
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack: ``observe`` is None for a class attack, which sees nothing of single images."""
+    """One attack: ``observe`` is None for a class attack, which sees nothing of single images; ``unordered``
+    where what is observed says nothing of the images' order, so that scoring matches found with true ones."""
 
     solve: Callable
     observe: Callable | None
     adversaries: tuple[str, ...]
     source: str
+    unordered: bool = False
 
 
 KNOW_MODEL = ("curious_server", "stolen_model", "curious_client")
@@ -214,7 +218,10 @@ ATTACKS = {
     "dlg": Attack(dlg, one_step, ("curious_server",), "Zhu et al. 2019, arXiv 1906.08935"),
     "cosine_tv": Attack(cosine_tv, one_step, ("curious_server",), "Geiping et al. 2020, arXiv 2003.14053"),
     "analytic": Attack(analytic, one_step, ("curious_server",), "Phong et al. 2018, then features inverted"),
-    "epoch": Attack(update, one_epoch, ("curious_server",), "a local epoch simulated, after Geiping et al."),
+    "batch": Attack(partial(update, steps=1), partial(together, steps=1), ("curious_server",),
+                    "the same, of several images' mean gradient", unordered=True),
+    "epoch": Attack(partial(update, steps=2), partial(together, steps=2), ("curious_server",),
+                    "a local epoch simulated, after Geiping et al.", unordered=True),
     "latent_decoder": Attack(decode_latent, latents, ("stolen_model",), "decoder trained on public images"),
     "latent_search": Attack(optimise_latent, latents, ("stolen_model",), "Mahendran and Vedaldi 2015"),
     "score_decoder": Attack(decode_scores, scores, ("prediction_api",), "Yang et al. 2019, arXiv 1902.08552"),

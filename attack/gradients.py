@@ -23,28 +23,30 @@ def gradient(head: nn.Module, x: Tensor, y: Tensor) -> State:
     return grad(loss_of(head))({name: p.detach() for name, p in head.named_parameters()}, x, y)
 
 
-def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int,
-                 parameters: State | None = None) -> State:
-    """How parameters change over an epoch of SGD, batches in order; differentiable in ``x``."""
-    start = parameters or {name: p.detach() for name, p in head.named_parameters()}
-    now = start
+def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -> State:
+    """How far parameters fall over an epoch of SGD, batches in order, in units of the learning rate: of a
+    single batch, its gradient. Differentiable in ``x``."""
+    now = {name: p.detach() for name, p in head.named_parameters()}
+    total = {name: torch.zeros_like(value) for name, value in now.items()}
     for part, labels in zip(x.split(batch), y.split(batch), strict=True):
         slope = grad(loss_of(head))(now, part, labels)
         now = {name: value - lr * slope[name] for name, value in now.items()}
-    return {name: (start[name] - value) / lr for name, value in now.items()}
+        total = {name: value + slope[name] for name, value in total.items()}
+    return total
 
 
-def labels_of(seen: State, count: int, layer: str = "output.bias") -> Tensor:
-    """The labels behind a gradient, with repetition, in order of class.
+def labels_of(seen: State, count: int, steps: int = 1, layer: str = "output.bias") -> Tensor:
+    """The labels behind the sum of ``steps`` gradients, with repetition, in order of class.
 
     One image: the only negative entry of the last bias's gradient, ``p - onehot`` (iDLG, Zhao et al. 2020,
-    arXiv 2001.02610). Several: the most negative entry is a label, which is worth ``1 / count``; then the
-    next (after Wainakh et al. 2021, arXiv 2105.09369).
+    arXiv 2001.02610). Several: the most negative entry is a label, which is worth ``steps / count``, since
+    each step's gradient is a mean over its share of the images; then the next (after Wainakh et al. 2021,
+    arXiv 2105.09369).
     """
     left, labels = seen[layer].clone(), []
     for _ in range(count):
         labels.append(int(left.argmin()))
-        left[labels[-1]] += 1 / count
+        left[labels[-1]] += steps / count
     return torch.tensor(sorted(labels))
 
 

@@ -106,7 +106,7 @@ class Scene:
             truth, labels = self.pixels(image), self.labels(image)
             seen = attack.observe(Victim(self.run, round, client), truth, labels, self.budget)
             found, guessed = attack.solve(adversary, seen, len(image))
-            if how == "epoch":   # whose upload says nothing of the order
+            if attack.unordered:
                 found = torch.stack([scoring.assigned(one, truth) for one in found])
                 right = torch.equal(guessed, labels.sort().values)
                 guessed = labels if right else torch.full_like(labels, -1)

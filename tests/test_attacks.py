@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import mean_squared_error
 from torch import nn
 
-from attack import classes, gradients, learnt, scoring
+from attack import attacks, classes, gradients, learnt, scoring
 from attack.access import Holdings
 from models import Classifier, Encoder, VariationalEncoder, as_image
 from utils import seed_torch
@@ -60,11 +60,25 @@ def test_an_epochs_update_is_what_sgd_does():
         torch.testing.assert_close(before[name] - 0.1 * seen[name], p.detach())
 
 
+def test_a_single_steps_update_is_the_batchs_gradient():
+    head, x, y = Sigmoid(), images(3), torch.tensor([2, 0, 3])
+    whole = gradients.gradient(head, x, y)
+    for name, value in gradients.epoch_update(head, x, y, 0.1, 3).items():
+        assert torch.equal(value, whole[name])
+
+
 @pytest.mark.parametrize("labels", [[0], [3], [2, 0], [1, 1, 3, 0]])
 def test_labels_are_read_off_the_last_bias(labels):
     head, y = Classifier(SHAPE, 4).eval(), torch.tensor(labels)
     seen = gradients.gradient(head, images(len(y)), y)
     assert gradients.labels_of(seen, len(y)).tolist() == sorted(labels)
+
+
+def test_labels_of_an_epoch_count_each_step():
+    """Two steps of two images: a label is worth half of a step's mean, so three of the four are class 1."""
+    head, y = Classifier(SHAPE, 4).eval(), torch.tensor([1, 1, 1, 0])
+    seen = gradients.epoch_update(head, images(4), y, 0.01, 2)
+    assert gradients.labels_of(seen, 4, steps=2).tolist() == [0, 1, 1, 1]
 
 
 def test_the_dense_layers_input_is_recovered_exactly():
@@ -108,6 +122,31 @@ def test_a_simulated_epoch_gives_its_images_back():
     assert (psnr(scoring.assigned(found[0, 0], x), x) > 20).all()
 
 
+class Client:
+    """A victim whose head is fed its images."""
+
+    def __init__(self, head):
+        self.head = head
+
+    def update(self, x, y, change):
+        return change(self.head, x, y)
+
+
+def test_a_batchs_gradient_gives_its_images_back():
+    """Two classes, a dense smooth network, and flat images, which total variation does not hurt."""
+    x, y = torch.tensor([0.8, 0.2]).reshape(2, 1, 1, 1).expand(2, *SHAPE).clone(), torch.tensor([2, 0])
+    x[0, :, :4], x[1, :, :, :4] = 0.1, 0.9
+    head, attack = Sigmoid(0.5), attacks.ATTACKS["batch"]
+    budget = attacks.Budget(restarts=2, iterations=300, epochs=1, draws=1, lr=0.1, keep=1)
+    adversary = attacks.Adversary(Holdings(head, None, False, SHAPE), None, head, x, y, 0.0, budget)
+    found, labels = attack.solve(adversary, attack.observe(Client(head), x, y, budget), 2)
+    assert labels.tolist() == [0, 2] and (psnr(scoring.assigned(found[0], x), x) > 20).all()
+
+
+def test_only_what_tells_no_order_is_scored_in_any_order():
+    assert {name for name, attack in attacks.ATTACKS.items() if attack.unordered} == {"batch", "epoch"}
+
+
 def score_by_template(templates):
     return lambda x: (-40 * (x[:, None] - templates).square().mean((2, 3, 4))).log_softmax(1)
 
@@ -140,10 +179,17 @@ def test_the_margin_is_the_log_odds():
 
 
 def test_a_decoder_learns_to_undo_a_fixed_mixing():
+    """Also of images unlike those it has learnt from."""
     mixing, public = torch.linalg.qr(torch.randn(64, 64)).Q, (images(600) > 0.8).float()
-    decode = learnt.decoder(public[:500].flatten(1) @ mixing, None, public[:500], 60)
-    error = (decode(public[500:].flatten(1) @ mixing) - public[500:]).square().mean()
-    assert error < 0.5 * public.var()
+    decode = learnt.latent_decoder(public[:500].flatten(1) @ mixing, None, public[:500], 3)
+    for other in (public[500:], images(100)):
+        assert (psnr(decode(other.flatten(1) @ mixing), other) > 20).all()
+
+
+def test_a_decoder_of_scores_draws_their_class():
+    patterns, y = (images(4) > 0.5).float(), torch.arange(400) % 4
+    decode = learnt.decoder(nn.functional.one_hot(y, 4).float(), patterns[y], 30)
+    assert (psnr(decode(torch.eye(4)), patterns) > 12).all()
 
 
 @pytest.mark.parametrize("kind", [Encoder, VariationalEncoder])
@@ -216,6 +262,6 @@ def test_no_decoder_beats_the_bound_on_gaussian_images():
     variances = x.flatten(1).var(0)
     nats = 0.5 * (1 + variances / sigma**2).log().sum().item()
     mean = x[:3000].flatten(1)
-    decode = learnt.decoder(mean, torch.full_like(mean, 2 * np.log(sigma)), x[:3000], 20)
+    decode = learnt.latent_decoder(mean, torch.full_like(mean, 2 * np.log(sigma)), x[:3000], 20)
     error = (decode(x[3000:].flatten(1) + sigma * torch.randn(1000, 64)) - x[3000:]).square().mean().item()
     assert error > scoring.distortion_bound(x, nats)

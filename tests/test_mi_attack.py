@@ -65,7 +65,7 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
 def expected(method):
     """What fits, by hand."""
     classes = {"mi_face", "mi_strong", "mi_prior"}
-    steps = {"dlg", "cosine_tv", "analytic", "epoch"}
+    steps = {"dlg", "cosine_tv", "analytic", "batch", "epoch"}
     latent = {"latent_decoder", "latent_search"}
     server = {"rve_pfl": classes | steps, "fedavg": classes | steps, "lg_fedavg": classes | steps,
               "local": set(), "fedper": set()}[method]
@@ -98,6 +98,12 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, meth
     summary = trained.csv(method, "attack_summary.csv")
     assert (summary["mse_low"] <= summary["mse"] + 1e-9).all()
     assert (summary["mse"] <= summary["mse_high"] + 1e-9).all()
+
+
+@pytest.mark.parametrize("how", ["analytic", "batch"])
+def test_an_attack_alone_trains_the_shadow_encoder_it_needs(trained, how):
+    assert trained.attack("rve_pfl", "--overwrite", "--adversary", "curious_server", "--attack", how) == 0
+    assert set(trained.csv("rve_pfl")["attack"]) == {how}
 
 
 def test_images_are_those_of_the_client(trained):

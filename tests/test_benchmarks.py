@@ -1,0 +1,40 @@
+"""The attacks' benchmarks run, at a size that measures nothing."""
+import importlib
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from attack import classes
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_batching_prints_each_line(script, capsys):
+    script("batching").main(["--iterations", "1", "--repeats", "1", "--draws", "2"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line[:30].strip() for line in lines] == [
+        "mi_face", "mi_strong", "FedAvg, MI-Face set", "mi_face", "mi_strong", "RVE-PFL, MI-Face set",
+        "FedAvg, gradient inversion"]
+    assert all(float(figure) > 0 for line in lines for figure in line[30:].split())
+
+
+def test_one_batch_does_the_work_of_the_loop(script):
+    """What the ratios rest on: the same images, whichever way."""
+    view, y = script("batching").holdings(False), torch.arange(3)
+    whole = classes.mi_face(view.logits, y, (1, 28, 28), 5)
+    alone = [classes.mi_face(view.logits, one, (1, 28, 28), 5) for one in y.split(1)]
+    torch.testing.assert_close(whole, torch.cat(alone), atol=1e-4, rtol=1e-3)
+
+
+def test_without_art_its_comparison_says_so_in_one_line(script, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "art", None)
+    assert script("art_miface").main(["--run", "any"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "pip install --target" in lines[0]
