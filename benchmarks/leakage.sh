@@ -5,8 +5,7 @@
 # Interrupted, it goes on where it stopped. Then: python report.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
-narrow=(--attack mi_strong mi_strong_mu analytic latent_decoder latent_search score_decoder
-        --iterations 150 --train_epochs 10)
+narrow=(--attack mi_strong analytic latent_decoder score_decoder --iterations 100 --train_epochs 8)
 case ${1:?cpu or gpu} in
     cpu) sets=(mnist10k) rounds=5 epochs=2 saved=(1 3 5) attack=("${narrow[@]}") ;;
     gpu) sets=(mnist cifar) rounds=50 epochs=5 saved=(1 25 50) attack=(--clients 0 1 2) ;;
