@@ -9,7 +9,7 @@ were flipped. The trust of a round is a product of four factors:
   trust;
 - **direction**: its cosine with the trusted mean of the others; only clear opposition counts, since clients
   of other classes are at right angles or worse;
-- **probes**: how much it forgets of the class it forgets most, against the median over uploads;
+- **probes**: how much it forgets of one class beyond the others, against the median over uploads;
 - **look-alikes**: g copies of an upload share what one would get, and lose as much again.
 
 What trust a client has is the lower of this round's and an exponential average: quick to go, slow to return.
@@ -27,7 +27,8 @@ from utils import torch_rng
 
 CLIP, LONG = 2.0, 3.0              # in median norms
 AGAINST, OPPOSED = -0.45, -0.75    # cosines at which trust begins to fall, and is gone
-FORGETS, POWER = 1.85, 8          # times the median that an upload may forget; how fast trust falls after
+FORGETS, FORGETS_ALL = 2.25, 6.0   # times the median upload that one may forget a class, or all alike
+POWER = 8                          # how fast trust falls beyond that
 LEAST = 0.1                        # nats: forgetting less than that is nothing, whatever the median
 COPY = 0.95                        # cosine of copies: two clients with the same two classes have 0.7
 KEEP = 0.8                         # of the average, from round to round
@@ -88,9 +89,9 @@ class ThreatAware(Server):
         for _ in range(2):   # what the first look distrusts does not blur the second
             cosine = against_others(gram, weight)
             mean = moved(sent, (weight * scale).float() @ updates / weight.sum().clamp_min(1e-12))
-            forgotten = self.forgotten(round, mean, uploads)
+            forgotten = self.forgotten(round, mean, uploads, ratio.clamp(1, CLIP))
             now = (first * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
-                   * (FORGETS / forgotten).clamp_max(1)**POWER)
+                   / forgotten.clamp_min(1)**POWER)
             if torch.equal(weight, before * now):
                 break
             weight = before * now
@@ -111,9 +112,10 @@ class ThreatAware(Server):
         f = (len(uploads) - 1) // 2
         return moved(sent, TrMean(f)(NNM(f)(updates_of(sent, uploads))))
 
-    def forgotten(self, round: int, mean: State, uploads: dict[int, State]) -> Tensor:
-        """How many nats each upload forgets, against the mean head, of the class that it forgets most: in
-        units of the median over uploads."""
+    def forgotten(self, round: int, mean: State, uploads: dict[int, State], length: Tensor) -> Tensor:
+        """How much each upload forgets, for its length, in units of what is allowed: of the class that it
+        forgets most beyond its own median class, FORGETS times the median upload; of that class in all, which
+        a client of a single class may well, FORGETS_ALL times."""
         probes, labels = self.probes(round, mean)
 
         @torch.no_grad()
@@ -121,8 +123,12 @@ class ThreatAware(Server):
             logs = self.ask(head, probes).log_softmax(1).gather(1, labels[:, None])
             return logs.view(PROBES, -1).mean(0)
         base = known(mean)
-        lost = torch.stack([(base - known(upload)).max() for upload in uploads.values()])
-        return (lost / lost.median().clamp_min(LEAST)).clamp_min(1e-6).double()
+        lost = torch.stack([base - known(upload) for upload in uploads.values()])   # K x classes
+        lost = lost.double() / length[:, None]
+        most = lost.max(1).values
+        apart = most - lost.median(1).values
+        return torch.maximum(apart / (FORGETS * apart.median().clamp_min(LEAST)),
+                             most / (FORGETS_ALL * most.median().clamp_min(LEAST)))
 
     def probes(self, round: int, mean: State) -> tuple[Tensor, Tensor]:
         """Inputs that the head takes for each class in turn, and those classes."""

@@ -15,7 +15,7 @@ from options import BEHAVIOURS, RULES
 from threat import ThreatAware, against_others, lengths, likenesses, weigh
 from update import State
 
-SHAPE, CLASSES = (1, 8, 8), 4
+SHAPE, CLASSES = (1, 28, 28), 10
 
 
 @pytest.fixture(scope="module")
@@ -26,30 +26,30 @@ def network():
 
 @pytest.fixture(scope="module")
 def crowd(network):
-    """A head, what eight honest clients of two classes each make of it, and the same with labels turned."""
+    """A head, what ten honest clients of two classes each make of it, and the same with labels turned."""
     torch.manual_seed(4)
     sent = {f"classifier.{name}": value.clone() for name, value in network.state_dict().items()}
     patterns = torch.randn(CLASSES, *SHAPE)
 
-    def trained(start: State, classes, turn=False, steps=30):
+    def trained(start: State, classes, turn=False, steps=8, lr=1e-4):
         state = {name.removeprefix("classifier."): value.clone().requires_grad_()
                  for name, value in start.items()}
-        optimizer = torch.optim.Adam(state.values(), 1e-3)
+        optimizer = torch.optim.Adam(state.values(), lr)
         for _ in range(steps):
-            y = torch.tensor(classes).repeat(16)
-            x = patterns[y] + 0.3 * torch.randn(len(y), *SHAPE)
+            y = torch.tensor(list(classes)).repeat(16)
+            x = patterns[y] + torch.randn(len(y), *SHAPE)
             logits = torch.func.functional_call(network, state, (x,))
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(logits, CLASSES - 1 - y if turn else y).backward()
             optimizer.step()
         return {f"classifier.{name}": value.detach() for name, value in state.items()}
-    sent = trained(sent, [0, 1, 2, 3])
-    mine = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (0, 1), (2, 3)]
+    sent = trained(sent, range(CLASSES), steps=20, lr=1e-3)
+    mine = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (0, 2), (4, 6), (8, 1), (3, 5), (7, 9)]
     return sent, {k: trained(sent, c) for k, c in enumerate(mine)}, {k: trained(sent, c, turn=True)
                                                                     for k, c in enumerate(mine)}
 
 
-def server(network, clients=8):
+def server(network, clients=10):
     return ThreatAware(Setting(clients=clients), network)
 
 
@@ -60,25 +60,25 @@ def sizes(uploads):
 def test_honest_clients_of_few_classes_are_trusted(network, crowd):
     sent, honest, _ = crowd
     trust = server(network).trust(1, sent, honest, sizes(honest))
-    assert min(trust.values()) > 0.8
+    assert min(trust.values()) > 0.5 and sum(trust.values()) > 9
 
 
-@pytest.mark.parametrize("bad", [(0,), (1, 4), (0, 5)])
+@pytest.mark.parametrize("bad", [(0,), (5,), (0, 5, 8)])
 def test_flipped_labels_lose_their_say(network, crowd, bad):
     sent, honest, flipped = crowd
     uploads = {k: flipped[k] if k in bad else honest[k] for k in honest}
     head, _, report = server(network)(1, sent, uploads, sizes(uploads))
     weight = {row["client"]: row["weight"] for row in report}
-    assert sum(weight[k] for k in bad) < len(bad) / 8 / 2
+    assert sum(weight[k] for k in bad) < len(bad) / 10 / 2
     assert sum(weight.values()) == pytest.approx(1)
 
 
 def test_copies_share_what_one_would_get(network, crowd):
     sent, honest, _ = crowd
-    uploads = {**honest, 8: honest[0], 9: honest[0]}
-    report = server(network, 10)(1, sent, uploads, sizes(uploads))[2]
+    uploads = {**honest, 10: honest[0], 11: honest[0]}
+    report = server(network, 12)(1, sent, uploads, sizes(uploads))[2]
     weight = [row["weight"] for row in report]
-    assert weight[0] == weight[8] == weight[9] and 3 * weight[0] < 0.5 * weight[1]
+    assert weight[0] == weight[10] == weight[11] and 3 * weight[0] < 0.5 * weight[1]
 
 
 def test_length_buys_nothing_and_opposition_is_seen(network, crowd):
@@ -122,7 +122,7 @@ def test_caps_and_fall_back(network, crowd):
     assert weigh(torch.ones(2), torch.tensor([1.0, 0.5]), torch.ones(2)) == pytest.approx([2 / 3, 1 / 3])
     assert all(map(math.isnan, weigh(torch.ones(5), torch.ones(5), torch.tensor([1, 1, 0, 0, 0.0]))))
     sent, honest, _ = crowd
-    made, copies = server(network), {k: honest[k if k < 3 else 3] for k in honest}   # five of eight alike
+    made, copies = server(network), {k: honest[k if k < 4 else 4] for k in honest}   # six of ten alike
     head, _, report = made(1, sent, copies, sizes(honest))
     assert made.facts == {"fallbacks": 1} and all(math.isnan(row["weight"]) for row in report)
     assert all(value.isfinite().all() for value in head.values())
