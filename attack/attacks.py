@@ -44,14 +44,18 @@ class Adversary:
         return learnt.shadow_encoder(self.holdings, self.start, self.public, self.labels, self.budget.epochs,
                                      self.kl_weight)
 
-    @cached_property
-    def decoder(self) -> Callable[[Tensor], Tensor]:
-        """From a latent to an image, learnt on public images."""
+    def latents_to_images(self, learn: Callable) -> Callable[[Tensor], Tensor]:
+        """A decoder learnt on public images."""
         view = self.view   # which may have to be trained first, so not under no_grad
         with torch.no_grad():
             mu, logvar = zip(*(view.posterior(part) for part in self.public.split(256)), strict=True)
-        return learnt.latent_decoder(torch.cat(mu), None if logvar[0] is None else torch.cat(logvar),
-                                     self.public, self.budget.epochs)
+        return learn(torch.cat(mu), None if logvar[0] is None else torch.cat(logvar), self.public,
+                     self.budget.epochs)
+
+    @cached_property
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        """From a recovered latent, which has errors, to an image."""
+        return self.latents_to_images(learnt.decoder)
 
     @cached_property
     def generator(self) -> learnt.Generator:
@@ -160,7 +164,7 @@ def latents(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
 
 
 def decode_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    return adversary.decoder(z)[None], label_of_latent(adversary, z)
+    return adversary.latents_to_images(learnt.latent_decoder)(z)[None], label_of_latent(adversary, z)
 
 
 def optimise_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +197,7 @@ def decode_scores(adversary: Adversary, seen: Tensor, count: int) -> tuple[Tenso
         logs = answers.clamp_min(1e-8).log()
         return logs - logs.mean(1, keepdim=True)
     answers = torch.cat([of(adversary.query(part)) for part in adversary.public.split(64)])
-    decode = learnt.decoder(answers, adversary.public, adversary.budget.epochs)
+    decode = learnt.decoder(answers, None, adversary.public, adversary.budget.epochs)
     return decode(of(seen))[None], seen.argmax(1)
 
 

@@ -67,13 +67,22 @@ class Decoder(nn.Module):
         return (self.layers(code) + self.linear(code)).sigmoid()
 
 
-def decoder(seen: Tensor, images: Tensor, epochs: int) -> Callable[[Tensor], Tensor]:
-    """A decoder of what is seen of images, ``N x D``, trained on public ones for the squared error; returns
-    ``M x D`` -> images."""
-    made = Decoder(seen.shape[1], tuple(images.shape[1:]))
-    centre, spread = seen.mean(0), seen.std(0) + 1e-3 * seen.std() + 1e-12
+def decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Callable[[Tensor], Tensor]:
+    """A decoder of what is seen of images, trained on public ones for the squared error.
+
+    Args:
+        mean: what is seen of each image, ``N x D``.
+        logvar: the log variance of the noise on it, drawn anew in every epoch, or None.
+
+    Returns:
+        ``M x D`` -> images.
+    """
+    def seen(part):
+        return mean[part] if logvar is None else reparameterise(mean[part], logvar[part])
+    made, first = Decoder(mean.shape[1], tuple(images.shape[1:])), seen(torch.arange(len(mean)))
+    centre, spread = first.mean(0), first.std(0) + 1e-3 * first.std() + 1e-12
     fit(list(made.parameters()), lambda part: (
-        made((seen[part] - centre) / spread) - images[part]).square().mean(), len(images), epochs)
+        made((seen(part) - centre) / spread) - images[part]).square().mean(), len(images), epochs)
     made.eval().requires_grad_(False)
     return lambda code: made((code - centre) / spread)
 
@@ -93,9 +102,10 @@ def ridge(seen: Tensor, images: Tensor, weights: tuple[float, ...]) -> list[Call
 
 def latent_decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int,
                    weights: tuple[float, ...] = (1e-4, 1e-2, 1.0)) -> Callable[[Tensor], Tensor]:
-    """A decoder of latents of an image's size: least squares, then a small convolutional network that cleans
-    up what they leave. An encoder's last layers are linear and a convolution knows no positions, so both
-    carry over to images unlike the public ones; dense layers did not.
+    """A decoder of latents that are seen as they are: least squares, then a small convolutional network that
+    cleans up what they leave. An encoder's last layers are linear and a convolution knows no positions, so
+    both carry over to images unlike the public ones, as dense layers do not; but least squares magnify
+    errors, so latents that were themselves recovered, with errors, are for ``decoder``.
 
     Args:
         mean: the latent of each public image, ``N x D``.

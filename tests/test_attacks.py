@@ -188,7 +188,7 @@ def test_a_decoder_learns_to_undo_a_fixed_mixing():
 
 def test_a_decoder_of_scores_draws_their_class():
     patterns, y = (images(4) > 0.5).float(), torch.arange(400) % 4
-    decode = learnt.decoder(nn.functional.one_hot(y, 4).float(), patterns[y], 30)
+    decode = learnt.decoder(nn.functional.one_hot(y, 4).float(), None, patterns[y], 30)
     assert (psnr(decode(torch.eye(4)), patterns) > 12).all()
 
 
