@@ -80,15 +80,14 @@ class ThreatAware(Server):
             return {}, {}
         before = torch.where(self.memory["seen"] > 0, self.memory["trust"], 1.0)[clients].double()
         updates = updates_of(sent, list(uploads.values()))
-        gram = (updates @ updates.T).double()
-        ratio, scale = lengths(gram)
-        gram *= scale[:, None] * scale   # of clipped updates, from here on
+        ratio, scale = lengths(updates)
+        gram = (updates.mul_(scale.float()[:, None]) @ updates.T).double()   # clipped, from here on
         alike, copies = likenesses(gram)
         first = (LONG / ratio).clamp_max(1).square() / copies.square()
         weight, now = before * first, torch.zeros_like(first)
         for _ in range(2):   # what the first look distrusts does not blur the second
             cosine = against_others(gram, weight)
-            mean = moved(sent, (weight * scale).float() @ updates / weight.sum().clamp_min(1e-12))
+            mean = moved(sent, weight.float() @ updates / weight.sum().clamp_min(1e-12))
             forgotten = self.forgotten(round, mean, uploads, ratio.clamp(1, CLIP))
             now = (first * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
                    / forgotten.clamp_min(1)**POWER)
@@ -124,7 +123,7 @@ class ThreatAware(Server):
             return logs.view(PROBES, -1).mean(0)
         base = known(mean)
         lost = torch.stack([base - known(upload) for upload in uploads.values()])   # K x classes
-        lost = lost.double() / length[:, None]
+        lost = lost.double().nan_to_num(nan=1e9, posinf=1e9) / length[:, None]
         most = lost.max(1).values
         apart = most - lost.median(1).values
         return torch.maximum(apart / (FORGETS * apart.median().clamp_min(LEAST)),
@@ -150,9 +149,9 @@ class ThreatAware(Server):
         return functional_call(self.network, layers, (x,))
 
 
-def lengths(gram: Tensor) -> tuple[Tensor, Tensor]:
+def lengths(updates: Tensor) -> tuple[Tensor, Tensor]:
     """Each update's norm in median norms, and what clips it."""
-    norms = gram.diag().clamp_min(1e-24).sqrt()
+    norms = torch.linalg.vector_norm(updates, dim=1, dtype=torch.float64).clamp_min(1e-12)
     ratio = norms / norms.median()
     return ratio, (CLIP / ratio).clamp_max(1)
 
