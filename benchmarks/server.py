@@ -75,6 +75,7 @@ def outcome(run: dict, scale: argparse.Namespace) -> dict | None:
     folder = ROOT / "results" / name(run, scale)
     try:
         rounds, server = pd.read_csv(folder / "rounds.csv"), pd.read_csv(folder / "server.csv")
+        server["trust"] = server["trust"].fillna(0)   # of an upload that is not finite
     except FileNotFoundError:
         return None
     last = rounds[(rounds["round"] == scale.rounds) & (rounds["stage"] == "deployed")]
