@@ -59,11 +59,12 @@ def trust_picture(path: Path, server: pd.DataFrame, title: str) -> None:
     """Trust by client and round, as a heat map; malicious clients' numbers are red."""
     grid = server.pivot(index="client", columns="round", values="trust")
     bad = set(server.loc[server["malicious"] == 1, "client"])
-    figure, axes = plt.subplots(figsize=(min(14, 3 + 0.3 * grid.shape[1]), 1.8 + 0.25 * min(len(grid), 40)),
+    figure, axes = plt.subplots(figsize=(min(14, 5.5 + 0.1 * grid.shape[1]), 1.8 + 0.25 * min(len(grid), 40)),
                                 layout="constrained")
     picture = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
                           extent=(grid.columns.min() - 0.5, grid.columns.max() + 0.5, len(grid) - 0.5, -0.5))
-    axes.set(xlabel="round", ylabel="client" + (" (red: malicious)" if bad else ""), title=title)
+    axes.set(xlabel="round", ylabel="client" + (" (red: malicious)" if bad else ""))
+    figure.suptitle(title, fontsize=9)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     if len(grid) <= 40:
         axes.set_yticks(range(len(grid)), grid.index)
