@@ -66,6 +66,7 @@ def read(folder: Path) -> Finished | str:
     try:
         config = json.loads(path.read_text())
         options, status, protocol = config["options"], config["status"], config["protocol"]
+        options.setdefault("aggregation", "mean")   # all there was when such runs were made
         if protocol not in ASIDE or {"num_users", "local_ep", "seed"} - set(options):
             raise ValueError("of another version, or not this program's")
         asked = int(options["rounds"])
