@@ -17,7 +17,7 @@ COLUMNS = {
     "clients.csv": "round,client,stage,split,n,loss,accuracy,precision,recall,f1,kl_nats",
     "rounds.csv": "round,stage,split,loss,accuracy,accuracy_std,accuracy_worst,precision,recall,f1,kl_nats,"
                   "seconds",
-    "server.csv": "round,client,n,norm_ratio,cosine,class_cosine,lookalike,trust,weight,malicious"}
+    "server.csv": "round,client,n,norm_ratio,cosine,probe,lookalike,trust,weight,malicious"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -41,7 +41,7 @@ def test_the_files_of_a_run(place):
                       "--num_users", 4, "--checkpoint_seconds", 0) == 0
     assert {p.name for p in place.results.iterdir()} == {
         "config.json", "clients.csv", "rounds.csv", "server.csv", "partition.npz", "partition.png",
-        "curves.png", ".lock"}
+        "curves.png", "trust.png", ".lock"}
     assert {p.name for p in place.models.iterdir()} == {"round_1", "round_4"}   # asked for, and the latest
     assert {p.name for p in (place.models / "round_4").iterdir()} == {
         "shared.pt", "server.pt", *(f"client_{k}.pt" for k in range(4))}
