@@ -8,7 +8,7 @@ run: $(VENV)/.run
 	$(BIN)/python RVE-PFL.py --dataset mnist10k --rounds 5 --local_ep 2 --overwrite
 
 attack: $(VENV)/.run
-	$(BIN)/python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1 --iterations 150 --train_epochs 10
+	$(BIN)/python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1 --iterations 100 --train_epochs 8
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
