@@ -5,8 +5,7 @@ class, by gradient ascent from noise, and asks every upload for their classes. A
 classes forgets them a little, and all alike; a head trained on wrong labels unlearns the very classes that
 were flipped. The trust of a round is a product of four factors:
 
-- **norm**: an update over twice the median norm weighs less in proportion, and over three times it loses
-  trust;
+- **norm**: an update over the median norm weighs less in proportion, and over twice it loses trust;
 - **direction**: its cosine with the trusted mean of the others; only clear opposition counts, since clients
   of other classes are at right angles or worse;
 - **probes**: how much it forgets of one class beyond the others, against the median over uploads;
@@ -25,9 +24,9 @@ from torch.func import functional_call
 from aggregation import Server, State, moved, updates_of
 from utils import torch_rng
 
-CLIP, LONG = 2.0, 3.0              # in median norms
+LONG = 2.0                         # in median norms: longer than that loses trust
 AGAINST, OPPOSED = -0.45, -0.75    # cosines at which trust begins to fall, and is gone
-FORGETS, FORGETS_ALL = 2.25, 6.0   # times the median upload that one may forget a class, or all alike
+FORGETS, FORGETS_ALL = 2.75, 6.0   # times the median upload that one may forget a class, or all alike
 POWER = 8                          # how fast trust falls beyond that
 LEAST = 0.1                        # nats: forgetting less than that is nothing, whatever the median
 COPY = 0.95                        # cosine of copies: two clients with the same two classes have 0.7
@@ -88,7 +87,7 @@ class ThreatAware(Server):
         for _ in range(2):   # what the first look distrusts does not blur the second
             cosine = against_others(gram, weight)
             mean = moved(sent, weight.float() @ updates / weight.sum().clamp_min(1e-12))
-            forgotten = self.forgotten(round, mean, uploads, ratio.clamp(1, CLIP))
+            forgotten = self.forgotten(round, mean, uploads, ratio.clamp(1, LONG))
             now = (first * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
                    / forgotten.clamp_min(1)**POWER)
             if torch.equal(weight, before * now):
@@ -150,10 +149,11 @@ class ThreatAware(Server):
 
 
 def lengths(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """Each update's norm in median norms, and what clips it."""
+    """Each update's norm in median norms, and what clips it to one: at more, a few colluders who are as long as
+    allowed make up most of the mean that all are compared with."""
     norms = torch.linalg.vector_norm(updates, dim=1, dtype=torch.float64).clamp_min(1e-12)
     ratio = norms / norms.median()
-    return ratio, (CLIP / ratio).clamp_max(1)
+    return ratio, (1 / ratio).clamp_max(1)
 
 
 def cosines(gram: Tensor) -> Tensor:
@@ -176,11 +176,12 @@ def against_others(gram: Tensor, weight: Tensor) -> Tensor:
 
 
 def weigh(sizes: Tensor, scale: Tensor, trust: Tensor) -> list[float]:
-    """``min(n, twice the median) scale trust``, none over SHARE / K of the whole; NaN where the effective
-    number of trusted uploads, ``(sum t)^2 / sum t^2``, is under half."""
+    """``min(n, median) scale trust``, so that claiming more images than others have buys nothing; none over
+    SHARE / K of the whole; NaN where the effective number of trusted uploads, ``(sum t)^2 / sum t^2``, is under
+    half."""
     if trust.sum()**2 < len(trust) / 2 * trust.square().sum() or trust.sum() < 1e-9:
         return [math.nan] * len(trust)
-    weights = torch.minimum(sizes, 2 * sizes.median()) * scale * trust
+    weights = torch.minimum(sizes, sizes.median()) * scale * trust
     for _ in range(len(weights)):   # what is cut off one goes to the others, and may lift those over
         weights = torch.minimum(weights / weights.sum(), torch.tensor(SHARE / len(weights)))
     return weights.tolist()

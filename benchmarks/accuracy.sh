@@ -20,7 +20,7 @@ case $partition in
     shards | dirichlet | iid) ;;   # two classes a client and alpha 0.1 are the program's defaults
     *) echo "accuracy.sh: PARTITION $partition: choose shards, dirichlet or iid" >&2; exit 2 ;;
 esac
-train() {   # WHAT FLAG...: one run, unless it is finished
+train() {   # WHAT FLAG...: one run, unless it is finished; the plain mean everywhere, so that methods are compared
     .venv/bin/python RVE-PFL.py --resume --run_name "$data-$partition-${rounds}x$epochs-$1-seed$seed" \
         "${common[@]}" "${@:2}"
 }
@@ -28,7 +28,9 @@ for seed in "${seeds[@]:-1}"; do
     for setting in "${settings[@]}"; do
         read -r data rounds epochs <<< "$setting"
         common=(--dataset "$data" --partition "$partition" --seed "$seed" --rounds "$rounds" --local_ep "$epochs")
-        for method in rve_pfl local lg_fedavg fedavg fedper; do
+        train local --method local
+        common+=(--aggregation mean)
+        for method in rve_pfl lg_fedavg fedavg fedper; do
             train $method --method $method
         done
         train nbafl-L1 --method nbafl                                    # an upload is seen once,

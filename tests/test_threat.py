@@ -117,8 +117,8 @@ def test_directions_by_hand():
 
 def test_caps_and_fall_back(network, crowd):
     even = weigh(torch.tensor([100, 100, 100, 100_000.0]), torch.ones(4), torch.ones(4))
-    assert even == pytest.approx([0.2, 0.2, 0.2, 0.4])   # a size counts up to twice the median
-    big = weigh(torch.tensor([200.0] + [100] * 3 + [1] * 8), torch.ones(12), torch.ones(12))
+    assert even == pytest.approx([0.25] * 4)   # a size counts up to the median
+    big = weigh(torch.full((12,), 100.0), torch.tensor([1.0] + [0.01] * 11), torch.ones(12))
     assert max(big) <= threat.SHARE / 12 + 1e-9
     assert weigh(torch.ones(2), torch.tensor([1.0, 0.5]), torch.ones(2)) == pytest.approx([2 / 3, 1 / 3])
     assert all(map(math.isnan, weigh(torch.ones(5), torch.ones(5), torch.tensor([1, 1, 0, 0, 0.0]))))
@@ -215,9 +215,9 @@ def test_every_rule_resumes_to_the_same_numbers(place, rule):
 
 def test_heads_alone_on_borrowed_encoders(place, capsys):
     assert place.main() == 0
-    before = torch.load(place.models / "round_3" / "client_0.pt")["parameters"]
+    before = torch.load(place.models / "round_3" / "client_0.pt", weights_only=True)["parameters"]
     assert place.main("--encoders_from", "run", "--run_name", "heads", "--rounds", 1) == 0
-    after = torch.load(place.folder / "models" / "heads" / "round_1" / "client_0.pt")["parameters"]
+    after = torch.load(place.folder / "models" / "heads" / "round_1" / "client_0.pt", weights_only=True)["parameters"]
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     line = place.refuses(capsys, "--encoders_from", "run", "--run_name", "other", "--seed", 9)
     assert "--encoders_from run: its --seed is 1" in line
