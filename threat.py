@@ -149,8 +149,8 @@ class ThreatAware(Server):
 
 
 def lengths(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """Each update's norm in median norms, and what clips it to one: at more, a few colluders who are as long as
-    allowed make up most of the mean that all are compared with."""
+    """Each update's norm in median norms, and what clips it to one: were more allowed, a few colluders would
+    make up most of the mean that all are compared with."""
     norms = torch.linalg.vector_norm(updates, dim=1, dtype=torch.float64).clamp_min(1e-12)
     ratio = norms / norms.median()
     return ratio, (1 / ratio).clamp_max(1)
@@ -176,9 +176,8 @@ def against_others(gram: Tensor, weight: Tensor) -> Tensor:
 
 
 def weigh(sizes: Tensor, scale: Tensor, trust: Tensor) -> list[float]:
-    """``min(n, median) scale trust``, so that claiming more images than others have buys nothing; none over
-    SHARE / K of the whole; NaN where the effective number of trusted uploads, ``(sum t)^2 / sum t^2``, is under
-    half."""
+    """``min(n, median) scale trust``, so that claiming more images buys nothing; none over SHARE / K of all;
+    NaN where the effective number of trusted uploads, ``(sum t)^2 / sum t^2``, is under half."""
     if trust.sum()**2 < len(trust) / 2 * trust.square().sum() or trust.sum() < 1e-9:
         return [math.nan] * len(trust)
     weights = torch.minimum(sizes, sizes.median()) * scale * trust

@@ -217,7 +217,8 @@ def test_heads_alone_on_borrowed_encoders(place, capsys):
     assert place.main() == 0
     before = torch.load(place.models / "round_3" / "client_0.pt", weights_only=True)["parameters"]
     assert place.main("--encoders_from", "run", "--run_name", "heads", "--rounds", 1) == 0
-    after = torch.load(place.folder / "models" / "heads" / "round_1" / "client_0.pt", weights_only=True)["parameters"]
+    after = torch.load(place.folder / "models" / "heads" / "round_1" / "client_0.pt",
+                       weights_only=True)["parameters"]
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     line = place.refuses(capsys, "--encoders_from", "run", "--run_name", "other", "--seed", 9)
     assert "--encoders_from run: its --seed is 1" in line
