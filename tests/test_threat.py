@@ -107,6 +107,12 @@ def test_order_and_scale_do_not_matter(network, crowd):
                               against_others(scale * gram, torch.ones(5).double()))
 
 
+def test_lengths_by_hand():
+    ratio, scale = lengths(torch.tensor([[3.0, 4], [0, 5], [5, 0], [0, 0], [15, 20]]))
+    assert ratio.tolist() == pytest.approx([1, 1, 1, 0, 5])
+    assert scale.tolist() == pytest.approx([1, 1, 1, 1, 0.2])   # nobody counts for more than the median norm
+
+
 def test_directions_by_hand():
     updates = torch.tensor([[1.0, 0], [0, 1], [-1, -1]]).double()
     cosine = against_others(updates @ updates.T, torch.tensor([1.0, 1, 0]).double())
