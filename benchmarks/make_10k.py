@@ -1,11 +1,12 @@
-"""Make data/mnist10k.npz, the embedded data set, from MNIST's 10,000-image test file.
+"""Make data/NAME10k.npz from the 10,000-image test file of a data set; of MNIST it is the embedded data set.
 
-    python benchmarks/make_mnist10k.py        reads data/mnist.npz, about 10 s
+    python benchmarks/make_10k.py mnist        reads data/mnist.npz, about 10 s; or fmnist, cifar
 
 The first 9,000 images become its train half, the last 1,000 its test half, in the released order; that is
 a convention only, since a run pools both and splits each client's share anew. The file's bytes depend on
 nothing but the images: dates in the archive are fixed.
 """
+import argparse
 import io
 import zipfile
 
@@ -32,12 +33,15 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def main() -> None:
-    mnist = datasets.load("mnist", ROOT / "data")
-    images, labels = mnist.images[mnist.train_size:], mnist.labels[mnist.train_size:].astype(np.uint8)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", choices=("mnist", "fmnist", "cifar"), help="whose images to take")
+    name = parser.parse_args().name
+    whole = datasets.load(name, ROOT / "data")
+    images, labels = whole.images[whole.train_size:], whole.labels[whole.train_size:].astype(np.uint8)
     data = pack({"train_images": images[:TRAIN], "train_labels": labels[:TRAIN],
                  "test_images": images[TRAIN:], "test_labels": labels[TRAIN:]})
-    write_whole(ROOT / "data" / "mnist10k.npz", lambda file: file.write(data))
-    print(f"data/mnist10k.npz: {len(images)} images, {len(data):,} bytes")
+    write_whole(ROOT / "data" / f"{name}10k.npz", lambda file: file.write(data))
+    print(f"data/{name}10k.npz: {len(images)} images, {len(data):,} bytes")
 
 
 if __name__ == "__main__":
