@@ -26,20 +26,21 @@ NOISY = ("rve_pfl", "local")                # and among them those whose encoder
 # What depends on the data set (how each was chosen: README); a NAME without a row of
 # its own has the first. Then who reads each, and what it is where nobody does.
 CHOSEN = {
-    "": {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8, "head_lr": 0.1,
-         "augment": "none", "aggregation": "mean"},
+    "": {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8, "lr": 1e-3,
+         "head_lr": 0.1, "augment": "none", "aggregation": "mean"},
     "cifar": {"augment": "flip+shift"},
 }
 PLAIN = {"cifar": {"augment": "flip"}}   # the same for methods without an encoder, whose CNN fits less
 BY_METHOD = {
     "rve_pfl": {"aggregation": "threat"},
+    "fedper": {"lr": 3e-3},
     "nbafl": {"epsilon": 50.0, "delta": 0.01, "exposures": 1},
     "ressfl": {"loss_weight": 0.3},
     "client_dp": {"clip": 1.0},
     "client_dp_adaptive": {"clip": 1.0},
 }
 READ_BY = {"kl_weight": NOISY, "kl_warmup": NOISY, "init_logvar": NOISY, "eval_samples": NOISY,
-           "head_lr": SPLIT, "augment": METHODS, "epsilon": DP, "delta": DP, "clip": DP,
+           "lr": METHODS, "head_lr": SPLIT, "augment": METHODS, "epsilon": DP, "delta": DP, "clip": DP,
            "exposures": ("nbafl",), "noise_multiplier": CLIENT_DP,
            "loss_weight": ("ressfl",), "aggregation": SHARING, "encoders_from": ("rve_pfl", "lg_fedavg")}
 UNREAD = {"kl_weight": 0.0, "kl_warmup": 0, "init_logvar": None, "eval_samples": 1, "head_lr": 1.0,
@@ -123,7 +124,8 @@ def make_parser() -> Parser:
     add(federated, "--local_ep", type=int, default=10, within=(1, huge), help="local epochs [E]")
     add(federated, "--local_bs", type=int, default=256, within=(1, huge), help="local batch size [B]")
     add(federated, "--optimizer", choices=("adam", "sgd"), default="adam", help="a client's optimiser")
-    add(federated, "--lr", type=float, default=1e-3, within=(tiny, 1e3), help="learning rate [eta]")
+    add(federated, "--lr", type=float, within=(tiny, 1e3),
+        help="learning rate [eta] (0.001, with fedper 0.003 if not given)")
     add(federated, "--head_lr", type=float, within=(0, 1e3),
         help="the shared head's learning rate as a multiple of --lr (by data set if not given)")
     add(federated, "--lr_decay", type=float, default=1e-3, within=(0, 1e3),
