@@ -30,7 +30,7 @@ CHOSEN = {
          "head_lr": 0.1, "augment": "none", "aggregation": "mean"},
     "cifar": {"augment": "flip+shift"},
 }
-PLAIN = {"cifar": {"augment": "flip"}}   # the same for methods without an encoder, whose CNN fits less
+PLAIN = {"cifar": {"augment": "flip", "lr": 3e-3}}   # for methods without an encoder, whose CNN fits less
 BY_METHOD = {
     "rve_pfl": {"aggregation": "threat"},
     "fedper": {"lr": 3e-3},
@@ -125,7 +125,7 @@ def make_parser() -> Parser:
     add(federated, "--local_bs", type=int, default=256, within=(1, huge), help="local batch size [B]")
     add(federated, "--optimizer", choices=("adam", "sgd"), default="adam", help="a client's optimiser")
     add(federated, "--lr", type=float, within=(tiny, 1e3),
-        help="learning rate [eta] (0.001, with fedper 0.003 if not given)")
+        help="learning rate [eta] (by data set and method if not given)")
     add(federated, "--head_lr", type=float, within=(0, 1e3),
         help="the shared head's learning rate as a multiple of --lr (by data set if not given)")
     add(federated, "--lr_decay", type=float, default=1e-3, within=(0, 1e3),

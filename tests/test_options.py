@@ -73,7 +73,8 @@ def test_defaults_are_the_papers():
 def test_what_depends_on_the_data_set_is_filled_in():
     assert args_parser(["--dataset", "cifar"]).augment == "flip+shift"
     assert args_parser(["--dataset", "cifar", "--augment", "none"]).augment == "none"
-    assert args_parser(["--dataset", "cifar", "--method", "fedavg"]).augment == "flip"
+    simple = args_parser(["--dataset", "cifar", "--method", "fedavg"])
+    assert (simple.augment, simple.lr) == ("flip", 3e-3)
     own = args_parser(["--dataset", "my_own"])
     assert (own.augment, own.head_lr, own.kl_weight) == ("none", 0.1, 1e-5)
     plain = args_parser(["--method", "fedavg"])
