@@ -23,14 +23,15 @@ SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the
 SHARING = tuple(method for method in METHODS if method != "local")
 NOISY = ("rve_pfl", "local")                # and among them those whose encoder is variational
 
-# What depends on the data set (how each was chosen: README); a NAME without a row of
+# What depends on the data set or partition (how each was chosen: README); a NAME without a row of
 # its own has the first. Then who reads each, and what it is where nobody does.
 CHOSEN = {
     "": {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8, "lr": 1e-3,
          "head_lr": 0.1, "augment": "none", "aggregation": "mean"},
     "cifar": {"augment": "flip+shift"},
 }
-PLAIN = {"cifar": {"augment": "flip", "lr": 3e-3}}   # for methods without an encoder, whose CNN fits less
+PLAIN = {"cifar": {"augment": "flip", "lr": 3e-3}}   # for methods without an encoder, whose CNN fits less,
+PLAIN_MIXED = {"lr": 3e-3}                           # and whose clients' models agree more than under shards
 BY_METHOD = {
     "rve_pfl": {"aggregation": "threat"},
     "fedper": {"lr": 3e-3},
@@ -125,7 +126,7 @@ def make_parser() -> Parser:
     add(federated, "--local_bs", type=int, default=256, within=(1, huge), help="local batch size [B]")
     add(federated, "--optimizer", choices=("adam", "sgd"), default="adam", help="a client's optimiser")
     add(federated, "--lr", type=float, within=(tiny, 1e3),
-        help="learning rate [eta] (by data set and method if not given)")
+        help="learning rate [eta] (by data set, partition and method if not given)")
     add(federated, "--head_lr", type=float, within=(0, 1e3),
         help="the shared head's learning rate as a multiple of --lr (by data set if not given)")
     add(federated, "--lr_decay", type=float, default=1e-3, within=(0, 1e3),
@@ -216,8 +217,10 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
           "--malicious_frac 0")
     if args.method in CLIENT_DP:
         _fill_client_dp(parser, args)
-    plain = {} if args.method in SPLIT else PLAIN.get(args.dataset, {})
-    chosen = {**CHOSEN[""], **CHOSEN.get(args.dataset, {}), **plain, **BY_METHOD.get(args.method, {})}
+    chosen = {**CHOSEN[""], **CHOSEN.get(args.dataset, {})}
+    if args.method not in SPLIT:
+        chosen |= {**PLAIN.get(args.dataset, {}), **(PLAIN_MIXED if args.partition != "shards" else {})}
+    chosen |= BY_METHOD.get(args.method, {})
     for name, readers in READ_BY.items():
         _fill(parser, args, name, args.method in readers, chosen.get(name), UNREAD.get(name), method)
     _fill(parser, args, "tolerate", args.aggregation in ("trimmed_mean", "krum"), 0.3, 0.3,

@@ -81,6 +81,8 @@ def test_what_depends_on_the_data_set_is_filled_in():
     assert (plain.kl_weight, plain.init_logvar, plain.eval_samples, plain.head_lr) == (0.0, None, 1, 1.0)
     rates = [args_parser(["--method", "fedper", *given]).lr for given in ([], ["--lr", "0.1"])]
     assert (plain.lr, *rates) == (1e-3, 3e-3, 0.1)
+    mixed = {m: args_parser(["--method", m, "--partition", "iid"]).lr for m in ("nbafl", "dropout", "local")}
+    assert mixed == {"nbafl": 3e-3, "dropout": 3e-3, "local": 1e-3}
 
 
 def test_marked_protocols_have_marked_names():
