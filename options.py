@@ -23,7 +23,7 @@ SPLIT = ("rve_pfl", "lg_fedavg", "local")   # methods with an encoder before the
 SHARING = tuple(method for method in METHODS if method != "local")
 NOISY = ("rve_pfl", "local")                # and among them those whose encoder is variational
 
-# What depends on the data set or partition (how each was chosen: README); a NAME without a row of
+# What depends on the data set or partition (how each was chosen: docs/options.md); a NAME without a row of
 # its own has the first. Then who reads each, and what it is where nobody does.
 CHOSEN = {
     "": {"kl_weight": 1e-5, "kl_warmup": 0, "init_logvar": -2.0, "eval_samples": 8, "lr": 1e-3,
