@@ -139,8 +139,11 @@ def _spread(mean: float, std: float, digits: int) -> str:
 
 
 def _curves(runs: list) -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for setting in dict.fromkeys(run.setting for run in runs):
+    settings = dict.fromkeys(run.setting for run in runs)
+    legend_rows = -(-len(settings) // 3)   # below the axes, where many lines cover no curve
+    figure, axes = plt.subplots(figsize=(7.5, 3.5 + 0.16 * legend_rows), layout="constrained")
+    axes.set_prop_cycle(plt.cycler(linestyle=["-", "--", ":"]) * plt.rcParams["axes.prop_cycle"])
+    for setting in settings:
         same = [run for run in runs if run.setting == setting]
         deployed = pd.concat([run.rounds[run.rounds["stage"] == "deployed"] for run in same])
         mean = deployed.groupby("round")["accuracy"].agg(["mean", "std"])
@@ -152,7 +155,7 @@ def _curves(runs: list) -> plt.Figure:
     axes.set(xlabel="round", ylabel="deployed accuracy")
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, ncols=3, loc="outside lower center")
     return figure
 
 
