@@ -31,7 +31,7 @@ CHOSEN = {
     "cifar": {"augment": "flip+shift"},
 }
 PLAIN = {"cifar": {"augment": "flip", "lr": 3e-3}}   # for methods without an encoder, whose CNN fits less
-PLAIN_MIXED = {"lr": 3e-3}   # and for them under Dirichlet and IID; under shards it gains nothing
+PLAIN_MIXED = {"lr": 3e-3}   # and for them under Dirichlet and IID; under shards it gains little
 BY_METHOD = {
     "rve_pfl": {"aggregation": "threat"},
     "fedper": {"lr": 3e-3},
