@@ -80,8 +80,11 @@ class Server:
     """FedAvg's: a mean weighted by local data size, in which non-finite uploads count for nothing.
 
     Attributes:
+        protects: whether ``receive`` changes what clients trained, so that the server does not see it.
         memory: numbers and tensors that the next round starts from; a checkpoint keeps them.
     """
+
+    protects = False
 
     def __init__(self, setting: Setting):
         self.setting = setting

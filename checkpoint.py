@@ -1,9 +1,9 @@
 """Checkpoint files, and where private parameters wait between a client's turns.
 
 A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``uploads``), ``client_<k>.pt``
-(what stayed with client k) and ``server.pt`` (what the server itself remembers), so an adversary's access
-to files is its threat model. All are read with ``weights_only=True``: a file from elsewhere cannot run
-code.
+(what stayed with client k) and ``server.pt`` (the head just aggregated, and what the server remembers), so
+an adversary's access to files is its threat model. All are read with ``weights_only=True``: a file from
+elsewhere cannot run code.
 """
 import json
 import mmap
@@ -75,7 +75,6 @@ class PrivateStore:
     def __init__(self, folder: Path, initial: Private, memory: int = MEMORY):
         self.folder, self.initial = folder, initial
         self.kept, self.new, self.serial = {}, {}, 0
-        self.size = sum(value.nbytes for value in initial.parameters.values())
         self.free = {"cpu": memory}   # bytes left, by the kind of device
         if initial.kind == "cuda":
             self.free["cuda"] = torch.cuda.mem_get_info()[0] // 2
@@ -87,12 +86,12 @@ class PrivateStore:
 
     def put(self, client: int, private: Private) -> None:
         """Remember for this round."""
-        entry = private
-        if private.kind == "cuda" and self.size <= self.free["cuda"]:
-            self.free["cuda"] -= self.size
-        elif self.size <= self.free["cpu"]:
-            self.free["cpu"] -= self.size
-            entry = Private(off_heap(private.parameters), private.steps)
+        entry, size = private, private.nbytes
+        if private.kind == "cuda" and size <= self.free["cuda"]:
+            self.free["cuda"] -= size
+        elif size <= self.free["cpu"]:
+            self.free["cpu"] -= size
+            entry = Private(off_heap(private.parameters), private.steps, off_heap(private.own))
         else:
             self.serial += 1
             entry = self.folder / f"{client}-{self.serial}.pt"
@@ -106,7 +105,7 @@ class PrivateStore:
             if isinstance(old, Path):
                 old.unlink()
             elif old is not None:
-                self.free[old.kind] += self.size
+                self.free[old.kind] += old.nbytes
         self.new = {}
 
     def export(self, clients: Iterable[int], folder: Path) -> None:
@@ -127,13 +126,16 @@ class PrivateStore:
 def write_private(path: Path, private: Private) -> None:
     """Write a ``client_<k>.pt``."""
     parameters = {name: value.cpu() for name, value in private.parameters.items()}
-    write_whole(path, lambda file: torch.save({"parameters": parameters, "steps": private.steps}, file))
+    found = {"parameters": parameters, "steps": private.steps}
+    if private.own:
+        found["own"] = private.own
+    write_whole(path, lambda file: torch.save(found, file))
 
 
 def read_private(path: Path) -> Private:
     """Read a ``client_<k>.pt``."""
     found = load_checked(path)
-    if found.keys() != {"parameters", "steps"} or not isinstance(found["steps"], int):
+    if found.keys() - {"own"} != {"parameters", "steps"} or not isinstance(found["steps"], int):
         raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
     return Private(**found)
 

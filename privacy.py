@@ -54,6 +54,8 @@ def nbafl_sigmas(clip: float, smallest: int, epsilon: float, delta: float, expos
 class NbAFL(Server):
     """Noise before aggregation: each upload is clipped and noised, and so is what the server sends back."""
 
+    protects = True
+
     def __init__(self, setting: Setting):
         super().__init__(setting)
         if setting.clip is not None:
@@ -103,6 +105,8 @@ class ClientDP(Server):
     deviation ``z S`` is added, and the sum is divided by the expected number of clients. Weights are
     uniform: a client's size is private too.
     """
+
+    protects = True
 
     def __init__(self, setting: Setting):
         super().__init__(setting)

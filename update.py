@@ -1,5 +1,5 @@
 """One client's round: local training and evaluation."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,10 +19,20 @@ class Diverged(Exception):
 
 @dataclass
 class Private:
-    """What never leaves a client: its parameters, and the optimiser steps it has made."""
+    """What never leaves a client: its parameters, and the optimiser steps it has made.
+
+    Attributes:
+        own: what it trained last of the shared part, where the server sees it clipped or noised only.
+    """
 
     parameters: State
     steps: int = 0
+    own: State = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors."""
+        return sum(value.nbytes for value in (*self.parameters.values(), *self.own.values()))
 
     @property
     def kind(self) -> str:
@@ -118,7 +128,8 @@ class Client:
         if not torch.stack([value.isfinite().all() for value in state.values()]).all():   # the last step
             raise self.diverged(client, round)
         upload, kept = self.split(state)
-        return upload, Private(kept, steps), tally.result(self.num_classes)
+        own = upload if self.method.server.protects else {}
+        return upload, Private(kept, steps, own), tally.result(self.num_classes)
 
     @torch.inference_mode()
     def evaluate(self, client: int, round: int, indices: np.ndarray, shared: State,

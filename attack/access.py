@@ -1,15 +1,18 @@
 """What an adversary holds of a run: read from that adversary's files, and from no others.
 
 | adversary        | files                      | holds                                          |
-| curious_server   | shared.pt                  | heads sent and uploaded                        |
+| curious_server   | shared.pt, server.pt       | the heads it received, sent and sends next     |
 | stolen_model     | shared.pt, client_<k>.pt   | the victim's encoder and its own head          |
 | prediction_api   | shared.pt, client_<k>.pt   | answers of that model, never the model         |
 | curious_client   | shared.pt, client_<own>.pt | its own encoder, and the heads it is sent      |
 
 A gradient, a latent or an answer of a chosen image is handed over by ``Victim``, which plays the client and
 so reads ``client_<k>.pt``; what it computes with stays there.
+
+The gradient that is observed at a checkpoint is that of the step that follows it: on the head just
+aggregated, which the server sends next, behind the encoder just stored. The server knows that head, and
+matches the gradient on these very weights.
 """
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ import datasets
 from checkpoint import load_checked, read_private, same_layout
 from methods import METHODS
 from models import as_image, kl_to_standard_normal, reparameterise
-from update import State
+from update import Private, State
 from utils import InputError
 
 ADVERSARIES = ("curious_server", "stolen_model", "prediction_api", "curious_client")
@@ -70,14 +73,32 @@ class Run:
             raise InputError(f"checkpoint {self.models}/round_{round}/shared.pt is not of this run's method")
         return found
 
-    def private(self, round: int, client: int) -> State:
+    def sent_next(self, round: int) -> State:
+        """``server.pt``: the head aggregated at the end of the round, which the next one starts from."""
+        found = load_checked(self.file(round, "server.pt")).get("head")
+        travels = METHODS[self.options["method"]].split(self.network().state_dict())[0]
+        if not same_layout(found, travels):
+            raise InputError(f"checkpoint {self.models}/round_{round}/server.pt is not of this run's method")
+        return found
+
+    def private(self, round: int, client: int) -> Private:
         """``client_<k>.pt``: what stayed with the client."""
-        found = read_private(self.file(round, f"client_{client}.pt")).parameters
-        stays = METHODS[self.options["method"]].split(self.network().state_dict())[1]
-        if not same_layout(found, stays):
+        found = read_private(self.file(round, f"client_{client}.pt"))
+        travels, stays = METHODS[self.options["method"]].split(self.network().state_dict())
+        if not same_layout(found.parameters, stays) or (found.own and not same_layout(found.own, travels)):
             raise InputError(f"checkpoint {self.models}/round_{round}/client_{client}.pt is not of this "
                              "run's method")
         return found
+
+    def own_head(self, round: int, client: int, private: Private) -> State:
+        """The shared part of the client's own model: what it trained in the round, before anything was done
+        to protect it on its way to the server; the head just aggregated if it did not train."""
+        uploads, hidden = self.shared(round)["uploads"], METHODS[self.options["method"]].server.protects
+        if client in uploads and private.own:
+            return private.own
+        if client in uploads and not hidden:
+            return uploads[client]
+        return self.sent_next(round)   # also of a protected run from before ``own`` was stored
 
     def owned(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Each client's training and test indices. For scoring: no adversary has them."""
@@ -120,6 +141,7 @@ class Holdings:
     Attributes:
         head: from an image, or with a split method from z as an image, to logits; None where a part of it
             stays with the clients.
+        stepped: the curious server's, the head that it sends next, on which it observes a gradient.
         encoder: image to z, or to its mu and log variance: the victim's or, a curious client's, its own.
         split: whether the head's input is z.
     """
@@ -128,10 +150,11 @@ class Holdings:
     encoder: nn.Module | None
     split: bool
     image_shape: tuple[int, int, int]
+    stepped: nn.Module | None = None
 
     def __post_init__(self):
         """Channels last: an attack is a batch of problems, and pools it in a fifteenth of the time."""
-        for part in filter(None, (self.head, self.encoder)):
+        for part in filter(None, (self.head, self.encoder, self.stepped)):
             part.to(memory_format=torch.channels_last)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -162,27 +185,33 @@ def hold(run: Run, adversary: str, round: int, client: int, own: int = 0) -> Hol
     shared, network = run.shared(round), run.network()
     if adversary == "curious_server" and not shared["sent"]:
         raise InputError(f"--adversary curious_server: --method {run.options['method']} sends it nothing")
-    parameters = dict(shared["uploads"].get(client, shared["sent"]))
-    if adversary == "curious_client":   # it is never shown another's upload
-        parameters = dict(shared["sent"])
-    if adversary != "curious_server":
-        parameters |= run.private(round, own if adversary == "curious_client" else client)
+    if adversary == "curious_server":
+        parameters = shared["uploads"].get(client, shared["sent"])
+    elif adversary == "curious_client":   # it is never shown another's upload
+        parameters = {**shared["sent"], **run.private(round, own).parameters}
+    else:
+        private = run.private(round, client)
+        parameters = {**run.own_head(round, client, private), **private.parameters}
     whole = all(name in parameters for name in network.state_dict() if name.startswith("classifier."))
     network.load_state_dict(parameters, strict=False)
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
+    network.requires_grad_(False)
+    stepped = None
+    if adversary == "curious_server" and whole:
+        stepped = run.network().requires_grad_(False)
+        stepped.load_state_dict(run.sent_next(round), strict=False)
+        stepped = stepped.classifier
     has_encoder = run.split and adversary != "curious_server"
     return Holdings(network.classifier if whole else None, network.encoder if has_encoder else None,
-                    run.split, run.data.image_shape)
+                    run.split, run.data.image_shape, stepped)
 
 
 class Victim:
     """One client, playing what it does in a round on images of its own: what leaves it is observed."""
 
     def __init__(self, run: Run, round: int, client: int):
-        self.run = run
-        self.shared, self.private = run.shared(round), run.private(round, client)
-        self.upload = self.shared["uploads"].get(client, self.shared["sent"])
+        self.run, self.round = run, round
+        private = run.private(round, client)
+        self.private, self.own = private.parameters, run.own_head(round, client, private)
 
     def _holdings(self, shared: State) -> Holdings:
         network = self.run.network()
@@ -193,7 +222,7 @@ class Victim:
     @torch.no_grad()
     def head_input(self, x: Tensor) -> Tensor:
         """What the head sees of images: the images, or a draw of z as images."""
-        holdings = self._holdings(self.upload)
+        holdings = self._holdings(self.own)
         return as_image(holdings.sample(x), holdings.image_shape) if self.run.split else x
 
     @torch.no_grad()
@@ -203,7 +232,7 @@ class Victim:
         without noise."""
         if not self.run.split:
             return None
-        holdings = self._holdings(self.upload)
+        holdings = self._holdings(self.own)
         mu, logvar = zip(*(holdings.posterior(part) for part in x.split(256)), strict=True)
         if logvar[0] is None:
             return None
@@ -213,16 +242,13 @@ class Victim:
                 "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item()}
 
     def update(self, x: Tensor, y: Tensor, change: Callable[[nn.Module, Tensor, Tensor], State]) -> State:
-        """What a step, or an epoch, on the head that the server sent lets the server see.
-
-        Dropout is off and the weights are the round's first: the adversary's best case.
-        """
-        head = copy.deepcopy(self._holdings(self.shared["sent"]).head).eval()
-        return change(head, self.head_input(x), y)
+        """What the next round's first step, or epoch, lets the server see; without dropout, the adversary's
+        best case."""
+        return change(self._holdings(self.run.sent_next(self.round)).head, self.head_input(x), y)
 
     @torch.no_grad()
     def answers(self, x: Tensor, draws: int, keep: int) -> Tensor:
         """The service's probabilities, ``N x num_classes``, but for the ``keep`` largest set to 0."""
-        scores = self._holdings(self.upload).logits(x, draws).exp()
+        scores = self._holdings(self.own).logits(x, draws).exp()
         smallest = scores.topk(min(keep, scores.shape[1])).values[:, -1:]
         return torch.where(scores >= smallest, scores, torch.zeros_like(scores))

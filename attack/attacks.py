@@ -32,9 +32,11 @@ class Adversary:
     """One adversary's knowledge of one client in one round, and what it trains with it, once."""
 
     def __init__(self, holdings: Holdings | None, query: Callable[[Tensor], Tensor] | None, start: nn.Module,
-                 public: Tensor, labels: Tensor, kl_weight: float, budget: Budget):
+                 public: Tensor, labels: Tensor, of_classes: Callable[[Tensor], Tensor], kl_weight: float,
+                 budget: Budget):
         self.holdings, self.query, self.start, self.budget = holdings, query, start, budget
-        self.public, self.labels, self.kl_weight = public, labels, kl_weight
+        self.public, self.labels, self.of_classes, self.kl_weight = public, labels, of_classes, kl_weight
+        self.decoders: dict[tuple, Callable[[Tensor], Tensor]] = {}   # by the classes they were trained on
 
     @cached_property
     def view(self) -> Holdings:
@@ -44,18 +46,17 @@ class Adversary:
         return learnt.shadow_encoder(self.holdings, self.start, self.public, self.labels, self.budget.epochs,
                                      self.kl_weight)
 
-    def latents_to_images(self, learn: Callable) -> Callable[[Tensor], Tensor]:
-        """A decoder learnt on public images."""
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``Holdings.posterior`` of many images, a part at a time."""
         view = self.view   # which may have to be trained first, so not under no_grad
         with torch.no_grad():
-            mu, logvar = zip(*(view.posterior(part) for part in self.public.split(256)), strict=True)
-        return learn(torch.cat(mu), None if logvar[0] is None else torch.cat(logvar), self.public,
-                     self.budget.epochs)
+            mu, logvar = zip(*(view.posterior(part) for part in images.split(256)), strict=True)
+        return torch.cat(mu), None if logvar[0] is None else torch.cat(logvar)
 
-    @cached_property
-    def decoder(self) -> Callable[[Tensor], Tensor]:
-        """From a recovered latent, which has errors, to an image."""
-        return self.latents_to_images(learnt.decoder)
+    def latents_to_images(self, learn: Callable, labels: Tensor) -> Callable[[Tensor], Tensor]:
+        """A decoder learnt on public images of the classes seen."""
+        images = self.of_classes(labels.unique())
+        return learn(*self.posterior(images), images, self.budget.epochs)
 
     @cached_property
     def generator(self) -> learnt.Generator:
@@ -66,9 +67,18 @@ class Adversary:
         """Images to log-probabilities."""
         return lambda x: self.view.logits(x, draws)
 
-    def images_of(self, inputs: Tensor) -> Tensor:
-        """Recovered inputs of the head, ``N x C x H x W`` -> images."""
-        return self.decoder(flatten(inputs)) if self.holdings.split else inputs.clamp(0, 1)
+    def images_of(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Recovered inputs of the head, ``N x C x H x W``, and their labels -> images."""
+        if not self.holdings.split:
+            return inputs.clamp(0, 1)
+        classes = tuple(labels.unique().tolist())
+        if classes not in self.decoders:   # of latents that have errors
+            self.decoders[classes] = self.latents_to_images(learnt.decoder, labels)
+        return self.decoders[classes](flatten(inputs))
+
+    def smooth(self, weight: float) -> float:
+        """The weight of total variation in a gradient's inversion: images are smooth, latents are not."""
+        return 0.0 if self.holdings.split else weight
 
     def starts(self, *shape: int) -> Tensor:
         """Restarts: noise of the size of images, or of latents."""
@@ -119,7 +129,7 @@ def stacked(seen: list[State]) -> State:
 
 
 def dlg(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
-    head, shape = adversary.holdings.head, adversary.holdings.image_shape
+    head, shape = adversary.holdings.stepped, adversary.holdings.image_shape
     outputs = len(seen[0]["output.bias"])
     tried = [[gradients.deep_leakage(head, one, 1, outputs, start[None], adversary.budget.iterations)
               for one, start in zip(seen, starts, strict=True)]
@@ -127,35 +137,39 @@ def dlg(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Te
     found = torch.stack([torch.cat([x for x, _ in row]) for row in tried])
     value = torch.tensor([[v for _, v in row] for row in tried])
     found, _ = gradients.best_first(found.nan_to_num(0.5), value)
-    return every(adversary, found), torch.cat([gradients.labels_of(one, 1) for one in seen])
+    labels = torch.cat([gradients.labels_of(one, 1) for one in seen])
+    return every(adversary, found, labels), labels
 
 
 def cosine_tv(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
-    head, labels = adversary.holdings.head, torch.stack([gradients.labels_of(one, 1) for one in seen])
+    head, labels = adversary.holdings.stepped, torch.stack([gradients.labels_of(one, 1) for one in seen])
     start = adversary.starts(len(seen), 1, *adversary.holdings.image_shape)
     found, _ = gradients.invert(lambda x, y: gradients.gradient(head, x, y), stacked(seen), labels, start,
-                                adversary.budget.iterations, 1e-2, not adversary.holdings.split)
-    return every(adversary, found.squeeze(2)), labels.squeeze(1)
+                                adversary.budget.iterations, adversary.smooth(1e-2),
+                                not adversary.holdings.split)
+    return every(adversary, found.squeeze(2), labels.squeeze(1)), labels.squeeze(1)
 
 
 def analytic(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
-    head, shape = adversary.holdings.head, adversary.holdings.image_shape
+    head, shape = adversary.holdings.stepped, adversary.holdings.image_shape
     place = next(i for i, part in enumerate(head.features) if isinstance(part, nn.Linear))
     recovered = torch.stack([gradients.dense_input(one, f"features.{place}") for one in seen])
     found, _ = gradients.from_features(head.features[:place], recovered, adversary.starts(len(seen), *shape),
-                                       adversary.budget.iterations, 1e-4, not adversary.holdings.split)
-    return every(adversary, found), torch.cat([gradients.labels_of(one, 1) for one in seen])
+                                       adversary.budget.iterations, adversary.smooth(1e-4),
+                                       not adversary.holdings.split, lr=0.1)
+    labels = torch.cat([gradients.labels_of(one, 1) for one in seen])
+    return every(adversary, found, labels), labels
 
 
 def update(adversary: Adversary, seen: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
     """The inversion of ``together``."""
-    head, lr, batch = adversary.holdings.head, adversary.budget.lr, -(-count // steps)
+    head, lr, batch = adversary.holdings.stepped, adversary.budget.lr, -(-count // steps)
     labels = gradients.labels_of(seen[0], count, min(steps, count))
     start = adversary.starts(1, count, *adversary.holdings.image_shape)
     found, _ = gradients.invert(lambda x, y: gradients.epoch_update(head, x, y, lr, batch), stacked(seen),
-                                labels[None], start, adversary.budget.iterations, 1e-2,
+                                labels[None], start, adversary.budget.iterations, adversary.smooth(1e-2),
                                 not adversary.holdings.split)
-    return every(adversary, found.squeeze(1)), labels
+    return every(adversary, found.squeeze(1), labels), labels
 
 
 def latents(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
@@ -164,7 +178,8 @@ def latents(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
 
 
 def decode_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    return adversary.latents_to_images(learnt.latent_decoder)(z)[None], label_of_latent(adversary, z)
+    labels = label_of_latent(adversary, z)
+    return adversary.latents_to_images(learnt.latent_decoder, labels)(z)[None], labels
 
 
 def optimise_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -175,14 +190,25 @@ def optimise_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor
     return found, label_of_latent(adversary, z)
 
 
+def likelihood_of_latent(adversary: Adversary, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """``log q(z|x)`` of each of ``M`` candidates, up to a constant, ``N x M``; without noise, minus half the
+    squared distance of their latents."""
+    mu, logvar = adversary.posterior(candidates)
+    labels = label_of_latent(adversary, z)
+    z, mu, logvar = (value.double() for value in (z, mu, torch.zeros_like(mu) if logvar is None else logvar))
+    weight = (-logvar).exp()   # sum (z - mu)^2 / sigma^2 as products, so that nothing is N x M x D
+    distance = z.square() @ weight.T - 2 * z @ (mu * weight).T + (mu.square() * weight + logvar).sum(1)
+    return -0.5 * distance, labels
+
+
 def label_of_latent(adversary: Adversary, z: Tensor) -> Tensor:
     """What the head says of it."""
     return adversary.holdings.head(as_image(z, adversary.holdings.image_shape)).argmax(1)
 
 
-def every(adversary: Adversary, inputs: Tensor) -> Tensor:
+def every(adversary: Adversary, inputs: Tensor, labels: Tensor) -> Tensor:
     """``images_of`` over restarts."""
-    return torch.stack([adversary.images_of(one) for one in inputs])
+    return torch.stack([adversary.images_of(one, labels) for one in inputs])
 
 
 def scores(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
@@ -203,14 +229,21 @@ def decode_scores(adversary: Adversary, seen: Tensor, count: int) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack: ``observe`` is None for a class attack, which sees nothing of single images; ``unordered``
-    where what is observed says nothing of the images' order, so that scoring matches found with true ones."""
+    """One attack.
+
+    Attributes:
+        observe: None for a class attack, which sees nothing of single images.
+        unordered: what is observed says nothing of the images' order; scoring matches found and true ones.
+        chooses: it has candidates in hand, the true image among them, and says how likely each is, ``N x M``,
+            instead of making an image.
+    """
 
     solve: Callable
     observe: Callable | None
     adversaries: tuple[str, ...]
     source: str
     unordered: bool = False
+    chooses: bool = False
 
 
 KNOW_MODEL = ("curious_server", "stolen_model", "curious_client")
@@ -227,6 +260,8 @@ ATTACKS = {
     "epoch": Attack(partial(update, steps=2), partial(together, steps=2), ("curious_server",),
                     "a local epoch simulated, after Geiping et al.", unordered=True),
     "latent_decoder": Attack(decode_latent, latents, ("stolen_model",), "decoder trained on public images"),
+    "latent_likelihood": Attack(likelihood_of_latent, latents, ("stolen_model",),
+                                "which of up to 500 candidates: the largest log q(z|x)", chooses=True),
     "latent_search": Attack(optimise_latent, latents, ("stolen_model",), "Mahendran and Vedaldi 2015"),
     "score_decoder": Attack(decode_scores, scores, ("prediction_api",), "Yang et al. 2019, arXiv 1902.08552"),
 }

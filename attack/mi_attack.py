@@ -52,6 +52,8 @@ def make_parser() -> Parser:
     add(group, "--public", default="unowned",
         help="what adversaries train on: `unowned`, the run's images that no client has, or another data "
              "set's NAME, of the same shape")
+    add(group, "--public_images", type=int, default=10_000, within=(200, huge),
+        help="of those at most, in what an adversary trains on them")
     add(group, "--seed", type=int, default=1, within=(0, 2**31 - 1), help="decides every random draw")
     add(group, "--overwrite", action="store_true", help="forget what an earlier attack on this run found")
     for name, where in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):

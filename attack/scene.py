@@ -15,7 +15,8 @@ COLUMNS = ["adversary", "attack", "round", "client", "label", "image", "restart"
            "label_match", "evaluator_correct", "nearest_rank", "control"]
 UNIT = COLUMNS[:4]
 FIGURES = COLUMNS[7:13]
-PUBLIC = 10_000   # public images used at most
+PUBLIC = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # what would do as --public
+ENOUGH = 200      # public images; fewer are not worth training on
 POOL = 500        # of a client's images that a reconstruction is ranked among
 
 
@@ -25,7 +26,9 @@ class Scene:
     def __init__(self, run: Run, args: Namespace):
         self.run, self.args = run, args
         self.train, self.test = run.owned()
-        self.public, self.public_labels = self._public()
+        self.public_data = self._public()
+        self.public, self.public_labels = (part[:args.public_images] for part in self.public_data)
+        self.public = as_floats(self.public)
         self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, 0.1, args.scores)
         seed_torch(args.seed, "evaluator")
         unseen = torch.from_numpy(np.concatenate(self.test))
@@ -39,8 +42,8 @@ class Scene:
     def labels(self, index: Tensor) -> Tensor:
         return torch.from_numpy(self.run.data.labels[index.numpy()])
 
-    def _public(self) -> tuple[Tensor, Tensor]:
-        """Images that no client has: not its training images, and not its held-out ones."""
+    def _public(self) -> tuple[np.ndarray, Tensor]:
+        """Images that no client has, neither to train nor to test on, in random order: uint8, and labels."""
         data, name = self.run.data, self.args.public
         if name == "unowned":
             index = np.setdiff1d(np.arange(len(data.labels)), np.concatenate([*self.train, *self.test]))
@@ -53,11 +56,20 @@ class Scene:
             ours = {image.tobytes() for image in data.images}
             apart = np.array([image.tobytes() not in ours for image in other.images])
             images, labels = other.images[apart], other.labels[apart]
-        if len(labels) < 200:
+        if len(labels) < ENOUGH:
+            other = PUBLIC.get(self.run.options["dataset"], "NAME")
+            shape = " x ".join(map(str, data.image_shape))
             raise InputError(f"--public {name}: only {len(labels)} images are not the clients' own; give "
-                             "--public another data set's NAME")
-        index = rng(self.args.seed, "public").permutation(len(labels))[:PUBLIC]
-        return as_floats(images[index]), torch.from_numpy(labels[index])
+                             f"--public {other}, or the NAME of another data set of {shape} images")
+        index = rng(self.args.seed, "public").permutation(len(labels))
+        return images[index], torch.from_numpy(labels[index])
+
+    def of_classes(self, classes: Tensor) -> Tensor:
+        """Public images of these classes alone, as an adversary would choose them who has seen the labels; of
+        all classes where they are too few."""
+        images, labels = self.public_data
+        chosen = torch.isin(labels, classes).nonzero().flatten()[:self.args.public_images]
+        return self.public if len(chosen) < ENOUGH else as_floats(images[chosen.numpy()])
 
     def about(self) -> str:
         """What the figures rest on."""
@@ -87,7 +99,7 @@ class Scene:
             seed_torch(run.options["seed"], "init")
             start = run.network()
             self.adversaries = {key: Adversary(holdings, query, start, self.public, self.public_labels,
-                                               run.options["kl_weight"] or 0.0, self.budget)}
+                                               self.of_classes, run.options["kl_weight"] or 0.0, self.budget)}
         return self.adversaries[key]
 
     def attack(self, who: str, how: str, round: int, client: int) -> list[dict]:
@@ -105,13 +117,20 @@ class Scene:
             image = own[:self.args.images]
             truth, labels = self.pixels(image), self.labels(image)
             seen = attack.observe(Victim(self.run, round, client), truth, labels, self.budget)
-            found, guessed = attack.solve(adversary, seen, len(image))
+            pool, target = self.pool(image, client)
+            if attack.chooses:
+                likely, guessed = attack.solve(adversary, seen, pool)
+                found = pool[likely.argmax(1)][None]
+                rank = scoring.rank_by(-likely, target)[None]
+            else:
+                found, guessed = attack.solve(adversary, seen, len(image))
             if attack.unordered:
                 found = torch.stack([scoring.assigned(one, truth) for one in found])
                 right = torch.equal(guessed, labels.sort().values)
                 guessed = labels if right else torch.full_like(labels, -1)
             match = (guessed == labels).expand(len(found), -1)
-            rank = torch.stack([self.rank(one, image, client) for one in found])
+            if not attack.chooses:
+                rank = torch.stack([scoring.rank_of(one, pool, target) for one in found])
             truth, image = truth.expand(len(found), *truth.shape), image.expand(len(found), -1)
         rows = []
         for restart in range(len(found)):
@@ -120,7 +139,7 @@ class Scene:
         controls = scoring.controls(self.public, self.public_labels, labels, truth[0])
         for name, images in controls.items():
             again = self.nearest(images[None], labels, client) if attack.observe is None else (
-                truth[:1], image[:1], self.rank(images, image[0], client)[None])
+                truth[:1], image[:1], scoring.rank_of(images, pool, target)[None])
             match = self.victims_label(round, client, images[None])[0] == labels
             rows += self.rows((who, how, round, client), images, again[0][0], labels, again[1][0], 0, match,
                               again[2][0], name)
@@ -146,12 +165,11 @@ class Scene:
         victim = Victim(self.run, round, client)
         return torch.stack([victim.answers(one, self.budget.draws, 10**9).argmax(1) for one in found])
 
-    def rank(self, found: Tensor, image: Tensor, client: int) -> Tensor:
-        """Where the true image stands among the client's own by distance from the reconstruction."""
+    def pool(self, image: Tensor, client: int) -> tuple[Tensor, Tensor]:
+        """The client's own images that true ones are ranked among, and which is which's: ``N x M`` bool."""
         others = torch.from_numpy(np.setdiff1d(self.train[client], image.numpy())[:POOL])
         pool = torch.cat([image, others])
-        target = pool[None, :] == image[:, None]
-        return scoring.rank_of(found, self.pixels(pool), target)
+        return self.pixels(pool), pool[None, :] == image[:, None]
 
     def nearest(self, found: Tensor, labels: Tensor, client: int) -> tuple[Tensor, Tensor, Tensor]:
         """For class attacks, ``R x P``: the client's nearest training image of the class, its number, and

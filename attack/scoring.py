@@ -41,7 +41,11 @@ def rank_of(found: Tensor, pool: Tensor, target: Tensor) -> Tensor:
     Args:
         target: ``N x M`` bool: which of the pool is (one of) the victim's.
     """
-    apart = distances(found, pool)
+    return rank_by(distances(found, pool), target)
+
+
+def rank_by(apart: Tensor, target: Tensor) -> Tensor:
+    """``rank_of`` by any measure of how far each of the pool is, ``N x M``."""
     nearest = apart.masked_fill(~target, torch.inf).min(1, keepdim=True).values
     return (apart < nearest).sum(1) + 1
 

@@ -44,7 +44,8 @@ class LeNet(nn.Module):
 def prove(name: str, head: nn.Module, solve, x: torch.Tensor, y: torch.Tensor, budget: attacks.Budget) -> str:
     """One line: median PSNR of the first choices, and how many labels were read off right."""
     started = time.perf_counter()
-    adversary = attacks.Adversary(Holdings(head.eval(), None, False, SHAPE), None, head, x, y, 0.0, budget)
+    holdings = Holdings(head.eval(), None, False, SHAPE, stepped=head)
+    adversary = attacks.Adversary(holdings, None, head, x, y, lambda _: x, 0.0, budget)
     seen = [gradients.gradient(head, x[i:i + 1], y[i:i + 1]) for i in range(len(x))]
     found, labels = solve(adversary, seen, len(x))
     psnr = scoring.likeness(found[0], x)["psnr"]

@@ -138,7 +138,8 @@ def test_a_batchs_gradient_gives_its_images_back():
     x[0, :, :4], x[1, :, :, :4] = 0.1, 0.9
     head, attack = Sigmoid(0.5), attacks.ATTACKS["batch"]
     budget = attacks.Budget(restarts=2, iterations=300, epochs=1, draws=1, lr=0.1, keep=1)
-    adversary = attacks.Adversary(Holdings(head, None, False, SHAPE), None, head, x, y, 0.0, budget)
+    holdings = Holdings(head, None, False, SHAPE, stepped=head)
+    adversary = attacks.Adversary(holdings, None, head, x, y, lambda _: x, 0.0, budget)
     found, labels = attack.solve(adversary, attack.observe(Client(head), x, y, budget), 2)
     assert labels.tolist() == [0, 2] and (psnr(scoring.assigned(found[0], x), x) > 20).all()
 

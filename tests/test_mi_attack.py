@@ -7,8 +7,9 @@ import threading
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from attack import mi_attack, scene
+from attack import access, mi_attack, scene
 from attack.attacks import ATTACKS
 
 QUICK = ["--images", 2, "--restarts", 2, "--iterations", 3, "--train_epochs", 1, "--draws", 2]
@@ -66,7 +67,7 @@ def expected(method):
     """What fits, by hand."""
     classes = {"mi_face", "mi_strong", "mi_prior"}
     steps = {"dlg", "cosine_tv", "analytic", "batch", "epoch"}
-    latent = {"latent_decoder", "latent_search"}
+    latent = {"latent_decoder", "latent_search", "latent_likelihood"}
     server = {"rve_pfl": classes | steps, "fedavg": classes | steps, "lg_fedavg": classes | steps,
               "local": set(), "fedper": set()}[method]
     stolen = classes | {"rve_pfl": {"mi_strong_mu"} | latent, "local": {"mi_strong_mu"} | latent,
@@ -87,7 +88,7 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, meth
         found = part[part["control"] == ""]
         count = 4 if ATTACKS[how].observe is None else 2   # the client's classes, or --images
         count = min(count, found.groupby("restart").size().max())
-        restarts = 1 if how in ("mi_face", "latent_decoder", "score_decoder") else 2
+        restarts = 1 if how in ("mi_face", "latent_decoder", "latent_likelihood", "score_decoder") else 2
         assert len(found) == count * restarts
         assert part["control"].value_counts().drop("").to_dict() == dict.fromkeys(
             ("grey", "noise", "class_mean", "nearest_public"), count)
@@ -238,3 +239,53 @@ def test_what_z_can_tell_stands_beside_the_attacks(trained, capsys):
     assert len(trained.csv("rve_pfl", "attack_latents.csv")) == 1
     assert trained.attack("lg_fedavg", *quick, "--overwrite") == 0   # no noise: nothing to say
     assert not (path.parent.parent / "lg_fedavg" / path.name).exists()
+
+
+def median_psnr(trained, run, how):
+    table = trained.csv(run)
+    first = table[(table["attack"] == how) & (table["control"] == "") & (table["restart"] == 0)]
+    return first["psnr"].median()
+
+
+def test_gradients_of_a_trained_run_give_its_images_away(trained):
+    """Victim and server at the same weights: at others, as the upload's, it ends at 12 dB."""
+    flags = ("--adversary", "curious_server", "--attack", "analytic", "--images", 6, "--iterations", 300)
+    assert trained.attack("fedavg", "--overwrite", "--rounds", 1, *flags) == 0
+    assert median_psnr(trained, "fedavg", "analytic") > 25
+    assert (trained.csv("fedavg")["label_match"] == 1)[:6].all()
+
+
+def test_a_candidate_is_identified_by_its_latent(trained):
+    flags = ("--adversary", "stolen_model", "--attack", "latent_likelihood", "--images", 8)
+    for run in ("rve_pfl", "lg_fedavg"):
+        assert trained.attack(run, "--overwrite", *flags) == 0
+        table = trained.csv(run)
+        found = table[table["control"] == ""]
+        assert (found["nearest_rank"] == 1).all() and (found["psnr"] == 100).all()
+        assert (table.query("control == 'noise'")["nearest_rank"] > 1).mean() > 0.5   # a guess is not
+
+
+@pytest.mark.parametrize("method, flags", [
+    ("nbafl", ("--epsilon", 0.5)), ("client_dp", ("--noise_multiplier", 1, "--clip", 0.01))])
+def test_who_steals_a_protected_client_has_what_it_trained(trained, method, flags):
+    """Before the clip and the noise that its upload got."""
+    place = trained.place
+    assert place.main("--method", method, "--run_name", method, "--rounds", 1, *flags, "--overwrite") == 0
+    run = mi_attack.open_run(method, *(place.folder / name for name in ("results", "models", "data")))
+    upload = run.shared(1)["uploads"][0]
+    private = torch.load(run.file(1, "client_0.pt"), weights_only=True)
+    stolen = access.hold(run, "stolen_model", 1, 0).head.state_dict()
+    server = access.hold(run, "curious_server", 1, 0)
+    for name, value in stolen.items():
+        assert torch.equal(value, private["own"][f"classifier.{name}"])
+        assert torch.equal(server.head.state_dict()[name], upload[f"classifier.{name}"])
+    weight = "output.weight"
+    assert not torch.allclose(stolen[weight], server.head.state_dict()[weight], atol=1e-3)
+    clients = pd.read_csv(place.folder / "results" / method / "clients.csv")
+    trained_loss = clients.query("client == 0 and stage == 'trained' and split == 'test'")["loss"].item()
+    with np.load(run.results / "partition.npz") as parts:
+        images = scene.as_floats(run.data.images[parts["test_0"]])
+        labels = torch.from_numpy(run.data.labels[parts["test_0"]])
+    victim = access.Victim(run, 1, 0)
+    loss = -victim.answers(images, 1, 10**9).log().gather(1, labels[:, None]).mean().item()
+    assert loss == pytest.approx(trained_loss, rel=0.02)
