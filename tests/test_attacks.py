@@ -220,6 +220,23 @@ def test_answers_average_probabilities_over_draws():
     torch.testing.assert_close(found, each.mean(0))
 
 
+@pytest.mark.parametrize("kind", [VariationalEncoder, Encoder])
+def test_the_likelihood_of_a_candidate_is_that_of_its_posterior(kind):
+    head = Classifier(SHAPE, 4).eval()
+    encoder = (kind(SHAPE, 1.0) if kind is VariationalEncoder else kind(SHAPE)).eval()
+    view, candidates = Holdings(head, encoder, True, SHAPE), images(5)
+    adversary = attacks.Adversary(view, None, head, candidates, None, None, 0.0, None)
+    with torch.no_grad():
+        z = view.sample(candidates[:3])
+        found, labels = attacks.likelihood_of_latent(adversary, z, candidates)
+        mu, logvar = view.posterior(candidates)
+        sigma = torch.ones_like(mu) if logvar is None else (0.5 * logvar).exp()
+        expected = torch.distributions.Normal(mu, sigma).log_prob(z[:, None]).sum(2)
+        assert torch.equal(labels, head(as_image(z, SHAPE)).argmax(1))
+    found, expected = ((value - value[:, :1]).float() for value in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
 def test_likeness_is_what_others_compute():
     from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
     psnr, ssim = PeakSignalNoiseRatio(data_range=1.0), StructuralSimilarityIndexMeasure(data_range=1.0)
