@@ -3,7 +3,8 @@
 *Image* attacks observe something of single images; the strongest has the highest SSIM, and its leakage is
 that minus the best control's, mostly ``nearest_public``: the public image nearest the truth, which only a
 lucky guesser would pick. Over 0 it shows what no public image shows. Under 0 it may still tell which image it
-was: the true image's mean rank among the client's says so, where it is under every control's.
+was: the true image's mean rank among the client's says so, where it is under every control's. That rank is
+the lowest that any image attack reached, those included that choose among candidates and make no image.
 
 *Class* attacks observe none, they draw a class; the strongest is recognised most often by the independent
 evaluator. It stands beside grey and noise, what a blank picture gets by chance, and not beside ``class_mean``
@@ -36,7 +37,7 @@ BLANK = ("grey", "noise")
 CONTROLS = (*BLANK, "class_mean", "nearest_public")
 KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK)}   # judged by, beside which
 FOUND = ["adversary", "round", "kind", "attack", "n", "score", "low", "high", "control", "control_score",
-         "leakage", "psnr", "rank", "control_rank", "budget"]
+         "leakage", "psnr", "rank_attack", "rank", "control_rank", "budget"]
 NONE = pd.DataFrame(columns=FOUND)
 WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]
 MARKERS = dict(zip(ADVERSARIES, itertools.cycle("osD^vP")))   # noqa: B905 - a cycle is endless
@@ -78,15 +79,20 @@ def condense(table: pd.DataFrame) -> pd.DataFrame:
                                                                           sort=False):
         judge, controls = KINDS[kind]
         own = part[part["control"] == ""]
-        best = own.loc[own[judge].idxmax()]
+        made = own[[not ATTACKS[name].chooses for name in own["attack"]]]
+        best = made if len(made) else own
+        best = best.loc[best[judge].idxmax()]
+        lowest = own["nearest_rank"].min()
+        nearest = best if best["nearest_rank"] == lowest else own.loc[own["nearest_rank"].idxmin()]
         beside = part[(part["attack"] == best["attack"]) & part["control"].isin(controls)]
+        guesses = part[(part["attack"] == nearest["attack"]) & part["control"].isin(controls)]
         control = beside.loc[beside[judge].idxmax()]
         rows.append({"adversary": adversary, "round": int(round), "kind": kind, "attack": best["attack"],
                      "n": int(best["n"]), "score": best[judge], "low": best[f"{judge}_low"],
                      "high": best[f"{judge}_high"], "control": control["control"],
                      "control_score": control[judge], "leakage": best[judge] - control[judge],
-                     "psnr": best["psnr"], "rank": best["nearest_rank"],
-                     "control_rank": beside["nearest_rank"].min()})
+                     "psnr": best["psnr"], "rank_attack": nearest["attack"], "rank": nearest["nearest_rank"],
+                     "control_rank": guesses["nearest_rank"].min()})
     return pd.DataFrame(rows)
 
 

@@ -41,7 +41,8 @@ def main() -> None:
     client(axes, 3.0, 1)
     client(axes, 1.0, "K")
     axes.text(3.7, 2.75, "...", fontsize=14, ha="center", va="center")
-    box(axes, 9.3, 2.05, 2.4, 1.4, "server\nmean of the uploaded\nheads, weighed by size\nand by trust", SERVER)
+    box(axes, 9.3, 2.05, 2.4, 1.4, "server\nmean of the uploaded\nheads, weighed by size\nand by trust",
+        SERVER)
     for y, end in [(3.65, 3.0), (1.65, 2.5)]:
         arrow(axes, (7.15, y), (9.3, end), style="<|-|>")
     axes.text(8.3, 3.72, "head: sent and\nuploaded, each round", fontsize=8, ha="center", va="center")

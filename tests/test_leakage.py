@@ -88,6 +88,15 @@ def test_the_strongest_attack_beside_the_best_control():
     assert found.loc[("prediction_api", 2, "image"), "leakage"] == pytest.approx(-0.4)
 
 
+def test_who_chooses_a_candidate_counts_by_rank_and_not_as_a_picture():
+    chosen = {("stolen_model", "latent_likelihood", 2): [(1.0, 1), (0.0, 0), (0.1, 0), (0.2, 1), (0.3, 1)]}
+    table = pd.DataFrame(lines({**LAST, **chosen}))
+    table.loc[(table["attack"] == "latent_likelihood") & (table["control"] == ""), "nearest_rank"] = 1
+    image = leakage.condense(table).set_index(["adversary", "kind"]).loc[("stolen_model", "image")]
+    assert (image["attack"], image["score"]) == ("latent_decoder", 0.6)
+    assert (image["rank_attack"], image["rank"], image["control_rank"]) == ("latent_likelihood", 1, 5)
+
+
 def test_the_worst_adversary_in_the_last_rounds():
     found = leakage.condense(pd.DataFrame(lines({**EARLY, **LAST})))
     row = leakage.worst(found)
