@@ -41,6 +41,7 @@ from utils import (
     keep_freed_memory,
     rng,
     seed_torch,
+    steady_output,
 )
 
 HELD_OUT = 0.1   # of a client's images for testing; under --validate, of the rest for validation
@@ -197,4 +198,5 @@ def federate(args: Namespace, client: Client, server: aggregation.Server, crowd:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with steady_output("RVE-PFL.py"):
+        sys.exit(main())

@@ -21,7 +21,7 @@ from files import write_whole
 from options import ROOT, Parser, args_parser, make_parser
 from page import FIGURES, page
 from runs import ASIDE, COLUMNS
-from utils import InputError
+from utils import InputError, steady_output
 
 # Options that say where and how, not what: they part no settings and stand in no command.
 ASIDE_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
@@ -177,4 +177,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with steady_output("report.py"):
+        sys.exit(main())

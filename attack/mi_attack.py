@@ -25,7 +25,7 @@ from attack.attacks import ATTACKS, unfit
 from attack.scene import COLUMNS, FIGURES, POOL, UNIT, Scene
 from files import write_whole
 from options import ROOT, Formatter, Parser
-from utils import InputError, Interrupted, Interrupts, keep_freed_memory, rng
+from utils import InputError, Interrupted, Interrupts, keep_freed_memory, rng, steady_output
 
 NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, not how: they may change
 
@@ -191,4 +191,5 @@ def summarise(rows: list[dict], draws: int = 1000) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with steady_output("mi_attack.py"):
+        sys.exit(main())
