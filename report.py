@@ -27,6 +27,7 @@ from utils import InputError, steady_output
 ASIDE_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
                  "overwrite", "checkpoint_seconds", "device", "stack", "eval_every"}
 BASIC = ("dataset", "method", "partition")   # on which the defaults of others depend
+ESCAPED = "backslashreplace"   # what becomes of bytes in a folder's name that are no letters
 STAGES = ("deployed", "trained")
 
 
@@ -163,8 +164,9 @@ def main(argv: list[str] | None = None) -> int:
         others = {name: run if isinstance(run, str) else run.unread for name, run in found.items()}
         others = {name: why for name, why in others.items() if why}
         text = page(table, runs, others)
-        write_whole(folder / "report.html", lambda file: file.write(text.encode()))
-        write_whole(folder / "summary.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+        write_whole(folder / "report.html", lambda file: file.write(text.encode(errors=ESCAPED)))
+        write_whole(folder / "summary.csv", lambda file: table.to_csv(
+            file, index=False, float_format="%.6g", errors=ESCAPED))
     except InputError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
