@@ -50,15 +50,16 @@ UNREAD = {"kl_weight": 0.0, "kl_warmup": 0, "init_logvar": None, "eval_samples":
 
 # What other programs call our options; suggested where a program has the option.
 SYNONYMS = {
-    "learning_rate": "lr", "eta": "lr", "batch_size": "local_bs", "bs": "local_bs", "local_epochs": "local_ep",
-    "epochs": "train_epochs", "comm_round": "rounds", "clients": "num_users", "num_clients": "num_users",
+    "learning_rate": "lr", "eta": "lr", "batch_size": "local_bs", "bs": "local_bs",
+    "local_epochs": "local_ep", "epochs": "train_epochs", "comm_round": "rounds",
+    "clients": "num_users", "num_clients": "num_users",
     "n_clients": "num_users", "users": "num_users", "fraction": "frac", "participation": "frac",
     "beta": "kl_weight", "max_grad_norm": "clip", "frac_malicious": "malicious_frac", "iid": "partition",
     "non_iid": "partition", "algorithm": "method", "optim": "optimizer", "gpu": "device", "cuda": "device",
     "dtype": "precision", "data": "dataset", "output_dir": "results_dir", "save_dir": "models_dir",
     "checkpoint_dir": "models_dir", "name": "run_name", "exp_name": "run_name", "run": "run_name",
 }
-ALIKE = 0.75   # of difflib's ratio: under it, what looks alike (--learning_rate, --tolerate) means another thing
+ALIKE = 0.75   # of difflib's ratio; what is less alike (--learning_rate, --tolerate) means something else
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):

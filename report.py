@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 import leakage
-from files import write_whole
+from files import remove_leftovers, write_whole
 from options import ROOT, Parser, args_parser, make_parser
 from page import FIGURES, page
 from runs import ASIDE, COLUMNS
@@ -158,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not folder.is_dir():
             raise InputError(f"--results_dir {folder}: no such folder")
+        for name in ("report.html", "summary.csv"):
+            remove_leftovers(folder, f"{name}.*")
         found = {path.name: read(path) for path in sorted(folder.iterdir()) if path.is_dir()}
         runs = [run for run in found.values() if isinstance(run, Finished)]
         table = summarise(runs)
