@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if None) and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args = args_parser(argv)
-    ranks = Ranks()
+    ranks = Ranks(args.rendezvous_seconds)
     again = "the same command with --resume" if not ranks.alone else shlex.join(
         ["python", "RVE-PFL.py", *(a for a in argv if a not in ("--overwrite", "--resume")), "--resume"])
     lost = f"another process of this run died, or torchrun was stopped; to go on: {again}"

@@ -220,6 +220,8 @@ def make_parser() -> Parser:
         help="rounds whose checkpoints are kept for good, besides the latest")
     add(run, "--checkpoint_seconds", type=float, default=60.0, within=(0, huge),
         help="save for --resume at most this often")
+    add(run, "--rendezvous_seconds", type=float, default=300.0, within=(0, huge),
+        help="how long the processes of torchrun wait for one another at the start")
     add(run, "--resume", action="store_true", help="go on with an unfinished run")
     add(run, "--overwrite", action="store_true", help="delete an earlier run of this name")
     return parser

@@ -25,7 +25,7 @@ from utils import InputError, steady_output
 
 # Options that say where and how, not what: they part no settings and stand in no command.
 ASIDE_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
-                 "overwrite", "checkpoint_seconds", "device", "stack", "eval_every"}
+                 "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack", "eval_every"}
 BASIC = ("dataset", "method", "partition")   # on which the defaults of others depend
 ESCAPED = "backslashreplace"   # what becomes of bytes in a folder's name that are no letters
 STAGES = ("deployed", "trained")

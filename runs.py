@@ -39,7 +39,8 @@ COLUMNS = {
 # What an evaluation is on, by protocol; CSVs and pictures say so.
 ASIDE = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
 # Options that do not change a run's numbers, and so may differ when it is resumed.
-FREE = {"resume", "overwrite", "checkpoint_seconds", "save_rounds", "data_dir", "results_dir", "models_dir"}
+FREE = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "data_dir",
+        "results_dir", "models_dir"}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What every part needs and no method owns: a user's error, seeding, device, precision, signals."""
+"""What every part needs and no method owns: a user's error, seeding, device, precision, signals, output."""
 import ctypes
 import errno
 import hashlib
