@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,10 +34,13 @@ def run_program(tmp_path_factory, make_place, tiny_arrays):
                              *["--attack", "mi_face", "--adversary", "curious_server", "--iterations", "2"]],
             "report.py": ["report.py"]}[name]
         (folder / MADE[name]).unlink(missing_ok=True)
+        half = (folder / MADE[name]).with_name(f".{Path(MADE[name]).name}.{2**40}.tmp")
+        half.write_text("a killed process's")
         process = subprocess.run(
             ["bash", "-c", f'"$@" {shell}', "bash", sys.executable, *words, "--results_dir", folder],
             stderr=subprocess.PIPE, cwd=ROOT, timeout=240, **popen)
         assert process.returncode == 0 and (folder / MADE[name]).exists(), process.stderr
+        assert not half.exists()
         assert json.loads((folder / "run" / "config.json").read_text())["status"] == "finished"
         return process
     return run
