@@ -41,6 +41,7 @@ from utils import (
     keep_freed_memory,
     rng,
     seed_torch,
+    steady_output,
 )
 
 HELD_OUT = 0.1   # of a client's images for testing; under --validate, of the rest for validation
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if None) and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args = args_parser(argv)
-    ranks = Ranks()
+    ranks = Ranks(args.rendezvous_seconds)
     again = "the same command with --resume" if not ranks.alone else shlex.join(
         ["python", "RVE-PFL.py", *(a for a in argv if a not in ("--overwrite", "--resume")), "--resume"])
     lost = f"another process of this run died, or torchrun was stopped; to go on: {again}"
@@ -197,4 +198,5 @@ def federate(args: Namespace, client: Client, server: aggregation.Server, crowd:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with steady_output("RVE-PFL.py"):
+        sys.exit(main())

@@ -28,6 +28,28 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Delete what ``write_whole`` of a killed process left of files whose names fit the pattern ``names``.
+
+    Where no lock says that nobody else writes there: a process that still lives is left its files.
+    """
+    for path in folder.glob(f".{names}.tmp"):
+        owner = path.name.split(".")[-2]
+        if owner.isdecimal() and not _lives(int(owner)):
+            path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether another process has this number; our own is no writer's yet."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:   # somebody else's
+        return True
+    return pid != os.getpid()
+
+
 def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:
     """Add rows to a CSV, all of them or, on an error, none; NaN is an empty field.
 

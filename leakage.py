@@ -15,18 +15,13 @@ import itertools
 import json
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.lines import Line2D
-from matplotlib.transforms import ScaledTranslation
 
 from attack.access import ADVERSARIES
 from attack.attacks import ATTACKS
 from options import METHODS
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+from plots import matplotlib, plt
 
 KEY = ["adversary", "attack", "round", "control"]
 # attack/scene.py's, whose import takes seconds; a test compares them.
@@ -147,7 +142,8 @@ def picture(rows: pd.DataFrame, kind: str, x: str) -> plt.Figure:
     for (_, adversary, method), part in rows.groupby(["run", "adversary", "method"], sort=False):
         # The adversaries of a run stand at one accuracy: side by side they can be told apart.
         aside = 4 * (list(MARKERS).index(adversary) - 1.5) if x == "accuracy" else 0
-        place = axes.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+        moved = matplotlib.transforms.ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+        place = axes.transData + moved
         look = {"color": COLOURS[method], "transform": place}
         axes.vlines(part[x], part["bottom"], part["top"], alpha=0.25, **look)
         axes.plot(part[x], part[y], marker=MARKERS[adversary], linewidth=1, markeredgecolor="white",
@@ -186,11 +182,11 @@ def _betas(axes: plt.Axes, rows: pd.DataFrame, y: str, x: str) -> None:
 
 def _legend(figure: plt.Figure, rows: pd.DataFrame, kind: str) -> None:
     """Below the axes: what shapes, colours and rings mean."""
-    shapes = [Line2D([], [], linestyle="", marker=mark, color="dimgrey", label=name.replace("_", " "))
+    shapes = [plt.Line2D([], [], linestyle="", marker=mark, color="dimgrey", label=name.replace("_", " "))
               for name, mark in MARKERS.items() if name in set(rows["adversary"])]
-    colours = [Line2D([], [], linewidth=5, color=colour, label=name)
+    colours = [plt.Line2D([], [], linewidth=5, color=colour, label=name)
                for name, colour in COLOURS.items() if name in set(rows["method"])]
-    ring = [Line2D([], [], linestyle="", marker="o", markersize=11, markerfacecolor="none",
+    ring = [plt.Line2D([], [], linestyle="", marker="o", markersize=11, markerfacecolor="none",
                    markeredgecolor="black", label="rank under every control's")]
     ring *= int(kind == "image" and (rows["rank"] < rows["control_rank"]).any())
     figure.legend(handles=[*shapes, *colours, *ring], loc="outside lower center", ncols=3, fontsize=8.5)

@@ -48,6 +48,20 @@ UNREAD = {"kl_weight": 0.0, "kl_warmup": 0, "init_logvar": None, "eval_samples":
           "aggregation": "mean"}
 
 
+# What other programs call our options; suggested where a program has the option.
+SYNONYMS = {
+    "learning_rate": "lr", "eta": "lr", "batch_size": "local_bs", "bs": "local_bs",
+    "local_epochs": "local_ep", "epochs": "train_epochs", "comm_round": "rounds",
+    "clients": "num_users", "num_clients": "num_users",
+    "n_clients": "num_users", "users": "num_users", "fraction": "frac", "participation": "frac",
+    "beta": "kl_weight", "max_grad_norm": "clip", "frac_malicious": "malicious_frac", "iid": "partition",
+    "non_iid": "partition", "algorithm": "method", "optim": "optimizer", "gpu": "device", "cuda": "device",
+    "dtype": "precision", "data": "dataset", "output_dir": "results_dir", "save_dir": "models_dir",
+    "checkpoint_dir": "models_dir", "name": "run_name", "exp_name": "run_name", "run": "run_name",
+}
+ALIKE = 0.75   # of difflib's ratio; what is less alike (--learning_rate, --tolerate) means something else
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but for those that say nothing."""
 
@@ -76,8 +90,8 @@ class Parser(argparse.ArgumentParser):
         """Parse, suggest a name for an unknown flag, check ranges and choices."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
-            self.error(f"unknown argument {unknown[0]}" + (f" (did you mean {near[0]}?)" if near else ""))
+            near = self._suggestion(unknown[0])
+            self.error(f"unknown argument {unknown[0]}" + (f" (did you mean --{near}?)" if near else ""))
         for action in self._actions:
             value, flag = getattr(args, action.dest, None), action.option_strings[0]
             for one in value if isinstance(value, list) else [value]:
@@ -87,6 +101,16 @@ class Parser(argparse.ArgumentParser):
                 if action.choices and one is not None and one not in action.choices:
                     self.error(f"{flag} {one}: choose from {', '.join(map(str, action.choices))}")
         return args
+
+    def _suggestion(self, flag: str) -> str | None:
+        """The option that an unknown flag most likely means: by meaning, else by spelling, if any."""
+        if not flag.startswith("-"):
+            return None
+        name = flag.split("=")[0].strip("-").replace("-", "_").lower()
+        ours = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        if name not in ours and SYNONYMS.get(name) in ours:
+            return SYNONYMS[name]
+        return next(iter(difflib.get_close_matches(name, ours, 1, ALIKE)), None)
 
 
 def make_parser() -> Parser:
@@ -196,6 +220,8 @@ def make_parser() -> Parser:
         help="rounds whose checkpoints are kept for good, besides the latest")
     add(run, "--checkpoint_seconds", type=float, default=60.0, within=(0, huge),
         help="save for --resume at most this often")
+    add(run, "--rendezvous_seconds", type=float, default=300.0, within=(0, huge),
+        help="how long the processes of torchrun wait for one another at the start")
     add(run, "--resume", action="store_true", help="go on with an unfinished run")
     add(run, "--overwrite", action="store_true", help="delete an earlier run of this name")
     return parser

@@ -3,13 +3,10 @@ import base64
 import html
 import io
 
-import matplotlib
 import pandas as pd
 
 import leakage
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+from plots import matplotlib, plt
 
 FIGURES = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "f1": "macro F1", "kl_nats": "KL, nats"}
 STYLE = """

@@ -1,11 +1,15 @@
 """The pictures of a run: who owns which classes, how it learnt, and whom the server trusted."""
+import logging
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 
 from files import write_whole
+
+# Every module that draws takes them from here. A home where it cannot keep its cache is no matter.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+import matplotlib  # noqa: E402 - after that
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen

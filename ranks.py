@@ -9,6 +9,9 @@ gloo, whatever device trains.
 """
 import datetime
 import os
+import socket
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -19,6 +22,7 @@ from utils import InputError
 
 T = TypeVar("T")
 DAY = datetime.timedelta(days=1)   # ranks may wait long for one another; one that died is noticed at once
+SILENCE = 10   # seconds of waiting for the first meeting that need no word
 
 
 class PeerLost(Exception):
@@ -31,26 +35,61 @@ class Ranks:
     Reads torchrun's environment: without it, a run is one process and nothing is exchanged. Use it as a
     context manager, and ``speaks`` to have one process, whichever is first, tell the user how it ended.
 
+    Args:
+        patience: seconds within which all must have met.
+
     Raises (every exchange):
         PeerLost: a process of the run has died.
     """
 
-    def __init__(self):
+    def __init__(self, patience: float = 300):
+        self.patience, self.store = patience, None
         self.rank, self.size = (int(os.environ.get(name, default))
                                 for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         self.alone, self.first = self.size == 1, self.rank == 0
 
     def __enter__(self) -> "Ranks":
         if not self.alone:
+            me = f"rank {self.rank} of {self.size}"
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             try:
-                dist.init_process_group("gloo", timeout=DAY)
-            except (RuntimeError, ValueError) as error:
-                raise InputError(f"rank {self.rank} of {self.size} did not reach the others at "
-                                 f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-                                 f"({str(error).splitlines()[0]}); check torchrun's --master-addr and "
-                                 "--master-port") from error
-            self.store = dist.distributed_c10d._get_default_store()
+                self._meet(f"{me} waits for the others at {place}")
+                dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size,
+                                        timeout=DAY)
+            except (OSError, RuntimeError, ValueError, KeyError) as error:
+                raise InputError(f"{me} did not reach the others at {place} ({str(error).splitlines()[0]}); "
+                                 "check torchrun's --master-addr and --master-port, or wait longer with "
+                                 "--rendezvous_seconds") from error
         return self
+
+    def _meet(self, waiting: str) -> None:
+        """Return once all ranks are there; left to itself PyTorch would wait mutely, and deaf to Ctrl-C."""
+        began, said = time.monotonic(), False
+        while missing := self._missing():
+            waited = time.monotonic() - began
+            if waited >= self.patience:
+                raise TimeoutError(f"{missing}, after {waited:.0f} s")
+            if waited >= SILENCE and not said:
+                said = True
+                print(f"{waiting} ({missing}), up to {self.patience:g} s", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+
+    def _missing(self) -> str:
+        """What keeps the ranks from having met; nothing once they have."""
+        if self.store is None:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            # As PyTorch's env:// has it: the first rank is the server, if torchrun itself is not.
+            serves = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            if not serves:   # PyTorch would print its stack where nobody answers
+                try:
+                    socket.create_connection((address, port), timeout=5).close()
+                except OSError as error:
+                    return error.strerror or str(error)
+            self.store = dist.TCPStore(address, port, self.size, serves, wait_for_workers=False)
+            self.store.set_timeout(DAY)
+            self.store.set(f"rank {self.rank}", "is here")
+        names = (f"rank {k}" for k in range(self.size))
+        return next((f"{name} is not there" for name in names if not self.store.check([name])), "")
 
     def __exit__(self, kind: type | None, *_) -> None:
         if not self.alone and kind is None:
@@ -88,7 +127,7 @@ class Ranks:
         """True on one rank, the first to ask: the one that tells the user how the run ended."""
         try:
             return self.alone or self.store.add("said", 1) == 1
-        except (AttributeError, RuntimeError):   # the ranks never met, or torchrun is gone
+        except (AttributeError, RuntimeError):   # this rank met nobody, or torchrun is gone
             return True
 
     @staticmethod

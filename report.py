@@ -17,16 +17,17 @@ from pathlib import Path
 import pandas as pd
 
 import leakage
-from files import write_whole
+from files import remove_leftovers, write_whole
 from options import ROOT, Parser, args_parser, make_parser
 from page import FIGURES, page
 from runs import ASIDE, COLUMNS
-from utils import InputError
+from utils import InputError, steady_output
 
 # Options that say where and how, not what: they part no settings and stand in no command.
 ASIDE_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
-                 "overwrite", "checkpoint_seconds", "device", "stack", "eval_every"}
+                 "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack", "eval_every"}
 BASIC = ("dataset", "method", "partition")   # on which the defaults of others depend
+ESCAPED = "backslashreplace"   # what becomes of bytes in a folder's name that are no letters
 STAGES = ("deployed", "trained")
 
 
@@ -157,14 +158,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not folder.is_dir():
             raise InputError(f"--results_dir {folder}: no such folder")
+        for name in ("report.html", "summary.csv"):
+            remove_leftovers(folder, f"{name}.*")
         found = {path.name: read(path) for path in sorted(folder.iterdir()) if path.is_dir()}
         runs = [run for run in found.values() if isinstance(run, Finished)]
         table = summarise(runs)
         others = {name: run if isinstance(run, str) else run.unread for name, run in found.items()}
         others = {name: why for name, why in others.items() if why}
         text = page(table, runs, others)
-        write_whole(folder / "report.html", lambda file: file.write(text.encode()))
-        write_whole(folder / "summary.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+        write_whole(folder / "report.html", lambda file: file.write(text.encode(errors=ESCAPED)))
+        write_whole(folder / "summary.csv", lambda file: table.to_csv(
+            file, index=False, float_format="%.6g", errors=ESCAPED))
     except InputError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
@@ -177,4 +181,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with steady_output("report.py"):
+        sys.exit(main())

@@ -6,13 +6,15 @@ resuming cuts them there and computes the rest again, to the same bytes on a CPU
 """
 import fcntl
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -37,7 +39,8 @@ COLUMNS = {
 # What an evaluation is on, by protocol; CSVs and pictures say so.
 ASIDE = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
 # Options that do not change a run's numbers, and so may differ when it is resumed.
-FREE = {"resume", "overwrite", "checkpoint_seconds", "save_rounds", "data_dir", "results_dir", "models_dir"}
+FREE = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "data_dir",
+        "results_dir", "models_dir"}
 
 
 @dataclass
@@ -65,40 +68,61 @@ def open_run(config: dict, initial: Private, head: State, ranks: Ranks) -> Itera
     Raises:
         InputError: the folders are in use, belong to an earlier or foreign run, or are damaged.
     """
-    results = Path(config["options"]["results_dir"]) / config["options"]["run_name"]
-    results.mkdir(parents=True, exist_ok=True)
-    with open(results / ".lock", "w") as lock:
-        try:
-            if ranks.first:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"run {results.name} is being written by another process; wait for it, or "
-                             "give this one another --run_name") from error
-        run = Run(config, initial, head, ranks)
+    with ExitStack() as held:
+        owner = _lock(config["options"], held) if ranks.first else None
+        run = Run(config, initial, head, ranks, owner)
         with run.bar:
             yield run
+
+
+def _lock(options: dict, held: ExitStack) -> BinaryIO:
+    """Take both folders of a run, until ``held`` closes; the file in which checkpoints say whose they are.
+
+    Two runs may share the one and not the other. The file is the lock in the checkpoints' folder.
+    """
+    results, models = (Path(options[name]) / options["run_name"] for name in ("results_dir", "models_dir"))
+    for folder in (results, models):
+        for place in (folder, *folder.parents):
+            if place.is_symlink() and not place.exists():
+                raise InputError(f"{place} is a link to {place.readlink()}, which is not there; make that "
+                                 "folder, or remove the link")
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder is models and folder.samefile(results):   # held already
+            break
+        lock = held.enter_context((folder / ".lock").open("a+b"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder} is being written by another process; wait for it, or give this run "
+                             "another --run_name") from error
+    return lock
 
 
 class Run:
     """One run's folders; open them with ``open_run``.
 
     With several ranks each writes its own clients' checkpoints, and the first everything else, all into the
-    same folders. What every rank must do alike, the first decides.
+    same folders. What every rank must do alike, the first decides. Of the checkpoints' folder only what is
+    this program's is ever deleted: it may be a link to somewhere, or hold other things.
     """
 
-    def __init__(self, config: dict, initial: Private, head: State, ranks: Ranks):
+    def __init__(self, config: dict, initial: Private, head: State, ranks: Ranks, owner: BinaryIO | None):
         options, self.ranks = config["options"], ranks
         self.results = Path(options["results_dir"]) / options["run_name"]
         self.models = Path(options["models_dir"]) / options["run_name"]
         self.aside = ASIDE[config["protocol"]]
         self.config, self.rounds_kept = config, set(options["save_rounds"])
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
-        self.finished = ranks.share(ranks.first and self._admit(options["resume"], options["overwrite"]))
+        self.finished = ranks.share(
+            ranks.first and self._admit(options["resume"], options["overwrite"], owner))
         self.private = PrivateStore(self.models / ".private", initial)
         self.progress = Progress(0, head)
         if not self.finished:
             if ranks.first:
-                self._clear(self.models / ".private", *self.models.glob(".round_*"))
+                self._clear(*self._scraps())
+                owner.truncate(0)
+                owner.write(os.fsencode(self.results.resolve()))
+                owner.flush()
             self._restore()
         self.saved_round, self.saved_at = self.progress.round, time.monotonic()
         # In clients, so that the time left is known within a round too. No bar where nobody watches.
@@ -209,21 +233,30 @@ class Run:
         mark = {"resplit": ", RESPLIT: tested on images trained on", "validate": ", validation images"}
         return self.results.name + mark.get(self.config["protocol"], "")
 
-    def _admit(self, resume: bool, overwrite: bool) -> bool:
+    def _admit(self, resume: bool, overwrite: bool, owner: BinaryIO) -> bool:
         """Settle what becomes of an earlier run of this name; True if it is finished and was resumed."""
         name, path = self.results.name, self.results / "config.json"
+        owner.seek(0)
+        theirs = Path(os.fsdecode(owner.read()) or self.results)
+        other = (theirs / "config.json").exists() and not theirs.samefile(self.results)
+        if other and self._checkpoints() and not overwrite:
+            raise InputError(f"{self.models} holds the checkpoints of the run in {theirs}; give its "
+                             "--results_dir, or this run another --models_dir or --run_name, or use "
+                             "--overwrite to delete them")
         foreign = [p.name for p in self.results.iterdir() if not p.name.startswith(".")]
         if not path.exists():
             if foreign:
                 raise InputError(f"{self.results} holds {foreign[0]} but no config.json, so it is no run of "
                                  "this program; move it away or give another --run_name")
-            if any(self.models.glob("round_*")) and not overwrite:
+            if not overwrite and any(
+                    any(self.models.glob(name)) for name in ("round_*", ".round_*", ".private")):
                 raise InputError(f"{self.models} holds checkpoints, but {path} is gone; use --overwrite to "
                                  "delete them, or another --run_name")
-            self._clear(self.models)
+            self._clear(*self._checkpoints().values())
             return False
         if overwrite:
-            self._clear(*(p for p in self.results.iterdir() if p.name != ".lock"), self.models)
+            self._clear(*(p for p in self.results.iterdir() if p.name != ".lock"),
+                        *self._checkpoints().values())
             return False
         try:
             old = json.loads(path.read_text())
@@ -245,6 +278,11 @@ class Run:
         """Complete checkpoints by round."""
         names = {p.name.removeprefix("round_"): p for p in self.models.glob("round_*")}
         return {int(r): folder for r, folder in names.items() if r.isdecimal()}
+
+    def _scraps(self) -> list[Path]:
+        """What a killed process left half done. The lock says that no other trains here; one may attack."""
+        return [self.models / ".private", *self.models.glob(".round_*"), *self.models.glob(".*.tmp"),
+                *(p for p in self.results.glob(".*.tmp") if not p.name.startswith(".attack"))]
 
     def _restore(self) -> None:
         """Go back to the latest checkpoint, or to the start: cut the CSVs there and load what it holds."""
@@ -273,7 +311,7 @@ class Run:
     @staticmethod
     def _clear(*paths: Path) -> None:
         for path in paths:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():   # of a link, the link
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)

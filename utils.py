@@ -1,12 +1,16 @@
-"""What every part needs and no method owns: a user's error, seeding, device, precision, signals."""
+"""What every part needs and no method owns: a user's error, seeding, device, precision, signals, output."""
 import ctypes
+import errno
 import hashlib
 import os
 import platform
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -112,15 +116,71 @@ class Interrupts:
             raise Interrupted(self.pending)
 
 
+class Steady:
+    """A standard stream that never fails: what nobody can take any more is dropped, and the work goes on.
+
+    What the program says is also in its files, so a full disk behind standard output, or a reader who has
+    seen enough (``| head``), is no reason to lose a training. Letters that the stream's encoding lacks, or
+    bytes of a file name that are no letters, are shown as escapes.
+    """
+
+    def __init__(self, stream: TextIO | None, lost: str = ""):
+        # None: closed before we began.
+        self.stream, self.lost = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"), lost
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, operation, *arguments) -> None:
+        try:
+            operation(*arguments)
+        except OSError as error:
+            # What the stream still holds goes there too, when it is flushed or closed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.lost and error.errno != errno.EPIPE:
+                print(f"{self.lost} ({error.strerror})", file=sys.stderr)
+
+
+@contextmanager
+def steady_output(program: str) -> Iterator[None]:
+    """While entered, printing cannot fail (``Steady``); a full standard output is said once, on the other."""
+    while os.open(os.devnull, os.O_RDWR) <= 2:   # or a file of ours would become the stream that was closed
+        pass
+    sys.stderr = Steady(sys.stderr)
+    sys.stdout = Steady(sys.stdout, f"{program}: warning: standard output cannot be written, what it would "
+                                    "say is lost; files are written as usual")
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+
+
 def environment(device: torch.device) -> dict:
     """What a figure depends on besides the options: versions, commit, machine."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    edits = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
     return {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "commit": commit.stdout.strip() + (" with edits" if edits.stdout.strip() else ""),
+        "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "system": platform.platform(),
     }
+
+
+def _commit() -> str:
+    """The commit that runs, or "unknown" where there is no git, or no repository that it would read."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head, edits = (subprocess.run([*git, *words], capture_output=True, check=True).stdout.strip()
+                       for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno")))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.decode() + (" with edits" if edits else "")

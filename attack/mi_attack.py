@@ -23,9 +23,9 @@ from tqdm import tqdm
 from attack.access import ADVERSARIES, Run, open_run
 from attack.attacks import ATTACKS, unfit
 from attack.scene import COLUMNS, FIGURES, POOL, UNIT, Scene
-from files import write_whole
+from files import remove_leftovers, write_whole
 from options import ROOT, Formatter, Parser
-from utils import InputError, Interrupted, Interrupts, keep_freed_memory, rng
+from utils import InputError, Interrupted, Interrupts, keep_freed_memory, rng, steady_output
 
 NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, not how: they may change
 
@@ -91,6 +91,7 @@ def attack_all(args: Namespace) -> None:
     for r in rounds:
         run.file(r, "shared.pt")
     scene = Scene(run, args)
+    remove_leftovers(run.results, "attack*")
     rows = begin(run, args)
     done = {tuple(row[column] for column in UNIT) for row in rows}
     plan = [(who, how, r, k) for r in rounds for k in args.clients for who in args.adversary
@@ -193,4 +194,5 @@ def summarise(rows: list[dict], draws: int = 1000) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with steady_output("mi_attack.py"):
+        sys.exit(main())

@@ -1,13 +1,10 @@
 """The picture of an attack: one column an image; truth, reconstruction and controls below each other."""
 from pathlib import Path
 
-import matplotlib
+from torch import Tensor
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
-from torch import Tensor  # noqa: E402
-
-from files import write_whole  # noqa: E402
+from files import write_whole
+from plots import plt
 
 
 def grid(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str, most: int = 10) -> None:

@@ -57,9 +57,9 @@ class Place:
 
     def start(self, *flags, **popen):
         """The program as a process of its own."""
+        popen = {"env": {**os.environ, "PYTHONUNBUFFERED": "1"}, **popen}
         return subprocess.Popen([sys.executable, str(ROOT / "RVE-PFL.py"), *self.argv(*flags)], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
-                                env={**os.environ, "PYTHONUNBUFFERED": "1"}, **popen)
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **popen)
 
     @property
     def results(self):

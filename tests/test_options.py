@@ -26,7 +26,8 @@ BAD = [
     ("--eval_samples 0", "--eval_samples"),
     ("--init_logvar 99", "--init_logvar"), ("--eval_every 0", "--eval_every"), ("--seed -1", "--seed"),
     ("--classes_per_client 0", "--classes_per_client"), ("--alpha 0 --partition dirichlet", "--alpha"),
-    ("--checkpoint_seconds -1", "--checkpoint_seconds"), ("--save_rounds 0", "--save_rounds"),
+    ("--checkpoint_seconds -1", "--checkpoint_seconds"), ("--rendezvous_seconds -1", "--rendezvous_seconds"),
+    ("--save_rounds 0", "--save_rounds"),
     ("--save_rounds 101", "--save_rounds"), ("--optimizer sgd --momentum 1", "--momentum"),
     ("--momentum 0.5", "--momentum"), ("--method best", "--method"), ("--partition rounds", "--partition"),
     ("--precision fp8", "--precision"), ("--optimizer lion", "--optimizer"),
@@ -48,6 +49,36 @@ def test_bad_option_is_one_line_and_status_2(line, named, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert len(lines) == 1 and named in lines[0], lines
+
+
+def suggested(parser, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse(words.split())
+    line, = capsys.readouterr().err.splitlines()
+    assert f"error: unknown argument {words.split()[0]}" in line
+    return "".join(re.findall(r"did you mean (--\w+)\?", line))
+
+
+@pytest.mark.parametrize("words, meant", [
+    ("--learning_rate 0.1", "--lr"), ("--Learning-Rate=0.1", "--lr"), ("-lr 0.1", "--lr"),
+    ("--batch-size 8", "--local_bs"), ("--num_clients 3", "--num_users"), ("--beta 1", "--kl_weight"),
+    ("--gpu 0", "--device"), ("--num-users 3", "--num_users"), ("--result_dir x", "--results_dir"),
+    ("--epoch 3", "--epochs"), ("--weight_decay 1", ""), ("--tolerable 1", "--tolerate"), ("--rate 1", ""),
+    ("--verbose", ""), ("num_users", "")])
+def test_an_unknown_flag_is_answered_by_what_it_means_or_not_at_all(words, meant, capsys):
+    assert suggested(make_parser(), words, capsys) == meant
+
+
+@pytest.mark.parametrize("words, meant", [("--epochs 3", "--train_epochs"), ("--clients_ 3", "--clients"),
+                                          ("--batch_size 3", ""), ("--learning_rate 3", ""), ("--gpu 0", "")])
+def test_only_options_of_the_program_at_hand_are_suggested(words, meant, capsys):
+    assert suggested(mi_attack.make_parser(), f"{words} --run run", capsys) == meant
+
+
+def test_synonyms_lead_to_real_options():
+    parsers = (make_parser(), mi_attack.make_parser())
+    declared = {flag for parser in parsers for flag in parser._option_string_actions}
+    assert {f"--{name}" for name in options.SYNONYMS.values()} <= declared
 
 
 def test_an_edited_default_is_checked_too(monkeypatch, capsys):

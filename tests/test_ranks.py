@@ -1,4 +1,5 @@
 """Several processes under torchrun: one process's numbers, a death that ends all, another number goes on."""
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+
+import ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -89,6 +92,44 @@ def test_two_hosts(place, alone):
         _, err = host.communicate(timeout=240)
         assert host.returncode == 0, err
     same(alone[0], pd.read_csv(place.results / "clients.csv"))
+
+
+@pytest.mark.parametrize("rank, missing", [(0, "rank 1 is not there"), (1, "Connection refused")])
+def test_who_waits_in_vain_says_for_whom_and_ends(place, capsys, monkeypatch, rank, missing):
+    at = f"127.0.0.1:{free_port()}"
+    for name, value in zip(("MASTER_ADDR", "MASTER_PORT"), at.split(":"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "SILENCE", 0.3)
+    began = time.monotonic()
+    assert place.main("--rendezvous_seconds", 1) == 2
+    assert 1 <= time.monotonic() - began < 20   # what PyTorch itself doubles, and floors at seconds
+    waits, ends = capsys.readouterr().err.splitlines()
+    assert waits == f"rank {rank} of 2 waits for the others at {at} ({missing}), up to 1 s"
+    assert f"rank {rank} of 2 did not reach the others at {at} ({missing}, after 1 s)" in ends
+    assert "--rendezvous_seconds" in ends and not place.results.exists()
+
+
+def test_waiting_can_be_interrupted_and_is_silent_at_first(place):
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = place.start(env={**ENV, **master, "RANK": "1", "WORLD_SIZE": "2"})
+    end = time.monotonic() + 120
+    while "rank" not in (said := process.stderr.readline()):
+        assert time.monotonic() < end
+    assert "waits for the others" in said and "up to 300 s" in said
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1].startswith("interrupted") and process.returncode == 130
+
+
+def test_what_the_processes_wait_for_is_no_setting(place):
+    """A run begun before there was the option, or with another value, goes on."""
+    assert place.main("--rounds", 1) == 0
+    config = place.results / "config.json"
+    old = json.loads(config.read_text())
+    del old["options"]["rendezvous_seconds"]
+    config.write_text(json.dumps(old))
+    assert place.main("--rounds", 1, "--resume", "--rendezvous_seconds", 7) == 0
 
 
 @pytest.mark.parametrize("flags, says", [(("--frac", 7), "--frac 7"), (("--dataset", "none"), "none.npz")])

@@ -41,6 +41,52 @@ def test_a_second_run_of_the_same_name_is_refused(place, capsys):
     assert place.main() == 0
 
 
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_two_runs_that_share_checkpoints_alone_are_refused_too(place, capsys):
+    assert place.main("--rounds", 1) == 0
+    before = contents(place.models)
+    with open(place.models / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for flag in ([], ["--overwrite"], ["--resume"]):
+            line = place.refuses(capsys, "--rounds", 1, "--results_dir", place.folder / "other", *flag)
+            assert "another process" in line and str(place.models) in line
+    assert contents(place.models) == before
+
+
+def test_checkpoints_of_a_run_elsewhere_are_neither_deleted_nor_taken_up(place, capsys):
+    assert place.main("--rounds", 1) == 0
+    before, other = contents(place.models), place.folder / "other"
+    line = place.refuses(capsys, "--rounds", 1, "--results_dir", other)
+    assert str(place.results) in line and "--overwrite" in line
+    assert contents(place.models) == before
+    assert place.main("--rounds", 1, "--results_dir", other, "--overwrite") == 0   # they are its own from now
+    before = contents(place.models)
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    assert str(other / "run") in place.refuses(capsys, "--rounds", 1, "--resume")
+    assert contents(place.models) == before
+
+
+@pytest.mark.parametrize("name", ["round_3", ".round_3", ".private"])
+def test_what_nobody_says_is_ours_is_not_deleted(place, capsys, name):
+    (place.models / name).mkdir(parents=True)
+    (place.models / name / "thesis.tex").write_text("years of work")
+    assert "--overwrite" in place.refuses(capsys, "--rounds", 1)
+    assert (place.models / name / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("which", ["results", "models", "results/run", "models/run"])
+def test_a_link_to_nowhere_is_refused(place, capsys, which):
+    link = place.folder / which
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(place.folder / "gone")
+    line = place.refuses(capsys, "--rounds", 1)
+    assert f"{link} is a link to {place.folder / 'gone'}" in line and link.is_symlink()
+
+
 def test_foreign_folders_are_left_alone(place, capsys):
     place.results.mkdir(parents=True)
     (place.results / "thesis.tex").write_text("years of work")

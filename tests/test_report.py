@@ -1,4 +1,5 @@
 """report.py: means over seeds, commands that make the runs again, and folders that are no finished runs."""
+import dataclasses
 import json
 import re
 import shlex
@@ -75,6 +76,14 @@ def test_commands_make_the_same_runs(report, runs):
         ours = {"run_name", "data_dir", "results_dir", "models_dir", "device"}
         assert {k: v for k, v in again.items() if k not in ours} == \
             {k: v for k, v in found.options.items() if k not in ours}
+
+
+def test_how_long_processes_wait_for_one_another_parts_no_settings(report, runs):
+    found = report.read(runs / "run0")
+    other = dataclasses.replace(found, options={**found.options, "rendezvous_seconds": 7.0})
+    older = dataclasses.replace(found, options={k: v for k, v in found.options.items() if "rendez" not in k})
+    assert found.setting == other.setting == older.setting
+    assert report.command(found.options) == report.command(other.options) == report.command(older.options)
 
 
 @pytest.mark.parametrize("name, reason", [

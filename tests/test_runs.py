@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import checkpoint
 from checkpoint import load_checked
+from files import remove_leftovers
 from options import CLIENT_DP, METHODS, SPLIT
 
 COLUMNS = {
@@ -42,7 +44,7 @@ def test_the_files_of_a_run(place):
     assert {p.name for p in place.results.iterdir()} == {
         "config.json", "clients.csv", "rounds.csv", "server.csv", "partition.npz", "partition.png",
         "curves.png", "trust.png", ".lock"}
-    assert {p.name for p in place.models.iterdir()} == {"round_1", "round_4"}   # asked for, and the latest
+    assert {p.name for p in place.models.iterdir()} == {"round_1", "round_4", ".lock"}   # asked, latest
     assert {p.name for p in (place.models / "round_4").iterdir()} == {
         "shared.pt", "server.pt", *(f"client_{k}.pt" for k in range(4))}
     for name, columns in COLUMNS.items():
@@ -140,7 +142,7 @@ def test_kill_9_at_any_moment_then_resume_gives_the_same_bytes(place):
     assert kills >= 3
     assert place.main(*flags, "--resume") == 0
     assert (place.clients_csv(), (place.results / "server.csv").read_bytes()) == expected
-    assert {p.name for p in place.models.iterdir()} == {"round_30"}
+    assert {p.name for p in place.models.iterdir()} == {"round_30", ".lock"}
 
 
 def test_what_a_kill_during_writes_leaves_behind_is_cleared(place):
@@ -153,11 +155,72 @@ def test_what_a_kill_during_writes_leaves_behind_is_cleared(place):
     (place.models / ".round_3" / ".client_0.pt.1.tmp").write_bytes(b"half")
     (place.models / ".private").mkdir(exist_ok=True)
     (place.models / ".private" / "0-1.pt").write_bytes(b"stale")
+    for name in (".config.json.1.tmp", ".partition.png.12345.tmp"):   # 1 lives, but we hold the lock
+        (place.results / name).write_bytes(b"half")
+    (place.results / ".attack.csv.1.tmp").write_bytes(b"an attack's, which may go on")
     with open(place.results / "clients.csv", "ab") as file:
         file.write(b"3,0,trained,te")   # a torn line
     assert place.main("--save_rounds", 2, "--resume") == 0
     assert place.clients_csv() == expected
-    assert {p.name for p in place.models.iterdir()} == {"round_2", "round_3"}
+    assert {p.name for p in place.models.iterdir()} == {"round_2", "round_3", ".lock"}
+    assert [p.name for p in place.results.glob("*.tmp")] == [".attack.csv.1.tmp"]
+    assert place.main("--save_rounds", 2, "--overwrite") == 0
+    assert not list(place.results.glob("*.tmp"))
+
+
+def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = {pid: f".attack_summary.csv.{pid}.tmp" for pid in (dead.pid, os.getpid(), os.getppid(), 10**30)}
+    for name in (*names.values(), ".attack.csv.none.tmp", f".report.html.{dead.pid}.tmp", "attack.csv"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path, "attack*")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        names[os.getppid()], ".attack.csv.none.tmp", f".report.html.{dead.pid}.tmp", "attack.csv"}
+
+
+def unfinish(folder):
+    """As if a run had been killed after its last checkpoint."""
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+
+
+def test_results_and_checkpoints_in_one_folder(place):
+    flags = ("--models_dir", place.folder / "results", "--rounds", 2, "--save_rounds", 1)
+    assert place.main(*flags) == 0
+    expected = place.clients_csv()
+    unfinish(place.results)
+    checkpoint.shutil.rmtree(place.results / "round_2")
+    assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected
+    assert place.main(*flags, "--overwrite") == 0 and place.clients_csv() == expected
+    assert {"round_1", "round_2", "config.json", ".lock"} < {p.name for p in place.results.iterdir()}
+
+
+def test_a_moved_run_goes_on(place):
+    assert place.main("--save_rounds", 1) == 0
+    expected = place.clients_csv()
+    unfinish(place.results)
+    checkpoint.shutil.rmtree(place.models / "round_3")
+    moved = place.results.parent.rename(place.folder / "moved")
+    assert place.main("--results_dir", moved, "--resume", "--save_rounds", 1) == 0
+    assert (moved / "run" / "clients.csv").read_bytes() == expected
+
+
+def test_folders_that_are_links_are_filled_and_only_what_is_ours_is_deleted(place):
+    for link in (place.results, place.models):
+        target = place.folder / "elsewhere" / link.parent.name
+        target.mkdir(parents=True)
+        link.parent.mkdir()
+        link.symlink_to(target)
+    (place.models / "thesis.tex").write_text("years of work")
+    (place.folder / "elsewhere" / "round_7").mkdir()
+    (place.folder / "elsewhere" / "round_7" / "client_0.pt").write_text("theirs")
+    assert place.main("--rounds", 1) == 0
+    (place.models / "round_7").symlink_to(place.folder / "elsewhere" / "round_7")
+    assert place.main("--rounds", 2, "--overwrite") == 0
+    assert place.results.is_symlink() and place.models.is_symlink()
+    assert {p.name for p in place.models.iterdir()} == {"round_2", "thesis.tex", ".lock"}
+    assert (place.folder / "elsewhere" / "round_7" / "client_0.pt").read_text() == "theirs"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,0 +1,90 @@
+"""The programs where outputs or surroundings are broken: no work lost, no traceback, at most one line."""
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import utils
+
+MADE = {"RVE-PFL.py": "run/curves.png", "mi_attack.py": "run/attack_summary.csv", "report.py": "report.html"}
+
+
+@pytest.fixture(scope="module")
+def run_program(tmp_path_factory, make_place, tiny_arrays):
+    """A program's name -> its process, which has succeeded, run with redirections of the shell's."""
+    place = make_place(tmp_path_factory.mktemp("output"))
+    images = {name: 255 - values if "images" in name else values for name, values in tiny_arrays.items()}
+    np.savez(place.folder / "data" / "public.npz", **images)
+    assert place.main("--rounds", 1) == 0
+
+    def run(name, home="results", shell="", **popen):
+        folder = place.folder / home
+        if not folder.exists():
+            folder.symlink_to(place.folder / "results")
+        words = {
+            "RVE-PFL.py": ["RVE-PFL.py", *place.argv("--rounds", 2, "--overwrite")],
+            "mi_attack.py": ["attack/mi_attack.py", "--run", "run", "--data_dir", place.folder / "data",
+                             "--models_dir", place.folder / "models", "--public", "public", "--overwrite",
+                             *["--attack", "mi_face", "--adversary", "curious_server", "--iterations", "2"]],
+            "report.py": ["report.py"]}[name]
+        (folder / MADE[name]).unlink(missing_ok=True)
+        half = (folder / MADE[name]).with_name(f".{Path(MADE[name]).name}.{2**40}.tmp")
+        half.write_text("a killed process's")
+        process = subprocess.run(
+            ["bash", "-c", f'"$@" {shell}', "bash", sys.executable, *words, "--results_dir", folder],
+            stderr=subprocess.PIPE, cwd=ROOT, timeout=240, **popen)
+        assert process.returncode == 0 and (folder / MADE[name]).exists(), process.stderr
+        assert not half.exists()
+        assert json.loads((folder / "run" / "config.json").read_text())["status"] == "finished"
+        return process
+    return run
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_full_output_is_said_once_and_nothing_else(run_program, name):
+    """Nor does a home in which nothing can be kept make matplotlib speak."""
+    environment = {key: value for key, value in os.environ.items() if key != "MPLCONFIGDIR"}
+    said = run_program(name, shell=">/dev/full", env={**environment, "HOME": "/proc"}).stderr.decode()
+    assert said == (f"{name}: warning: standard output cannot be written, what it would say is lost; files "
+                    f"are written as usual ({os.strerror(errno.ENOSPC)})\n")
+
+
+@pytest.mark.parametrize("shell", ["<&- >&- 2>&-", ">/dev/full 2>/dev/full",
+                                   "2>&1 | head -1 >&2; exit ${PIPESTATUS[0]}"])
+def test_a_training_outlives_its_outputs(run_program, shell):
+    assert run_program("RVE-PFL.py", shell=shell).stderr.count(b"\n") <= 1
+
+
+@pytest.mark.parametrize("name", ["RVE-PFL.py", "report.py"])
+def test_letters_that_the_terminal_lacks_are_escaped(run_program, name):
+    """In an ASCII locale, with a folder that no UTF-8 terminal could show either."""
+    ascii = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    process = run_program(name, os.fsdecode(b"l\xc3\xa4ufe\xff"), env={**os.environ, **ascii},
+                          stdout=subprocess.PIPE)
+    assert b"\\udcff" in process.stdout and process.stdout.isascii()
+    assert b"Traceback" not in process.stderr
+
+
+def test_a_page_and_a_table_of_folders_whose_names_are_no_letters(run_program, tmp_path):
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    process = subprocess.run([sys.executable, "report.py", "--results_dir", tmp_path], cwd=ROOT,
+                             capture_output=True)
+    assert process.returncode == 0, process.stderr
+    assert b"\\udcff" in process.stdout and b"\\udcff" in (tmp_path / "report.html").read_bytes()
+
+
+def test_without_git_or_a_repository_the_commit_is_unknown(monkeypatch):
+    def commit():
+        return utils.environment(utils.torch.device("cpu"))["commit"]
+    assert commit()
+    monkeypatch.setenv("GIT_DIR", "/nonexistent")
+    assert commit() == "unknown"
+    monkeypatch.delenv("GIT_DIR")
+    monkeypatch.setenv("PATH", "")
+    assert commit() == "unknown"
