@@ -147,9 +147,9 @@ class AdaptiveClientDP(ClientDP):
 
     Each client also says by a bit b_k whether its update was under C, and ``(sum_k (b_k - 1/2) + N(0,
     sigma_b^2)) / m`` moves C to ``C exp(-0.2 times that)``. The bits are centred before they are summed: one
-    client then changes the sum by 1/2 and not by 1, and how many were sampled does not move C by itself. Their
-    noise ``sigma_b = m / 20`` is paid for by the sum's: ``z_D = (z^-2 - (2 sigma_b)^-2)^(-1/2)`` (theorem 1),
-    which needs ``m > 10 z``. Who uploads nothing finite adds 0 to both sums, as if not sampled.
+    client then changes the sum by 1/2 and not by 1, and how many were sampled does not move C by itself.
+    Their noise ``sigma_b = m / 20`` is paid for by the sum's: ``z_D = (z^-2 - (2 sigma_b)^-2)^(-1/2)``
+    (theorem 1), which needs ``m > 10 z``. Who uploads nothing finite adds 0 to both sums, as if not sampled.
     """
 
     def __init__(self, setting: Setting):
