@@ -340,6 +340,15 @@ def test_who_flips_labels_and_claims_more(ran, place, driver, monkeypatch, behav
         assert torch.equal(seen["trained", k], 3 - ran.labels if bad and flips else ran.labels)
 
 
+def test_borrowed_encoders_are_each_clients_own(ran):
+    borrow = ("--method", "lg_fedavg", "--encoders_from", "lg_fedavg", "--run_name", "heads")
+    assert ran.place.main(*borrow, *COMMON[:2], "--rounds", 1, *COMMON[6:]) == 0
+    for k in range(USERS):
+        before = ran.file("lg_fedavg", 2, f"client_{k}.pt")["parameters"]
+        after = ran.file("heads", 1, f"client_{k}.pt")["parameters"]
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 # The attack.
 
 
@@ -463,6 +472,7 @@ def test_scores_and_controls_recomputed(attacked, monkeypatch, how):
                                         how, "--clients", 1)) == 0
     train, (public, public_labels) = attacked.part("rve_pfl")["train_1"], attacked.public()
     private, labels = attacked.pixels(train), attacked.labels
+    test = np.concatenate([attacked.part("rve_pfl")[f"test_{k}"] for k in range(USERS)])
     assert {call.control for call in calls} == {"", "grey", "noise", "class_mean", "nearest_public"}
     for call in calls:
         for i, row in enumerate(call.rows):
@@ -474,8 +484,13 @@ def test_scores_and_controls_recomputed(attacked, monkeypatch, how):
             apart = (private - x).square().mean((1, 2, 3))
             if how == "latent_search":   # among the client's own images, and no others
                 assert row["nearest_rank"] == pytest.approx(1 + (apart < mse * (1 - 1e-5)).sum().item())
-            else:   # the client's nearest of the class
-                assert mse == pytest.approx(apart[labels[train] == row["label"]].min().item(), rel=1e-4)
+            else:   # the client's nearest of the class, ranked among as many of it that nobody trained on
+                mine = apart[labels[train] == row["label"]]
+                others = (attacked.pixels(test[labels[test] == row["label"]]) - x).square().mean((1, 2, 3))
+                size = min(len(mine), len(others))
+                assert mse == pytest.approx(mine.min().item(), rel=1e-4)
+                closer = (torch.cat([mine[:size], others[:size]]) < mine[:size].min() * (1 - 1e-5)).sum()
+                assert row["nearest_rank"] == 1 + closer
             right = call.evaluator.model.eval()(x[None])[0].argmax() == row["label"]
             assert row["evaluator_correct"] == right
             if call.control == "grey":
@@ -527,6 +542,39 @@ def test_answers_are_those_of_the_model_the_victim_trained(attacked, monkeypatch
     p, _ = predicted({**own, **shared["uploads"][1]}, attacked.pixels(calls[0].image.numpy()), 1)
     expected = torch.where(p >= p.sort(1).values[:, 2:3], p, 0.0)
     torch.testing.assert_close(given[0][1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_service_answers_by_draws_of_z(attacked):
+    """--draws of them, their probabilities averaged, and not from the mean of z."""
+    query = attacked.scene("rve_pfl", "--scores", 4, "--draws", 1000).adversary("prediction_api", 2, 1).query
+    model = {**attacked.file("rve_pfl", 2, "client_1.pt")["parameters"],
+             **attacked.file("rve_pfl", 2, "shared.pt")["uploads"][1]}
+    x, mean = attacked.pixels(range(20)), {**model, "encoder.logvar.bias": torch.full((64,), -80.0)}
+    seed_torch(5, "answers")
+    truth, at_mean = predicted(model, x, 3000)[0], predicted(mean, x, 1)[0]
+    error = (query(x) - truth).abs().max()
+    assert error < 0.02 and error < 0.5 * (at_mean - truth).abs().max()
+
+
+def test_what_z_tells_is_of_the_clients_training_images(attacked):
+    told = attacked.scene("rve_pfl").latents(2, 1)
+    private = attacked.file("rve_pfl", 2, "client_1.pt")["parameters"]
+    images = attacked.pixels(attacked.part("rve_pfl")["train_1"])
+    mu, logvar = posterior(private, images)
+    kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1).mean().item()
+    assert told["kl_nats"] == pytest.approx(kl, rel=1e-4)
+    assert told["sigma"] == pytest.approx((0.5 * logvar).exp().mean().item(), rel=1e-4)
+    assert told["mse_bound"] == pytest.approx(scoring.distortion_bound(images, kl), rel=1e-3)
+
+
+def test_an_adversarys_start_is_the_one_that_is_no_secret(attacked):
+    """The weights that all clients start from, and nobody's trained ones."""
+    start = attacked.scene("rve_pfl").adversary("curious_server", 2, 0).start.state_dict()
+    seed_torch(SEED, "init")
+    built = METHODS["rve_pfl"].build((1, 8, 8), 4, -2.0).state_dict()
+    assert all(torch.equal(value, built[name]) for name, value in start.items())
+    first = attacked.file("rve_pfl", 1, "shared.pt")["sent"]
+    assert all(torch.equal(value, start[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("who, encoder, head", [
