@@ -100,5 +100,5 @@ def test_clients_of_a_stack_draw_for_themselves(tiny_arrays, name):
     client, head, private = make(tiny_arrays, name)
     client.images, client.labels = torch.full_like(client.images, 90), torch.zeros_like(client.labels)
     found = outcomes(client, 2, head, private, {0: np.arange(64), 1: np.arange(64, 128)})
-    assert not torch.allclose(found[0][0]["classifier.output.weight"], found[1][0]["classifier.output.weight"],
-                              atol=1e-6)
+    one, other = (found[k][0]["classifier.output.weight"] for k in (0, 1))
+    assert not torch.allclose(one, other, atol=1e-6)
