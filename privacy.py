@@ -149,9 +149,11 @@ class ClientDP(Server):
 class AdaptiveClientDP(ClientDP):
     """``ClientDP`` whose clipping norm follows the median update norm (Andrew et al. 2021, arXiv 1905.03871).
 
-    Each client also says whether its update was under C; of those bits a noisy mean b moves C to
-    ``C exp(-0.2 (b - 0.5))``. The bits' noise ``sigma_b = m / 20`` is paid for by the sum's: ``z_D = (z^-2 -
-    (2 sigma_b)^-2)^(-1/2)`` (theorem 1), which needs ``m > 10 z``.
+    Each client also says by a bit b_k whether its update was under C, and ``(sum_k (b_k - 1/2) + N(0,
+    sigma_b^2)) / m`` moves C to ``C exp(-0.2 times that)``. The bits are centred before they are summed: one
+    client then changes the sum by 1/2 and not by 1, and how many were sampled does not move C by itself.
+    Their noise ``sigma_b = m / 20`` is paid for by the sum's: ``z_D = (z^-2 - (2 sigma_b)^-2)^(-1/2)``
+    (theorem 1), which needs ``m > 10 z``. Who uploads nothing finite adds 0 to both sums, as if not sampled.
     """
 
     def __init__(self, setting: Setting):
@@ -165,16 +167,16 @@ class AdaptiveClientDP(ClientDP):
                 f"at --frac {setting.frac:g}, a larger --epsilon, or --method client_dp")
 
     def receive(self, round: int, sent: State, uploads: dict[int, State]) -> dict[int, State]:
-        """Clip the updates, and count those that needed none."""
-        norms = [norm(difference(upload, sent)) for upload in uploads.values()]
-        self.under = sum(value <= self.memory["clip"] for value in norms)
+        """Clip the updates, and sum up the centred bits of who needed none."""
+        norms = [norm(difference(upload, sent)) for upload in uploads.values() if is_finite(upload)]
+        self.centred = sum((value <= self.memory["clip"]) - 0.5 for value in norms)
         return super().receive(round, sent, uploads)
 
     def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
         """As ``ClientDP``, then move C."""
         head = super().combine(round, sent, uploads, weights)
         drawn = rng(self.setting.seed, "clipping bits", round=round).normal(0, self.sigma_bits)
-        self.memory["clip"] *= math.exp(-0.2 * ((self.under + drawn) / self.expected - 0.5))
+        self.memory["clip"] *= math.exp(-0.2 * (self.centred + drawn) / self.expected)
         return head
 
     def sum_multiplier(self) -> float:

@@ -12,7 +12,7 @@ were flipped. The trust of a round is a product of four factors:
 - **look-alikes**: g copies of an upload share what one would get, and lose as much again.
 
 What trust a client has is the lower of this round's and an exponential average: quick to go, slow to return.
-README says what was measured, which of DESIGN's tests were dropped for it, and what no weight can see.
+README says what was measured, which usual tests were dropped for it, and what no weight can see.
 """
 import math
 
@@ -83,16 +83,17 @@ class ThreatAware(Server):
         gram = (updates.mul_(scale.float()[:, None]) @ updates.T).double()   # clipped, from here on
         alike, copies = likenesses(gram)
         first = (LONG / ratio).clamp_max(1).square() / copies.square()
-        weight, now = before * first, torch.zeros_like(first)
+        known = before if some(before * first) else torch.ones_like(before)   # nobody trusted: all begin anew
+        weight, now = known * first, torch.zeros_like(first)
         for _ in range(2):   # what the first look distrusts does not blur the second
             cosine = against_others(gram, weight)
             mean = moved(sent, weight.float() @ updates / weight.sum().clamp_min(1e-12))
             forgotten = self.forgotten(round, mean, uploads, ratio.clamp(1, LONG))
             now = (first * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
                    / forgotten.clamp_min(1)**POWER)
-            if torch.equal(weight, before * now):
+            if torch.equal(weight, known * now) or not some(known * now):   # none is left to compare with
                 break
-            weight = before * now
+            weight = known * now
         again = (self.memory["seen"] > 0)[clients]
         trust = torch.where(again, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
         columns = {"norm_ratio": ratio, "cosine": cosine, "probe": forgotten, "lookalike": alike,
@@ -175,10 +176,15 @@ def against_others(gram: Tensor, weight: Tensor) -> Tensor:
     return (others * gram).sum(1) / norms.clamp_min(1e-24).sqrt()
 
 
+def some(trust: Tensor) -> bool:
+    """Whether anybody is trusted at all."""
+    return bool(trust.sum() >= 1e-9)
+
+
 def weigh(sizes: Tensor, scale: Tensor, trust: Tensor) -> list[float]:
     """``min(n, median) scale trust``, so that claiming more images buys nothing; none over SHARE / K of all;
     NaN where the effective number of trusted uploads, ``(sum t)^2 / sum t^2``, is under half."""
-    if trust.sum()**2 < len(trust) / 2 * trust.square().sum() or trust.sum() < 1e-9:
+    if trust.sum()**2 < len(trust) / 2 * trust.square().sum() or not some(trust):
         return [math.nan] * len(trust)
     weights = torch.minimum(sizes, sizes.median()) * scale * trust
     for _ in range(len(weights)):   # what is cut off one goes to the others, and may lift those over

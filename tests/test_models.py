@@ -1,4 +1,4 @@
-"""Layers and parameter counts against DESIGN.md section 2, and the mathematics of the encoder."""
+"""Layers and parameter counts as worked out by hand, and the mathematics of the encoder."""
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence

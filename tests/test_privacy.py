@@ -7,7 +7,7 @@ import torch
 
 from aggregation import Setting
 from privacy import AdaptiveClientDP, ClientDP, NbAFL, calibrated, clipped, nbafl_sigmas, norm, spent
-from utils import InputError
+from utils import InputError, rng
 
 
 def state(*values):
@@ -126,6 +126,62 @@ def test_the_adaptive_split_spends_what_it_should():
     assert server.sum_multiplier() ** -2 + (2 * server.sigma_bits) ** -2 == pytest.approx(1.0)
     head, _, _ = server(1, zeros(), {k: zeros() for k in range(2)}, {0: 1, 1: 1})
     assert head["w"].std().item() == pytest.approx(server.sum_multiplier() * 0.5 / 100, rel=0.02)
+
+
+def test_the_adaptive_norm_follows_centred_bits_whatever_the_sample():
+    """Three times the expected sample, half of it under C, says nothing; who is missing says nothing."""
+    setting = Setting(seed=5, clients=100, frac=0.1, clip=1.0, delta=1e-4, noise_multiplier=0.9)
+    drawn = [rng(5, "clipping bits", round=r).normal(0, 0.5) for r in (1, 2, 3)]   # sigma_b = m / 20
+    server = AdaptiveClientDP(setting)
+    half = {k: {"w": torch.tensor([0.5 if k % 2 else 50.0])} for k in range(30)}
+    server(1, zeros(1), half, dict.fromkeys(half, 1))
+    assert server.memory["clip"] == pytest.approx(math.exp(-0.2 * drawn[0] / 10))
+    server(2, zeros(1), {}, {})   # nobody sampled: the noise alone
+    assert server.memory["clip"] == pytest.approx(math.exp(-0.2 * sum(drawn[:2]) / 10))
+    broken = {0: {"w": torch.tensor([math.nan])}, 1: {"w": torch.tensor([math.inf])},
+              2: {"w": torch.tensor([0.1])}}
+    server(3, zeros(1), broken, dict.fromkeys(range(5), 1))   # 3 and 4 were sampled and uploaded nothing
+    assert server.memory["clip"] == pytest.approx(math.exp(-0.2 * (sum(drawn) + 0.5) / 10))
+
+
+def both_releases(frac):
+    """A server of 100 clients a round, and of what it releases each round the sensitivity and the noise, as
+    measured: of the sum in units of C, of the bits."""
+    setting = Setting(clients=round(100 / frac), frac=frac, rounds=50, clip=0.5, delta=1e-4,
+                      noise_multiplier=9.5)
+
+    def released(uploads, r=1):
+        server = AdaptiveClientDP(setting)
+        head = server(r, zeros(1000), uploads, dict.fromkeys(uploads, 1))[0]["w"]
+        return head.numpy() * 100 / 0.5, -math.log(server.memory["clip"] / 0.5) * 100 / 0.2
+    noise = [released({}, r) for r in range(1, 400)]
+    sum_noise, bits_noise = (float(np.std(np.concatenate([np.ravel(pair[i]) for pair in noise])))
+                             for i in (0, 1))
+    changes = []
+    for own in (0.01, 100.0, math.nan):   # under C, over it, broken
+        pairs = zip(released({7: {"w": torch.full((1000,), own)}}), released({}), strict=True)
+        changes.append([float(np.linalg.norm(one - other)) for one, other in pairs])
+    return AdaptiveClientDP(setting).facts["epsilon"], np.max(changes, 0), (sum_noise, bits_noise)
+
+
+@pytest.mark.parametrize("frac", [1.0, 0.5])
+def test_adaptive_epsilon_is_that_of_what_is_released(frac):
+    """Sensitivities and noise are measured on the server; an accountant is told of two Gaussian mechanisms
+    on the same Poisson sample, and knows nothing of the split between them."""
+    import dp_accounting as dp
+    from dp_accounting.rdp import RdpAccountant
+    claimed, sensitivity, noise = both_releases(frac)
+    assert sensitivity == pytest.approx([1.0, 0.5], rel=1e-3)
+    assert noise[1] == pytest.approx(5, rel=0.1)
+
+    def real(of_bits):
+        both = dp.ComposedDpEvent([dp.GaussianDpEvent(noise[0] / sensitivity[0]),
+                                   dp.GaussianDpEvent(5 / of_bits)])
+        sampled = dp.PoissonSampledDpEvent(frac, both) if frac < 1 else both
+        accountant = RdpAccountant(orders=list(range(2, 100)))
+        return accountant.compose(dp.SelfComposedDpEvent(sampled, 50)).get_epsilon(1e-4)
+    assert real(sensitivity[1]) == pytest.approx(claimed, rel=0.02)
+    assert real(1.0) > 2 * claimed   # bits that are not centred: 6.43 instead of 2.96 where all take part
 
 
 def test_too_few_clients_for_the_adaptive_split():

@@ -61,7 +61,8 @@ def test_the_files_of_a_run(place):
     assert row["kl_nats"] == pytest.approx(deployed["kl_nats"].mean(), rel=1e-6)
     server = pd.read_csv(place.results / "server.csv")
     assert (server.groupby("round")["client"].count() == 2).all()
-    assert np.allclose(server.groupby("round")["weight"].sum(), 1)
+    weight = server.groupby("round")["weight"].sum(min_count=1)   # two of few classes may oppose each other:
+    assert np.allclose(weight[weight.notna()], 1) and weight.notna().any()   # then none can be told
     config = json.loads((place.results / "config.json").read_text())
     assert config["status"] == "finished" and config["options"]["frac"] == 0.5
     count = config["parameters"]
@@ -74,7 +75,7 @@ def test_the_files_of_a_run(place):
 
 
 def test_the_deployed_head_is_the_mean_of_the_uploads(place):
-    assert place.main("--save_rounds", 1, 2) == 0
+    assert place.main("--save_rounds", 1, 2, "--aggregation", "mean") == 0
     first, second = (load_checked(place.models / f"round_{r}" / "shared.pt") for r in (1, 2))
     server = pd.read_csv(place.results / "server.csv")
     weight = server[server["round"] == 1].set_index("client")["weight"]

@@ -92,3 +92,13 @@ def test_stacks_are_for_gpus():
     assert stack_size(torch.device("cpu"), 10) == 1
     assert stack_size(torch.device("cuda"), 10) == 50
     assert stack_size(torch.device("cuda"), 256) == 1
+
+
+@pytest.mark.parametrize("name", ["fedavg", "rve_pfl"])
+def test_clients_of_a_stack_draw_for_themselves(tiny_arrays, name):
+    """On images all alike the order says nothing: dropout and noise alone tell two clients apart."""
+    client, head, private = make(tiny_arrays, name)
+    client.images, client.labels = torch.full_like(client.images, 90), torch.zeros_like(client.labels)
+    found = outcomes(client, 2, head, private, {0: np.arange(64), 1: np.arange(64, 128)})
+    one, other = (found[k][0]["classifier.output.weight"] for k in (0, 1))
+    assert not torch.allclose(one, other, atol=1e-6)

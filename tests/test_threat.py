@@ -160,6 +160,47 @@ def test_one_client_nobody_and_all_malicious(network, crowd):
     assert all(value.isfinite().all() for value in head.values())
 
 
+def opposite(sent, upload):
+    """What undoes an upload."""
+    return {name: 2 * value - upload[name] for name, value in sent.items()}
+
+
+def test_who_is_distrusted_along_with_all_others_stays_so(network, crowd):
+    """Two clients that undo each other: nobody is left to compare them with, which acquits neither, in this
+    round or the next, and the trimmed mean leaves the head where it is."""
+    sent, honest, _ = crowd
+    made, uploads = server(network, 2), {0: honest[0], 1: opposite(sent, honest[0])}
+    for r in (1, 2, 3):
+        head, _, report = made(r, sent, uploads, sizes(uploads))
+        assert [row["trust"] for row in report] == [0, 0] and all(math.isnan(row["weight"]) for row in report)
+        assert made.facts == {"fallbacks": r} and made.memory["trust"].tolist() == [0, 0]
+        assert all(torch.allclose(value, sent[name], atol=1e-6) for name, value in head.items())
+    report = made(4, sent, {0: honest[0], 1: honest[1]}, sizes(uploads))[2]   # they agree again
+    assert [row["trust"] for row in report] == pytest.approx([0.2, 0.2]) and made.facts == {"fallbacks": 3}
+    assert [row["weight"] for row in report] == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+def test_four_that_undo_each_other_fall_back(network, crowd):
+    sent, honest, _ = crowd
+    uploads = {0: honest[0], 1: opposite(sent, honest[0]), 2: honest[1], 3: opposite(sent, honest[1])}
+    head, _, report = server(network, 4)(1, sent, uploads, sizes(uploads))
+    assert all(value.isfinite().all() for value in head.values())
+    assert all(row["trust"] == 0 and math.isnan(row["weight"]) for row in report)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+def test_one_and_two_uploads_of_any_length(network, crowd, factor):
+    sent, honest, flipped = crowd
+    other = {name: value + factor * (honest[1][name] - value) for name, value in sent.items()}
+    for uploads in ({0: other}, {0: honest[0], 1: other}, {0: honest[0], 1: honest[0]}, {0: sent, 1: sent},
+                    {0: honest[0], 1: flipped[0]}):
+        made = server(network, 2)
+        for r in (1, 2):
+            head, _, report = made(r, sent, uploads, sizes(uploads))
+            assert all(value.isfinite().all() for value in head.values())
+            assert all(0 <= row["trust"] <= 1 for row in report)
+
+
 def seen_of(own, honest, judge=lambda forged: 1.0):
     return Seen(torch.tensor(own), torch.tensor(honest), torch.Generator().manual_seed(0), judge)
 

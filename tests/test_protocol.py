@@ -1,0 +1,618 @@
+"""Whole runs, recomputed by other code from the files they leave: who is trained, sent, kept, evaluated and
+attacked on what. Each test is here because some change of one line survived all others."""
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aggregation import Setting
+from attack import mi_attack, scene, scoring
+from attack.access import Holdings
+from attack.attacks import ATTACKS, Adversary, Budget
+from checkpoint import load_checked
+from methods import METHODS
+from privacy import ClientDP, NbAFL, nbafl_sigmas
+from utils import rng, seed_torch
+
+SEED, USERS = 3, 3
+COMMON = ("--seed", SEED, "--rounds", 2, "--save_rounds", 1, "--precision", "fp32", "--num_users", USERS,
+          "--partition", "dirichlet", "--alpha", 1, "--lr", 0.004)
+RUNS = {   # sizes differ; augmented but for the run whose training is recomputed
+    "rve_pfl": ("--aggregation", "mean", "--eval_samples", 3, "--local_ep", 2, "--kl_weight", 0.01,
+                "--kl_warmup", 2, "--head_lr", 0.3, "--lr_decay", 0.1),
+    "lg_fedavg": ("--augment", "flip+shift", "--head_lr", 1),
+    "fedavg": ("--augment", "flip+shift"),
+}
+
+
+class Ran:
+    """Finished runs of one folder, and their files."""
+
+    def __init__(self, place):
+        self.place = place
+        with np.load(place.folder / "data" / "tiny.npz") as data:
+            self.images = np.concatenate([data["train_images"], data["test_images"]])
+            self.labels = torch.from_numpy(np.concatenate([data["train_labels"], data["test_labels"]])).long()
+
+    def csv(self, run, name="clients.csv"):
+        return pd.read_csv(self.place.folder / "results" / run / name)
+
+    def part(self, run):
+        return dict(np.load(self.place.folder / "results" / run / "partition.npz"))
+
+    def file(self, run, round, name):
+        return load_checked(self.place.folder / "models" / run / f"round_{round}" / name)
+
+    def pixels(self, index):
+        return torch.from_numpy(self.images[index]).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, make_place):
+    place = make_place(tmp_path_factory.mktemp("protocol"))
+    for method, flags in RUNS.items():
+        assert place.main("--method", method, "--run_name", method, *COMMON, *flags) == 0
+    return Ran(place)
+
+
+def dense(state, name, x):
+    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def convolved(state, name, x, **options):
+    return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options).relu()
+
+
+def head_of(state, x):
+    """Logits of the head, every layer written out: no dropout."""
+    for layer in ("classifier.features.0", "classifier.features.3"):
+        x = F.max_pool2d(convolved(state, layer, x, padding=1), 2)
+    return dense(state, "classifier.output",
+                 dense(state, "classifier.features.7", x.permute(0, 2, 3, 1).flatten(1)).relu())
+
+
+def posterior(state, x):
+    """mu and the log variance, or None, of the encoder, ``N x D`` each."""
+    for layer in ("encoder.trunk.0", "encoder.trunk.2"):
+        x = convolved(state, layer, x)
+    hidden = dense(state, "encoder.trunk.5", x.permute(0, 2, 3, 1).flatten(1))
+    return dense(state, "encoder.mu", hidden), (
+        dense(state, "encoder.logvar", hidden) if "encoder.logvar.weight" in state else None)
+
+
+def predicted(state, x, draws):
+    """Class probabilities ``N x 4`` of 8 x 8 images, mean over draws of z, and the mean KL."""
+    if "encoder.mu.weight" not in state:
+        return head_of(state, x).softmax(1), None
+    mu, logvar = posterior(state, x)
+    if logvar is None:
+        return head_of(state, mu.reshape(-1, 8, 8, 1).permute(0, 3, 1, 2)).softmax(1), None
+    kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1).mean().item()
+    noise = torch.randn(draws, *mu.shape)
+    each = [head_of(state, z.reshape(-1, 8, 8, 1).permute(0, 3, 1, 2)).softmax(1)
+            for z in mu + logvar.exp().sqrt() * noise]
+    return torch.stack(each).mean(0), kl
+
+
+@pytest.mark.parametrize("method", RUNS)
+@pytest.mark.parametrize("stage", ["trained", "deployed"])
+def test_held_out_figures_are_those_of_the_files(ran, method, stage):
+    """Deployed: ``server.pt``'s head on the private encoder; trained: the upload on it. Neither with the head
+    that was sent, and neither with dropout or augmentation."""
+    rows = ran.csv(method).query("split == 'test'").set_index(["round", "stage", "client"])
+    parts, apart = ran.part(method), []
+    for r in (1, 2):
+        shared, server = ran.file(method, r, "shared.pt"), ran.file(method, r, "server.pt")
+        for k in range(USERS):
+            own = ran.file(method, r, f"client_{k}.pt")["parameters"]
+            head = server["head"] if stage == "deployed" else shared["uploads"][k]
+            index = parts[f"test_{k}"]
+            seed_torch(SEED, "evaluate", k, r)
+            p, kl = predicted({**own, **head}, ran.pixels(index), 3)
+            loss = F.nll_loss(p.log(), ran.labels[index]).item()
+            row = rows.loc[(r, stage, k)]
+            assert row["n"] == len(index)
+            assert row["loss"] == pytest.approx(loss, rel=1e-4), (r, k)
+            assert row["accuracy"] == pytest.approx((p.argmax(1) == ran.labels[index]).double().mean().item())
+            assert np.isnan(row["kl_nats"]) if kl is None else row["kl_nats"] == pytest.approx(kl, rel=1e-4)
+            other, _ = predicted({**own, **shared["sent"]}, ran.pixels(index), 3)
+            apart.append(abs(F.nll_loss(other.log(), ran.labels[index]).item() / loss - 1))
+    assert max(apart) > 5e-3   # the head that was sent would be told from the right one
+
+
+@pytest.mark.parametrize("method", ["rve_pfl", "fedavg"])
+def test_the_head_and_its_weights_are_those_of_training_sizes(ran, method):
+    parts, server = ran.part(method), ran.csv(method, "server.csv").set_index(["round", "client"])
+    sizes = np.array([len(parts[f"train_{k}"]) for k in range(USERS)])
+    assert len(set(sizes)) > 1
+    train = ran.csv(method).query("split == 'train'").set_index(["round", "client"])["n"]
+    for r in (1, 2):
+        shared, head = ran.file(method, r, "shared.pt"), ran.file(method, r, "server.pt")["head"]
+        for k, n in enumerate(sizes):
+            assert server.loc[(r, k), "n"] == train.loc[(r, k)] == n
+            assert server.loc[(r, k), "weight"] == pytest.approx(n / sizes.sum())
+        for name, value in head.items():
+            mean = sum(n / sizes.sum() * shared["uploads"][k][name] for k, n in enumerate(sizes))
+            assert torch.allclose(value, mean, atol=1e-6)
+    before, after = ran.file(method, 1, "server.pt")["head"], ran.file(method, 2, "shared.pt")["sent"]
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_rounds_training_is_a_textbooks_on_the_clients_own_images(ran):
+    """From what was sent and what the client had kept to what it uploads and keeps, in the second round."""
+    parts, sent = ran.part("rve_pfl"), ran.file("rve_pfl", 2, "shared.pt")["sent"]
+    for k in range(USERS):
+        before, after = (ran.file("rve_pfl", r, f"client_{k}.pt") for r in (1, 2))
+        own = parts[f"train_{k}"]
+        batches = -(-len(own) // 32)
+        assert (before["steps"], after["steps"]) == (2 * batches, 4 * batches)
+        model = METHODS["rve_pfl"].build((1, 8, 8), 4, -2.0).train()
+        model.load_state_dict({**sent, **before["parameters"]})
+        optimizer = torch.optim.Adam([{"params": list(part.parameters()), "lr": lr} for part, lr in
+                                      ((model.encoder, 4e-3), (model.classifier, 1.2e-3))], eps=1e-7)
+        warm = 0.2 * 2 * batches
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done, behind=before["steps"], warm=warm:
+            min(1, (done + 1) / warm) / (1 + 0.1 * (behind + done)))
+        orders = rng(SEED, "order", k, 2)
+        seed_torch(SEED, "train", k, 2)
+        for _ in range(2):
+            tally, order = [], orders.permutation(own)
+            for start in range(0, len(own), 32):
+                batch = order[start:start + 32]
+                optimizer.zero_grad()
+                logits, kl = model(ran.pixels(batch))
+                loss = F.cross_entropy(logits, ran.labels[batch])
+                (loss + 0.5 * 0.01 * kl.mean()).backward()   # half of beta: the second of two rounds' warm-up
+                optimizer.step()
+                scheduler.step()
+                tally.append(loss.item() * len(batch))
+        found = {**ran.file("rve_pfl", 2, "shared.pt")["uploads"][k], **after["parameters"]}
+        assert all(torch.allclose(p, found[name], atol=2e-5) for name, p in model.state_dict().items())
+        row = ran.csv("rve_pfl").query(f"round == 2 and client == {k} and split == 'train'").iloc[0]
+        assert row["loss"] == pytest.approx(sum(tally) / len(own), rel=1e-3)
+
+
+def files_of(place):
+    """Every tensor of a run's last checkpoint."""
+    folder = max(place.models.glob("round_*"))
+    return {f"{path.name} {part} {name}": value for path in folder.glob("*.pt")
+            for part, state in flat(load_checked(path)) for name, value in state.items()}
+
+
+def flat(found):
+    """Its state dicts."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            if value and all(isinstance(one, torch.Tensor) for one in value.values()):
+                yield name, value
+            else:
+                yield from ((f"{name} {inner}", state) for inner, state in flat(value))
+
+
+def spoil(place, arrays, index):
+    """The data file with other images at these pooled numbers."""
+    images = np.concatenate([arrays["train_images"], arrays["test_images"]])
+    images[index] = np.random.default_rng(9).integers(0, 256, images[index].shape)
+    cut = len(arrays["train_images"])
+    np.savez(place.folder / "data" / "tiny.npz", **{
+        **arrays, "train_images": images[:cut], "test_images": images[cut:]})
+
+
+@pytest.mark.parametrize("flags", [("--method", "lg_fedavg"), ("--method", "fedavg", "--stack", 4),
+                                   ("--method", "fedavg", "--validate")])
+def test_held_out_images_reach_no_weight(place, tiny_arrays, flags):
+    """Were the test images other ones, training, uploads and heads would be the same to the bit; so would all
+    figures of a run that validates."""
+    flags = ("--rounds", 2, "--num_users", 3, *flags)
+    assert place.main(*(flag for flag in flags if flag != "--validate"), "--run_name", "plain") == 0
+    with np.load(place.folder / "results" / "plain" / "partition.npz") as parts:
+        test = np.concatenate([parts[f"test_{k}"] for k in range(3)])
+    assert place.main(*flags) == 0
+    before, rows = files_of(place), pd.read_csv(place.results / "clients.csv")
+    spoil(place, tiny_arrays, test)
+    assert place.main(*flags, "--overwrite") == 0
+    after, again = files_of(place), pd.read_csv(place.results / "clients.csv")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    if "--validate" in flags:
+        pd.testing.assert_frame_equal(rows, again)
+    else:
+        train = rows["split"] == "train"
+        pd.testing.assert_frame_equal(rows[train], again[train])
+        assert (rows["loss"] != again["loss"])[~train].all()   # and these alone differ
+
+
+def watched(driver, monkeypatch):
+    """What is trained and evaluated on: (round, client) -> image numbers."""
+    trained, held_out = {}, {}
+    train, evaluate = driver.Client.train, driver.Client.evaluate
+
+    def training(self, client, round, indices, sent, private):
+        trained[round, client] = set(indices)
+        return train(self, client, round, indices, sent, private)
+
+    def evaluating(self, client, round, indices, shared, private):
+        held_out.setdefault((round, client), []).append(set(indices))
+        return evaluate(self, client, round, indices, shared, private)
+    monkeypatch.setattr(driver.Client, "train", training)
+    monkeypatch.setattr(driver.Client, "evaluate", evaluating)
+    return trained, held_out
+
+
+@pytest.mark.parametrize("resplit", [False, True])
+def test_splits_are_drawn_once_and_with_resplit_every_round(place, driver, monkeypatch, resplit):
+    trained, held_out = watched(driver, monkeypatch)
+    assert place.main("--rounds", 3, *(["--resplit"] if resplit else [])) == 0
+    for k in range(2):
+        for r in (1, 2, 3):
+            first, second = held_out[r, k]   # trained and deployed
+            assert first == second and not first & trained[r, k]
+            assert first | trained[r, k] == held_out[1, k][0] | trained[1, k]
+            assert len(first) == round(0.1 * len(first | trained[r, k]))
+        assert len({frozenset(held_out[r, k][0]) for r in (1, 2, 3)}) == (3 if resplit else 1)
+        assert bool(held_out[1, k][0] & trained[2, k]) == resplit
+
+
+def test_the_seed_decides_who_owns_what_the_start_and_who_trains(place):
+    seen = {}
+    for seed in (1, 2):
+        assert place.main("--num_users", 6, "--frac", 0.5, "--rounds", 4, "--save_rounds", 1, "--seed", seed,
+                          "--local_bs", 8, "--overwrite", "--aggregation", "mean") == 0
+        sent = load_checked(place.models / "round_1" / "shared.pt")["sent"]["classifier.output.weight"]
+        asked = pd.read_csv(place.results / "server.csv").groupby("round")["client"].agg(tuple).tolist()
+        with np.load(place.results / "partition.npz") as parts:
+            seen[seed] = sent, asked, {*parts["train_0"], *parts["test_0"]}
+    assert not torch.equal(seen[1][0], seen[2][0])
+    assert all(seen[1][i] != seen[2][i] for i in (1, 2))
+    assert len(set(seen[1][1])) > 1 and {len(one) for one in seen[1][1]} == {3}
+
+
+def test_client_dp_samples_by_poisson(place):
+    """Each client by itself: how many come differs from round to round."""
+    assert place.main("--method", "client_dp", "--noise_multiplier", 1, "--num_users", 8, "--frac", 0.5,
+                      "--local_bs", 8, "--rounds", 8, "--eval_every", 8, "--partition", "iid") == 0
+    counts = pd.read_csv(place.results / "server.csv").groupby("round")["client"].count()
+    assert counts.nunique() > 1
+
+
+def test_nbafls_noise_is_for_the_smallest_client(place):
+    assert place.main("--method", "nbafl", "--num_users", 4, "--unequal", "--partition", "iid", "--rounds", 5,
+                      "--epsilon", 30, "--delta", 0.02, "--exposures", 2, "--clip", 9, "--local_bs", 8) == 0
+    facts = json.loads((place.results / "config.json").read_text())["server"]
+    sizes = pd.read_csv(place.results / "clients.csv").query("split == 'train'")["n"]
+    assert facts["smallest"] == sizes.min() < sizes.max()
+    expected = nbafl_sigmas(9, sizes.min(), 30, 0.02, 2, 5, 4)
+    assert (facts["sigma_uplink"], facts["sigma_downlink"]) == pytest.approx(expected)
+    shared = load_checked(place.models / "round_5" / "shared.pt")   # what the server saw: clipped, then noise
+    for upload in shared["uploads"].values():
+        whole = torch.cat([value.flatten() for value in upload.values()]).double()
+        assert whole.square().sum().item() == pytest.approx(81 + len(whole) * expected[0]**2, rel=0.05)
+
+
+def test_a_finished_run_is_not_trained_again(place, driver, monkeypatch):
+    assert place.main() == 0
+    trained, _ = watched(driver, monkeypatch)
+    assert place.main("--resume") == 0 and not trained
+
+
+def drawn(noise):
+    """Of a function of the round: the same for the same, and nothing in common from one round to the next."""
+    first, second, again = noise(1), noise(2), noise(1)
+    assert torch.equal(first, again) and abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.2
+
+
+def test_noise_is_drawn_anew_each_round():
+    zeros = {"w": torch.zeros(500)}
+    server = ClientDP(Setting(clients=4, clip=1.0, delta=0.01, noise_multiplier=2.0))
+    drawn(lambda r: server(r, zeros, {}, {})[0]["w"])
+    server = NbAFL(Setting(clients=2, rounds=50, smallest=10, epsilon=5.0, delta=0.01, clip=3.0, exposures=1))
+    drawn(lambda r: server(r, zeros, {1: zeros}, {1: 10})[1][1]["w"])                       # uplink
+    drawn(lambda r: server.combine(r, zeros, [zeros], [1.0])["w"])                           # downlink
+
+
+@pytest.mark.parametrize("behaviour, flips, claims", [("false_size", True, 10), ("passive", False, 1)])
+def test_who_flips_labels_and_claims_more(ran, place, driver, monkeypatch, behaviour, flips, claims):
+    """Malicious clients alone, and they too are evaluated on the true labels."""
+    seen, train, evaluate = {}, driver.Client.train, driver.Client.evaluate
+
+    def training(self, client, *rest):
+        seen["trained", client] = self.labels.clone()
+        return train(self, client, *rest)
+
+    def evaluating(self, client, *rest):
+        seen["evaluated", client] = self.labels.clone()
+        return evaluate(self, client, *rest)
+    monkeypatch.setattr(driver.Client, "train", training)
+    monkeypatch.setattr(driver.Client, "evaluate", evaluating)
+    assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.5, "--malicious_behaviour",
+                      behaviour) == 0
+    server = pd.read_csv(place.results / "server.csv").set_index("client")
+    sizes = pd.read_csv(place.results / "clients.csv").query("split == 'train'").set_index("client")["n"]
+    assert server["malicious"].sum() == 2
+    for k, bad in server["malicious"].items():
+        assert server.loc[k, "n"] == sizes[k] * (claims if bad else 1)
+        assert torch.equal(seen["evaluated", k], ran.labels)
+        assert torch.equal(seen["trained", k], 3 - ran.labels if bad and flips else ran.labels)
+
+
+def test_borrowed_encoders_are_each_clients_own(ran):
+    borrow = ("--method", "lg_fedavg", "--encoders_from", "lg_fedavg", "--run_name", "heads")
+    assert ran.place.main(*borrow, *COMMON[:2], "--rounds", 1, *COMMON[6:]) == 0
+    for k in range(USERS):
+        before = ran.file("lg_fedavg", 2, f"client_{k}.pt")["parameters"]
+        after = ran.file("heads", 1, f"client_{k}.pt")["parameters"]
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+# The attack.
+
+
+class Attacked(Ran):
+    """Runs under attack; public images are another data set's, of which some are clients' own."""
+
+    def argv(self, run, *flags):
+        folder = self.place.folder
+        return ["--run", run, "--images", "3", "--restarts", "1", "--iterations", "3", "--train_epochs", "1",
+                "--draws", "2", "--scores", "2", "--public", "public",
+                "--data_dir", str(folder / "data"), "--results_dir", str(folder / "results"),
+                "--models_dir", str(folder / "models"), *map(str, flags)]
+
+    def scene(self, run, *flags):
+        args = mi_attack.make_parser().parse(self.argv(run, *flags))
+        return scene.Scene(mi_attack.open_run(run, args.results_dir, args.models_dir, args.data_dir), args)
+
+    def public(self, name="public"):
+        """Its images that no client of ``tiny`` has, as floats, and their labels."""
+        with np.load(self.place.folder / "data" / f"{name}.npz") as data:
+            return (torch.from_numpy(data["train_images"]).permute(0, 3, 1, 2).float() / 255,
+                    torch.from_numpy(data["train_labels"]).long())
+
+
+@pytest.fixture(scope="module")
+def attacked(ran, tiny_arrays):
+    arrays = {**tiny_arrays, "train_images": 255 - tiny_arrays["train_images"]}
+    np.savez(ran.place.folder / "data" / "public.npz", **arrays)   # its test half is tiny's own
+    return Attacked(ran.place)
+
+
+@pytest.fixture
+def spoilt(attacked, tiny_arrays):
+    """A way to have other private training images, and the true ones back afterwards."""
+    def change(run):
+        parts = attacked.part(run)
+        spoil(attacked.place, tiny_arrays, np.concatenate([parts[f"train_{k}"] for k in range(USERS)]))
+    yield change
+    np.savez(attacked.place.folder / "data" / "tiny.npz", **tiny_arrays)
+
+
+def noted(monkeypatch):
+    """Each call of ``Scene.rows``: what was found, the image numbers, the label, the control, the rows."""
+    calls, rows = [], scene.Scene.rows
+
+    def noting(self, unit, found, truth, labels, image, restart, match, rank, control):
+        out = rows(self, unit, found, truth, labels, image, restart, match, rank, control)
+        calls.append(SimpleNamespace(unit=unit, found=found, image=image, labels=labels, control=control,
+                                     rows=out, evaluator=self.evaluator))
+        return out
+    monkeypatch.setattr(scene.Scene, "rows", noting)
+    return calls
+
+
+def test_the_evaluator_and_the_adversaries_know_no_private_image(attacked, tiny_arrays, spoilt):
+    """Were the clients' training images other ones, the evaluator would be the same to the bit, and so would
+    be what an adversary makes of the same observation."""
+    turned = {f"{half}_images": 255 - tiny_arrays[f"{half}_images"] for half in ("train", "test")}
+    np.savez(attacked.place.folder / "data" / "apart.npz", **{**tiny_arrays, **turned})
+    found = []
+    for _ in range(2):
+        made, results = attacked.scene("rve_pfl", "--public", "apart"), {}
+        results["evaluator"] = torch.cat([p.flatten() for p in made.evaluator.model.parameters()])
+        results["accuracy"] = torch.tensor(made.evaluator.accuracy)
+        results["public"] = made.public
+        for who, how, seen in (("stolen_model", "latent_decoder", torch.linspace(-1, 1, 192).reshape(3, 64)),
+                               ("stolen_model", "mi_prior", None), ("curious_client", "mi_strong", None),
+                               ("curious_server", "mi_strong", None), ("curious_server", "mi_prior", None),
+                               ("prediction_api", "score_decoder", torch.eye(4)[:3])):
+            adversary, labels = made.adversary(who, 2, 0), torch.tensor([0, 1, 2])
+            seed_torch(1, f"{who} {how}")
+            solved = ATTACKS[how].solve(adversary, *((labels,) if seen is None else (seen, 3)))
+            results[f"{who} {how}"] = solved if seen is None else solved[0]
+        found.append(results)
+        spoilt("rve_pfl")
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_the_evaluators_accuracy_is_on_images_it_has_not_learnt():
+    """Labels at random can be learnt by heart and not be guessed."""
+    seed_torch(4, "evaluator")
+    images, labels = torch.rand(200, 1, 8, 8), torch.randint(4, (200,))
+    made = scoring.evaluator(images, labels, 4, epochs=80)
+    assert (made.classes(images) == labels).double().mean() > 0.8
+    assert made.accuracy < 0.7
+
+
+def as_bytes(images):
+    """Floats ``N x C x H x W`` or bytes ``N x H x W x C`` -> a set of images."""
+    if isinstance(images, torch.Tensor):
+        images = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return {image.tobytes() for image in images}
+
+
+def test_public_images_of_another_data_set_are_nobodys(attacked):
+    found = as_bytes(attacked.scene("fedavg").public)
+    assert len(found) == 200 and not found & as_bytes(attacked.images)   # of 240, 40 are tiny's own
+
+
+def test_unowned_images_are_neither_trained_nor_tested_on(make_place, tmp_path, tiny_arrays):
+    place, draw = make_place(tmp_path), np.random.default_rng(1)
+    labels = np.concatenate([tiny_arrays["train_labels"]] * 4)
+    images = np.concatenate([tiny_arrays["train_images"]] * 4)
+    few = np.flatnonzero((labels != 3) | (np.arange(len(labels)) < 100))   # a rare class: many stay unused
+    images = images[few] + draw.integers(0, 30, images[few].shape).astype(np.uint8)   # no two alike
+    arrays = {**tiny_arrays, "train_images": images, "train_labels": labels[few]}
+    np.savez(place.folder / "data" / "tiny.npz", **arrays)
+    assert place.main("--rounds", 1) == 0
+    parts = np.load(place.results / "partition.npz")
+    owned = np.concatenate([parts[name] for name in parts.files])
+    pooled = np.concatenate([images, tiny_arrays["test_images"]])
+    found = as_bytes(Attacked(place).scene("run", "--public", "unowned").public)
+    assert len(found) >= 200
+    assert found == as_bytes(np.delete(pooled, owned, 0)) and not found & as_bytes(pooled[owned])
+
+
+@pytest.mark.parametrize("how", ["latent_search", "mi_face"])
+def test_scores_and_controls_recomputed(attacked, monkeypatch, how):
+    calls = noted(monkeypatch)
+    assert mi_attack.main(attacked.argv("rve_pfl", "--overwrite", "--adversary", "stolen_model", "--attack",
+                                        how, "--clients", 1)) == 0
+    train, (public, public_labels) = attacked.part("rve_pfl")["train_1"], attacked.public()
+    private, labels = attacked.pixels(train), attacked.labels
+    test = np.concatenate([attacked.part("rve_pfl")[f"test_{k}"] for k in range(USERS)])
+    assert {call.control for call in calls} == {"", "grey", "noise", "class_mean", "nearest_public"}
+    for call in calls:
+        for i, row in enumerate(call.rows):
+            x, number = call.found[i], row["image"]
+            assert number in train and labels[number] == row["label"] == call.labels[i]
+            mse = (x - attacked.pixels([number])[0]).double().square().mean().item()
+            assert row["mse"] == pytest.approx(max(mse, 1e-10), rel=1e-4)
+            assert row["psnr"] == pytest.approx(10 * np.log10(1 / max(mse, 1e-10)), abs=1e-3)
+            apart = (private - x).square().mean((1, 2, 3))
+            if how == "latent_search":   # among the client's own images, and no others
+                assert row["nearest_rank"] == pytest.approx(1 + (apart < mse * (1 - 1e-5)).sum().item())
+            else:   # the client's nearest of the class, ranked among as many of it that nobody trained on
+                mine = apart[labels[train] == row["label"]]
+                others = (attacked.pixels(test[labels[test] == row["label"]]) - x).square().mean((1, 2, 3))
+                size = min(len(mine), len(others))
+                assert mse == pytest.approx(mine.min().item(), rel=1e-4)
+                closer = (torch.cat([mine[:size], others[:size]]) < mine[:size].min() * (1 - 1e-5)).sum()
+                assert row["nearest_rank"] == 1 + closer
+            right = call.evaluator.model.eval()(x[None])[0].argmax() == row["label"]
+            assert row["evaluator_correct"] == right
+            if call.control == "grey":
+                assert (x == 0.5).all()
+            if call.control == "class_mean":
+                torch.testing.assert_close(x, public[public_labels == row["label"]].mean(0))
+        if call.control == "nearest_public":
+            first = next(c for c in calls if c.control == "" and c.unit == call.unit)
+            truth = attacked.pixels(first.image.numpy())
+            apart = (truth[:, None] - public).square().mean((2, 3, 4))   # N x M
+            for x, one in zip(call.found, apart, strict=True):
+                torch.testing.assert_close(x, public[one.argmin()])
+
+
+def spied(monkeypatch, how):
+    """What an attack's ``solve`` is given: (adversary, observed)."""
+    given, solve = [], ATTACKS[how].solve
+
+    def spying(adversary, *rest):
+        given.append((adversary, *rest))
+        return solve(adversary, *rest)
+    monkeypatch.setattr(scene, "ATTACKS", {**ATTACKS, how: dataclasses.replace(ATTACKS[how], solve=spying)})
+    return given
+
+
+@pytest.mark.parametrize("client", [0, 2])
+def test_the_gradient_observed_is_the_victims_at_the_head_it_was_sent(attacked, monkeypatch, client):
+    calls, given = noted(monkeypatch), spied(monkeypatch, "analytic")
+    made = attacked.scene("lg_fedavg")
+    made.attack("curious_server", "analytic", 2, client)
+    shared = attacked.file("lg_fedavg", 2, "shared.pt")
+    own = attacked.file("lg_fedavg", 2, f"client_{client}.pt")["parameters"]
+    index = calls[0].image.numpy()
+    assert set(index) <= set(attacked.part("lg_fedavg")[f"train_{client}"]) and len(index) == 3
+    for number, seen in zip(index, given[0][1], strict=True):
+        z = posterior(own, attacked.pixels([number]))[0].reshape(-1, 8, 8, 1).permute(0, 3, 1, 2)
+        sent = {name: value.clone().requires_grad_() for name, value in shared["sent"].items()}
+        F.cross_entropy(head_of(sent, z), attacked.labels[[number]]).backward()
+        for name, value in seen.items():
+            torch.testing.assert_close(value, sent[f"classifier.{name}"].grad, atol=1e-6, rtol=1e-3)
+
+
+def test_answers_are_those_of_the_model_the_victim_trained(attacked, monkeypatch):
+    """The largest two of them, for --scores 2; the others are 0."""
+    calls, given = noted(monkeypatch), spied(monkeypatch, "score_decoder")
+    attacked.scene("lg_fedavg").attack("prediction_api", "score_decoder", 2, 1)
+    shared = attacked.file("lg_fedavg", 2, "shared.pt")
+    own = attacked.file("lg_fedavg", 2, "client_1.pt")["parameters"]
+    p, _ = predicted({**own, **shared["uploads"][1]}, attacked.pixels(calls[0].image.numpy()), 1)
+    expected = torch.where(p >= p.sort(1).values[:, 2:3], p, 0.0)
+    torch.testing.assert_close(given[0][1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_service_answers_by_draws_of_z(attacked):
+    """--draws of them, their probabilities averaged, and not from the mean of z."""
+    query = attacked.scene("rve_pfl", "--scores", 4, "--draws", 1000).adversary("prediction_api", 2, 1).query
+    model = {**attacked.file("rve_pfl", 2, "client_1.pt")["parameters"],
+             **attacked.file("rve_pfl", 2, "shared.pt")["uploads"][1]}
+    x, mean = attacked.pixels(range(20)), {**model, "encoder.logvar.bias": torch.full((64,), -80.0)}
+    seed_torch(5, "answers")
+    truth, at_mean = predicted(model, x, 3000)[0], predicted(mean, x, 1)[0]
+    error = (query(x) - truth).abs().max()
+    assert error < 0.02 and error < 0.5 * (at_mean - truth).abs().max()
+
+
+def test_what_z_tells_is_of_the_clients_training_images(attacked):
+    told = attacked.scene("rve_pfl").latents(2, 1)
+    private = attacked.file("rve_pfl", 2, "client_1.pt")["parameters"]
+    images = attacked.pixels(attacked.part("rve_pfl")["train_1"])
+    mu, logvar = posterior(private, images)
+    kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1).mean().item()
+    assert told["kl_nats"] == pytest.approx(kl, rel=1e-4)
+    assert told["sigma"] == pytest.approx((0.5 * logvar).exp().mean().item(), rel=1e-4)
+    assert told["mse_bound"] == pytest.approx(scoring.distortion_bound(images, kl), rel=1e-3)
+
+
+def test_an_adversarys_start_is_the_one_that_is_no_secret(attacked):
+    """The weights that all clients start from, and nobody's trained ones."""
+    start = attacked.scene("rve_pfl").adversary("curious_server", 2, 0).start.state_dict()
+    seed_torch(SEED, "init")
+    built = METHODS["rve_pfl"].build((1, 8, 8), 4, -2.0).state_dict()
+    assert all(torch.equal(value, built[name]) for name, value in start.items())
+    first = attacked.file("rve_pfl", 1, "shared.pt")["sent"]
+    assert all(torch.equal(value, start[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("who, encoder, head", [
+    ("curious_server", None, "upload"), ("stolen_model", 0, "upload"), ("curious_client", 1, "sent")])
+def test_adversaries_hold_what_the_table_says(attacked, who, encoder, head):
+    held = attacked.scene("rve_pfl").adversary(who, 2, 0).holdings
+    shared = attacked.file("rve_pfl", 2, "shared.pt")
+    expected = shared["sent"] if head == "sent" else shared["uploads"][0]
+    for name, value in held.head.state_dict().items():
+        assert torch.equal(value, expected[f"classifier.{name}"])
+    if encoder is None:
+        assert held.encoder is None
+    else:
+        own = attacked.file("rve_pfl", 2, f"client_{encoder}.pt")["parameters"]
+        for name, value in held.encoder.state_dict().items():
+            assert torch.equal(value, own[f"encoder.{name}"])
+
+
+def test_labels_are_told_from_an_epoch_of_two_steps():
+    """Four images, three of one class: a label is worth half of a step's mean."""
+    seed_torch(2, "labels")
+    head, y = METHODS["fedavg"].build((1, 8, 8), 4, -2.0).classifier.eval(), torch.tensor([1, 1, 1, 0])
+    x, budget = torch.rand(4, 1, 8, 8), Budget(1, 1, 1, 1, 0.01, 4)
+    victim = SimpleNamespace(update=lambda x, y, change: change(head, x, y))
+    adversary = Adversary(Holdings(head, None, False, (1, 8, 8)), None, head, x, y, 0.0, budget)
+    for attack in (ATTACKS["epoch"], ATTACKS["batch"]):
+        _, labels = attack.solve(adversary, attack.observe(victim, x, y, budget), 4)
+        assert labels.tolist() == [0, 1, 1, 1]
+
+
+def test_intervals_are_95_percent_ones_of_first_choices():
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    rows = [{**dict.fromkeys(scene.COLUMNS, 0.0), "adversary": "stolen_model", "attack": "mi_face",
+             "control": "", "mse": value, "restart": restart} for value in values for restart in (0, 1)
+            if restart == 0 or value > 5]
+    table = mi_attack.summarise(rows)
+    assert len(table) == 1 and table["n"].item() == 400
+    assert table["mse"].item() == pytest.approx(values.mean())
+    half = 1.96 * values.std() / 20
+    assert table["mse_low"].item() == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert table["mse_high"].item() == pytest.approx(values.mean() + half, abs=0.15 * half)
