@@ -517,20 +517,20 @@ def spied(monkeypatch, how):
 
 
 @pytest.mark.parametrize("client", [0, 2])
-def test_the_gradient_observed_is_the_victims_at_the_head_it_was_sent(attacked, monkeypatch, client):
+def test_the_gradient_observed_is_the_victims_at_the_head_it_is_sent_next(attacked, monkeypatch, client):
     calls, given = noted(monkeypatch), spied(monkeypatch, "analytic")
     made = attacked.scene("lg_fedavg")
     made.attack("curious_server", "analytic", 2, client)
-    shared = attacked.file("lg_fedavg", 2, "shared.pt")
+    head = attacked.file("lg_fedavg", 2, "server.pt")["head"]
     own = attacked.file("lg_fedavg", 2, f"client_{client}.pt")["parameters"]
     index = calls[0].image.numpy()
     assert set(index) <= set(attacked.part("lg_fedavg")[f"train_{client}"]) and len(index) == 3
     for number, seen in zip(index, given[0][1], strict=True):
         z = posterior(own, attacked.pixels([number]))[0].reshape(-1, 8, 8, 1).permute(0, 3, 1, 2)
-        sent = {name: value.clone().requires_grad_() for name, value in shared["sent"].items()}
-        F.cross_entropy(head_of(sent, z), attacked.labels[[number]]).backward()
+        at = {name: value.clone().requires_grad_() for name, value in head.items()}
+        F.cross_entropy(head_of(at, z), attacked.labels[[number]]).backward()
         for name, value in seen.items():
-            torch.testing.assert_close(value, sent[f"classifier.{name}"].grad, atol=1e-6, rtol=1e-3)
+            torch.testing.assert_close(value, at[f"classifier.{name}"].grad, atol=1e-6, rtol=1e-3)
 
 
 def test_answers_are_those_of_the_model_the_victim_trained(attacked, monkeypatch):
@@ -599,7 +599,8 @@ def test_labels_are_told_from_an_epoch_of_two_steps():
     head, y = METHODS["fedavg"].build((1, 8, 8), 4, -2.0).classifier.eval(), torch.tensor([1, 1, 1, 0])
     x, budget = torch.rand(4, 1, 8, 8), Budget(1, 1, 1, 1, 0.01, 4)
     victim = SimpleNamespace(update=lambda x, y, change: change(head, x, y))
-    adversary = Adversary(Holdings(head, None, False, (1, 8, 8)), None, head, x, y, 0.0, budget)
+    holdings = Holdings(head, None, False, (1, 8, 8), stepped=head)
+    adversary = Adversary(holdings, None, head, x, y, lambda _: x, 0.0, budget)
     for attack in (ATTACKS["epoch"], ATTACKS["batch"]):
         _, labels = attack.solve(adversary, attack.observe(victim, x, y, budget), 4)
         assert labels.tolist() == [0, 1, 1, 1]
