@@ -19,8 +19,19 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+import configs
 import plots
-from checkpoint import PrivateStore, load_checked, read_private, same_layout
+from aggregation import is_finite
+from checkpoint import (
+    PrivateStore,
+    is_whole,
+    load_checked,
+    read_private,
+    read_shared,
+    same_layout,
+    same_memory,
+)
+from configs import ASIDE
 from figures import FIGURES
 from files import append_csv, cut_csv, write_whole
 from ranks import Ranks
@@ -34,8 +45,6 @@ COLUMNS = {
     "server.csv": ["round", "client", "n", "norm_ratio", "cosine", "probe", "lookalike", "trust",
                    "weight", "malicious"],
 }
-# What an evaluation is on, by protocol; CSVs and pictures say so.
-ASIDE = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
 # Options that do not change a run's numbers, and so may differ when it is resumed.
 FREE = {"resume", "overwrite", "checkpoint_seconds", "save_rounds", "data_dir", "results_dir", "models_dir"}
 
@@ -53,13 +62,14 @@ class Progress:
 
 
 @contextmanager
-def open_run(config: dict, initial: Private, head: State, ranks: Ranks) -> Iterator["Run"]:
+def open_run(config: dict, initial: Private, head: State, memory: dict, ranks: Ranks) -> Iterator["Run"]:
     """Take a run's folders, under a lock that lasts as long as the block, or the process.
 
     Args:
         config: what ``config.json`` will say, with every option under ``options``.
         initial: what every client starts from.
         head: what the server sends first.
+        memory: what the server remembers before it.
         ranks: the processes that share the run; the first holds the lock for all.
 
     Raises:
@@ -74,7 +84,7 @@ def open_run(config: dict, initial: Private, head: State, ranks: Ranks) -> Itera
         except OSError as error:
             raise InputError(f"run {results.name} is being written by another process; wait for it, or "
                              "give this one another --run_name") from error
-        run = Run(config, initial, head, ranks)
+        run = Run(config, initial, Progress(0, head, memory=memory), ranks)
         with run.bar:
             yield run
 
@@ -86,7 +96,7 @@ class Run:
     same folders. What every rank must do alike, the first decides.
     """
 
-    def __init__(self, config: dict, initial: Private, head: State, ranks: Ranks):
+    def __init__(self, config: dict, initial: Private, start: Progress, ranks: Ranks):
         options, self.ranks = config["options"], ranks
         self.results = Path(options["results_dir"]) / options["run_name"]
         self.models = Path(options["models_dir"]) / options["run_name"]
@@ -95,7 +105,7 @@ class Run:
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
         self.finished = ranks.share(ranks.first and self._admit(options["resume"], options["overwrite"]))
         self.private = PrivateStore(self.models / ".private", initial)
-        self.progress = Progress(0, head)
+        self.progress = start
         if not self.finished:
             if ranks.first:
                 self._clear(self.models / ".private", *self.models.glob(".round_*"))
@@ -226,10 +236,10 @@ class Run:
             self._clear(*(p for p in self.results.iterdir() if p.name != ".lock"), self.models)
             return False
         try:
-            old = json.loads(path.read_text())
-            before, finished = old["options"], old["status"] == "finished"
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(f"{path} is damaged; start again with --overwrite") from error
+            old = configs.read(path)
+        except InputError as error:
+            raise InputError(f"{error}; start again with --overwrite") from error
+        before, finished = old["options"], old["status"] == "finished"
         if not resume:
             raise InputError(f"run {name} is already " + (
                 "finished; use --overwrite to replace it or another --run_name" if finished else
@@ -248,27 +258,35 @@ class Run:
 
     def _restore(self) -> None:
         """Go back to the latest checkpoint, or to the start: cut the CSVs there and load what it holds."""
-        if self.ranks.first:
-            self.write_config()
         found, csv_bytes = self.ranks.share(max(self._checkpoints(), default=0)), {}
         if found:
-            folder, head = self.models / f"round_{found}", self.progress.head
-            server, shared = load_checked(folder / "server.pt"), load_checked(folder / "shared.pt")
-            if not (server.keys() == {"round", "head", "csv_bytes", "memory"} and server["round"] == found
-                    and same_layout(server["head"], head) and {"sent", "uploads"} <= shared.keys()):
+            folder, start = self.models / f"round_{found}", self.progress
+            server = load_checked(folder / "server.pt")
+            if not self._is_ours(server, found):
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
+            if not is_finite(server["head"]):
+                raise InputError(f"checkpoint {folder}/server.pt holds NaN or infinite values; start again "
+                                 "with --overwrite")
+            shared = read_shared(folder / "shared.pt", start.head, self.clients)
             for k in self.ranks.mine(range(self.clients)):
-                private = read_private(folder / f"client_{k}.pt")
-                if not same_layout(private.parameters, self.private.initial.parameters):
-                    raise InputError(f"checkpoint {folder}/client_{k}.pt is of another network; start again "
-                                     "with --overwrite")
-                self.private.put(k, private)
+                self.private.put(k, read_private(folder / f"client_{k}.pt", self.private.initial.parameters))
             self.private.commit()
             csv_bytes = server["csv_bytes"]
             self.progress = Progress(found, server["head"], shared["sent"], shared["uploads"],
                                      memory=server["memory"])
-        for name, columns in COLUMNS.items() if self.ranks.first else ():
-            cut_csv(self.results / name, columns, csv_bytes.get(name))
+        if self.ranks.first:   # only now, so that a checkpoint that is refused leaves all as it was
+            self.write_config()
+            for name, columns in COLUMNS.items():
+                cut_csv(self.results / name, columns, csv_bytes.get(name))
+
+    def _is_ours(self, server: dict, round: int) -> bool:
+        """Whether a ``server.pt`` is as this run would have written it after that round."""
+        return (server.keys() == {"round", "head", "csv_bytes", "memory"}
+                and is_whole(server["round"]) and server["round"] == round
+                and same_layout(server["head"], self.progress.head)
+                and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == COLUMNS.keys()
+                and all(map(is_whole, server["csv_bytes"].values()))
+                and same_memory(server["memory"], self.progress.memory))
 
     @staticmethod
     def _clear(*paths: Path) -> None:

@@ -10,7 +10,6 @@ A gradient, a latent or an answer of a chosen image is handed over by ``Victim``
 so reads ``client_<k>.pt``; what it computes with stays there.
 """
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import configs
 import datasets
-from checkpoint import load_checked, read_private, same_layout
+from checkpoint import read_private, read_shared
 from methods import METHODS
 from models import as_image, kl_to_standard_normal, reparameterise
 from update import State
@@ -64,20 +64,13 @@ class Run:
 
     def shared(self, round: int) -> dict:
         """``shared.pt``: ``sent`` and ``uploads``."""
-        found = load_checked(self.file(round, "shared.pt"))
         travels = METHODS[self.options["method"]].split(self.network().state_dict())[0]
-        if not {"sent", "uploads"} <= found.keys() or not same_layout(found["sent"], travels):
-            raise InputError(f"checkpoint {self.models}/round_{round}/shared.pt is not of this run's method")
-        return found
+        return read_shared(self.file(round, "shared.pt"), travels, self.options["num_users"])
 
     def private(self, round: int, client: int) -> State:
         """``client_<k>.pt``: what stayed with the client."""
-        found = read_private(self.file(round, f"client_{client}.pt")).parameters
         stays = METHODS[self.options["method"]].split(self.network().state_dict())[1]
-        if not same_layout(found, stays):
-            raise InputError(f"checkpoint {self.models}/round_{round}/client_{client}.pt is not of this "
-                             "run's method")
-        return found
+        return read_private(self.file(round, f"client_{client}.pt"), stays).parameters
 
     def owned(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Each client's training and test indices. For scoring: no adversary has them."""
@@ -103,13 +96,7 @@ def open_run(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> 
     if not path.exists():
         there = sorted(p.parent.name for p in results_dir.glob("*/config.json"))
         raise InputError(f"--run {name}: no {path}; there: {', '.join(there) or 'no runs'}")
-    try:
-        options = json.loads(path.read_text())["options"]
-        known = options["method"] in METHODS and {"dataset", "num_users", "init_logvar"} <= options.keys()
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged") from error
-    if not known:
-        raise InputError(f"{path} is not of this version of RVE-PFL.py")
+    options = configs.read(path, "dataset", "method", "num_users", "init_logvar", "seed")["options"]
     return Run(results_dir / name, models_dir / name, options, datasets.load(options["dataset"], data_dir))
 
 

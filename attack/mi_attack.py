@@ -24,7 +24,7 @@ from attack.access import ADVERSARIES, Run, open_run
 from attack.attacks import ATTACKS, unfit
 from attack.scene import COLUMNS, FIGURES, POOL, UNIT, Scene
 from files import write_whole
-from options import ROOT, Formatter, Parser
+from options import NAME, ROOT, Formatter, Parser
 from utils import InputError, Interrupted, Interrupts, keep_freed_memory, rng
 
 NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, not how: they may change
@@ -49,7 +49,7 @@ def make_parser() -> Parser:
         help="of what an adversary trains on public images")
     add(group, "--draws", type=int, default=32, within=(1, 1000), help="of z, averaged in an answer")
     add(group, "--scores", type=int, default=3, within=(1, huge), help="class scores that a service tells")
-    add(group, "--public", default="unowned",
+    add(group, "--public", default="unowned", pattern=NAME,
         help="what adversaries train on: `unowned`, the run's images that no client has, or another data "
              "set's NAME, of the same shape")
     add(group, "--seed", type=int, default=1, within=(0, 2**31 - 1), help="decides every random draw")

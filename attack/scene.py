@@ -87,7 +87,7 @@ class Scene:
             seed_torch(run.options["seed"], "init")
             start = run.network()
             self.adversaries = {key: Adversary(holdings, query, start, self.public, self.public_labels,
-                                               run.options["kl_weight"] or 0.0, self.budget)}
+                                               run.options.get("kl_weight") or 0.0, self.budget)}
         return self.adversaries[key]
 
     def attack(self, who: str, how: str, round: int, client: int) -> list[dict]:
