@@ -56,13 +56,22 @@ def test_checkpoints_without_results_are_not_taken_up(place, capsys):
     assert place.main("--rounds", 1, "--overwrite") == 0
 
 
-@pytest.fixture
-def unfinished(place):
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, make_place):
     """A run of three rounds, of which two are left to do."""
+    place = make_place(tmp_path_factory.mktemp("stopped"))
     assert place.main("--save_rounds", 1, "--checkpoint_seconds", 1e6) == 0
     config = place.results / "config.json"
     config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
     checkpoint.shutil.rmtree(place.models / "round_3")
+    return place
+
+
+@pytest.fixture
+def unfinished(stopped, place):
+    """The same, for one test to harm."""
+    for name in ("results", "models"):
+        checkpoint.shutil.copytree(stopped.folder / name, place.folder / name)
     return place
 
 
