@@ -77,13 +77,18 @@ class Run:
         path = self.results / "partition.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
-                clients = range(self.options["num_users"])
-                return [file[f"train_{k}"] for k in clients], [file[f"test_{k}"] for k in clients]
+                halves = [[file[f"{half}_{k}"] for k in range(self.options["num_users"])]
+                          for half in ("train", "test")]
         except KeyError as error:
             raise InputError(f"{path}: no fixed training and test images; runs with --resplit or --validate "
                              "are not attacked") from error
         except Exception as error:
             raise InputError(f"{path} is missing or damaged") from error
+        if not all(part.ndim == 1 and part.dtype.kind == "i" and len(part) and part.min() >= 0
+                   and part.max() < len(self.data.labels) for half in halves for part in half):
+            raise InputError(f"{path} does not number images of --dataset {self.options['dataset']}; it is "
+                             "damaged, or the data set is another than then")
+        return halves[0], halves[1]
 
 
 def open_run(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Run:

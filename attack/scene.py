@@ -90,6 +90,18 @@ class Scene:
                                                run.options.get("kl_weight") or 0.0, self.budget)}
         return self.adversaries[key]
 
+    def classes(self, client: int) -> Tensor:
+        """The classes of a client's training images, but for those of which nobody held an image out: the
+        evaluator has never seen them, and there is nothing to rank the client's images among."""
+        held_out = self.run.data.labels[np.concatenate(self.test)]
+        return torch.from_numpy(np.intersect1d(self.run.data.labels[self.train[client]], held_out))
+
+    def unfit(self, how: str, client: int) -> str | None:
+        """Why an attack on a client could not be scored, or None."""
+        if ATTACKS[how].observe is None and not len(self.classes(client)):
+            return f"nobody held out an image of client {client}'s classes"
+        return None
+
     def attack(self, who: str, how: str, round: int, client: int) -> list[dict]:
         """One attack's rows, and its picture."""
         adversary, attack = self.adversary(who, round, client), ATTACKS[how]
@@ -97,7 +109,7 @@ class Scene:
         own = torch.from_numpy(drawn.permutation(self.train[client]))
         seed_torch(self.args.seed, f"{who} {how}", client, round)
         if attack.observe is None:
-            labels = self.labels(own).unique()
+            labels = self.classes(client)
             found = attack.solve(adversary, labels)
             truth, image, rank = self.nearest(found, labels, client)
             match = self.victims_label(round, client, found) == labels
