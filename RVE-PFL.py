@@ -91,7 +91,7 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}}
     server = make_server(args, client, splits)
     crowd = Crowd(args.malicious_behaviour, args.malicious_frac, args.num_users, args.seed)
-    with open_run(config, Private(private), head, ranks) as run:
+    with open_run(config, Private(private), head, dict(server.memory), ranks) as run:
         if not run.finished:
             if ranks.first:
                 run.write_partition(owned, splits, data.labels)

@@ -5,10 +5,8 @@ A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``
 an adversary's access to files is its threat model. All are read with ``weights_only=True``: a file from
 elsewhere cannot run code.
 """
-import json
 import mmap
 import os
-import pickle
 import shutil
 import warnings
 from argparse import Namespace
@@ -17,11 +15,14 @@ from pathlib import Path
 
 import torch
 
+import configs
+from aggregation import is_finite
 from files import write_whole
 from update import Private, State
 from utils import InputError
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
+MOST_STEPS = 10**12   # of a client's: more than any run makes, and few enough to reckon with as floats
 
 
 def load_checked(path: Path) -> dict:
@@ -36,7 +37,7 @@ def load_checked(path: Path) -> dict:
         if not isinstance(found, dict):
             raise ValueError("no dictionary")
         return found
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:   # damage can make the unpickler raise nearly anything
         why = "holds objects other than tensors and was not opened" if "weights_only" in str(error).lower() \
             else "is missing or damaged"
         raise InputError(f"checkpoint {path} {why}; remove that round's folder to go on from an earlier one, "
@@ -47,7 +48,43 @@ def same_layout(found: object, expected: State) -> bool:
     """Whether a state dict has exactly the expected names, shapes and types."""
     return isinstance(found, dict) and found.keys() == expected.keys() and all(
         isinstance(found[name], torch.Tensor) and found[name].shape == value.shape
-        and found[name].dtype == value.dtype for name, value in expected.items())
+        and found[name].dtype == value.dtype and found[name].layout == torch.strided
+        and found[name].device.type == "cpu" for name, value in expected.items())   # as it was read
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a number of things: an int, and no bool, not below 0."""
+    return type(value) is int and value >= 0
+
+
+def same_memory(found: object, expected: dict) -> bool:
+    """Whether it may be what a server remembers, given what it remembers at the start: tensors like those,
+    counts where those are, else numbers, of which it may have found more (NbAFL its clip); none below 0."""
+    def like(value, start):
+        if isinstance(start, torch.Tensor):
+            return same_layout({"": value}, {"": start}) and is_finite({"": value}) and not (value < 0).any()
+        if isinstance(start, int):
+            return is_whole(value)
+        return type(value) in (int, float) and 0 <= value < float("inf")
+    return isinstance(found, dict) and expected.keys() <= found.keys() and all(
+        isinstance(name, str) and like(value, expected.get(name)) for name, value in found.items())
+
+
+def read_shared(path: Path, travels: State, clients: int) -> dict:
+    """Read a ``shared.pt``. What clients uploaded may hold NaN, as a malicious one's does; not what was sent.
+
+    Args:
+        travels: a state dict like those that are sent and uploaded.
+        clients: of the run, by whose numbers uploads are filed.
+    """
+    found = load_checked(path)
+    sent, uploads = found.get("sent"), found.get("uploads")
+    if not (same_layout(sent, travels) and isinstance(uploads, dict) and all(
+            is_whole(k) and k < clients and same_layout(upload, travels) for k, upload in uploads.items())):
+        raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
+    if not is_finite(sent):
+        raise InputError(f"checkpoint {path} holds NaN or infinite values; start again with --overwrite")
+    return found
 
 
 def off_heap(state: State) -> State:
@@ -82,7 +119,7 @@ class PrivateStore:
     def get(self, client: int) -> Private:
         """The client's latest; a client that has never trained has what all began with."""
         entry = self.new.get(client, self.kept.get(client, self.initial))
-        return read_private(entry) if isinstance(entry, Path) else entry
+        return read_private(entry, self.initial.parameters) if isinstance(entry, Path) else entry
 
     def put(self, client: int, private: Private) -> None:
         """Remember for this round."""
@@ -132,11 +169,23 @@ def write_private(path: Path, private: Private) -> None:
     write_whole(path, lambda file: torch.save(found, file))
 
 
-def read_private(path: Path) -> Private:
-    """Read a ``client_<k>.pt``."""
+def read_private(path: Path, expected: State, travels: State | None = None) -> Private:
+    """Read a ``client_<k>.pt``, whose parameters are like those ``expected``.
+
+    Args:
+        travels: a state dict like ``own``, for those who use that.
+    """
     found = load_checked(path)
-    if found.keys() - {"own"} != {"parameters", "steps"} or not isinstance(found["steps"], int):
+    used = [(found.get("parameters"), expected)]
+    if travels is not None and "own" in found:
+        used.append((found["own"], travels))
+    if not (found.keys() - {"own"} == {"parameters", "steps"} and is_whole(found["steps"])
+            and found["steps"] <= MOST_STEPS):
         raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
+    if not all(same_layout(*pair) for pair in used):
+        raise InputError(f"checkpoint {path} is of another network; start again with --overwrite")
+    if not all(is_finite(state) for state, _ in used):
+        raise InputError(f"checkpoint {path} holds NaN or infinite values; start again with --overwrite")
     return Private(**found)
 
 
@@ -148,11 +197,14 @@ def borrowed_encoders(args: Namespace, clients: Iterable[int],
         InputError: there is no such run, or its clients are not this one's.
     """
     name = args.encoders_from
+    path = args.results_dir / name / "config.json"
+    if not path.exists():
+        raise InputError(f"--encoders_from {name}: no finished run {path.parent}")
     try:
-        config = json.loads((args.results_dir / name / "config.json").read_text())
-        theirs, finished = config["options"], config["status"] == "finished"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--encoders_from {name}: no finished run {args.results_dir / name}") from error
+        config = configs.read(path, "rounds")
+    except InputError as error:
+        raise InputError(f"--encoders_from {name}: {error}; give another run") from error
+    theirs, finished = config["options"], config["status"] == "finished"
     deal = ("dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "resplit",
             "validate", "method")
     differ = [key for key in deal if theirs.get(key) != getattr(args, key)]
@@ -161,7 +213,8 @@ def borrowed_encoders(args: Namespace, clients: Iterable[int],
         raise InputError(f"--encoders_from {name}: {why}; give a finished run of the same clients and images")
     folder = args.models_dir / name / f"round_{theirs['rounds']}"
     for k in clients:
-        found = read_private(folder / f"client_{k}.pt").parameters
-        if not same_layout(found, expected):
-            raise InputError(f"--encoders_from {name}: {folder}/client_{k}.pt is of another network")
-        yield k, Private(found)
+        try:
+            found = read_private(folder / f"client_{k}.pt", expected)
+        except InputError as error:
+            raise InputError(f"--encoders_from {name}: {error}") from error
+        yield k, Private(found.parameters)

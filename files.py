@@ -74,14 +74,19 @@ def cut_csv(path: Path, columns: list[str], size: int | None) -> None:
     """Leave of a CSV its first ``size`` bytes, what it held at a checkpoint; without one, its header.
 
     Raises:
-        InputError: the file is shorter than that.
+        InputError: the file is shorter than that, or not one that ended a line there.
     """
+    header = (",".join(columns) + "\n").encode()
     if size is None:
-        write_whole(path, lambda file: file.write((",".join(columns) + "\n").encode()))
+        write_whole(path, lambda file: file.write(header))
     elif not path.exists() or path.stat().st_size < size:
         raise InputError(f"{path} is shorter than when it was saved; start again with --overwrite")
     else:
-        os.truncate(path, size)
+        with open(path, "r+b") as file:
+            first, _ = file.read(len(header)), file.seek(max(size, 1) - 1)
+            if first != header or size < len(header) or file.read(1) != b"\n":
+                raise InputError(f"{path} is not as it was saved; start again with --overwrite")
+            file.truncate(size)
 
 
 def _format(value: object) -> object:

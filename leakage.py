@@ -12,7 +12,6 @@ and ``nearest_public``: those are real public images, recognised whatever the mo
 says that the model shows its classes, and nothing of the client's own images.
 """
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,8 @@ import pandas as pd
 
 from attack.access import ADVERSARIES
 from attack.attacks import ATTACKS
-from options import METHODS
+from configs import read_json
+from options import METHODS, shown
 from plots import matplotlib, plt
 
 KEY = ["adversary", "attack", "round", "control"]
@@ -50,6 +50,8 @@ def read(folder: Path) -> pd.DataFrame:
     path = folder / "attack_summary.csv"
     if not path.exists():
         return NONE
+    if not path.is_file():   # a pipe would be waited for
+        raise ValueError("no plain file")
     table = pd.read_csv(path, keep_default_na=False)
     if list(table.columns) != COLUMNS:
         raise ValueError("its columns are not those of an attack")
@@ -58,13 +60,16 @@ def read(folder: Path) -> pd.DataFrame:
         raise ValueError("it has gaps")
     for column, known in (("adversary", ADVERSARIES), ("attack", ATTACKS)):
         if foreign := set(table[column]) - set(known):
-            raise ValueError(f"{column} {foreign.pop()} is not this version's")
+            raise ValueError(f"{column} {shown(foreign.pop())} is not this version's")
     whole = table.groupby(KEY[:3])["control"].agg(sorted)
     if any(controls != sorted(["", *CONTROLS]) for controls in whole):
         raise ValueError("an attack is not there once, with each control once")
-    spent = json.loads((folder / "attack.json").read_text())
-    return condense(table).assign(budget=f"{spent['restarts']} x {spent['iterations']} iterations, "
-                                         f"{spent['train_epochs']} epochs, {spent['public']}")
+    if (table[["round", "n"]] < 1).any(axis=None) or (table[["round", "n"]] % 1).any(axis=None):
+        raise ValueError("a round or a number of images is none")
+    spent = read_json(folder / "attack.json")
+    restarts, iterations, epochs, public = (
+        shown(spent[name]) for name in ("restarts", "iterations", "train_epochs", "public"))
+    return condense(table).assign(budget=f"{restarts} x {iterations} iterations, {epochs} epochs, {public}")
 
 
 def condense(table: pd.DataFrame) -> pd.DataFrame:
@@ -94,6 +99,12 @@ def condense(table: pd.DataFrame) -> pd.DataFrame:
 def latest(found: pd.DataFrame) -> pd.DataFrame:
     """Each adversary's last round."""
     return found[found["round"] == found.groupby("adversary")["round"].transform("max")]
+
+
+def pictures(found: pd.DataFrame) -> list[str]:
+    """Patterns of the names of the pictures of each adversary's strongest attacks in its last round."""
+    return [f"attack_{row['adversary']}_{row['attack']}_round{row['round']}_client*.png"
+            for row in latest(found).to_dict("records")]
 
 
 def worst(found: pd.DataFrame) -> dict:
@@ -128,7 +139,7 @@ def beside_utility(run) -> pd.DataFrame:
     then = [deployed[deployed.index <= round] for round in run.leaks["round"]]
     utility = {name: [part[name].iloc[-1] if len(part) else np.nan for part in then]
                for name in ("accuracy", "kl_nats")}
-    return run.leaks.assign(run=run.name, method=run.options["method"], beta=run.options["kl_weight"],
+    return run.leaks.assign(run=run.name, method=run.options["method"], beta=run.options.get("kl_weight"),
                             **utility)
 
 

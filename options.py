@@ -47,6 +47,11 @@ READ_BY = {"kl_weight": NOISY, "kl_warmup": NOISY, "init_logvar": NOISY, "eval_s
 UNREAD = {"kl_weight": 0.0, "kl_warmup": 0, "init_logvar": None, "eval_samples": 1, "head_lr": 1.0,
           "aggregation": "mean"}
 
+# What values of an option's type are, and that in words; bool stands for a flag without a value.
+KINDS = {int: (int, "a whole number"), float: ((int, float), "a number"), Path: ((str, Path), "a path"),
+         None: (str, "text"), bool: (bool, "true or false")}
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", "a name of letters, digits, _ . = + -, not a path"
+
 
 # What other programs call our options; suggested where a program has the option.
 SYNONYMS = {
@@ -70,36 +75,33 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, remembers each option's range, and checks edited defaults too."""
+    """Says what is wrong in one line, remembers what each option may be, and checks edited defaults too."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.ranges = {}
+        self.ranges, self.patterns = {}, {}
 
     def error(self, message: str):
         said_elsewhere = os.environ.get("RANK", "0") != "0"   # by the first of torchrun's processes
         self.exit(2, None if said_elsewhere else f"{self.prog}: error: {message}\n")
 
-    def add(self, group, *flags: str, within: tuple[float, float] | None = None, **kwargs) -> None:
-        """Declare an option; ``within`` is its closed range."""
+    def add(self, group, *flags: str, within: tuple[float, float] | None = None,
+            pattern: tuple[str, str] | None = None, **kwargs) -> None:
+        """Declare an option; ``within`` is its closed range, ``pattern`` what it must match, and in words."""
         action = group.add_argument(*flags, **kwargs)
         if within:
             self.ranges[action.dest] = within
+        if pattern:
+            self.patterns[action.dest] = pattern
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        """Parse, suggest a name for an unknown flag, check ranges and choices."""
+        """Parse, suggest a name for an unknown flag, and check every value."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             near = self._suggestion(unknown[0])
             self.error(f"unknown argument {unknown[0]}" + (f" (did you mean --{near}?)" if near else ""))
-        for action in self._actions:
-            value, flag = getattr(args, action.dest, None), action.option_strings[0]
-            for one in value if isinstance(value, list) else [value]:
-                low, high = self.ranges.get(action.dest, (-math.inf, math.inf))
-                if isinstance(one, (int, float)) and not low <= one <= high:
-                    self.error(f"{flag} {one}: must be between {low:g} and {high:g}")
-                if action.choices and one is not None and one not in action.choices:
-                    self.error(f"{flag} {one}: choose from {', '.join(map(str, action.choices))}")
+        if fault := self.fault(vars(args)):
+            self.error(fault)
         return args
 
     def _suggestion(self, flag: str) -> str | None:
@@ -112,6 +114,40 @@ class Parser(argparse.ArgumentParser):
             return SYNONYMS[name]
         return next(iter(difflib.get_close_matches(name, ours, 1, ALIKE)), None)
 
+    def fault(self, options: dict[str, object]) -> str | None:
+        """What is wrong with the first bad value among options, in words; None if all are as declared."""
+        for action in self._actions:
+            if action.dest not in options:
+                continue
+            value = options[action.dest]
+            if value is None and action.default is None:
+                continue
+            if action.nargs == "+" and not isinstance(value, list):
+                return f"{action.option_strings[0]} {shown(value)}: must be a list"
+            for one in value if action.nargs == "+" else [value]:
+                if why := self._why_not(action, one):
+                    return f"{action.option_strings[0]} {shown(one)}: {why}"
+        return None
+
+    def _why_not(self, action: argparse.Action, value: object) -> str | None:
+        kind, words = KINDS[bool if action.nargs == 0 else action.type]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            return f"must be {words}"
+        low, high = self.ranges.get(action.dest, (-math.inf, math.inf))
+        if isinstance(value, (int, float)) and not low <= value <= high:   # NaN is in no range
+            return f"must be between {low:g} and {high:g}"
+        if action.choices and value not in action.choices:
+            return f"choose from {', '.join(map(str, action.choices))}"
+        pattern, words = self.patterns.get(action.dest, ("", ""))
+        return words if pattern and not re.fullmatch(pattern, value) else None
+
+
+def shown(value: object) -> str:
+    """A value on one line: of what others wrote, not more than says which it is."""
+    plain = value is None or isinstance(value, (str, int, float, Path))   # a list may be nested too deeply
+    text = str(value)[:200] if plain else f"a {type(value).__name__}"
+    return text if text.isprintable() else ascii(text)
+
 
 def make_parser() -> Parser:
     """The options, by group."""
@@ -120,7 +156,7 @@ def make_parser() -> Parser:
     add, tiny, huge = parser.add, 1e-12, 10**9
 
     data = parser.add_argument_group("data")
-    add(data, "--dataset", default="mnist",
+    add(data, "--dataset", default="mnist", pattern=NAME,
         help="mnist, fmnist, cifar (downloaded on first use), mnist10k (ships with the project), or the "
              "NAME of any DATA_DIR/NAME.npz")
     add(data, "--data_dir", type=Path, default=ROOT / "data", help="where data sets are")
@@ -204,7 +240,8 @@ def make_parser() -> Parser:
 
     run = parser.add_argument_group("run")
     add(run, "--seed", type=int, default=1, within=(0, 2**31 - 1), help="decides every random draw")
-    add(run, "--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add(run, "--device", default="auto", help="auto, cpu, cuda or cuda:N",
+        pattern=(r"auto|cpu|cuda(:\d{1,3})?", "choose from auto, cpu, cuda, cuda:N"))
     add(run, "--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="of convolutions and matrix products; auto: bf16 where the chip has it")
     add(run, "--stack", type=int, within=(1, 10_000),
@@ -212,8 +249,8 @@ def make_parser() -> Parser:
              "make 500 images a step)")
     add(run, "--eval_every", type=int, default=1, within=(1, huge),
         help="evaluate every so many rounds, and in the last")
-    add(run, "--run_name", help="folder name under RESULTS_DIR and MODELS_DIR "
-                                "(<dataset>-<partition>-<method>-seed<seed> if not given)")
+    add(run, "--run_name", pattern=NAME, help="folder name under RESULTS_DIR and MODELS_DIR "
+                                              "(<dataset>-<partition>-<method>-seed<seed> if not given)")
     add(run, "--results_dir", type=Path, default=ROOT / "results", help="where CSVs and pictures go")
     add(run, "--models_dir", type=Path, default=ROOT / "saved_models", help="where checkpoints go")
     add(run, "--save_rounds", type=int, nargs="+", default=[], within=(1, huge), metavar="R",
@@ -243,10 +280,7 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
           "--malicious_frac 0")
     if args.method in CLIENT_DP:
         _fill_client_dp(parser, args)
-    chosen = {**CHOSEN[""], **CHOSEN.get(args.dataset, {})}
-    if args.method not in SPLIT:
-        chosen |= {**PLAIN.get(args.dataset, {}), **(PLAIN_MIXED if args.partition != "shards" else {})}
-    chosen |= BY_METHOD.get(args.method, {})
+    chosen = chosen_for(args.dataset, args.partition, args.method)
     for name, readers in READ_BY.items():
         _fill(parser, args, name, args.method in readers, chosen.get(name), UNREAD.get(name), method)
     _fill(parser, args, "tolerate", args.aggregation in ("trimmed_mean", "krum"), 0.3, 0.3,
@@ -256,6 +290,28 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
         args.run_name = "-".join([args.dataset, args.partition, args.method, f"seed{args.seed}", *marks])
     args.save_rounds = sorted(set(args.save_rounds))
     return args
+
+
+def chosen_for(dataset: str, partition: str, method: str) -> dict[str, object]:
+    """The values of options that depend on these."""
+    chosen = {**CHOSEN[""], **CHOSEN.get(dataset, {})}
+    if method not in SPLIT:
+        chosen |= {**PLAIN.get(dataset, {}), **(PLAIN_MIXED if partition != "shards" else {})}
+    return chosen | BY_METHOD.get(method, {})
+
+
+def stored_fault(options: dict[str, object]) -> str | None:
+    """What is wrong with options as ``args_parser`` left them in a ``config.json``, or None.
+
+    An option that is not there, or that this version does not declare, is another version's and no fault.
+    """
+    if fault := make_parser().fault(options):
+        return fault
+    method = options.get("method")
+    for name, value in chosen_for(options.get("dataset"), options.get("partition"), method).items():
+        if name in options and options[name] is None and value is not None and method in READ_BY[name]:
+            return f"--{name} None: --method {method} reads it"
+    return None
 
 
 def _fill(parser: Parser, args: argparse.Namespace, name: str, is_read: bool, default: object,
@@ -294,13 +350,6 @@ def _fill_client_dp(parser: Parser, args: argparse.Namespace) -> None:
 
 def _check(parser: Parser, args: argparse.Namespace) -> None:
     """What no single option shows."""
-    name = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
-    if not name.fullmatch(args.dataset):
-        parser.error(f"--dataset {args.dataset}: a name of letters, digits, _ . = + -, not a path")
-    if args.run_name is not None and not name.fullmatch(args.run_name):
-        parser.error(f"--run_name {args.run_name}: a name of letters, digits, _ . = + -, not a path")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", args.device):
-        parser.error(f"--device {args.device}: choose from auto, cpu, cuda, cuda:N")
     if args.momentum and args.optimizer != "sgd":
         parser.error(f"--momentum {args.momentum}: --optimizer {args.optimizer} does not read it; "
                      "leave it out or use --optimizer sgd")

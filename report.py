@@ -6,21 +6,23 @@ A row of the table is a setting: runs that differ in nothing but the seed, their
 over seeds, and the command that makes them. Runs that are unfinished, damaged or not this program's are
 listed with the reason. The page needs no other file.
 """
-import contextlib
-import io
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+import configs
 import leakage
+from configs import ASIDE
 from files import remove_leftovers, write_whole
-from options import ROOT, Parser, args_parser, make_parser
-from page import FIGURES, page
-from runs import ASIDE, COLUMNS
+from options import ROOT, Parser, args_parser, make_parser, shown
+from page import FIGURES, page, png
+from runs import COLUMNS
 from utils import InputError, steady_output
 
 # Options that say where and how, not what: they part no settings and stand in no command.
@@ -29,20 +31,22 @@ ASIDE_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "s
 BASIC = ("dataset", "method", "partition")   # on which the defaults of others depend
 ESCAPED = "backslashreplace"   # what becomes of bytes in a folder's name that are no letters
 STAGES = ("deployed", "trained")
+NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "seed")   # of a config.json
+SHARES = ["accuracy", "accuracy_worst", "f1"]   # in every row of rounds.csv, from 0 to 1
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run: its options, its protocol, its folder, ``rounds.csv``, and what attackers found of it
-    (leakage.py), or why that cannot be read."""
+    """One finished run: its options, its protocol, ``rounds.csv``, what attackers found of it (leakage.py),
+    its pictures as PNG by name, and, of these last two, why they cannot be read."""
 
     name: str
-    folder: Path
     protocol: str
     options: dict
     rounds: pd.DataFrame
-    leaks: pd.DataFrame
-    unread: str
+    leaks: pd.DataFrame = field(default_factory=lambda: leakage.NONE)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    unread: str = ""
 
     @property
     def setting(self) -> str:
@@ -65,39 +69,50 @@ def read(folder: Path) -> Finished | str:
     if not path.exists():
         return "not a run of this program: no config.json"
     try:
-        config = json.loads(path.read_text())
-        options, status, protocol = config["options"], config["status"], config["protocol"]
-        options.setdefault("aggregation", "mean")   # all there was when such runs were made
-        if protocol not in ASIDE or {"num_users", "local_ep", "seed"} - set(options):
-            raise ValueError("of another version, or not this program's")
-        asked = int(options["rounds"])
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            command(options)
-    except SystemExit:   # argparse's way out
-        return f"its options are not this version's ({said.getvalue().strip()})"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"config.json is damaged ({_line(error)})"
+        config = configs.read(path, *NEEDED)
+    except InputError as error:
+        return str(error).removeprefix(f"{folder}/")
+    options, protocol = config["options"], config["protocol"]
+    options.setdefault("aggregation", "mean")   # all there was when such runs were made
     try:
-        rounds = pd.read_csv(folder / "rounds.csv")
-        if list(rounds.columns) != COLUMNS["rounds.csv"]:
-            raise ValueError("its columns are not those of a run")
-        reached = int(rounds["round"].max()) if len(rounds) else 0
-        final = rounds[(rounds["round"] == asked) & (rounds["stage"] == "deployed")]
-        numbers = rounds[["accuracy", "accuracy_worst", "f1", "seconds"]].apply(pd.to_numeric)
-    except (OSError, ValueError, TypeError) as error:
+        rounds = _rounds(folder / "rounds.csv", options["rounds"])
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         return f"rounds.csv is damaged ({_line(error)})"
-    if status != "finished":
-        return f"unfinished: {reached} of {asked} rounds; go on with --resume"
-    if len(final) != 1 or numbers.isna().any(axis=None):
-        return f"rounds.csv is damaged (round {asked} is missing or has gaps)"
-    return Finished(folder.name, folder, protocol, options, rounds, *_attacked(folder))
-
-
-def _attacked(folder: Path) -> tuple[pd.DataFrame, str]:
+    if config["status"] != "finished":
+        reached = int(rounds["round"].max()) if len(rounds) else 0
+        return f"unfinished: {reached} of {options['rounds']} rounds; go on with --resume"
+    final = rounds[(rounds["round"] == options["rounds"]) & (rounds["stage"] == "deployed")]
+    if len(final) != 1:
+        return f"rounds.csv is damaged (round {options['rounds']} is missing or not there once)"
+    leaks, pictures, faults = leakage.NONE, {}, []
     try:
-        return leakage.read(folder), ""
+        leaks = leakage.read(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return leakage.NONE, f"finished, but attack_summary.csv or attack.json is damaged ({_line(error)})"
+        faults.append(f"attack_summary.csv or attack.json is damaged ({_line(error)})")
+    for name in ("partition.png", *leakage.pictures(leaks)):
+        for picture in sorted(folder.glob(name)):
+            try:
+                pictures[picture.name] = png(picture)
+            except (OSError, ValueError) as error:
+                faults.append(f"{picture.name} is left out ({_line(error)})")
+    unread = f"finished, but {'; '.join(faults)}" if faults else ""
+    return Finished(folder.name, protocol, options, rounds, leaks, pictures, unread)
+
+
+def _rounds(path: Path, asked: int) -> pd.DataFrame:
+    """A ``rounds.csv`` of at most that many rounds; ValueError if it is none."""
+    if path.exists() and not path.is_file():   # a pipe would be waited for
+        raise ValueError("no plain file")
+    rounds = pd.read_csv(path)
+    if list(rounds.columns) != COLUMNS["rounds.csv"]:
+        raise ValueError("its columns are not those of a run")
+    numbers = [name for name in rounds if name not in ("stage", "split")]
+    rounds[numbers] = rounds[numbers].apply(pd.to_numeric)
+    if not (rounds["round"].between(1, asked).all() and (rounds["round"] % 1 == 0).all()
+            and rounds[SHARES].apply(lambda column: column.between(0, 1)).all(axis=None)
+            and rounds["seconds"].between(0, np.finfo(float).max).all()):
+        raise ValueError("it has gaps, or values that no run writes")
+    return rounds
 
 
 def command(options: dict) -> str:
@@ -146,8 +161,24 @@ def _last(run: Finished, stage: str) -> pd.DataFrame:
                   & (rounds["split"] == ASIDE[run.protocol])]
 
 
+def made(found: dict[str, Finished | str]) -> tuple[list[Finished], dict[str, str], pd.DataFrame, str]:
+    """Folders as ``read`` -> finished runs, why others are none or not whole, the table, and the page."""
+    runs = [run for run in found.values() if isinstance(run, Finished)]
+    others = {name: run if isinstance(run, str) else run.unread for name, run in found.items()}
+    others, table = {name: why for name, why in others.items() if why}, summarise(runs)
+    return runs, others, table, page(table, runs, others)
+
+
+def _guarded(call: Callable, run: Path | Finished) -> Finished | str:
+    """What the call makes of a run, or that it failed: one run never stops the page of all."""
+    try:
+        return call(run)
+    except Exception as error:
+        return f"cannot be shown ({type(error).__name__}: {_line(error)})"
+
+
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return shown((str(error).splitlines() or [type(error).__name__])[0][:120])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,12 +191,13 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"--results_dir {folder}: no such folder")
         for name in ("report.html", "summary.csv"):
             remove_leftovers(folder, f"{name}.*")
-        found = {path.name: read(path) for path in sorted(folder.iterdir()) if path.is_dir()}
-        runs = [run for run in found.values() if isinstance(run, Finished)]
-        table = summarise(runs)
-        others = {name: run if isinstance(run, str) else run.unread for name, run in found.items()}
-        others = {name: why for name, why in others.items() if why}
-        text = page(table, runs, others)
+        found = {path.name: _guarded(read, path) for path in sorted(folder.iterdir()) if path.is_dir()}
+        try:
+            runs, others, table, text = made(found)
+        except Exception:   # a run that no check above was made for: which one?
+            found = {name: run if isinstance(run, str) else _guarded(lambda run: made({"": run}) and run, run)
+                     for name, run in found.items()}
+            runs, others, table, text = made(found)
         write_whole(folder / "report.html", lambda file: file.write(text.encode(errors=ESCAPED)))
         write_whole(folder / "summary.csv", lambda file: table.to_csv(
             file, index=False, float_format="%.6g", errors=ESCAPED))
@@ -176,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"report.py: error: {error.filename or folder}: {error.strerror or error}", file=sys.stderr)
         return 2
     print(f"{len(runs)} runs in {folder / 'report.html'} and {folder / 'summary.csv'}"
-          + "".join(f"\nleft out: {name}: {why}" for name, why in others.items()))
+          + "".join(f"\nleft out: {shown(name)}: {why}" for name, why in others.items()))
     return 0
 
 

@@ -21,8 +21,19 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+import configs
 import plots
-from checkpoint import PrivateStore, load_checked, read_private, same_layout
+from aggregation import is_finite
+from checkpoint import (
+    PrivateStore,
+    is_whole,
+    load_checked,
+    read_private,
+    read_shared,
+    same_layout,
+    same_memory,
+)
+from configs import ASIDE
 from figures import FIGURES
 from files import append_csv, cut_csv, write_whole
 from ranks import Ranks
@@ -36,8 +47,6 @@ COLUMNS = {
     "server.csv": ["round", "client", "n", "norm_ratio", "cosine", "probe", "lookalike", "trust",
                    "weight", "malicious"],
 }
-# What an evaluation is on, by protocol; CSVs and pictures say so.
-ASIDE = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
 # Options that do not change a run's numbers, and so may differ when it is resumed.
 FREE = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "data_dir",
         "results_dir", "models_dir"}
@@ -56,13 +65,14 @@ class Progress:
 
 
 @contextmanager
-def open_run(config: dict, initial: Private, head: State, ranks: Ranks) -> Iterator["Run"]:
+def open_run(config: dict, initial: Private, head: State, memory: dict, ranks: Ranks) -> Iterator["Run"]:
     """Take a run's folders, under a lock that lasts as long as the block, or the process.
 
     Args:
         config: what ``config.json`` will say, with every option under ``options``.
         initial: what every client starts from.
         head: what the server sends first.
+        memory: what the server remembers before it.
         ranks: the processes that share the run; the first holds the lock for all.
 
     Raises:
@@ -70,7 +80,7 @@ def open_run(config: dict, initial: Private, head: State, ranks: Ranks) -> Itera
     """
     with ExitStack() as held:
         owner = _lock(config["options"], held) if ranks.first else None
-        run = Run(config, initial, head, ranks, owner)
+        run = Run(config, initial, Progress(0, head, memory=memory), ranks, owner)
         with run.bar:
             yield run
 
@@ -106,7 +116,8 @@ class Run:
     this program's is ever deleted: it may be a link to somewhere, or hold other things.
     """
 
-    def __init__(self, config: dict, initial: Private, head: State, ranks: Ranks, owner: BinaryIO | None):
+    def __init__(self, config: dict, initial: Private, start: Progress, ranks: Ranks,
+                 owner: BinaryIO | None):
         options, self.ranks = config["options"], ranks
         self.results = Path(options["results_dir"]) / options["run_name"]
         self.models = Path(options["models_dir"]) / options["run_name"]
@@ -116,12 +127,12 @@ class Run:
         self.finished = ranks.share(
             ranks.first and self._admit(options["resume"], options["overwrite"], owner))
         self.private = PrivateStore(self.models / ".private", initial)
-        self.progress = Progress(0, head)
+        self.progress = start
         if not self.finished:
             if ranks.first:
                 self._clear(*self._scraps())
                 owner.truncate(0)
-                owner.write(os.fsencode(self.results.resolve()))
+                owner.write(os.fsencode(self._seen_from_models()))
                 owner.flush()
             self._restore()
         self.saved_round, self.saved_at = self.progress.round, time.monotonic()
@@ -237,7 +248,7 @@ class Run:
         """Settle what becomes of an earlier run of this name; True if it is finished and was resumed."""
         name, path = self.results.name, self.results / "config.json"
         owner.seek(0)
-        theirs = Path(os.fsdecode(owner.read()) or self.results)
+        theirs = (self.models.resolve() / (os.fsdecode(owner.read()) or self._seen_from_models())).resolve()
         other = (theirs / "config.json").exists() and not theirs.samefile(self.results)
         if other and self._checkpoints() and not overwrite:
             raise InputError(f"{self.models} holds the checkpoints of the run in {theirs}; give its "
@@ -259,10 +270,10 @@ class Run:
                         *self._checkpoints().values())
             return False
         try:
-            old = json.loads(path.read_text())
-            before, finished = old["options"], old["status"] == "finished"
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(f"{path} is damaged; start again with --overwrite") from error
+            old = configs.read(path)
+        except InputError as error:
+            raise InputError(f"{error}; start again with --overwrite") from error
+        before, finished = old["options"], old["status"] == "finished"
         if not resume:
             raise InputError(f"run {name} is already " + (
                 "finished; use --overwrite to replace it or another --run_name" if finished else
@@ -279,6 +290,10 @@ class Run:
         names = {p.name.removeprefix("round_"): p for p in self.models.glob("round_*")}
         return {int(r): folder for r, folder in names.items() if r.isdecimal()}
 
+    def _seen_from_models(self) -> str:
+        """The results' folder as a relative path, so that both folders may move, or be copied, together."""
+        return os.path.relpath(self.results.resolve(), self.models.resolve())
+
     def _scraps(self) -> list[Path]:
         """What a killed process left half done. The lock says that no other trains here; one may attack."""
         return [self.models / ".private", *self.models.glob(".round_*"), *self.models.glob(".*.tmp"),
@@ -286,27 +301,35 @@ class Run:
 
     def _restore(self) -> None:
         """Go back to the latest checkpoint, or to the start: cut the CSVs there and load what it holds."""
-        if self.ranks.first:
-            self.write_config()
         found, csv_bytes = self.ranks.share(max(self._checkpoints(), default=0)), {}
         if found:
-            folder, head = self.models / f"round_{found}", self.progress.head
-            server, shared = load_checked(folder / "server.pt"), load_checked(folder / "shared.pt")
-            if not (server.keys() == {"round", "head", "csv_bytes", "memory"} and server["round"] == found
-                    and same_layout(server["head"], head) and {"sent", "uploads"} <= shared.keys()):
+            folder, start = self.models / f"round_{found}", self.progress
+            server = load_checked(folder / "server.pt")
+            if not self._is_ours(server, found):
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
+            if not is_finite(server["head"]):
+                raise InputError(f"checkpoint {folder}/server.pt holds NaN or infinite values; start again "
+                                 "with --overwrite")
+            shared = read_shared(folder / "shared.pt", start.head, self.clients)
             for k in self.ranks.mine(range(self.clients)):
-                private = read_private(folder / f"client_{k}.pt")
-                if not same_layout(private.parameters, self.private.initial.parameters):
-                    raise InputError(f"checkpoint {folder}/client_{k}.pt is of another network; start again "
-                                     "with --overwrite")
-                self.private.put(k, private)
+                self.private.put(k, read_private(folder / f"client_{k}.pt", self.private.initial.parameters))
             self.private.commit()
             csv_bytes = server["csv_bytes"]
             self.progress = Progress(found, server["head"], shared["sent"], shared["uploads"],
                                      memory=server["memory"])
-        for name, columns in COLUMNS.items() if self.ranks.first else ():
-            cut_csv(self.results / name, columns, csv_bytes.get(name))
+        if self.ranks.first:   # only now, so that a checkpoint that is refused leaves all as it was
+            self.write_config()
+            for name, columns in COLUMNS.items():
+                cut_csv(self.results / name, columns, csv_bytes.get(name))
+
+    def _is_ours(self, server: dict, round: int) -> bool:
+        """Whether a ``server.pt`` is as this run would have written it after that round."""
+        return (server.keys() == {"round", "head", "csv_bytes", "memory"}
+                and is_whole(server["round"]) and server["round"] == round
+                and same_layout(server["head"], self.progress.head)
+                and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == COLUMNS.keys()
+                and all(map(is_whole, server["csv_bytes"].values()))
+                and same_memory(server["memory"], self.progress.memory))
 
     @staticmethod
     def _clear(*paths: Path) -> None:

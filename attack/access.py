@@ -13,7 +13,6 @@ The gradient that is observed at a checkpoint is that of the step that follows i
 aggregated, which the server sends next, behind the encoder just stored. The server knows that head, and
 matches the gradient on these very weights.
 """
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import configs
 import datasets
-from checkpoint import load_checked, read_private, same_layout
+from aggregation import is_finite
+from checkpoint import load_checked, read_private, read_shared, same_layout
 from methods import METHODS
 from models import as_image, kl_to_standard_normal, reparameterise
 from update import Private, State
@@ -67,28 +68,21 @@ class Run:
 
     def shared(self, round: int) -> dict:
         """``shared.pt``: ``sent`` and ``uploads``."""
-        found = load_checked(self.file(round, "shared.pt"))
         travels = METHODS[self.options["method"]].split(self.network().state_dict())[0]
-        if not {"sent", "uploads"} <= found.keys() or not same_layout(found["sent"], travels):
-            raise InputError(f"checkpoint {self.models}/round_{round}/shared.pt is not of this run's method")
-        return found
+        return read_shared(self.file(round, "shared.pt"), travels, self.options["num_users"])
 
     def sent_next(self, round: int) -> State:
         """``server.pt``: the head aggregated at the end of the round, which the next one starts from."""
         found = load_checked(self.file(round, "server.pt")).get("head")
         travels = METHODS[self.options["method"]].split(self.network().state_dict())[0]
-        if not same_layout(found, travels):
+        if not same_layout(found, travels) or not is_finite(found):
             raise InputError(f"checkpoint {self.models}/round_{round}/server.pt is not of this run's method")
         return found
 
     def private(self, round: int, client: int) -> Private:
         """``client_<k>.pt``: what stayed with the client."""
-        found = read_private(self.file(round, f"client_{client}.pt"))
         travels, stays = METHODS[self.options["method"]].split(self.network().state_dict())
-        if not same_layout(found.parameters, stays) or (found.own and not same_layout(found.own, travels)):
-            raise InputError(f"checkpoint {self.models}/round_{round}/client_{client}.pt is not of this "
-                             "run's method")
-        return found
+        return read_private(self.file(round, f"client_{client}.pt"), stays, travels)
 
     def own_head(self, round: int, client: int, private: Private) -> State:
         """The shared part of the client's own model: what it trained in the round, before anything was done
@@ -105,13 +99,18 @@ class Run:
         path = self.results / "partition.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
-                clients = range(self.options["num_users"])
-                return [file[f"train_{k}"] for k in clients], [file[f"test_{k}"] for k in clients]
+                halves = [[file[f"{half}_{k}"] for k in range(self.options["num_users"])]
+                          for half in ("train", "test")]
         except KeyError as error:
             raise InputError(f"{path}: no fixed training and test images; runs with --resplit or --validate "
                              "are not attacked") from error
         except Exception as error:
             raise InputError(f"{path} is missing or damaged") from error
+        if not all(part.ndim == 1 and part.dtype.kind == "i" and len(part) and part.min() >= 0
+                   and part.max() < len(self.data.labels) for half in halves for part in half):
+            raise InputError(f"{path} does not number images of --dataset {self.options['dataset']}; it is "
+                             "damaged, or the data set is another than then")
+        return halves[0], halves[1]
 
 
 def open_run(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Run:
@@ -124,13 +123,7 @@ def open_run(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> 
     if not path.exists():
         there = sorted(p.parent.name for p in results_dir.glob("*/config.json"))
         raise InputError(f"--run {name}: no {path}; there: {', '.join(there) or 'no runs'}")
-    try:
-        options = json.loads(path.read_text())["options"]
-        known = options["method"] in METHODS and {"dataset", "num_users", "init_logvar"} <= options.keys()
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged") from error
-    if not known:
-        raise InputError(f"{path} is not of this version of RVE-PFL.py")
+    options = configs.read(path, "dataset", "method", "num_users", "init_logvar", "seed")["options"]
     return Run(results_dir / name, models_dir / name, options, datasets.load(options["dataset"], data_dir))
 
 

@@ -275,6 +275,8 @@ def unfit(name: str, adversary: str, run: Run) -> str | None:
         return "needs what this adversary does not have"
     if adversary in ("curious_server", "curious_client") and not travels:
         return "nothing travels with this method"
+    if adversary == "curious_client" and run.options["num_users"] == 1:
+        return "the run has no other client"
     if adversary == "curious_server" and "classifier.output.bias" not in travels:
         return "part of the head stays with the clients"
     if attack.observe is latents and not run.split:

@@ -16,7 +16,8 @@ def fit(parameters: list[Tensor], loss: Loss, count: int, epochs: int, lr: float
     """Adam over ``count`` examples, its learning rate falling to 0."""
     optimizer = torch.optim.Adam(parameters, lr)
     steps = epochs * -(-count // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(2, steps), pct_start=0.1)
+    warm = 0.1 if steps != 10 else 0.11   # a first phase that ends at step 0 makes OneCycleLR divide by 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(2, steps), pct_start=warm)
     for _ in range(epochs):
         for part in torch.randperm(count).split(batch):
             optimizer.zero_grad()

@@ -20,13 +20,15 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from attack.access import ADVERSARIES, Run, open_run
+from attack.access import ADVERSARIES, Run, Victim, open_run
 from attack.attacks import ATTACKS, unfit
 from attack.scene import COLUMNS, FIGURES, POOL, UNIT, Scene
+from configs import read_json
 from files import remove_leftovers, write_whole
-from options import ROOT, Formatter, Parser
+from options import NAME, ROOT, Formatter, Parser, shown
 from utils import InputError, Interrupted, Interrupts, keep_freed_memory, rng, steady_output
 
+WHOLE = ("round", "client", "label", "image", "restart")   # columns of whole numbers
 NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, not how: they may change
 
 
@@ -49,7 +51,7 @@ def make_parser() -> Parser:
         help="of what an adversary trains on public images")
     add(group, "--draws", type=int, default=32, within=(1, 1000), help="of z, averaged in an answer")
     add(group, "--scores", type=int, default=3, within=(1, huge), help="class scores that a service tells")
-    add(group, "--public", default="unowned",
+    add(group, "--public", default="unowned", pattern=NAME,
         help="what adversaries train on: `unowned`, the run's images that no client has, or another data "
              "set's NAME, of the same shape")
     add(group, "--public_images", type=int, default=10_000, within=(200, huge),
@@ -92,19 +94,28 @@ def attack_all(args: Namespace) -> None:
         run.file(r, "shared.pt")
     scene = Scene(run, args)
     remove_leftovers(run.results, "attack*")
-    rows = begin(run, args)
-    done = {tuple(row[column] for column in UNIT) for row in rows}
-    plan = [(who, how, r, k) for r in rounds for k in args.clients for who in args.adversary
-            for how in args.attack if unfit(how, who, run) is None]
+    unfits = {(who, how, k): unfit(how, who, run) or scene.unfit(how, k)
+              for who in args.adversary for how in args.attack for k in args.clients}
+    plan = list(dict.fromkeys(   # given twice, it is attacked once
+        (who, how, r, k) for r in rounds for k in args.clients for who in args.adversary
+        for how in args.attack if unfits[who, how, k] is None))
     if not plan:
-        reasons = {unfit(how, who, run) for who in args.adversary for how in args.attack}
-        raise InputError(f"--run {args.run}: no attack asked for fits ({'; '.join(sorted(reasons))})")
+        reasons = "; ".join(sorted(set(unfits.values())))
+        raise InputError(f"--run {args.run}: no attack asked for fits ({reasons})")
+    for who, r, k in dict.fromkeys((who, r, k) for who, _, r, k in plan):
+        scene.adversary(who, r, k)   # a file that is refused is so before an earlier attack is touched
+        Victim(run, r, k)
+    options, rows = begin(run, args)
+    done = {tuple(row[column] for column in UNIT) for row in rows}
     with tqdm(total=len(plan), initial=len([u for u in plan if u in done]), unit="attack",
               disable=None) as bar:
         for unit in (unit for unit in plan if unit not in done):
             bar.set_description(" ".join(map(str, unit)))
             started = time.monotonic()
-            rows += scene.attack(*unit)
+            found = scene.attack(*unit)
+            if not rows:
+                write_options(run, options)
+            rows += found
             write_rows(run, rows)
             bar.write(f"{unit[0]} {unit[1]} round {unit[2]} client {unit[3]}: "
                       f"{outcome(rows, unit)} ({time.monotonic() - started:.0f} s)")
@@ -112,34 +123,46 @@ def attack_all(args: Namespace) -> None:
     summary = summarise(rows)
     write_whole(run.results / "attack_summary.csv",
                 lambda file: summary.to_csv(file, index=False, float_format="%.5g"))
-    latents = write_latents(run, [scene.latents(r, k) for r in rounds for k in args.clients])
+    latents = write_latents(run, [scene.latents(r, k) for r, k in dict.fromkeys(
+        (r, k) for r in rounds for k in args.clients)])
     print("", scene.about(), *latents, sep="\n")
     print(f"results:     {run.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
 
 
-def begin(run: Run, args: Namespace) -> list[dict]:
-    """The rows of an earlier attack with the same options, if any."""
+def begin(run: Run, args: Namespace) -> tuple[dict, list[dict]]:
+    """The options that rows depend on, and the rows of an earlier attack with the same, if any."""
     options = {key: value for key, value in json.loads(json.dumps(vars(args), default=str)).items()
                if key not in (*NARROW, "overwrite", "results_dir", "models_dir", "data_dir")}
-    path, rows = run.results / "attack.json", []
+    described, table = run.results / "attack.json", run.results / "attack.csv"
     if args.overwrite:   # also what would stand beside the new attack as if it were its own
-        for old in run.results.glob("attack*"):
+        # The rows first and what they were made with last: killed in between, no row is left without that.
+        for old in sorted(run.results.glob("attack*"), key=lambda path: (path == described, path != table)):
             old.unlink()
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-            rows = pd.read_csv(run.results / "attack.csv", keep_default_na=False, na_values=[""],
-                               dtype={"control": str}).fillna({"control": ""})[COLUMNS].to_dict("records")
-        except FileNotFoundError:
-            before = options
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{run.results}: attack.csv or .json is damaged; use --overwrite") from error
-        differ = [key for key in options if before.get(key) != options[key]]
-        if differ:
-            raise InputError(f"--{differ[0]} {options[differ[0]]}: this run was attacked before with "
-                             f"{before.get(differ[0])}; give the same, or --overwrite to start again")
-    write_whole(path, lambda file: file.write((json.dumps(options, indent=2) + "\n").encode()))
-    return rows
+    if not table.exists():
+        return options, []
+    try:
+        before, rows = read_json(described), pd.read_csv(table, keep_default_na=False, na_values=[""],
+                                                         dtype={"control": str})[COLUMNS]
+        kinds = [rows[name].dtype.kind for name in (*WHOLE, *FIGURES)]
+        if set(kinds[:len(WHOLE)]) != {"i"} or not set(kinds) <= {"i", "f"}:
+            raise ValueError("not numbers")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{run.results}: attack.csv or .json is damaged; use --overwrite") from error
+    differ = [key for key in options if before.get(key) != options[key]]
+    if differ:
+        raise InputError(f"--{differ[0]} {options[differ[0]]}: this run was attacked before with "
+                         f"{shown(before.get(differ[0]))}; give the same, or --overwrite to start again")
+    return options, rows.fillna({"control": ""}).to_dict("records")
+
+
+def write_options(run: Run, options: dict) -> None:
+    """``attack.json``, before the first row and not sooner: an attack that is refused leaves none.
+
+    Without ``attack.csv``, after a kill, it says nothing; an earlier summary would pass for this attack's.
+    """
+    (run.results / "attack_summary.csv").unlink(missing_ok=True)
+    write_whole(run.results / "attack.json",
+                lambda file: file.write((json.dumps(options, indent=2) + "\n").encode()))
 
 
 def write_rows(run: Run, rows: list[dict]) -> None:
@@ -157,8 +180,8 @@ def write_latents(run: Run, found: list[dict | None]) -> list[str]:
     table = pd.DataFrame(rows)
     if path.exists():
         try:
-            table = pd.concat([pd.read_csv(path)[list(table)], table])
-        except (ValueError, KeyError) as error:
+            table = pd.concat([pd.read_csv(path)[list(table)].apply(pd.to_numeric), table])
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged; remove it, or use --overwrite") from error
     table = table.drop_duplicates(["round", "client"], keep="last").sort_values(["round", "client"])
     write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.5g"))

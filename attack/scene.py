@@ -99,8 +99,21 @@ class Scene:
             seed_torch(run.options["seed"], "init")
             start = run.network()
             self.adversaries = {key: Adversary(holdings, query, start, self.public, self.public_labels,
-                                               self.of_classes, run.options["kl_weight"] or 0.0, self.budget)}
+                                               self.of_classes, run.options.get("kl_weight") or 0.0,
+                                               self.budget)}
         return self.adversaries[key]
+
+    def classes(self, client: int) -> Tensor:
+        """The classes of a client's training images, but for those of which nobody held an image out: the
+        evaluator has never seen them, and there is nothing to rank the client's images among."""
+        held_out = self.run.data.labels[np.concatenate(self.test)]
+        return torch.from_numpy(np.intersect1d(self.run.data.labels[self.train[client]], held_out))
+
+    def unfit(self, how: str, client: int) -> str | None:
+        """Why an attack on a client could not be scored, or None."""
+        if ATTACKS[how].observe is None and not len(self.classes(client)):
+            return f"nobody held out an image of client {client}'s classes"
+        return None
 
     def attack(self, who: str, how: str, round: int, client: int) -> list[dict]:
         """One attack's rows, and its picture."""
@@ -109,7 +122,7 @@ class Scene:
         own = torch.from_numpy(drawn.permutation(self.train[client]))
         seed_torch(self.args.seed, f"{who} {how}", client, round)
         if attack.observe is None:
-            labels = self.labels(own).unique()
+            labels = self.classes(client)
             found = attack.solve(adversary, labels)
             truth, image, rank = self.nearest(found, labels, client)
             match = self.victims_label(round, client, found) == labels
@@ -124,6 +137,7 @@ class Scene:
                 rank = scoring.rank_by(-likely, target)[None]
             else:
                 found, guessed = attack.solve(adversary, seen, len(image))
+                found = found.nan_to_num(0.5, 0.5, 0.5)   # a gradient of 0 says nothing: grey is handed in
             if attack.unordered:
                 found = torch.stack([scoring.assigned(one, truth) for one in found])
                 right = torch.equal(guessed, labels.sort().values)

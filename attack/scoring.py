@@ -91,10 +91,13 @@ def distortion_bound(images: Tensor, nats: float) -> float:
 
     Args:
         images: ``N x C x H x W``; with fewer images than pixels the missing directions count as variance 0.
+        nats: where they are no number, an encoder has overflowed, and nothing is known to bound anybody.
     """
     flat = images.flatten(1).double()
-    variances = torch.linalg.svdvals(flat - flat.mean(0)).square() / (len(flat) - 1)
+    variances = torch.linalg.svdvals(flat - flat.mean(0)).square() / max(len(flat) - 1, 1)
     variances = variances[variances > 1e-12]
+    if not len(variances) or nats != nats:   # one image, or all alike: known before anything is told
+        return 0.0
     low, high = 1e-15, float(variances.max())
     for _ in range(200):   # the water level at which the rate is what was told
         level = (low * high) ** 0.5

@@ -152,7 +152,7 @@ def test_summary_means_over_seeds(report, runs):
 
 def test_a_run_that_was_attacked_counts_before_its_double(report, runs):
     one, calm = report.read(runs / "one"), report.read(runs / "calm")
-    double = report.Finished("x", one.folder, one.protocol, one.options, one.rounds, leakage.NONE, "")
+    double = report.Finished("x", one.protocol, one.options, one.rounds)
     table = report.summarise([one, double, calm])
     assert table["image_ssim"].dropna().tolist() == pytest.approx([0.6])
 

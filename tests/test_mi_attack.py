@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from attack import access, mi_attack, scene
+from attack import access, learnt, mi_attack, scene, scoring
 from attack.attacks import ATTACKS
 
 QUICK = ["--images", 2, "--restarts", 2, "--iterations", 3, "--train_epochs", 1, "--draws", 2]
@@ -290,3 +290,111 @@ def test_who_steals_a_protected_client_has_what_it_trained(trained, method, flag
     victim = access.Victim(run, 1, 0)
     loss = -victim.answers(images, 1, 10**9).log().gather(1, labels[:, None]).mean().item()
     assert loss == pytest.approx(trained_loss, rel=0.02)
+
+
+QUICKEST = ("--adversary", "curious_server", "--attack", "analytic")
+
+
+def test_what_is_refused_leaves_no_trace_and_keeps_what_was_there(trained, capsys):
+    folder = trained.place.folder / "results" / "fedavg"
+    for old in folder.glob("attack*"):
+        old.unlink()
+    misfit = ("--adversary", "curious_server", "--attack", "latent_decoder")
+    assert "needs what" in trained.refuses(capsys, "fedavg", *misfit)
+    assert not list(folder.glob("attack*"))
+    assert trained.attack("fedavg", *QUICKEST, "--images", 1) == 0   # other options than those refused
+    before = {path.name: path.read_bytes() for path in folder.glob("attack*")}
+    trained.refuses(capsys, "fedavg", "--overwrite", *misfit)
+    client = trained.place.folder / "models" / "fedavg" / "round_2" / "client_0.pt"
+    whole = client.read_bytes()
+    try:
+        client.write_bytes(whole[:100])
+        assert "client_0.pt" in trained.refuses(capsys, "fedavg", "--overwrite", *QUICKEST)
+    finally:
+        client.write_bytes(whole)
+    assert {path.name: path.read_bytes() for path in folder.glob("attack*")} == before
+
+
+def test_a_kill_around_the_first_row_leaves_nothing_that_counts(trained, capsys, monkeypatch):
+    folder = trained.place.folder / "results" / "fedavg"
+    for broken in ("write_options", "write_rows"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(mi_attack, broken, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            trained.attack("fedavg", "--overwrite", *QUICKEST)
+        assert not (folder / "attack.csv").exists()
+    assert (folder / "attack.json").exists()
+    assert trained.attack("fedavg", *QUICKEST, "--images", 1) == 0
+    assert json.loads((folder / "attack.json").read_text())["images"] == 1
+    (folder / "attack.json").unlink()   # rows of who knows what options
+    assert "--overwrite" in trained.refuses(capsys, "fedavg", *QUICKEST, "--images", 1)
+
+
+def test_given_twice_is_attacked_once(trained):
+    twice = ("--adversary", *["curious_server"] * 2, "--attack", *["analytic"] * 2, "--clients", 0, 0)
+    assert trained.attack("fedavg", "--overwrite", *twice, "--rounds", 2, 2) == 0
+    table = trained.csv("fedavg")
+    assert not table.duplicated(["attack", "image", "restart", "control"]).any()
+
+
+@pytest.mark.parametrize("harm", [
+    lambda text: "x", lambda text: text.replace("0", "a"), lambda text: text.replace(",2,0,", ",2.5,0,"),
+    lambda text: text.split("\n")[0] + "\n"])
+def test_damaged_rows_are_refused(trained, capsys, harm):
+    path = trained.place.folder / "results" / "fedavg" / "attack.csv"
+    assert trained.attack("fedavg", "--overwrite", *QUICKEST) == 0
+    path.write_text(harm(path.read_text()))
+    assert "damaged" in trained.refuses(capsys, "fedavg", *QUICKEST)
+
+
+def test_what_configs_and_partitions_may_not_say(trained, capsys):
+    folder = trained.place.folder / "results" / "fedavg"
+    assert "not a path" in trained.refuses(capsys, "fedavg", "--public", "../data/public")
+    config, partition = folder / "config.json", folder / "partition.npz"
+    text, whole = config.read_text(), partition.read_bytes()
+    arrays = dict(np.load(partition))
+    try:
+        config.write_text(text.replace('"tiny"', '"../data/tiny"'))
+        assert "not a path" in trained.refuses(capsys, "fedavg")
+        config.write_text("[" * 9999)
+        assert "config.json is damaged" in trained.refuses(capsys, "fedavg")
+        config.write_text(text)
+        for wrong in (np.array([240]), np.array([-1]), np.array([0.5]), np.array([], int), np.array(3)):
+            np.savez(partition, **{**arrays, "train_1": wrong})
+            assert "does not number images" in trained.refuses(capsys, "fedavg")
+    finally:
+        config.write_text(text)
+        partition.write_bytes(whole)
+
+
+def test_a_lone_client_and_classes_that_nobody_held_out(trained, capsys):
+    """One client has nobody to be curious about; class 3 is the lone client's, and trained on alone."""
+    place = trained.place
+    assert place.main("--method", "fedavg", "--num_users", 1, "--run_name", "lone", "--rounds", 1) == 0
+    assert "no other client" in trained.refuses(capsys, "lone", "--adversary", "curious_client",
+                                                "--attack", "mi_face")
+    partition = place.folder / "results" / "lone" / "partition.npz"
+    arrays, labels = dict(np.load(partition)), np.load(place.folder / "data" / "tiny.npz")
+    labels = np.concatenate([labels["train_labels"], labels["test_labels"]])
+    np.savez(partition, **{**arrays, "test_0": arrays["test_0"][labels[arrays["test_0"]] < 2]})
+    drawn = ("--adversary", "stolen_model", "--attack", "mi_face")
+    held = set(labels[arrays["test_0"]]) & {0, 1}
+    assert trained.attack("lone", *drawn) == 0 and set(trained.csv("lone")["label"]) == held
+    others = arrays["train_0"][labels[arrays["train_0"]] >= 2]
+    np.savez(partition, **{**dict(np.load(partition)), "train_0": others})
+    if len(others):
+        assert "nobody held out" in trained.refuses(capsys, "lone", "--overwrite", *drawn)
+
+
+@pytest.mark.parametrize("steps", range(1, 31))
+def test_training_takes_any_number_of_steps(steps):
+    """Ten once divided by zero."""
+    weight = torch.zeros(1, requires_grad=True)
+    learnt.fit([weight], lambda part: (weight - 1).square().sum(), 128 * steps, 1)
+    learnt.fit([weight], lambda part: (weight - 1).square().sum(), 5, steps)
+    assert 0 < weight.item() <= 1.5
+
+
+def test_one_image_or_all_alike_bound_nothing():
+    for images in (torch.rand(1, 1, 8, 8), torch.full((9, 1, 8, 8), 0.3)):
+        assert scoring.distortion_bound(images, 5.0) == 0
+    assert scoring.distortion_bound(torch.rand(9, 1, 8, 8), float("nan")) == 0

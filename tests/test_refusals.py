@@ -70,6 +70,12 @@ def test_checkpoints_of_a_run_elsewhere_are_neither_deleted_nor_taken_up(place, 
     assert contents(place.models) == before
 
 
+def test_both_folders_of_a_run_may_be_copied_to_another_place(unfinished, capsys):
+    """As the fixture does; the first place still stands."""
+    assert unfinished.main("--save_rounds", 1, "--resume") == 0
+    assert {p.name for p in unfinished.models.iterdir()} == {".lock", "round_1", "round_3"}
+
+
 @pytest.mark.parametrize("name", ["round_3", ".round_3", ".private"])
 def test_what_nobody_says_is_ours_is_not_deleted(place, capsys, name):
     (place.models / name).mkdir(parents=True)
@@ -102,13 +108,22 @@ def test_checkpoints_without_results_are_not_taken_up(place, capsys):
     assert place.main("--rounds", 1, "--overwrite") == 0
 
 
-@pytest.fixture
-def unfinished(place):
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, make_place):
     """A run of three rounds, of which two are left to do."""
+    place = make_place(tmp_path_factory.mktemp("stopped"))
     assert place.main("--save_rounds", 1, "--checkpoint_seconds", 1e6) == 0
     config = place.results / "config.json"
     config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
     checkpoint.shutil.rmtree(place.models / "round_3")
+    return place
+
+
+@pytest.fixture
+def unfinished(stopped, place):
+    """The same, for one test to harm."""
+    for name in ("results", "models"):
+        checkpoint.shutil.copytree(stopped.folder / name, place.folder / name)
     return place
 
 
@@ -148,6 +163,69 @@ def test_a_checkpoint_of_another_network_is_refused(unfinished, capsys):
     found["parameters"]["encoder.mu.weight"] = found["parameters"]["encoder.mu.weight"][:, :5].clone()
     torch.save(found, path)
     assert "client_0.pt" in unfinished.refuses(capsys, "--save_rounds", 1, "--resume")
+
+
+def put(path, *keys_and_value):
+    """Change one value of a checkpoint's file; a tensor's, all of its entries."""
+    *keys, last, value = keys_and_value
+    found = place = load_checked(path)
+    for key in keys:
+        place = place[key]
+    if isinstance(place[last], torch.Tensor) and isinstance(value, float):
+        value = torch.full_like(place[last], value)
+    place[last] = value
+    torch.save(found, path)
+
+
+NAN, WEIGHT = float("nan"), "classifier.output.weight"
+
+
+@pytest.mark.parametrize("name, harm", [
+    ("client_1.pt", ("parameters", "encoder.mu.bias", NAN)),
+    ("client_0.pt", ("parameters", "encoder.mu.bias", -np.inf)), ("client_0.pt", ("steps", -1)),
+    ("client_0.pt", ("steps", True)), ("client_0.pt", ("steps", 10**30)), ("client_0.pt", ("steps", 3.0)),
+    ("client_0.pt", ("parameters", [])), ("server.pt", ("head", WEIGHT, NAN)),
+    ("server.pt", ("head", WEIGHT, np.inf)), ("server.pt", ("head", 5)), ("server.pt", ("round", True)),
+    ("server.pt", ("round", 1.0)), ("server.pt", ("round", 2)),
+    ("server.pt", ("round", torch.tensor([1, 1]))), ("server.pt", ("csv_bytes", {})),
+    ("server.pt", ("csv_bytes", 4)), ("server.pt", ("csv_bytes", "rounds.csv", -1)),
+    ("server.pt", ("csv_bytes", "rounds.csv", "100")), ("server.pt", ("csv_bytes", "rounds.csv", True)),
+    ("server.pt", ("csv_bytes", "rounds.csv", 10**30)), ("server.pt", ("csv_bytes", "rounds.csv", 5)),
+    ("server.pt", ("csv_bytes", "clients.csv", 150)), ("server.pt", ("memory", 3)),
+    ("server.pt", ("memory", {})), ("server.pt", ("memory", "trust", [1.0, 1.0])),
+    ("server.pt", ("memory", "trust", torch.ones(3))),
+    ("server.pt", ("memory", "trust", torch.full((2,), NAN))),
+    ("server.pt", ("memory", "seen", -torch.ones(2))), ("server.pt", ("memory", "fallbacks", "none")),
+    ("shared.pt", ("sent", WEIGHT, NAN)), ("shared.pt", ("sent", {})), ("shared.pt", ("uploads", [])),
+    ("shared.pt", ("uploads", 0, WEIGHT, torch.zeros(3))), ("shared.pt", ("uploads", {"0": {}})),
+    ("shared.pt", ("uploads", {7: {}}))])
+def test_a_checkpoint_with_values_that_no_run_writes_is_refused(unfinished, capsys, name, harm):
+    put(unfinished.models / "round_1" / name, *harm)
+    before = {path: path.read_bytes() for path in unfinished.results.iterdir()}
+    line = unfinished.refuses(capsys, "--save_rounds", 1, "--resume")
+    assert ("round_1" in line or ".csv" in line) and "--overwrite" in line
+    if "csv_bytes" not in harm:   # of which an earlier file may be cut by then
+        assert {path: path.read_bytes() for path in unfinished.results.iterdir()} == before
+
+
+def test_uploads_of_nan_are_what_a_malicious_client_sends(unfinished):
+    """Nothing starts from them."""
+    put(unfinished.models / "round_1" / "shared.pt", "uploads", 0, WEIGHT, NAN)
+    assert unfinished.main("--save_rounds", 1, "--resume") == 0
+
+
+def test_nbafl_may_have_found_a_clip_but_no_other_kind_of_it(place, capsys):
+    flags = ("--method", "nbafl", "--save_rounds", 1, "--checkpoint_seconds", 1e6)
+    assert place.main(*flags) == 0
+    config = place.results / "config.json"
+    for clip in (0.5, NAN, -1.0, "one", torch.ones(1)):
+        config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+        checkpoint.shutil.rmtree(place.models / "round_3", ignore_errors=True)
+        put(place.models / "round_1" / "server.pt", "memory", {"clip": clip})
+        if clip == 0.5:
+            assert place.main(*flags, "--resume") == 0
+        else:
+            assert "round_1" in place.refuses(capsys, *flags, "--resume")
 
 
 def test_a_shortened_csv_is_refused(unfinished, capsys):

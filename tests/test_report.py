@@ -1,13 +1,16 @@
 """report.py: means over seeds, commands that make the runs again, and folders that are no finished runs."""
 import dataclasses
 import json
+import os
 import re
 import shlex
+import shutil
 
 import pandas as pd
 import pytest
 from conftest import ROOT, _load
 
+import page
 from options import args_parser
 
 
@@ -110,3 +113,72 @@ def test_an_empty_folder_and_none(report, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         report.main(["--result_dir", str(tmp_path)])
     assert capsys.readouterr().err.endswith("unknown argument --result_dir (did you mean --results_dir?)\n")
+
+
+SCRIPT = "<script>alert(1)</script>"
+CASES = {   # a run's file -> what becomes of its text, and what is then said of the run
+    "number": ("config.json", lambda text: text.replace('"num_users": 2', f'"num_users": "{SCRIPT}"'),
+               "--num_users"),
+    "epochs": ("config.json", lambda text: text.replace('"local_ep": 1', f'"local_ep": ["{SCRIPT}"]'),
+               "--local_ep"),
+    "seed": ("config.json", lambda text: text.replace('"seed": 1', '"seed": 1e999'), "--seed inf"),
+    "deep": ("config.json", lambda text: "[" * 100_000, "nested too deeply"),
+    "deep option": ("config.json", lambda text: text.replace('"seed": 1', '"x": ' + "[" * 900 + "]" * 900
+                                                             + ', "seed": 1'), ""),
+    "round": ("rounds.csv", lambda text: text.replace("\n1,", "\n1e400,"), "rounds.csv is damaged"),
+    "word": ("rounds.csv", lambda text: text.replace("\n2,", "\ntwo,"), "rounds.csv is damaged"),
+    "accuracy": ("rounds.csv", lambda text: text.replace(",0.", ",7e300."), "rounds.csv is damaged"),
+    "bytes": ("rounds.csv", lambda text: text.replace("deployed", "d\udcff"), "rounds.csv is damaged"),
+    "picture": ("partition.png", lambda text: "no picture", "partition.png is left out"),
+    "attacked": ("attack_summary.csv", lambda text: "\x00", "attack_summary.csv or attack.json is damaged")}
+
+
+def test_no_run_stops_the_page_or_gets_into_it(report, runs, tmp_path, capsys, monkeypatch):
+    for name, (file, harm, _) in CASES.items():
+        shutil.copytree(runs / "run0", tmp_path / name)
+        path = tmp_path / name / file
+        text = path.read_text() if file.endswith(("rounds.csv", ".json")) else ""
+        path.write_text(harm(text), errors="surrogateescape")
+    shutil.copytree(runs / "run1", tmp_path / "good")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").mkdir()
+    os.mkdir(os.fsencode(tmp_path) + b"/latin-\xe9")
+    assert report.main(["--results_dir", str(tmp_path)]) == 0
+    said, text = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    for name, (_, _, reason) in CASES.items():
+        assert not reason or any(line.startswith(f"left out: {name}: ") and reason in line
+                                 for line in said.splitlines()), name
+    assert "<script" not in text and "folder: config.json is damaged" in said
+    assert "2" in set(pd.read_csv(tmp_path / "summary.csv")["seeds"].astype(str).str.split().explode())
+
+    def broken(rounds, *rest, whole=report.summarise):
+        if any(run.name == "good" for run in rounds):
+            raise RuntimeError("of a kind nobody thought of")
+        return whole(rounds, *rest)
+    monkeypatch.setattr(report, "summarise", broken)
+    assert report.main(["--results_dir", str(tmp_path)]) == 0
+    assert "left out: good: cannot be shown (RuntimeError: of a kind nobody" in capsys.readouterr().out
+
+
+def test_cells_are_escaped_unless_they_are_html():
+    grid = page._grid(["<a>"], [["<b>", page.Markup("<i>x</i>")], [3, "'\""]])
+    assert "<th>&lt;a&gt;</th>" in grid and "<td>&lt;b&gt;</td><td><i>x</i></td>" in grid
+    assert "<td>3</td><td>&#39;&#34;</td>" in grid
+    assert "alt='&#39;&gt;'" in page._image(b"", "'>")
+
+
+def test_pictures_that_the_page_does_not_take(runs, tmp_path, monkeypatch):
+    whole = (runs / "run0" / "partition.png").read_bytes()
+    path = tmp_path / "a.png"
+    path.write_bytes(whole)
+    assert page.png(path) == whole
+    for harmed in (b"", b"GIF89a", whole[:200], whole[:-30] + b"x" * 30):
+        path.write_bytes(harmed)
+        with pytest.raises(ValueError, match="no PNG"):
+            page.png(path)
+    with pytest.raises(ValueError, match="no plain file"):
+        page.png(tmp_path)
+    path.write_bytes(whole)
+    monkeypatch.setattr(page, "LARGEST", 100)
+    with pytest.raises(ValueError, match="100 bytes"):
+        page.png(path)

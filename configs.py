@@ -1,0 +1,64 @@
+"""What an earlier run's ``config.json`` says, checked alike wherever it is read.
+
+It may be of an older version, damaged, or made by somebody else: its options are held against what options.py
+declares, as a command line's are.
+"""
+import json
+from pathlib import Path
+
+from options import stored_fault
+from utils import InputError
+
+# What an evaluation is on, by protocol; CSVs and pictures say so.
+ASIDE = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
+LARGEST = 16 * 2**20   # bytes of JSON: a few KiB are usual
+
+
+def read_json(path: Path) -> dict:
+    """A file that holds one JSON object.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else; the text says what.
+    """
+    if path.exists() and not path.is_file():   # a pipe would be waited for
+        raise ValueError("no plain file")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"over {LARGEST:,} bytes")
+    try:
+        found = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
+def read(path: Path, *needed: str) -> dict:
+    """A ``config.json``: at least its ``status``, ``protocol`` and ``options``.
+
+    Options that it lacks are those of an older version, and so are allowed to, but for the ``needed`` ones;
+    options that this version does not know are left as they are.
+
+    Raises:
+        InputError: it cannot be read, or is no run's of this version; one line that says why.
+    """
+    try:
+        config = read_json(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error})") from error
+    options = config.get("options")
+    if config.get("status") not in ("unfinished", "finished"):
+        fault = "its status is neither unfinished nor finished"
+    elif config.get("protocol") not in tuple(ASIDE):   # which compares what cannot be hashed, too
+        fault = f"its protocol is none of {', '.join(ASIDE)}"
+    elif not isinstance(options, dict):
+        fault = "it has no options"
+    else:
+        missing = [name for name in needed if name not in options]
+        fault = f"it has no --{missing[0]}" if missing else stored_fault(options)
+    if fault:
+        raise InputError(f"{path} is not of this version of RVE-PFL.py ({fault})")
+    return config
