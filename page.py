@@ -102,7 +102,7 @@ def _attacks(runs: list) -> list[Markup]:
 
 def _attack_table(last: pd.DataFrame) -> Markup:
     head = ["method", "adversary", "round", "deployed accuracy", "KL, nats",
-            "image attack: SSIM", "best control", "PSNR, dB", "mean rank", "best control's rank",
+            "image attack: SSIM", "best control", "PSNR, dB", "lowest mean rank", "best control's rank",
             "class attack: evaluator right", "blank control", "budget"]
     rows, small = [], Markup("<small>{}</small> {}")
     for (name, adversary), part in last.groupby(["run", "adversary"], sort=False):
@@ -116,7 +116,8 @@ def _attack_table(last: pd.DataFrame) -> Markup:
                 small.format(row["control"], f"{row['control_score']:.2f}")]
             if kind == "image":
                 cells += [DASH] * 3 if row is None else [
-                    f"{row['psnr']:.1f}", f"{row['rank']:.0f}", f"{row['control_rank']:.0f}"]
+                    f"{row['psnr']:.1f}", small.format(row["rank_attack"], f"{row['rank']:.0f}"),
+                    f"{row['control_rank']:.0f}"]
         rows.append([*cells, one["budget"]])
     return _grid(head, rows)
 

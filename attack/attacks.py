@@ -29,11 +29,15 @@ class Budget:
 
 
 class Adversary:
-    """One adversary's knowledge of one client in one round, and what it trains with it, once."""
+    """One adversary's knowledge of one client in one round, and what it trains with it, once.
+
+    Attributes:
+        of_classes: public images of given classes alone; None where the public images show other things.
+    """
 
     def __init__(self, holdings: Holdings | None, query: Callable[[Tensor], Tensor] | None, start: nn.Module,
-                 public: Tensor, labels: Tensor, of_classes: Callable[[Tensor], Tensor], kl_weight: float,
-                 budget: Budget):
+                 public: Tensor, labels: Tensor, of_classes: Callable[[Tensor], Tensor] | None,
+                 kl_weight: float, budget: Budget):
         self.holdings, self.query, self.start, self.budget = holdings, query, start, budget
         self.public, self.labels, self.of_classes, self.kl_weight = public, labels, of_classes, kl_weight
         self.decoders: dict[tuple, Callable[[Tensor], Tensor]] = {}   # by the classes they were trained on
@@ -54,8 +58,8 @@ class Adversary:
         return torch.cat(mu), None if logvar[0] is None else torch.cat(logvar)
 
     def latents_to_images(self, learn: Callable, labels: Tensor) -> Callable[[Tensor], Tensor]:
-        """A decoder learnt on public images of the classes seen."""
-        images = self.of_classes(labels.unique())
+        """A decoder learnt on public images, of the classes seen where that can be."""
+        images = self.public if self.of_classes is None else self.of_classes(labels.unique())
         return learn(*self.posterior(images), images, self.budget.epochs)
 
     @cached_property
@@ -179,7 +183,9 @@ def latents(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
 
 def decode_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
     labels = label_of_latent(adversary, z)
-    return adversary.latents_to_images(learnt.latent_decoder, labels)(z)[None], labels
+    # To images of another kind least squares carry over, as hidden layers do not.
+    learn = learnt.cleaned_ridge if adversary.of_classes is None else learnt.latent_decoder
+    return adversary.latents_to_images(learn, labels)(z)[None], labels
 
 
 def optimise_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:

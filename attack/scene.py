@@ -29,6 +29,9 @@ class Scene:
         self.public_data = self._public()
         self.public, self.public_labels = (part[:args.public_images] for part in self.public_data)
         self.public = as_floats(self.public)
+        # NAME10k holds ten thousand of NAME's images (benchmarks/make_10k.py), so its classes are the same.
+        self.same_classes = args.public == "unowned" or (
+            args.public.removesuffix("10k") == run.options["dataset"].removesuffix("10k"))
         self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, 0.1, args.scores)
         seed_torch(args.seed, "evaluator")
         unseen = torch.from_numpy(np.concatenate(self.test))
@@ -99,8 +102,8 @@ class Scene:
             seed_torch(run.options["seed"], "init")
             start = run.network()
             self.adversaries = {key: Adversary(holdings, query, start, self.public, self.public_labels,
-                                               self.of_classes, run.options.get("kl_weight") or 0.0,
-                                               self.budget)}
+                                               self.of_classes if self.same_classes else None,
+                                               run.options.get("kl_weight") or 0.0, self.budget)}
         return self.adversaries[key]
 
     def classes(self, client: int) -> Tensor:

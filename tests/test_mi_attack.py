@@ -398,3 +398,24 @@ def test_one_image_or_all_alike_bound_nothing():
     for images in (torch.rand(1, 1, 8, 8), torch.full((9, 1, 8, 8), 0.3)):
         assert scoring.distortion_bound(images, 5.0) == 0
     assert scoring.distortion_bound(torch.rand(9, 1, 8, 8), float("nan")) == 0
+
+
+@pytest.mark.parametrize("name, same", [("tiny10k", True), ("public", False)])
+def test_a_decoder_learns_from_the_classes_seen_where_they_are_the_same(trained, monkeypatch, tiny_arrays,
+                                                                       name, same):
+    """Labels of another data set mean other things: all its images are used, and least squares alone."""
+    arrays = {key: np.tile(value, (4,) + (1,) * (value.ndim - 1)) for key, value in tiny_arrays.items()}
+    for key in ("train_images", "test_images"):   # as many again with a pixel changed: not the clients' own
+        arrays[key][:, 0, 0] = np.arange(len(arrays[key]))[:, None] % 90
+    np.savez(trained.place.folder / "data" / "tiny10k.npz", **arrays)
+    seen = {}
+    for learn in ("latent_decoder", "cleaned_ridge"):
+        monkeypatch.setattr(learnt, learn, lambda mean, logvar, images, epochs, learn=learn: seen.update(
+            {learn: images}) or (lambda z: torch.zeros(len(z), *images.shape[1:])))
+    made, kept = scene.Scene, []
+    monkeypatch.setattr(mi_attack, "Scene", lambda *a: kept.append(made(*a)) or kept[-1])
+    flags = ("--adversary", "stolen_model", "--attack", "latent_decoder", "--images", 1)
+    assert trained.attack("lg_fedavg", "--overwrite", "--public", name, *flags) == 0
+    images, labels = seen["latent_decoder" if same else "cleaned_ridge"], kept[0].public_data[1]
+    assert len(seen) == 1
+    assert len(images) in labels.bincount().tolist() if same else len(images) == len(labels)
