@@ -115,7 +115,7 @@ def test_images_are_those_of_the_client(trained):
 
 
 @pytest.mark.parametrize("adversary, allowed", [
-    ("curious_server", set()), ("stolen_model", {"client_0.pt"}), ("curious_client", {"client_1.pt"})])
+    ("curious_server", {"server.pt"}), ("stolen_model", {"client_0.pt"}), ("curious_client", {"client_1.pt"})])
 def test_an_adversary_opens_its_own_files_only(trained, adversary, allowed):
     """What it knows; what a victim does in front of it is computed from the victim's file, by ``Victim``."""
     run = mi_attack.open_run("rve_pfl", *(trained.place.folder / name for name in
