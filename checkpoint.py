@@ -177,6 +177,8 @@ def read_private(path: Path, expected: State, travels: State | None = None) -> P
     """
     found = load_checked(path)
     used = [(found.get("parameters"), expected)]
+    if not isinstance(found.get("own", {}), dict):
+        raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
     if travels is not None and "own" in found:
         used.append((found["own"], travels))
     if not (found.keys() - {"own"} == {"parameters", "steps"} and is_whole(found["steps"])

@@ -80,8 +80,10 @@ def condense(table: pd.DataFrame) -> pd.DataFrame:
         judge, controls = KINDS[kind]
         own = part[part["control"] == ""]
         made = own[[not ATTACKS[name].chooses for name in own["attack"]]]
-        best = made if len(made) else own
-        best = best.loc[best[judge].idxmax()]
+        if not len(made):   # who only chooses among candidates has a rank, and no picture to judge
+            unjudged = (judge, f"{judge}_low", f"{judge}_high", "psnr")
+            made = own.head(1).assign(**dict.fromkeys(unjudged, np.nan))
+        best = made.iloc[int(made[judge].fillna(-1).argmax())]
         lowest = own["nearest_rank"].min()
         nearest = best if best["nearest_rank"] == lowest else own.loc[own["nearest_rank"].idxmin()]
         beside = part[(part["attack"] == best["attack"]) & part["control"].isin(controls)]
@@ -111,7 +113,7 @@ def worst(found: pd.DataFrame) -> dict:
     """A run's row of ``WORST``: the adversaries that did best in their last rounds."""
     last, row = latest(found), dict.fromkeys(WORST)
     for kind, (y, _) in AXES.items():
-        part = last[last["kind"] == kind]
+        part = last[(last["kind"] == kind) & last["score"].notna()]
         if len(part):
             best = part.loc[part[y].idxmax()]
             row[f"{kind}_attack"] = f"{best['adversary']} {best['attack']}"
@@ -147,7 +149,7 @@ def picture(rows: pd.DataFrame, kind: str, x: str) -> plt.Figure:
     """A kind's leakage over ``accuracy``, a point an adversary of a run, or over ``round``, a line each."""
     figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     y, label = AXES[kind]
-    rows = rows[rows["kind"] == kind].sort_values("round")
+    rows = rows[(rows["kind"] == kind) & rows["score"].notna()].sort_values("round")
     shift = rows["control_score"] if y == "leakage" else 0
     rows = rows.assign(bottom=rows["low"] - shift, top=rows["high"] - shift)
     for (_, adversary, method), part in rows.groupby(["run", "adversary", "method"], sort=False):

@@ -96,7 +96,7 @@ def _attacks(runs: list) -> list[Markup]:
     for x, shown in (("accuracy", last), ("round", several)):
         parts += [Markup("<p>")] + [
             _figure(leakage.picture(shown, kind, x), f"leakage over {x}, {kind} attacks")
-            for kind in leakage.KINDS if kind in set(shown["kind"])]
+            for kind in leakage.KINDS if kind in set(shown.loc[shown["score"].notna(), "kind"])]
     return parts + [_attack_pictures(run) for run in runs]
 
 
@@ -111,13 +111,13 @@ def _attack_table(last: pd.DataFrame) -> Markup:
                  _spread(one["accuracy"], float("nan"), 4), _spread(one["kl_nats"], float("nan"), 1)]
         for kind in leakage.KINDS:
             row = by_kind.get(kind)
-            cells += [DASH] * 2 if row is None else [
+            cells += [DASH] * 2 if row is None or row["score"] != row["score"] else [
                 small.format(row["attack"], f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"),
                 small.format(row["control"], f"{row['control_score']:.2f}")]
             if kind == "image":
                 cells += [DASH] * 3 if row is None else [
-                    f"{row['psnr']:.1f}", small.format(row["rank_attack"], f"{row['rank']:.0f}"),
-                    f"{row['control_rank']:.0f}"]
+                    _spread(row["psnr"], float("nan"), 1),
+                    small.format(row["rank_attack"], f"{row['rank']:.0f}"), f"{row['control_rank']:.0f}"]
         rows.append([*cells, one["budget"]])
     return _grid(head, rows)
 

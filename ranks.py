@@ -68,6 +68,8 @@ class Ranks:
         while missing := self._missing():
             waited = time.monotonic() - began
             if waited >= self.patience:
+                if self.store is not None:   # for those who come later, it is not there
+                    self.store.delete_key(f"rank {self.rank}")
                 raise TimeoutError(f"{missing}, after {waited:.0f} s")
             if waited >= SILENCE and not said:
                 said = True
@@ -85,8 +87,10 @@ class Ranks:
                     socket.create_connection((address, port), timeout=5).close()
                 except OSError as error:
                     return error.strerror or str(error)
-            self.store = dist.TCPStore(address, port, self.size, serves, wait_for_workers=False)
-            self.store.set_timeout(DAY)
+            store = dist.TCPStore(address, port, self.size, serves, wait_for_workers=False)
+            store.set_timeout(DAY)
+            # torchrun keeps its store when it starts the processes again: what they said before is over.
+            self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             self.store.set(f"rank {self.rank}", "is here")
         names = (f"rank {k}" for k in range(self.size))
         return next((f"{name} is not there" for name in names if not self.store.check([name])), "")

@@ -248,7 +248,11 @@ class Run:
         """Settle what becomes of an earlier run of this name; True if it is finished and was resumed."""
         name, path = self.results.name, self.results / "config.json"
         owner.seek(0)
-        theirs = (self.models.resolve() / (os.fsdecode(owner.read()) or self._seen_from_models())).resolve()
+        said = owner.read(4096)
+        if b"\0" in said:
+            raise InputError(f"{owner.name} is not this program's; move it away, or give another "
+                             "--models_dir")
+        theirs = (self.models.resolve() / (os.fsdecode(said) or self._seen_from_models())).resolve()
         other = (theirs / "config.json").exists() and not theirs.samefile(self.results)
         if other and self._checkpoints() and not overwrite:
             raise InputError(f"{self.models} holds the checkpoints of the run in {theirs}; give its "
@@ -296,7 +300,7 @@ class Run:
 
     def _scraps(self) -> list[Path]:
         """What a killed process left half done. The lock says that no other trains here; one may attack."""
-        return [self.models / ".private", *self.models.glob(".round_*"), *self.models.glob(".*.tmp"),
+        return [self.models / ".private", *self.models.glob(".round_*"),
                 *(p for p in self.results.glob(".*.tmp") if not p.name.startswith(".attack"))]
 
     def _restore(self) -> None:
@@ -312,12 +316,13 @@ class Run:
                                  "with --overwrite")
             shared = read_shared(folder / "shared.pt", start.head, self.clients)
             for k in self.ranks.mine(range(self.clients)):
-                self.private.put(k, read_private(folder / f"client_{k}.pt", self.private.initial.parameters))
+                self.private.put(k, read_private(folder / f"client_{k}.pt", self.private.initial.parameters,
+                                                 start.head))
             self.private.commit()
             csv_bytes = server["csv_bytes"]
             self.progress = Progress(found, server["head"], shared["sent"], shared["uploads"],
                                      memory=server["memory"])
-        if self.ranks.first:   # only now, so that a checkpoint that is refused leaves all as it was
+        if self.ranks.first:   # only now: a checkpoint that this rank refuses leaves all as it was
             self.write_config()
             for name, columns in COLUMNS.items():
                 cut_csv(self.results / name, columns, csv_bytes.get(name))

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import platform
+import select
 import signal
 import subprocess
 import sys
@@ -143,6 +144,8 @@ class Steady:
     def _try(self, operation, *arguments) -> None:
         try:
             operation(*arguments)
+        except BlockingIOError:   # a terminal that others made non-blocking, full for a moment
+            select.select([], [self.stream.fileno()], [], 1.0)
         except OSError as error:
             # What the stream still holds goes there too, when it is flushed or closed.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())

@@ -6,8 +6,9 @@
 | prediction_api   | shared.pt, client_<k>.pt   | answers of that model, never the model         |
 | curious_client   | shared.pt, client_<own>.pt | its own encoder, and the heads it is sent      |
 
-A gradient, a latent or an answer of a chosen image is handed over by ``Victim``, which plays the client and
-so reads ``client_<k>.pt``; what it computes with stays there.
+A client that did not train in the round has the head just aggregated, of server.pt; a malicious one counts
+as what it uploaded. A gradient, a latent or an answer of a chosen image is handed over by ``Victim``, which
+plays the client and so reads ``client_<k>.pt``; what it computes with stays there.
 
 The gradient that is observed at a checkpoint is that of the step that follows it: on the head just
 aggregated, which the server sends next, behind the encoder just stored. The server knows that head, and

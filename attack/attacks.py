@@ -267,7 +267,7 @@ ATTACKS = {
                     "a local epoch simulated, after Geiping et al.", unordered=True),
     "latent_decoder": Attack(decode_latent, latents, ("stolen_model",), "decoder trained on public images"),
     "latent_likelihood": Attack(likelihood_of_latent, latents, ("stolen_model",),
-                                "which of up to 500 candidates: the largest log q(z|x)", chooses=True),
+                                "which of some 500 candidates: the largest log q(z|x)", chooses=True),
     "latent_search": Attack(optimise_latent, latents, ("stolen_model",), "Mahendran and Vedaldi 2015"),
     "score_decoder": Attack(decode_scores, scores, ("prediction_api",), "Yang et al. 2019, arXiv 1902.08552"),
 }

@@ -130,7 +130,7 @@ def latent_decoder(mean: Tensor, logvar: Tensor | None, images: Tensor,
     noise = None if logvar is None else logvar[kept]
     made = [learn(mean[kept], noise, images[kept], epochs) for learn in (decoder, cleaned_ridge)]
     seen = mean[aside] if logvar is None else reparameterise(mean[aside], logvar[aside])
-    return min(made, key=lambda decode: (decode(seen) - images[aside]).square().mean().item())
+    return min(made, key=lambda decode: (decode(seen) - images[aside]).square().mean().nan_to_num(torch.inf))
 
 
 class Generator(nn.Module):

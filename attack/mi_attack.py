@@ -148,10 +148,12 @@ def begin(run: Run, args: Namespace) -> tuple[dict, list[dict]]:
             raise ValueError("not numbers")
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{run.results}: attack.csv or .json is damaged; use --overwrite") from error
-    differ = [key for key in options if before.get(key) != options[key]]
+    if options.keys() - before.keys():
+        raise InputError(f"{described} is of an older version, with other attacks; use --overwrite")
+    differ = [key for key in options if before[key] != options[key]]
     if differ:
         raise InputError(f"--{differ[0]} {options[differ[0]]}: this run was attacked before with "
-                         f"{shown(before.get(differ[0]))}; give the same, or --overwrite to start again")
+                         f"{shown(before[differ[0]])}; give the same, or --overwrite to start again")
     return options, rows.fillna({"control": ""}).to_dict("records")
 
 

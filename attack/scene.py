@@ -127,6 +127,7 @@ class Scene:
         if attack.observe is None:
             labels = self.classes(client)
             found = attack.solve(adversary, labels)
+            found = found.nan_to_num(0.5, 0.5, 0.5)   # of a model that is not finite
             truth, image, rank = self.nearest(found, labels, client)
             match = self.victims_label(round, client, found) == labels
         else:
@@ -136,7 +137,7 @@ class Scene:
             pool, target = self.pool(image, client)
             if attack.chooses:
                 likely, guessed = attack.solve(adversary, seen, pool)
-                found = pool[likely.argmax(1)][None]
+                found = pool[likely.nan_to_num(-torch.inf).argmax(1)][None]
                 rank = scoring.rank_by(-likely, target)[None]
             else:
                 found, guessed = attack.solve(adversary, seen, len(image))

@@ -45,9 +45,10 @@ def rank_of(found: Tensor, pool: Tensor, target: Tensor) -> Tensor:
 
 
 def rank_by(apart: Tensor, target: Tensor) -> Tensor:
-    """``rank_of`` by any measure of how far each of the pool is, ``N x M``."""
-    nearest = apart.masked_fill(~target, torch.inf).min(1, keepdim=True).values
-    return (apart < nearest).sum(1) + 1
+    """``rank_of`` by any measure of how far each of the pool is, ``N x M``; what is not a number is last."""
+    apart = apart.nan_to_num(torch.inf)
+    nearest = apart.masked_fill(~target, torch.inf).min(1).values
+    return torch.where(nearest == torch.inf, apart.shape[1], (apart < nearest[:, None]).sum(1) + 1)
 
 
 @dataclass(frozen=True)

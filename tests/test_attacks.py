@@ -263,6 +263,13 @@ def test_the_rank_is_of_the_nearest_target():
     assert scoring.rank_of(torch.tensor([2.1]).reshape(1, 1, 1, 1), pool, target).tolist() == [1]
 
 
+def test_what_is_not_a_number_is_ranked_last():
+    target = torch.tensor([[True, False, False], [False, True, False]])
+    apart = torch.tensor([[torch.nan, 1.0, 2.0], [torch.nan, 1.0, torch.nan]])
+    assert scoring.rank_by(apart, target).tolist() == [3, 1]
+    assert scoring.rank_by(torch.full((1, 3), torch.nan), target[:1]).tolist() == [3]
+
+
 def test_the_bound_is_reverse_water_filling():
     """Two variances 4 and 1, by hand: at ln 2 nats only the larger is told, and to a variance of 1."""
     x = np.array([[2.0, 1], [-2, 1], [2, -1], [-2, -1]]) * np.sqrt(3 / 4)   # unbiased variances 4 and 1

@@ -95,6 +95,9 @@ def test_who_chooses_a_candidate_counts_by_rank_and_not_as_a_picture():
     image = leakage.condense(table).set_index(["adversary", "kind"]).loc[("stolen_model", "image")]
     assert (image["attack"], image["score"]) == ("latent_decoder", 0.6)
     assert (image["rank_attack"], image["rank"], image["control_rank"]) == ("latent_likelihood", 1, 5)
+    alone = leakage.condense(pd.DataFrame(lines(chosen)))
+    assert alone["score"].isna().all() and alone["leakage"].isna().all() and alone["rank"].tolist() == [7]
+    assert leakage.worst(alone)["image_leakage"] is None
 
 
 def test_the_worst_adversary_in_the_last_rounds():

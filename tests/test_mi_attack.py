@@ -115,7 +115,8 @@ def test_images_are_those_of_the_client(trained):
 
 
 @pytest.mark.parametrize("adversary, allowed", [
-    ("curious_server", {"server.pt"}), ("stolen_model", {"client_0.pt"}), ("curious_client", {"client_1.pt"})])
+    ("curious_server", {"server.pt"}), ("stolen_model", {"client_0.pt"}),
+    ("curious_client", {"client_1.pt"})])
 def test_an_adversary_opens_its_own_files_only(trained, adversary, allowed):
     """What it knows; what a victim does in front of it is computed from the victim's file, by ``Victim``."""
     run = mi_attack.open_run("rve_pfl", *(trained.place.folder / name for name in
@@ -190,6 +191,16 @@ def test_other_options_than_before_are_refused(trained, capsys):
     assert trained.attack("lg_fedavg", "--overwrite", "--attack", "latent_decoder") == 0
     line = trained.refuses(capsys, "lg_fedavg", "--attack", "latent_decoder", "--iterations", 4)
     assert "--iterations" in line and "--overwrite" in line
+
+
+def test_an_attack_of_an_older_version_is_not_gone_on_with(trained, capsys):
+    assert trained.attack("lg_fedavg", "--overwrite", "--attack", "latent_likelihood") == 0
+    path = trained.place.folder / "results" / "lg_fedavg" / "attack.json"
+    before = json.loads(path.read_text())
+    del before["public_images"]
+    path.write_text(json.dumps(before))
+    line = trained.refuses(capsys, "lg_fedavg", "--attack", "latent_likelihood")
+    assert "older version" in line and "--overwrite" in line
 
 
 def test_damaged_and_foreign_files(trained, capsys, tmp_path):
