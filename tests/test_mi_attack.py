@@ -430,3 +430,14 @@ def test_a_decoder_learns_from_the_classes_seen_where_they_are_the_same(trained,
     images, labels = seen["latent_decoder" if same else "cleaned_ridge"], kept[0].public_data[1]
     assert len(seen) == 1
     assert len(images) in labels.bincount().tolist() if same else len(images) == len(labels)
+
+
+def test_who_did_not_train_has_the_head_just_aggregated(trained):
+    place = trained.place
+    flags = ("--rounds", 2, "--frac", 0.5, "--save_rounds", 1, "--overwrite")
+    assert place.main("--run_name", "half", *flags) == 0
+    run = mi_attack.open_run("half", *(place.folder / name for name in ("results", "models", "data")))
+    idle, = {0, 1} - run.shared(1)["uploads"].keys()
+    stolen = access.hold(run, "stolen_model", 1, idle).head.state_dict()
+    assert all(torch.equal(value, run.sent_next(1)[f"classifier.{name}"]) for name, value in stolen.items())
+    assert not torch.equal(stolen["output.weight"], run.shared(1)["sent"]["classifier.output.weight"])
