@@ -203,7 +203,7 @@ class Victim:
     """One client, playing what it does in a round on images of its own: what leaves it is observed."""
 
     def __init__(self, run: Run, round: int, client: int):
-        self.run, self.round = run, round
+        self.run, self.sent_next = run, run.sent_next(round)
         private = run.private(round, client)
         self.private, self.own = private.parameters, run.own_head(round, client, private)
 
@@ -238,7 +238,7 @@ class Victim:
     def update(self, x: Tensor, y: Tensor, change: Callable[[nn.Module, Tensor, Tensor], State]) -> State:
         """What the next round's first step, or epoch, lets the server see; without dropout, the adversary's
         best case."""
-        return change(self._holdings(self.run.sent_next(self.round)).head, self.head_input(x), y)
+        return change(self._holdings(self.sent_next).head, self.head_input(x), y)
 
     @torch.no_grad()
     def answers(self, x: Tensor, draws: int, keep: int) -> Tensor:

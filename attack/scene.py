@@ -27,8 +27,8 @@ class Scene:
         self.run, self.args = run, args
         self.train, self.test = run.owned()
         self.public_data = self._public()
-        self.public, self.public_labels = (part[:args.public_images] for part in self.public_data)
-        self.public = as_floats(self.public)
+        images, self.public_labels = (part[:args.public_images] for part in self.public_data)
+        self.public = as_floats(images)
         # NAME10k holds ten thousand of NAME's images (benchmarks/make_10k.py), so its classes are the same.
         self.same_classes = args.public == "unowned" or (
             args.public.removesuffix("10k") == run.options["dataset"].removesuffix("10k"))

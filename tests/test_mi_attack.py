@@ -259,7 +259,7 @@ def median_psnr(trained, run, how):
 
 
 def test_gradients_of_a_trained_run_give_its_images_away(trained):
-    """Victim and server at the same weights: at others, as the upload's, it ends at 12 dB."""
+    """Victim and server at the same weights; matched on the upload's instead, it fails."""
     flags = ("--adversary", "curious_server", "--attack", "analytic", "--images", 6, "--iterations", 300)
     assert trained.attack("fedavg", "--overwrite", "--rounds", 1, *flags) == 0
     assert median_psnr(trained, "fedavg", "analytic") > 25

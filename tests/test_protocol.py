@@ -300,7 +300,7 @@ def test_a_finished_run_is_not_trained_again(place, driver, monkeypatch):
     assert place.main("--resume") == 0 and not trained
 
 
-def drawn(noise):
+def assert_drawn_anew(noise):
     """Of a function of the round: the same for the same, and nothing in common from one round to the next."""
     first, second, again = noise(1), noise(2), noise(1)
     assert torch.equal(first, again) and abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.2
@@ -309,10 +309,10 @@ def drawn(noise):
 def test_noise_is_drawn_anew_each_round():
     zeros = {"w": torch.zeros(500)}
     server = ClientDP(Setting(clients=4, clip=1.0, delta=0.01, noise_multiplier=2.0))
-    drawn(lambda r: server(r, zeros, {}, {})[0]["w"])
+    assert_drawn_anew(lambda r: server(r, zeros, {}, {})[0]["w"])
     server = NbAFL(Setting(clients=2, rounds=50, smallest=10, epsilon=5.0, delta=0.01, clip=3.0, exposures=1))
-    drawn(lambda r: server(r, zeros, {1: zeros}, {1: 10})[1][1]["w"])                       # uplink
-    drawn(lambda r: server.combine(r, zeros, [zeros], [1.0])["w"])                           # downlink
+    assert_drawn_anew(lambda r: server(r, zeros, {1: zeros}, {1: 10})[1][1]["w"])   # uplink
+    assert_drawn_anew(lambda r: server.combine(r, zeros, [zeros], [1.0])["w"])   # downlink
 
 
 @pytest.mark.parametrize("behaviour, flips, claims", [("false_size", True, 10), ("passive", False, 1)])
