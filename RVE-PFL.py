@@ -16,33 +16,22 @@ from argparse import Namespace
 import numpy as np
 import torch
 
-import aggregation
 import datasets
-import robust
 import sampling
-from checkpoint import borrowed_encoders
-from figures import over_clients
-from graphed import GraphedClient
-from malicious import Crowd
+from engine.graphed import GraphedClient
+from engine.ranks import PeerLost, Ranks
+from engine.signals import Interrupted, Interrupts, steady_output
+from engine.stacked import stack_size
 from methods import METHODS
+from metrics import over_clients
 from options import args_parser
-from ranks import PeerLost, Ranks
-from runs import Progress, Run, open_run
-from stacked import stack_size
-from threat import ThreatAware
+from runs.checkpoint import borrowed_encoders
+from runs.run import Progress, Run, open_run
+from server import mean, robust
+from server.malicious import Crowd
+from server.threat_aware import ThreatAware
 from update import Client, Diverged, Private
-from utils import (
-    InputError,
-    Interrupted,
-    Interrupts,
-    choose_device,
-    choose_precision,
-    environment,
-    keep_freed_memory,
-    rng,
-    seed_torch,
-    steady_output,
-)
+from utils import InputError, choose_device, choose_precision, environment, keep_freed_memory, rng, seed_torch
 
 HELD_OUT = 0.1   # of a client's images for testing; under --validate, of the rest for validation
 
@@ -140,9 +129,9 @@ def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -
         augment=args.augment, dtype=choose_precision(args.precision, device), frozen=bool(args.encoders_from))
 
 
-def make_server(args: Namespace, client: Client, splits: list) -> aggregation.Server:
+def make_server(args: Namespace, client: Client, splits: list) -> mean.Server:
     """How the method aggregates: with noise of its own, or by the rule asked for."""
-    setting = aggregation.Setting(
+    setting = mean.Setting(
         seed=args.seed, clients=args.num_users, frac=args.frac, rounds=args.rounds,
         smallest=min(len(train) for train, _ in splits), epsilon=args.epsilon, delta=args.delta,
         clip=args.clip, exposures=args.exposures, noise_multiplier=args.noise_multiplier,
@@ -152,7 +141,7 @@ def make_server(args: Namespace, client: Client, splits: list) -> aggregation.Se
     return (METHODS[args.method].server if args.aggregation == "mean" else robust.Robust)(setting)
 
 
-def federate(args: Namespace, client: Client, server: aggregation.Server, crowd: Crowd, run: Run, owned: list,
+def federate(args: Namespace, client: Client, server: mean.Server, crowd: Crowd, run: Run, owned: list,
              splits: list, ranks: Ranks, interrupts: Interrupts) -> None:
     """The rounds: send the head, train the clients, aggregate what they upload, evaluate everyone."""
     labels, stack = client.labels.cpu().numpy(), args.stack or stack_size(client.labels.device, args.local_bs)

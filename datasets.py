@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import write_whole
-from utils import InputError
+from utils import InputError, write_whole
 
 TORCHVISION = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar": "CIFAR10"}
 MIN_SIDE = 8   # pixels; the encoder's two valid convolutions and the head's two poolings need some room

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 import models
-from aggregation import Server, State
-from privacy import AdaptiveClientDP, ClientDP, NbAFL
+from server.mean import Server, State
+from server.privacy import AdaptiveClientDP, ClientDP, NbAFL
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from figures import Tally
 from methods import Method, State
+from metrics import Tally
 from utils import rng, seed_torch
 
 SHIFT = 4   # pixels, of --augment flip+shift

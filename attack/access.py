@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import configs
 import datasets
-from aggregation import is_finite
-from checkpoint import load_checked, read_private, read_shared, same_layout
 from methods import METHODS
 from models import as_image, kl_to_standard_normal, reparameterise
+from runs import configs
+from runs.checkpoint import load_checked, read_private, read_shared, same_layout
+from server.mean import is_finite
 from update import Private, State
 from utils import InputError
 

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from attack.access import ADVERSARIES, Run, Victim, open_run
 from attack.attacks import ATTACKS, unfit
 from attack.scene import COLUMNS, FIGURES, POOL, UNIT, Scene
-from configs import read_json
-from files import remove_leftovers, write_whole
+from engine.signals import Interrupted, Interrupts, steady_output
 from options import NAME, ROOT, Formatter, Parser, shown
-from utils import InputError, Interrupted, Interrupts, keep_freed_memory, rng, steady_output
+from runs.configs import read_json
+from utils import InputError, keep_freed_memory, remove_leftovers, rng, write_whole
 
 WHOLE = ("round", "client", "label", "image", "restart")   # columns of whole numbers
 NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, not how: they may change

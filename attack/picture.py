@@ -3,8 +3,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from files import write_whole
-from plots import plt
+from runs.pictures import plt
+from utils import write_whole
 
 
 def grid(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str, most: int = 10) -> None:

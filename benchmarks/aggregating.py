@@ -12,11 +12,11 @@ import time
 import _path  # noqa: F401 - lets this script import the project
 import torch
 
-from aggregation import Server, Setting
 from models import Classifier
 from options import RULES
-from robust import Robust
-from threat import ThreatAware
+from server.mean import Server, Setting
+from server.robust import Robust
+from server.threat_aware import ThreatAware
 from utils import keep_freed_memory
 
 

@@ -14,8 +14,8 @@ import _path  # noqa: F401 - lets this script import the project
 import numpy as np
 
 import datasets
-from files import write_whole
 from options import ROOT
+from utils import write_whole
 
 TRAIN = 9_000
 

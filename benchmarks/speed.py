@@ -31,9 +31,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from aggregation import weighted_mean
-from figures import Tally
 from methods import Method
+from metrics import Tally
+from server.mean import weighted_mean
 from update import Client, Private
 from utils import choose_device, choose_precision, environment, keep_freed_memory
 

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import PrivateStore, load_checked
+from runs import checkpoint
+from runs.checkpoint import PrivateStore, load_checked
 from update import Private
 from utils import InputError
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-import configs
-from configs import read
 from options import METHODS, RULES, args_parser, make_parser
+from runs import configs
+from runs.configs import read
 from utils import InputError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_update import FIRST, SECOND, make
 
-from graphed import GraphedClient
+from engine.graphed import GraphedClient
 from methods import METHODS
 
 

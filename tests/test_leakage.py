@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT, _load
 
-import leakage
 from attack import mi_attack, scene
+from reporting import leakage, summary
 
 # adversary, attack, round -> (SSIM, evaluator right) of the attack, grey, noise, class mean, nearest public
 EARLY = {("stolen_model", "latent_decoder", 1): [(0.9, 1), (0.0, 0), (0.1, 0), (0.2, 1), (0.3, 1)]}
@@ -123,7 +123,7 @@ def test_a_damaged_attack_says_why_and_the_run_stays(report, runs, tmp_path, har
     folder = shutil.copytree(runs / "one", tmp_path / "one")
     path = folder / "attack_summary.csv"
     path.write_text(harm(path.read_text()))
-    found = report.read(folder)
+    found = summary.read(folder)
     assert not len(found.leaks) and reason in found.unread and found.unread.count("\n") == 0
 
 
@@ -131,9 +131,9 @@ def test_an_attack_without_its_options_is_damaged(report, runs, tmp_path):
     folder = shutil.copytree(runs / "one", tmp_path / "one")
     for text in ("{", "[]", '{"public": "unowned"}'):
         (folder / "attack.json").write_text(text)
-        assert "damaged" in report.read(folder).unread
+        assert "damaged" in summary.read(folder).unread
     (folder / "attack.json").unlink()
-    unread = report.read(folder).unread
+    unread = summary.read(folder).unread
     assert "attack.json" in unread
 
 
@@ -154,14 +154,14 @@ def test_summary_means_over_seeds(report, runs):
 
 
 def test_a_run_that_was_attacked_counts_before_its_double(report, runs):
-    one, calm = report.read(runs / "one"), report.read(runs / "calm")
-    double = report.Finished("x", one.protocol, one.options, one.rounds)
-    table = report.summarise([one, double, calm])
+    one, calm = summary.read(runs / "one"), summary.read(runs / "calm")
+    double = summary.Finished("x", one.protocol, one.options, one.rounds)
+    table = summary.summarise([one, double, calm])
     assert table["image_ssim"].dropna().tolist() == pytest.approx([0.6])
 
 
 def test_utility_is_that_of_the_round_attacked(report, runs):
-    run = report.read(runs / "one")
+    run = summary.read(runs / "one")
     rows = leakage.beside_utility(run)
     deployed = run.rounds[run.rounds["stage"] == "deployed"].set_index("round")["accuracy"]
     assert rows["accuracy"].tolist() == deployed.loc[rows["round"]].tolist()
@@ -174,7 +174,7 @@ def rings(axes):
 
 
 def test_pictures_have_the_points(report, runs):
-    rows = pd.concat([leakage.beside_utility(report.read(runs / name)) for name in ("one", "two", "beta")])
+    rows = pd.concat([leakage.beside_utility(summary.read(runs / name)) for name in ("one", "two", "beta")])
     axes = leakage.picture(rows, "image", "round").axes[0]
     drawn = [line.get_xydata().tolist() for line in axes.lines]
     assert any(line == [[1, pytest.approx(0.6)], [2, pytest.approx(0.05)]] for line in drawn)

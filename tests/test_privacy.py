@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from aggregation import Setting
-from privacy import AdaptiveClientDP, ClientDP, NbAFL, calibrated, clipped, nbafl_sigmas, norm, spent
+from server.mean import Setting
+from server.privacy import AdaptiveClientDP, ClientDP, NbAFL, calibrated, clipped, nbafl_sigmas, norm, spent
 from utils import InputError, rng
 
 

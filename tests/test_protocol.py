@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aggregation import Setting
 from attack import mi_attack, scene, scoring
 from attack.access import Holdings
 from attack.attacks import ATTACKS, Adversary, Budget
-from checkpoint import load_checked
 from methods import METHODS
-from privacy import ClientDP, NbAFL, nbafl_sigmas
+from runs.checkpoint import load_checked
+from server.mean import Setting
+from server.privacy import ClientDP, NbAFL, nbafl_sigmas
 from utils import rng, seed_torch
 
 SEED, USERS = 3, 3

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import load_checked
-from files import write_whole
-from runs import COLUMNS
+from runs import checkpoint
+from runs.checkpoint import load_checked
+from runs.run import COLUMNS
+from utils import write_whole
 
 
 def test_an_earlier_run_is_never_lost_by_accident(place, capsys):

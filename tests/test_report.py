@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT, _load
 
-import page
 from options import args_parser
+from reporting import page, summary
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +63,17 @@ def test_means_over_seeds(report, runs, capsys):
 
 
 def test_a_seed_counts_once(report, runs):
-    found = report.read(runs / "run0")
-    table = report.summarise([found, found])
+    found = summary.read(runs / "run0")
+    table = summary.summarise([found, found])
     assert table["seeds"].tolist() == ["1", "1"] and table["accuracy_std"].isna().all()   # its two stages
 
 
 def test_commands_make_the_same_runs(report, runs):
     for run in runs.iterdir():
-        found = report.read(run) if run.is_dir() else ""
+        found = summary.read(run) if run.is_dir() else ""
         if isinstance(found, str):
             continue
-        words = shlex.split(report.command(found.options))
+        words = shlex.split(summary.command(found.options))
         assert words[:2] == ["python", "RVE-PFL.py"]
         again = json.loads(json.dumps(vars(args_parser(words[2:])), default=str))
         ours = {"run_name", "data_dir", "results_dir", "models_dir", "device"}
@@ -82,18 +82,18 @@ def test_commands_make_the_same_runs(report, runs):
 
 
 def test_how_long_processes_wait_for_one_another_parts_no_settings(report, runs):
-    found = report.read(runs / "run0")
+    found = summary.read(runs / "run0")
     other = dataclasses.replace(found, options={**found.options, "rendezvous_seconds": 7.0})
     older = dataclasses.replace(found, options={k: v for k, v in found.options.items() if "rendez" not in k})
     assert found.setting == other.setting == older.setting
-    assert report.command(found.options) == report.command(other.options) == report.command(older.options)
+    assert summary.command(found.options) == summary.command(other.options) == summary.command(older.options)
 
 
 @pytest.mark.parametrize("name, reason", [
     ("damaged", "config.json is damaged"), ("strange", "no config.json"), ("half <b>", "unfinished: 1 of 2"),
     ("emptied", "rounds.csv is damaged"), ("newer", "quantum")])
 def test_what_is_no_finished_run_is_listed_with_the_reason(report, runs, name, reason):
-    assert reason in report.read(runs / name)
+    assert reason in summary.read(runs / name)
 
 
 def test_the_page_stands_alone_and_escapes_names(report, runs):
@@ -151,7 +151,7 @@ def test_no_run_stops_the_page_or_gets_into_it(report, runs, tmp_path, capsys, m
     assert "<script" not in text and "folder: config.json is damaged" in said
     assert "2" in set(pd.read_csv(tmp_path / "summary.csv")["seeds"].astype(str).str.split().explode())
 
-    def broken(rounds, *rest, whole=report.summarise):
+    def broken(rounds, *rest, whole=summary.summarise):
         if any(run.name == "good" for run in rounds):
             raise RuntimeError("of a kind nobody thought of")
         return whole(rounds, *rest)

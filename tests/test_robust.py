@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from aggregation import Setting, moved, updates_of
-from robust import RULES, Robust
+from server.mean import Setting, moved, updates_of
+from server.robust import RULES, Robust
 
 SENT = {"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "bias": torch.tensor([5.0])}
 

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import load_checked
-from files import remove_leftovers
 from options import CLIENT_DP, METHODS, SPLIT
+from runs import checkpoint
+from runs.checkpoint import load_checked
+from utils import remove_leftovers
 
 COLUMNS = {
     "clients.csv": "round,client,stage,split,n,loss,accuracy,precision,recall,f1,kl_nats",

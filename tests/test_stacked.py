@@ -5,7 +5,7 @@ import torch
 from test_update import make
 from torch import nn
 
-from stacked import stack_size, train_each
+from engine.stacked import stack_size, train_each
 from update import Diverged, Private
 
 INDICES = {0: np.arange(90), 2: np.arange(90, 160), 3: np.arange(20, 110), 5: np.arange(40)}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import precision_recall_fscore_support
 
-from figures import Tally, over_clients
 from methods import METHODS
+from metrics import Tally, over_clients
 from update import Client, Diverged, Private
 from utils import rng, seed_torch
 

@@ -1,7 +1,7 @@
 """The server's threat model: rules x behaviours x share of malicious clients x partition, on mnist10k.
 
-    python benchmarks/server.py            train what is missing, then print the table
-    python benchmarks/server.py --table    print it from what is there
+    python benchmarks/threat_model.py            train what is missing, then print the table
+    python benchmarks/threat_model.py --table    print it from what is there
 
 Each run trains the heads alone, on the encoders of a clean run (``--encoders_from``), so that no encoder
 makes up for a bad head. Accuracies are honest clients', held out, deployed after the last round; the oracle

@@ -1,53 +1,10 @@
-"""Files that are whole or not there: written beside their place, then renamed; CSVs that only grow."""
+"""CSVs that only grow by whole rows, and are cut back to a checkpoint."""
 import csv
-import errno
 import io
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
-from utils import InputError
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have ``write`` fill a file beside ``path``, then rename it: a reader sees all of it or nothing.
-
-    Raises:
-        OSError: the file cannot be written (no room, no permission); nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-        partial.replace(path)
-    except RuntimeError as error:   # torch.save's name for a write that failed
-        raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0]})", str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path, names: str) -> None:
-    """Delete what ``write_whole`` of a killed process left of files whose names fit the pattern ``names``.
-
-    Where no lock says that nobody else writes there: a process that still lives is left its files.
-    """
-    for path in folder.glob(f".{names}.tmp"):
-        owner = path.name.split(".")[-2]
-        if owner.isdecimal() and not _lives(int(owner)):
-            path.unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    """Whether another process has this number; our own is no writer's yet."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:   # somebody else's
-        return True
-    return pid != os.getpid()
+from utils import InputError, write_whole
 
 
 def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:

@@ -19,9 +19,9 @@ import pandas as pd
 
 from attack.access import ADVERSARIES
 from attack.attacks import ATTACKS
-from configs import read_json
 from options import METHODS, shown
-from plots import matplotlib, plt
+from runs.configs import read_json
+from runs.pictures import matplotlib, plt
 
 KEY = ["adversary", "attack", "round", "control"]
 # attack/scene.py's, whose import takes seconds; a test compares them.

@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
-import threat
-from aggregation import Setting
-from malicious import BEHAVIOURS as TABLE
-from malicious import Crowd, Seen, adaptive
 from models import Classifier
 from options import BEHAVIOURS, RULES
-from threat import ThreatAware, against_others, lengths, likenesses, weigh
+from server import threat_aware
+from server.malicious import BEHAVIOURS as TABLE
+from server.malicious import Crowd, Seen, adaptive
+from server.mean import Setting
+from server.threat_aware import ThreatAware, against_others, lengths, likenesses, weigh
 from update import State
 
 SHAPE, CLASSES = (1, 28, 28), 10
@@ -125,7 +125,7 @@ def test_caps_and_fall_back(network, crowd):
     even = weigh(torch.tensor([100, 100, 100, 100_000.0]), torch.ones(4), torch.ones(4))
     assert even == pytest.approx([0.25] * 4)   # a size counts up to the median
     big = weigh(torch.full((12,), 100.0), torch.tensor([1.0] + [0.01] * 11), torch.ones(12))
-    assert max(big) <= threat.SHARE / 12 + 1e-9
+    assert max(big) <= threat_aware.SHARE / 12 + 1e-9
     assert weigh(torch.ones(2), torch.tensor([1.0, 0.5]), torch.ones(2)) == pytest.approx([2 / 3, 1 / 3])
     assert all(map(math.isnan, weigh(torch.ones(5), torch.ones(5), torch.tensor([1, 1, 0, 0, 0.0]))))
     sent, honest, _ = crowd

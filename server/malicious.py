@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from aggregation import Server, State, is_finite, moved, updates_of
-from robust import round_down
-from stacked import Outcome, train_each
+from engine.stacked import Outcome, train_each
+from server.mean import Server, State, is_finite, moved, updates_of
+from server.robust import round_down
 from update import Client, Diverged
 from utils import rng, torch_rng
 

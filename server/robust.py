@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aggregation import Server, State, moved, updates_of
+from server.mean import Server, State, moved, updates_of
 
 COLUMNS = 2**16   # coordinates at a time, where a rule takes each by itself: memory for a few of them only
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from files import write_whole
+from utils import write_whole
 
 # Every module that draws takes them from here. A home where it cannot keep its cache is no matter.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)

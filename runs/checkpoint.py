@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
-import configs
-from aggregation import is_finite
-from files import write_whole
+from runs import configs
+from server.mean import is_finite
 from update import Private, State
-from utils import InputError
+from utils import InputError, write_whole
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
 MOST_STEPS = 10**12   # of a client's: more than any run makes, and few enough to reckon with as floats

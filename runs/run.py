@@ -21,10 +21,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-import configs
-import plots
-from aggregation import is_finite
-from checkpoint import (
+from engine.ranks import Ranks
+from metrics import FIGURES
+from runs import configs, pictures
+from runs.checkpoint import (
     PrivateStore,
     is_whole,
     load_checked,
@@ -33,12 +33,11 @@ from checkpoint import (
     same_layout,
     same_memory,
 )
-from configs import ASIDE
-from figures import FIGURES
-from files import append_csv, cut_csv, write_whole
-from ranks import Ranks
+from runs.configs import ASIDE
+from runs.csvs import append_csv, cut_csv
+from server.mean import is_finite
 from update import Private, State
-from utils import InputError
+from utils import InputError, write_whole
 
 COLUMNS = {
     "clients.csv": ["round", "client", "stage", "split", "n", *FIGURES],
@@ -171,7 +170,7 @@ class Run:
         write_whole(self.results / "partition.npz", lambda file: np.savez_compressed(file, **arrays))
         classes = self.config["images"]["classes"]
         counts = np.stack([np.bincount(labels[indices], minlength=classes) for indices in owned])
-        plots.partition_picture(self.results / "partition.png", counts, self._title())
+        pictures.partition_picture(self.results / "partition.png", counts, self._title())
 
     def end_round(self, progress: Progress, facts: dict, rows: dict[str, list[dict]]) -> None:
         """Record a round: CSV rows, the server's facts, private parameters, a checkpoint if one is due."""
@@ -220,10 +219,10 @@ class Run:
         self.save()
         if self.ranks.first:
             self._clear(self.models / ".private")
-            plots.curves_picture(self.results / "curves.png", self.rounds(), self._title())
+            pictures.curves_picture(self.results / "curves.png", self.rounds(), self._title())
             server = pd.read_csv(self.results / "server.csv")
             if server["trust"].notna().any():
-                plots.trust_picture(self.results / "trust.png", server, self._title())
+                pictures.trust_picture(self.results / "trust.png", server, self._title())
             self.config["status"] = "finished"
             self.write_config()
 

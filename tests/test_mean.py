@@ -1,7 +1,7 @@
 """The server's mean against arithmetic done by hand."""
 import torch
 
-from aggregation import Server, Setting, weighted_mean
+from server.mean import Server, Setting, weighted_mean
 
 
 def state(*values):

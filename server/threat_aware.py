@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from aggregation import Server, State, moved, updates_of
+from server.mean import Server, State, moved, updates_of
 from utils import torch_rng
 
 LONG = 2.0                         # in median norms: longer than that loses trust

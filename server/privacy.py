@@ -9,7 +9,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from aggregation import Server, Setting, State, is_finite
+from server.mean import Server, Setting, State, is_finite
 from utils import InputError, rng, torch_rng
 
 

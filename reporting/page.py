@@ -11,8 +11,8 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image
 
-import leakage
-from plots import matplotlib, plt
+from reporting import leakage
+from runs.pictures import matplotlib, plt
 
 LARGEST = 8 * 2**20   # bytes of a picture: the page has to be loaded
 DASH = Markup("&ndash;")

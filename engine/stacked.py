@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from figures import Tally
+from metrics import Tally
 from update import Client, Diverged, Private, State
 from utils import rng, seed_torch
 

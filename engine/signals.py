@@ -1,0 +1,93 @@
+"""Signals that wait for two writes that belong together, and a standard output that cannot fail."""
+import errno
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, whose number is its argument."""
+
+
+class Interrupts:
+    """While entered, SIGINT and SIGTERM raise Interrupted, except inside ``held()``, which they wait for."""
+
+    def __enter__(self):
+        self.holding, self.pending = False, None
+        self.before = {number: signal.signal(number, self._arrived)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _arrived(self, number, frame):
+        self.pending = number
+        if not self.holding:
+            raise Interrupted(number)
+
+    @contextmanager
+    def held(self):
+        """Let no signal between two writes that belong together."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.pending:
+            raise Interrupted(self.pending)
+
+
+class Steady:
+    """A standard stream that never fails: what nobody can take any more is dropped, and the work goes on.
+
+    What the program says is also in its files, so a full disk behind standard output, or a reader who has
+    seen enough (``| head``), is no reason to lose a training. Letters that the stream's encoding lacks, or
+    bytes of a file name that are no letters, are shown as escapes.
+    """
+
+    def __init__(self, stream: TextIO | None, lost: str = ""):
+        # None: closed before we began.
+        self.stream, self.lost = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"), lost
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, operation, *arguments) -> None:
+        try:
+            operation(*arguments)
+        except BlockingIOError:   # a terminal that others made non-blocking, full for a moment
+            select.select([], [self.stream.fileno()], [], 1.0)
+        except OSError as error:
+            # What the stream still holds goes there too, when it is flushed or closed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.lost and error.errno != errno.EPIPE:
+                print(f"{self.lost} ({error.strerror})", file=sys.stderr)
+
+
+@contextmanager
+def steady_output(program: str) -> Iterator[None]:
+    """While entered, printing cannot fail (``Steady``); a full standard output is said once, on the other."""
+    while os.open(os.devnull, os.O_RDWR) <= 2:   # or a file of ours would become the stream that was closed
+        pass
+    sys.stderr = Steady(sys.stderr)
+    sys.stdout = Steady(sys.stdout, f"{program}: warning: standard output cannot be written, what it would "
+                                    "say is lost; files are written as usual")
+    try:
+        yield
+    finally:
+        sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""The page of all runs. Open it for what report.html shows."""
