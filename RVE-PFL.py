@@ -12,13 +12,14 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import datasets
 import sampling
-from engine.graphed import GraphedClient
+from engine.graphed import GraphedTrainer
 from engine.ranks import PeerLost, Ranks
 from engine.signals import Interrupted, Interrupts, steady_output
 from engine.stacked import stack_size
@@ -27,11 +28,19 @@ from metrics import over_clients
 from options import args_parser
 from runs.checkpoint import borrowed_encoders
 from runs.run import Progress, Run, open_run
-from server import mean, robust
-from server.malicious import Crowd
-from server.threat_aware import ThreatAware
-from update import Client, Diverged, Private
-from utils import InputError, choose_device, choose_precision, environment, keep_freed_memory, rng, seed_torch
+from server.malicious import MaliciousClients
+from server.mean import Round, Server, Setting, State
+from server.rules import RULES
+from update import Diverged, Private, Trainer, Training
+from utils import (
+    InputError,
+    choose_device,
+    choose_precision,
+    environment,
+    keep_freed_memory,
+    rng,
+    seed_torch,
+)
 
 HELD_OUT = 0.1   # of a client's images for testing; under --validate, of the rest for validation
 
@@ -70,16 +79,16 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
     with ranks.first_before_others():
         data = datasets.load(args.dataset, args.data_dir)
     owned, splits = deal(args, data.labels)
-    client = make_client(args, data, device)
-    head, private = client.split(client.state())
+    trainer = make_trainer(args, data, device)
+    head, private = trainer.shared_and_private(trainer.state())
     protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
     config = {
         "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
         "processes": ranks.size,
-        "precision": str(client.dtype), "parameters": client.method.count(client.model),
+        "precision": str(trainer.training.dtype), "parameters": trainer.method.count(trainer.model),
         "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}}
-    server = make_server(args, client, splits)
-    crowd = Crowd(args.malicious_behaviour, args.malicious_frac, args.num_users, args.seed)
+    server = make_server(args, trainer, splits)
+    malicious = MaliciousClients(args.malicious_behaviour, args.malicious_frac, args.num_users, args.seed)
     with open_run(config, Private(private), head, dict(server.memory), ranks) as run:
         if not run.finished:
             if ranks.first:
@@ -89,7 +98,7 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
                     run.private.put(k, encoder)
                 run.private.commit()
             try:
-                federate(args, client, server, crowd, run, owned, splits, ranks, interrupts)
+                federate(Federation(args, trainer, server, malicious, owned, splits, ranks), run, interrupts)
                 with interrupts.held():
                     run.finish()
             except (Interrupted, InputError):
@@ -112,78 +121,136 @@ def deal(args: Namespace, labels: np.ndarray) -> tuple[list, list]:
     return owned, splits
 
 
-def make_client(args: Namespace, data: datasets.Dataset, device: torch.device) -> Client:
+def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) -> Trainer:
     """The working model at its seeded start, the data on its device, and how a client trains."""
     method = METHODS[args.method]
     seed_torch(args.seed, "init")
-    model = method.build(data.image_shape, data.num_classes, args.init_logvar)
+    model = method.build(data.image_shape, data.num_classes, vars(args))
     if args.encoders_from:   # spares the backward pass; its learning rate is 0 besides
         model.encoder.requires_grad_(False)
-    kind = GraphedClient if device.type == "cuda" else Client
-    return kind(
-        model.to(device, memory_format=torch.channels_last), method, torch.from_numpy(data.images).to(device),
-        torch.from_numpy(data.labels).to(device), data.num_classes, seed=args.seed, epochs=args.local_ep,
-        batch_size=args.local_bs, optimizer=args.optimizer, lr=args.lr, head_lr=args.head_lr,
-        lr_decay=args.lr_decay, lr_warmup=args.lr_warmup, momentum=args.momentum, kl_weight=args.kl_weight,
-        kl_warmup=args.kl_warmup, eval_samples=args.eval_samples, loss_weight=args.loss_weight,
-        augment=args.augment, dtype=choose_precision(args.precision, device), frozen=bool(args.encoders_from))
+    training = Training(
+        seed=args.seed, epochs=args.local_ep, batch_size=args.local_bs, optimizer=args.optimizer, lr=args.lr,
+        head_lr=args.head_lr, lr_decay=args.lr_decay, lr_warmup=args.lr_warmup, momentum=args.momentum,
+        kl_weight=args.kl_weight, kl_warmup=args.kl_warmup, eval_samples=args.eval_samples,
+        augment=args.augment, dtype=choose_precision(args.precision, device),
+        freezes_private=bool(args.encoders_from), options=vars(args))
+    kind = GraphedTrainer if device.type == "cuda" else Trainer
+    return kind(model.to(device, memory_format=torch.channels_last), method,
+                torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).to(device),
+                data.num_classes, training)
 
 
-def make_server(args: Namespace, client: Client, splits: list) -> mean.Server:
-    """How the method aggregates: with noise of its own, or by the rule asked for."""
-    setting = mean.Setting(
+def make_server(args: Namespace, trainer: Trainer, splits: list) -> Server:
+    """How the method aggregates: by a server of its own, or by the rule asked for."""
+    network = copy.deepcopy(trainer.model.classifier).cpu().eval()
+    setting = Setting(
         seed=args.seed, clients=args.num_users, frac=args.frac, rounds=args.rounds,
         smallest=min(len(train) for train, _ in splits), epsilon=args.epsilon, delta=args.delta,
         clip=args.clip, exposures=args.exposures, noise_multiplier=args.noise_multiplier,
-        tolerate=args.tolerate, rule=args.aggregation)
-    if args.aggregation == "threat":
-        return ThreatAware(setting, copy.deepcopy(client.model.classifier).cpu().eval())
-    return (METHODS[args.method].server if args.aggregation == "mean" else robust.Robust)(setting)
+        tolerate=args.tolerate, network=network)
+    return (trainer.method.server or RULES[args.aggregation].server)(setting)
 
 
-def federate(args: Namespace, client: Client, server: mean.Server, crowd: Crowd, run: Run, owned: list,
-             splits: list, ranks: Ranks, interrupts: Interrupts) -> None:
-    """The rounds: send the head, train the clients, aggregate what they upload, evaluate everyone."""
-    labels, stack = client.labels.cpu().numpy(), args.stack or stack_size(client.labels.device, args.local_bs)
-    server.memory.update(run.progress.memory)
-    for r in range(run.progress.round + 1, args.rounds + 1):
-        started, evaluating = time.monotonic(), r % args.eval_every == 0 or r == args.rounds
-        if args.resplit:
-            splits = sampling.split_all(owned, labels, HELD_OUT, args.seed, "resplit", r)
-        sent, uploads, rows = run.progress.head, {}, {}
-        asked = sampling.sample_clients(args.num_users, args.frac, rng(args.seed, "sample", round=r),
-                                        client.method.poisson)
-        mine = {k: splits[k][0] for k in ranks.mine(asked)}
-        for k, outcome in crowd.train_each(client, r, mine, sent, run.private.get, stack):
+@dataclass(frozen=True)
+class Federation:
+    """Everyone who takes part in a run, as this process knows them.
+
+    Args:
+        owned: what each client owns.
+        splits: what each client trains on, and what is held out.
+    """
+
+    args: Namespace
+    trainer: Trainer
+    server: Server
+    malicious: MaliciousClients
+    owned: list
+    splits: list
+    ranks: Ranks
+
+    def sample(self, number: int) -> list[int]:
+        """The clients that are asked to train in a round."""
+        return sampling.sample_clients(self.args.num_users, self.args.frac,
+                                       rng(self.args.seed, "sample", round=number), self.trainer.method.poisson)
+
+    def splits_in(self, number: int) -> list:
+        """Each client's (training, held-out) images in a round: the same in all, but for ``--resplit``."""
+        if not self.args.resplit:
+            return self.splits
+        return sampling.split_all(self.owned, self.trainer.labels.cpu().numpy(), HELD_OUT, self.args.seed,
+                                  "resplit", number)
+
+    def evaluates(self, number: int) -> bool:
+        """Whether a round is evaluated."""
+        return number % self.args.eval_every == 0 or number == self.args.rounds
+
+    def train(self, number: int, asked: list[int], splits: list, run: Run) -> tuple[dict[int, State], list[dict]]:
+        """Local training of the clients asked: their uploads, and rows of ``clients.csv``, both on the first rank.
+
+        A client whose loss does not stay finite uploads nothing, and its encoder stays as it was.
+        """
+        uploads, rows = {}, {}
+        mine = {k: splits[k][0] for k in self.ranks.mine(asked)}
+        stack = self.args.stack or stack_size(self.trainer.labels.device, self.args.local_bs)
+        for k, outcome in self.malicious.train_each(self.trainer, number, mine, run.progress.head,
+                                                    run.private.get, stack):
             if isinstance(outcome, Diverged):
                 run.say(f"warning: {outcome}; this client's round is dropped")
                 continue
-            uploads[k], kept, figures = outcome
-            run.private.put(k, kept)
-            if evaluating:
-                held_out = client.evaluate(k, r, splits[k][1], uploads[k], kept)
-                rows[k] = [{"round": r, "client": k, "stage": "trained", "split": "train", **figures},
-                           {"round": r, "client": k, "stage": "trained", "split": run.aside, **held_out}]
-            run.advance(r, k, len(mine), figures["accuracy"])
-        uploads, trained = ranks.gather(uploads), ranks.gather(rows)
-        if ranks.first and asked and not uploads:
-            raise InputError(f"round {r}: no client's loss stayed finite; start again with a smaller --lr")
-        report = []
+            uploads[k] = outcome.upload
+            run.private.put(k, outcome.private)
+            if self.evaluates(number):
+                held_out = self.trainer.evaluate(k, number, splits[k][1], outcome.upload, outcome.private)
+                rows[k] = [row_of(number, k, "trained", "train", outcome.metrics),
+                           row_of(number, k, "trained", run.evaluation_split, held_out)]
+            run.advance(number, k, len(mine), outcome.metrics["accuracy"])
+        uploads = self.ranks.gather(uploads)
+        if self.ranks.first and asked and not uploads:
+            raise InputError(f"round {number}: no client's loss stayed finite; start again with a smaller --lr")
+        return uploads, list(itertools.chain(*self.ranks.gather(rows).values()))
+
+    def evaluate(self, number: int, head: State, splits: list, run: Run) -> list[dict]:
+        """Rows of ``clients.csv`` for every client with the head just aggregated, on the first rank."""
+        mine = self.ranks.mine(range(self.args.num_users)) if self.evaluates(number) else []
+        return list(self.ranks.gather({
+            k: row_of(number, k, "deployed", run.evaluation_split,
+                      self.trainer.evaluate(k, number, splits[k][1], head, run.private.get(k)))
+            for k in mine}).values())
+
+
+def row_of(number: int, client: int, stage: str, split: str, metrics: dict[str, float]) -> dict:
+    """A row of ``clients.csv``."""
+    return {"round": number, "client": client, "stage": stage, "split": split, **metrics}
+
+
+def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
+    """The rounds of RVE-PFL, and of all that it is compared with (Issa et al. 2024)."""
+    ranks, server, malicious = federation.ranks, federation.server, federation.malicious
+    server.memory.update(run.progress.memory)
+    for number in range(run.progress.round + 1, federation.args.rounds + 1):
+        started, sent, head, report = time.monotonic(), run.progress.head, None, []
+
+        # Sample clients. Each trains its encoder and the head it was sent, and uploads the head alone.
+        asked, splits = federation.sample(number), federation.splits_in(number)
+        uploads, rows = federation.train(number, asked, splits, run)
+
+        # Malicious clients forge what they upload; the server weighs the uploads and aggregates.
         if ranks.first:
-            uploads, sizes = crowd.forge(server, r, sent, uploads, {k: len(splits[k][0]) for k in asked})
-            head, uploads, report = server(r, sent, uploads, sizes)
-        head = ranks.share(head if ranks.first else None)
-        deployed = ranks.gather({k: {"round": r, "client": k, "stage": "deployed", "split": run.aside,
-                                     **client.evaluate(k, r, splits[k][1], head, run.private.get(k))}
-                                 for k in ranks.mine(range(args.num_users)) if evaluating})
-        rows = [*itertools.chain(*trained.values()), *deployed.values()]
-        honest = [row for row in rows if row["client"] not in crowd.members] or rows
-        means = [{"round": r, **mean, "seconds": time.monotonic() - started} for mean in over_clients(honest)]
+            sizes = {k: len(splits[k][0]) for k in asked}
+            verdict = server(malicious.forge(Round(number, sent, uploads, sizes), server))
+            head, uploads, report = verdict.head, verdict.uploads, verdict.rows
+        head = ranks.share(head)
+
+        # Evaluate everyone with the new head, and record the round.
+        rows += federation.evaluate(number, head, splits, run)
+        honest = [row for row in rows if row["client"] not in malicious.members] or rows
+        seconds = time.monotonic() - started
+        csvs = {"clients.csv": rows,
+                "rounds.csv": [{"round": number, **mean, "seconds": seconds} for mean in over_clients(honest)],
+                "server.csv": [{"round": number, **row, "malicious": int(row["client"] in malicious.members)}
+                               for row in report] if head else []}
         with interrupts.held():
-            run.end_round(Progress(r, head, sent, uploads, memory=dict(server.memory)), server.facts, {
-                "clients.csv": rows, "rounds.csv": means,
-                "server.csv": [{"round": r, **row, "malicious": int(row["client"] in crowd.members)}
-                               for row in report] if head else []})
+            run.end_round(Progress(number, head, sent, uploads, memory=dict(server.memory)), server.facts, csvs)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,125 @@
-"""The table of methods: what sets each apart from FedAvg.
+"""METHODS: a row a method, which is what sets it apart from FedAvg.
 
-Which network a client trains, which of its parameters travel, what is added to its loss, and what its server
-does. Everything else, in update.py and in the driver, is common to all.
+A row says which network a client trains, which of its parameters travel, what is added to its loss, what its
+server does, and which options it reads, with their defaults. All else, in update.py and in RVE-PFL.py, is common
+to all methods. How the defaults were chosen: docs/options.md.
 """
-from collections.abc import Callable
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 import models
+from parsing import HUGE, NAME, TINY, Option
 from server.mean import Server, State
 from server.privacy import AdaptiveClientDP, ClientDP, NbAFL
+from server.rules import RULES
+
+# Options that some methods read; their defaults stand in the rows.
+LR = Option("lr", "learning rate [eta]", float, within=(TINY, 1e3), group="federated")
+HEAD_LR = Option("head_lr", "the shared head's learning rate as a multiple of --lr", float, unread=1.0,
+                 within=(0, 1e3), group="federated")
+AUGMENT = Option("augment", "of training images, drawn anew in every epoch: mirror half of them; also shift them "
+                 "by up to 4 pixels", choices=("none", "flip", "flip+shift"), group="data")
+INIT_LOGVAR = Option("init_logvar", "bias of the encoder's log variance at the start", float,
+                     within=(-30, 10), group="model")
+EVAL_SAMPLES = Option("eval_samples", "draws of z averaged in a prediction", int, unread=1, within=(1, 1000),
+                      group="model")
+AGGREGATION = Option("aggregation", "how uploads become the next head: " + ", ".join(
+    f"{name} ({rule.about})" for name, rule in RULES.items()), unread="mean", choices=RULES, group="server")
+ENCODERS_FROM = Option("encoders_from", "take the clients' encoders from a finished RUN of the same clients and "
+                       "train the heads alone, so that no encoder makes up for a bad head", pattern=NAME,
+                       metavar="RUN", group="server")
+KL_WEIGHT = Option("kl_weight", "weight of the KL term, summed over z [beta]", float, unread=0.0,
+                   within=(0, 1e6), group="privacy")
+KL_WARMUP = Option("kl_warmup", "rounds over which beta rises from 0", int, unread=0, within=(0, HUGE),
+                   group="privacy")
+EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; of the whole run with client-level DP, "
+                 "whose noise it decides (8 if neither it nor --noise_multiplier is given)", float,
+                 within=(TINY, 1e6), group="privacy")
+DELTA = Option("delta", "[delta]; clients^-1.1 with client-level DP if not given", float, within=(TINY, 0.5),
+               group="privacy")
+CLIP = Option("clip", "clipping norm: of what a client uploads with NbAFL [C] (the median of the first round's "
+              "norms if not given); of its update with client-level DP, at the start if adaptive", float,
+              within=(TINY, 1e9), group="privacy")
+EXPOSURES = Option("exposures", "how often NbAFL counts an upload as seen [L]", int, within=(1, HUGE),
+                   group="privacy")
+NOISE_MULTIPLIER = Option("noise_multiplier", "client-level DP's noise in units of the clip, instead of "
+                          "--epsilon [z]", float, within=(1e-3, 1e6), group="privacy")
+LOSS_WEIGHT = Option("loss_weight", "weight of the loss against the inner attacker [lambda]", float,
+                     within=(0, 1e6), group="privacy")
+
+Values = Mapping[Option, object]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method's own loss may look at in one training step of a client.
+
+    Args:
+        images: ``N x C x H x W`` in [0, 1].
+        output: what the network said of them.
+        sent: what the client received at the start of the round, on the device that trains.
+        options: the values of the options in the method's row, by name.
+    """
+
+    model: nn.Module
+    images: Tensor
+    output: models.Output
+    sent: State
+    options: Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: ``travels`` is the prefix of the parameters that leave a client."""
+    """One row.
 
-    network: type[nn.Module]
-    travels: str | None   # "classifier." is the head, and all of the plain CNN; None: nothing leaves
+    Args:
+        about: a few words.
+        source: where it was published.
+        network: what a client trains.
+        travels: the prefix of the parameters that leave a client: ``classifier.`` is the head, and all of the
+            plain CNN; None: nothing leaves.
+        reads: the options that it reads besides those of all methods, with their defaults.
+        by_dataset, by_partition: other defaults for a data set or a partition; the partition's win.
+        server: its own server, where it has one; ``--aggregation`` must then be ``mean``.
+        loss: step -> what is added to the loss, of each image ``N`` or of the batch.
+        poisson: clients are sampled independently, as the accounting of client-level DP needs.
+        settle: fills options that depend on others; returns what is wrong with them, or None.
+    """
+
+    about: str
     source: str
-    server: type[Server] = Server
-    loss: Callable[[nn.Module, Tensor, float], Tensor] | None = None   # model, images, weight -> ``N``, added
-    poisson: bool = False   # clients sampled independently, as the accounting of client-level DP needs
+    network: type[models.Network]
+    travels: str | None
+    reads: Values
+    by_dataset: Mapping[str, Values] = field(default_factory=dict)
+    by_partition: Mapping[str, Values] = field(default_factory=dict)
+    server: type[Server] | None = None
+    loss: Callable[[Step], Tensor] | None = None
+    poisson: bool = False
+    settle: Callable[[Namespace], str | None] | None = None
 
-    def split(self, state: State) -> tuple[State, State]:
-        """A state dict -> what is shared, what stays private."""
+    def default(self, option: Option, dataset: object, partition: object) -> object:
+        """The value of an option that was not given, for names of a data set and of a partition."""
+        for tuned, key in ((self.by_partition, partition), (self.by_dataset, dataset)):
+            if option in tuned.get(key, {}):
+                return tuned[key][option]
+        return self.reads[option]
+
+    @property
+    def shares_whole_head(self) -> bool:
+        """Whether every parameter of the head travels."""
+        return self.travels is not None and "classifier.".startswith(self.travels)
+
+    @property
+    def protects(self) -> bool:
+        """Whether uploads are clipped or noised before the server sees them."""
+        return self.server is not None and self.server.protects
+
+    def shared_and_private(self, state: State) -> tuple[State, State]:
+        """A state dict -> what travels, and what stays with the client."""
         shared = {name: value for name, value in state.items()
                   if self.travels is not None and name.startswith(self.travels)}
         return shared, {name: value for name, value in state.items() if name not in shared}
@@ -35,26 +129,76 @@ class Method:
         sizes = {name: value.numel() for name, value in model.state_dict().items()}
         parts = {part: sum(n for name, n in sizes.items() if name.startswith(f"{part}."))
                  for part, _ in model.named_children()}
-        return {**parts, "total": sum(sizes.values()), "travels": sum(sizes[n] for n in self.split(sizes)[0])}
+        travelling = self.shared_and_private(model.state_dict())[0]
+        return {**parts, "total": sum(sizes.values()), "travels": sum(sizes[name] for name in travelling)}
 
-    def build(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float) -> nn.Module:
-        """The network at its start; draws from PyTorch's generator."""
-        noise = {"init_logvar": init_logvar} if self.network is models.RVE else {}
-        return self.network(image_shape, num_classes, **noise)
+    def build(self, image_shape: tuple[int, int, int], num_classes: int,
+              options: Mapping[str, object]) -> models.Network:
+        """The network at its start; draws from PyTorch's generator.
 
+        Args:
+            options: the run's, of which the network takes those that it names.
+        """
+        return self.network(image_shape, num_classes, **{name: options[name] for name in self.network.options})
+
+
+def client_dp_budget(args: Namespace) -> str | None:
+    """Epsilon or the noise is given, not both; delta is below one in the number of clients."""
+    if args.epsilon is not None and args.noise_multiplier is not None:
+        return "--epsilon and --noise_multiplier each decide the other; leave one out"
+    if args.epsilon is None and args.noise_multiplier is None:
+        args.epsilon = 8.0
+    if args.delta is None:
+        args.delta = min(0.1, args.num_users**-1.1)
+    return None
+
+
+def inner_attacker(step: Step) -> Tensor:
+    """ResSFL's loss against its inner attacker, ``N``."""
+    return step.model.resistance(step.images, step.output.features, step.options["loss_weight"])
+
+
+TRAINING = {LR: 1e-3, AUGMENT: "none", AGGREGATION: "mean"}
+PRIVATE_ENCODER = {**TRAINING, HEAD_LR: 0.1}
+VARIATIONAL = {**PRIVATE_ENCODER, KL_WEIGHT: 1e-5, KL_WARMUP: 0, INIT_LOGVAR: -2.0, EVAL_SAMPLES: 8}
+CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER: None}
+
+ON_CIFAR = {"cifar": {AUGMENT: "flip+shift"}}
+# The CNN fits less than encoder and head together, and clients of all classes pull it less apart.
+CNN_ON_CIFAR = {"cifar": {AUGMENT: "flip", LR: 3e-3}}
+CNN_ON_MIXED = dict.fromkeys(("dirichlet", "iid"), {LR: 3e-3})
 
 METHODS = {
-    "rve_pfl": Method(models.RVE, "classifier.", "Issa et al. 2024, doi 10.1109/TIFS.2024.3368879"),
-    "lg_fedavg": Method(models.EncoderClassifier, "classifier.", "Liang et al. 2020, arXiv 2001.01523"),
-    "local": Method(models.RVE, None, "RVE-PFL's model, nothing shared: the honest floor"),
-    "fedavg": Method(models.CNN, "classifier.", "McMahan et al. 2017, arXiv 1602.05629"),
-    "fedper": Method(models.CNN, "classifier.features.", "Arivazhagan et al. 2019, arXiv 1912.00818"),
-    "nbafl": Method(models.CNN, "classifier.", "Wei et al. 2020, arXiv 1911.00222", NbAFL),
-    "client_dp": Method(models.CNN, "classifier.", "McMahan et al. 2018, arXiv 1710.06963", ClientDP,
-                        poisson=True),
-    "client_dp_adaptive": Method(models.CNN, "classifier.", "Andrew et al. 2021, arXiv 1905.03871",
-                                 AdaptiveClientDP, poisson=True),
-    "dropout": Method(models.DropoutCNN, "classifier.", "Zheng 2021, arXiv 2108.11106"),
-    "ressfl": Method(models.ResSFL, "classifier.", "after Li et al. 2022, CVPR",
-                     loss=models.ResSFL.resistance),
+    "rve_pfl": Method(
+        "the paper", "Issa et al. 2024, doi 10.1109/TIFS.2024.3368879", models.RVE, "classifier.",
+        {**VARIATIONAL, AGGREGATION: "threat", ENCODERS_FROM: None}, ON_CIFAR),
+    "lg_fedavg": Method(
+        "its deterministic control", "Liang et al. 2020, arXiv 2001.01523", models.EncoderClassifier,
+        "classifier.", {**PRIVATE_ENCODER, ENCODERS_FROM: None}, ON_CIFAR),
+    "local": Method(
+        "RVE-PFL's model, nothing shared: the honest floor", "", models.RVE, None,
+        {option: value for option, value in VARIATIONAL.items() if option is not AGGREGATION}, ON_CIFAR),
+    "fedavg": Method(
+        "everything shared", "McMahan et al. 2017, arXiv 1602.05629", models.CNN, "classifier.", TRAINING,
+        CNN_ON_CIFAR, CNN_ON_MIXED),
+    "fedper": Method(
+        "a private last layer", "Arivazhagan et al. 2019, arXiv 1912.00818", models.CNN,
+        "classifier.features.", {**TRAINING, LR: 3e-3}, CNN_ON_CIFAR, CNN_ON_MIXED),
+    "nbafl": Method(
+        "noise before aggregation", "Wei et al. 2020, arXiv 1911.00222", models.CNN, "classifier.",
+        {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}, CNN_ON_CIFAR, CNN_ON_MIXED,
+        server=NbAFL),
+    "client_dp": Method(
+        "client-level DP", "McMahan et al. 2018, arXiv 1710.06963", models.CNN, "classifier.", CLIENT_DP,
+        CNN_ON_CIFAR, CNN_ON_MIXED, server=ClientDP, poisson=True, settle=client_dp_budget),
+    "client_dp_adaptive": Method(
+        "client-level DP, its clip following the median", "Andrew et al. 2021, arXiv 1905.03871", models.CNN,
+        "classifier.", CLIENT_DP, CNN_ON_CIFAR, CNN_ON_MIXED, server=AdaptiveClientDP, poisson=True,
+        settle=client_dp_budget),
+    "dropout": Method(
+        "a dropout before the last layer", "Zheng 2021, arXiv 2108.11106", models.DropoutCNN, "classifier.",
+        TRAINING, CNN_ON_CIFAR, CNN_ON_MIXED),
+    "ressfl": Method(
+        "trained against an inner inverter", "after Li et al. 2022, CVPR", models.ResSFL, "classifier.",
+        {**TRAINING, LOSS_WEIGHT: 0.3}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=inner_attacker),
 }

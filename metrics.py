@@ -1,9 +1,9 @@
-"""What is measured of predictions: sums over a client's images, and means over clients."""
+"""Metrics of predictions: means over a client's images, and over clients."""
 import numpy as np
 import torch
 from torch import Tensor
 
-FIGURES = ("loss", "accuracy", "precision", "recall", "f1", "kl_nats")
+METRICS = ("loss", "accuracy", "precision", "recall", "f1", "kl_nats")
 
 
 class Tally:
@@ -21,8 +21,11 @@ class Tally:
             self.kl.append(kl.detach())
 
     def result(self, num_classes: int) -> dict[str, float]:
-        """Means over images; precision, recall and F1 are macro averages over the classes that occur
-        among labels or predictions, 0 where a ratio is 0/0, as scikit-learn has them."""
+        """Means over images.
+
+        Precision, recall and F1 are macro averages over the classes that occur among labels or predictions. A
+        ratio of 0/0 counts as 0. Both are as in scikit-learn.
+        """
         from torchmetrics.functional import classification  # seconds to import: after the first steps
 
         predicted, labels = torch.cat(self.predicted).cpu(), torch.cat(self.labels).cpu()
@@ -39,16 +42,19 @@ class Tally:
 
 
 def over_clients(rows: list[dict]) -> list[dict]:
-    """Rows a client -> means over clients, one row for each stage and split in order of appearance.
+    """Means over clients: one row for each stage and split, in order of appearance.
 
     ``accuracy_worst`` is the mean of the lowest tenth of the clients, at least one.
+
+    Args:
+        rows: one a client, stage and split.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["stage"], row["split"]), []).append(row)
     means = []
     for (stage, split), members in groups.items():
-        column = {name: np.array([row[name] for row in members]) for name in FIGURES}
+        column = {name: np.array([row[name] for row in members]) for name in METRICS}
         accuracy = np.sort(column["accuracy"])
         means.append({"stage": stage, "split": split, "accuracy_std": accuracy.std(),
                       "accuracy_worst": accuracy[:max(1, round(len(accuracy) / 10))].mean(),

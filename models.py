@@ -1,18 +1,47 @@
 """The networks: a private variational encoder, the shared classifier head, and the pair they make.
 
 Layers are those the authors released (Issa et al., IEEE TIFS 2024). Shapes in comments are
-``N x C x H x W``; images are floats in [0, 1]. Every network maps an image batch to ``(logits, kl)``
-in training and to ``(probabilities, kl)`` in ``predict``, where ``kl`` is one number of nats an
-image, or None where the network has no noise and so bounds nothing.
+``N x C x H x W``; images are floats in [0, 1]. Every network maps a batch of images to an ``Output``
+in training, and to class probabilities and KL in ``predict``.
 
 Parameter names route the protocol: ``encoder.*`` stays with its client, ``classifier.*`` travels.
 """
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
+
+
+class Output(NamedTuple):
+    """What a network says of a batch of N images.
+
+    Args:
+        logits: ``N x num_classes``.
+        kl: nats an image, ``N``; None where the network has no noise, and so bounds nothing.
+        features: what the method's own loss looks at.
+    """
+
+    logits: Tensor
+    kl: Tensor | None = None
+    features: Tensor | None = None
+
+
+class Network(nn.Module):
+    """What all networks have in common.
+
+    Attributes:
+        has_encoder: an ``encoder`` stands before the head.
+        variational: the encoder is noisy, so that KL bounds what a latent tells.
+        options: the names of the options that its constructor takes besides shape and classes.
+    """
+
+    has_encoder = False
+    variational = False
+    options: tuple[str, ...] = ()
 
 
 class FlattenHWC(nn.Module):
@@ -120,22 +149,23 @@ def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
 
 
-class CNN(nn.Module):
+class CNN(Network):
     """The comparison network: the head applied straight to the image."""
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
         super().__init__()
         self.classifier = Classifier(image_shape, num_classes)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.classifier(x), None
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.classifier(x))
 
     def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, None]:
+        """Probabilities ``N x num_classes``, and no KL."""
         return self.classifier(x).softmax(1), None
 
 
 class DropoutCNN(CNN):
-    """The CNN with one more dropout before its last layer: an inverter does not know what it dropped."""
+    """The CNN with one more dropout before its last layer: an inverter does not know what was dropped."""
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, p: float = 0.5):
         super().__init__(image_shape, num_classes)
@@ -162,19 +192,22 @@ class ResSFL(CNN):
             nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, channels, 3, padding=1), nn.Sigmoid())
         initialise(self)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        self.seen = self.classifier.features[:4](x)   # for ``resistance``, in the same step
-        return self.classifier.output(self.classifier.features[4:](self.seen)).float(), None
+    def forward(self, x: Tensor) -> Output:
+        features = self.classifier.features[:4](x)
+        return Output(self.classifier.output(self.classifier.features[4:](features)).float(), None, features)
 
-    def resistance(self, x: Tensor, weight: float) -> Tensor:
-        """What is added to the loss of the images just seen, ``N``.
+    def resistance(self, x: Tensor, features: Tensor, weight: float) -> Tensor:
+        """What is added to the loss of each image, ``N``.
 
         ``weight * max(0, SSIM(inverted, x) - 0.5)``, which the features learn from and the inverter does not,
         plus the inverter's own squared error, which it alone learns from.
+
+        Args:
+            features: of the images ``x``, as ``forward`` returned them.
         """
         fixed = {name: value.detach() for name, value in self.attacker.named_parameters()}
-        inverted = functional_call(self.attacker, fixed, (self.seen,)).float()
-        error = (self.attacker(self.seen.detach()).float() - x).square().mean((1, 2, 3))
+        inverted = functional_call(self.attacker, fixed, (features,)).float()
+        error = (self.attacker(features.detach()).float() - x).square().mean((1, 2, 3))
         from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
 
         with torch.autocast(x.device.type, enabled=False):
@@ -182,8 +215,10 @@ class ResSFL(CNN):
         return weight * (similar - 0.5).clamp_min(0) + error
 
 
-class EncoderClassifier(nn.Module):
+class EncoderClassifier(Network):
     """Private deterministic encoder and shared head: RVE-PFL without its noise."""
+
+    has_encoder = True
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
         super().__init__()
@@ -191,15 +226,18 @@ class EncoderClassifier(nn.Module):
         self.encoder = Encoder(image_shape)
         self.classifier = Classifier(image_shape, num_classes)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.classifier(as_image(self.encoder(x), self.image_shape)), None
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.classifier(as_image(self.encoder(x), self.image_shape)))
 
     def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, None]:
-        return self(x)[0].softmax(1), None
+        """Probabilities ``N x num_classes``, and no KL."""
+        return self(x).logits.softmax(1), None
 
 
-class RVE(nn.Module):
+class RVE(Network):
     """RVE-PFL's model: private variational encoder and shared head."""
+
+    has_encoder, variational, options = True, True, ("init_logvar",)
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float):
         super().__init__()
@@ -207,11 +245,11 @@ class RVE(nn.Module):
         self.encoder = VariationalEncoder(image_shape, init_logvar)
         self.classifier = Classifier(image_shape, num_classes)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``N x num_classes`` from one draw of z, and KL in nats, ``N``."""
+    def forward(self, x: Tensor) -> Output:
+        """Logits from one draw of z, and KL."""
         mu, logvar = self.encoder(x)
         logits = self.classifier(as_image(reparameterise(mu, logvar), self.image_shape))
-        return logits, kl_to_standard_normal(mu, logvar)
+        return Output(logits, kl_to_standard_normal(mu, logvar))
 
     def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
         """``p(y|x) = E_q[p(y|z)]`` over ``draws`` draws, ``N x num_classes``, and KL in nats, ``N``.

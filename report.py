@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from engine.signals import steady_output
-from options import ROOT, Parser, shown
+from parsing import Option, Parser, shown
 from reporting.page import page
 from reporting.summary import Finished, one_line, read, summarise
-from utils import InputError, remove_leftovers, write_whole
+from utils import ROOT, InputError, remove_leftovers, write_whole
 
 ESCAPED = "backslashreplace"   # what becomes of bytes in a folder's name that are no letters
 
@@ -39,8 +39,8 @@ def _guarded(call: Callable, run: Path | Finished) -> Finished | str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the report; the exit status."""
-    parser = Parser(prog="report.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--results_dir", type=Path, default=ROOT / "results", help="where the runs are")
+    parser = Parser("report.py", __doc__.splitlines()[0])
+    parser.add(Option("results_dir", "where the runs are", Path, ROOT / "results"))
     folder = parser.parse(argv).results_dir
     try:
         if not folder.is_dir():

@@ -12,6 +12,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+ROOT = Path(__file__).resolve().parent   # the project's folder
+
 
 class InputError(Exception):
     """A user's mistake or a broken surrounding: its text is the one line the user sees."""
@@ -132,7 +134,7 @@ def environment(device: torch.device) -> dict:
 
 def _commit() -> str:
     """The commit that runs, or "unknown" where there is no git, or no repository that it would read."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    git = ["git", "-C", str(ROOT)]
     try:
         head, edits = (subprocess.run([*git, *words], capture_output=True, check=True).stdout.strip()
                        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno")))

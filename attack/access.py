@@ -51,7 +51,7 @@ class Run:
     def network(self) -> nn.Module:
         """The method's network, weights not yet those of anybody."""
         return METHODS[self.options["method"]].build(
-            self.data.image_shape, self.data.num_classes, self.options["init_logvar"]).eval()
+            self.data.image_shape, self.data.num_classes, self.options).eval()
 
     def rounds(self) -> list[int]:
         """Rounds whose checkpoints are there."""
@@ -69,26 +69,26 @@ class Run:
 
     def shared(self, round: int) -> dict:
         """``shared.pt``: ``sent`` and ``uploads``."""
-        travels = METHODS[self.options["method"]].split(self.network().state_dict())[0]
+        travels = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())[0]
         return read_shared(self.file(round, "shared.pt"), travels, self.options["num_users"])
 
     def sent_next(self, round: int) -> State:
         """``server.pt``: the head aggregated at the end of the round, which the next one starts from."""
         found = load_checked(self.file(round, "server.pt")).get("head")
-        travels = METHODS[self.options["method"]].split(self.network().state_dict())[0]
+        travels = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())[0]
         if not same_layout(found, travels) or not is_finite(found):
             raise InputError(f"checkpoint {self.models}/round_{round}/server.pt is not of this run's method")
         return found
 
     def private(self, round: int, client: int) -> Private:
         """``client_<k>.pt``: what stayed with the client."""
-        travels, stays = METHODS[self.options["method"]].split(self.network().state_dict())
+        travels, stays = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())
         return read_private(self.file(round, f"client_{client}.pt"), stays, travels)
 
     def own_head(self, round: int, client: int, private: Private) -> State:
         """The shared part of the client's own model: what it trained in the round, before anything was done
         to protect it on its way to the server; the head just aggregated if it did not train."""
-        uploads, hidden = self.shared(round)["uploads"], METHODS[self.options["method"]].server.protects
+        uploads, hidden = self.shared(round)["uploads"], METHODS[self.options["method"]].protects
         if client in uploads and private.own:
             return private.own
         if client in uploads and not hidden:

@@ -10,7 +10,6 @@ from attack import classes, gradients, learnt
 from attack.access import Holdings, Run, Victim
 from methods import METHODS
 from models import FlattenHWC, as_image
-from options import NOISY
 from update import State
 
 flatten = FlattenHWC()
@@ -276,7 +275,7 @@ ATTACKS = {
 def unfit(name: str, adversary: str, run: Run) -> str | None:
     """Why an attack does not fit an adversary of a run, or None."""
     attack, method = ATTACKS[name], METHODS[run.options["method"]]
-    travels = method.split(run.network().state_dict())[0]
+    travels = method.shared_and_private(run.network().state_dict())[0]
     if adversary not in attack.adversaries:
         return "needs what this adversary does not have"
     if adversary in ("curious_server", "curious_client") and not travels:
@@ -287,6 +286,6 @@ def unfit(name: str, adversary: str, run: Run) -> str | None:
         return "part of the head stays with the clients"
     if attack.observe is latents and not run.split:
         return "this method has no latents"
-    if name == "mi_strong_mu" and run.options["method"] not in NOISY:
+    if name == "mi_strong_mu" and not method.network.variational:
         return "this method's encoder has no noise"
     return None

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project, whatever the folder
@@ -24,9 +25,9 @@ from attack.access import ADVERSARIES, Run, Victim, open_run
 from attack.attacks import ATTACKS, unfit
 from attack.scene import COLUMNS, FIGURES, POOL, UNIT, Scene
 from engine.signals import Interrupted, Interrupts, steady_output
-from options import NAME, ROOT, Formatter, Parser, shown
+from parsing import HUGE, NAME, Option, Parser, shown
 from runs.configs import read_json
-from utils import InputError, keep_freed_memory, remove_leftovers, rng, write_whole
+from utils import ROOT, InputError, keep_freed_memory, remove_leftovers, rng, write_whole
 
 WHOLE = ("round", "client", "label", "image", "restart")   # columns of whole numbers
 NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, not how: they may change
@@ -34,32 +35,30 @@ NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, 
 
 def make_parser() -> Parser:
     """The options."""
-    parser = Parser(prog="mi_attack.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-                    formatter_class=Formatter)
-    add, group, huge = parser.add, parser.add_argument_group("attack"), 10**9
-    add(group, "--run", required=True, help="the run's folder name under RESULTS_DIR and MODELS_DIR")
-    add(group, "--adversary", nargs="+", choices=ADVERSARIES, default=list(ADVERSARIES), help="who attacks")
-    add(group, "--attack", nargs="+", choices=tuple(ATTACKS), default=list(ATTACKS), help="how")
-    add(group, "--clients", nargs="+", type=int, default=[0], within=(0, huge), help="whom")
-    add(group, "--rounds", nargs="+", type=int, within=(1, huge),
-        help="rounds whose checkpoints are attacked (the latest if not given)")
-    add(group, "--images", type=int, default=8, within=(1, POOL),
-        help="of the client's training images, for attacks on single images")
-    add(group, "--restarts", type=int, default=3, within=(1, 1000), help="of each search")
-    add(group, "--iterations", type=int, default=300, within=(1, huge), help="of each search")
-    add(group, "--train_epochs", type=int, default=20, within=(1, huge),
-        help="of what an adversary trains on public images")
-    add(group, "--draws", type=int, default=32, within=(1, 1000), help="of z, averaged in an answer")
-    add(group, "--scores", type=int, default=3, within=(1, huge), help="class scores that a service tells")
-    add(group, "--public", default="unowned", pattern=NAME,
-        help="what adversaries train on: `unowned`, the run's images that no client has, or another data "
-             "set's NAME, of the same shape")
-    add(group, "--public_images", type=int, default=10_000, within=(200, huge),
-        help="of those at most, in what an adversary trains on them")
-    add(group, "--seed", type=int, default=1, within=(0, 2**31 - 1), help="decides every random draw")
-    add(group, "--overwrite", action="store_true", help="forget what an earlier attack on this run found")
-    for name, where in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
-        add(group, f"--{name}", type=Path, default=ROOT / where, help="as in RVE-PFL.py")
+    parser = Parser("mi_attack.py", __doc__.splitlines()[0])
+    for option in (
+            Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
+            Option("adversary", "who attacks", default=list(ADVERSARIES), choices=ADVERSARIES, several=True),
+            Option("attack", "how", default=list(ATTACKS), choices=ATTACKS, several=True),
+            Option("clients", "whom", int, [0], within=(0, HUGE), several=True),
+            Option("rounds", "rounds whose checkpoints are attacked (the latest if not given)", int,
+                   within=(1, HUGE), several=True),
+            Option("images", "of the client's training images, for attacks on single images", int, 8,
+                   within=(1, POOL)),
+            Option("restarts", "of each search", int, 3, within=(1, 1000)),
+            Option("iterations", "of each search", int, 300, within=(1, HUGE)),
+            Option("train_epochs", "of what an adversary trains on public images", int, 20, within=(1, HUGE)),
+            Option("draws", "of z, averaged in an answer", int, 32, within=(1, 1000)),
+            Option("scores", "class scores that a service tells", int, 3, within=(1, HUGE)),
+            Option("public", "what adversaries train on: `unowned`, the run's images that no client has, or "
+                   "another data set's NAME, of the same shape", default="unowned", pattern=NAME),
+            Option("public_images", "of those at most, in what an adversary trains on them", int, 10_000,
+                   within=(200, HUGE)),
+            Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1)),
+            Option("overwrite", "forget what an earlier attack on this run found", bool, False),
+            *(Option(name, "as in RVE-PFL.py", Path, ROOT / where) for name, where in (
+                ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")))):
+        parser.add(replace(option, group="attack"))
     return parser
 
 

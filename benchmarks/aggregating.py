@@ -13,9 +13,9 @@ import _path  # noqa: F401 - lets this script import the project
 import torch
 
 from models import Classifier
-from options import RULES
 from server.mean import Server, Setting
 from server.robust import Robust
+from server.rules import RULES
 from server.threat_aware import ThreatAware
 from utils import keep_freed_memory
 

@@ -18,8 +18,7 @@ from attack import attacks, gradients, scoring
 from attack.access import Holdings
 from attack.scene import as_floats
 from models import Classifier
-from options import ROOT
-from utils import keep_freed_memory, seed_torch
+from utils import ROOT, keep_freed_memory, seed_torch
 
 SHAPE, CLASSES = (1, 28, 28), 10
 

@@ -14,8 +14,7 @@ import _path  # noqa: F401 - lets this script import the project
 import numpy as np
 
 import datasets
-from options import ROOT
-from utils import write_whole
+from utils import ROOT, write_whole
 
 TRAIN = 9_000
 

@@ -16,7 +16,7 @@ import _path  # noqa: F401 - lets this script import the project
 import numpy as np
 import pandas as pd
 
-from options import ROOT
+from utils import ROOT
 
 CLIENTS, IMAGES, ROUNDS, TURNS = 50, 56, 12, 3   # 56 images are 50 to train on and 6 to test on
 FLAGS = ["--dataset", "drawn", "--partition", "iid", "--method", "fedavg", "--num_users", str(CLIENTS),

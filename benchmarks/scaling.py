@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import datasets
-from options import ROOT
+from utils import ROOT
 
 CLIENTS = (10, 30, 100, 300, 1000)
 ROUNDS = 30

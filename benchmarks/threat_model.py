@@ -18,7 +18,9 @@ import shutil
 import pandas as pd
 from _path import load_driver  # lets this script import the project
 
-from options import BEHAVIOURS, ROOT, RULES
+from server.malicious import BEHAVIOURS
+from server.rules import RULES
+from utils import ROOT
 
 OURS = "threat"   # tried at every share; the others, to save time, at the largest only
 

@@ -107,10 +107,10 @@ class Ranks:
     def first_before_others(self) -> Iterator[None]:
         """The first rank leaves the block before the others enter it, so that a download is made once."""
         if not self.first:
-            self.share(None)
+            self.wait()
         yield
         if self.first:
-            self.share(None)
+            self.wait()
 
     def gather(self, own: dict[int, T]) -> dict[int, T]:
         """Every rank's entries by client, in the clients' order, on the first rank; elsewhere nothing."""
@@ -120,12 +120,17 @@ class Ranks:
             self._exchange(dist.gather_object, own, everyone)
         return dict(sorted((k, v) for part in everyone or [] for k, v in part.items()))
 
-    def share(self, value: T) -> T:
-        """The first rank's value, on every rank; also the point where all have arrived."""
+    def share(self, value: T | None) -> T:
+        """The first rank's value, on every rank; the others' values are not looked at."""
         box = [value]
         if not self.alone:
             self._exchange(dist.broadcast_object_list, box)
         return box[0]
+
+    def wait(self) -> None:
+        """Go on when every rank has arrived here."""
+        if not self.alone:
+            self._exchange(dist.barrier)
 
     def speaks(self) -> bool:
         """True on one rank, the first to ask: the one that tells the user how the run ended."""

@@ -1,11 +1,12 @@
 """Clients trained side by side as one stacked model: for small models on a GPU.
 
 A step on ten images leaves a GPU idle but for the launching of kernels. Here the parameters of S clients are
-stacked, S x ..., and torch.func.vmap makes of their S steps one. Every client keeps its own data order, its
-own optimiser (Adam and SGD work element by element) and its own loss; what dropout and the encoder's noise
-draw comes from one generator for the stack, so a stack's draws are other numbers than its clients' alone.
+stacked, S x ..., and torch.func.vmap makes one step of their S steps. Every client keeps its own data order, its
+own optimiser (Adam and SGD work element by element) and its own loss. Dropout and the encoder's noise are drawn
+from one generator for the whole stack, so a client's draws are other numbers than when it trains alone.
 """
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from metrics import Tally
-from update import Client, Diverged, Private, State
+from models import Output
+from server.mean import State
+from update import Diverged, Private, Trained, Trainer
 from utils import rng, seed_torch
 
-Outcome = tuple[State, Private, dict[str, float]] | Diverged
 FULL = 500   # images a step that keep a GPU busy
 
 
@@ -25,85 +27,99 @@ def stack_size(device: torch.device, batch_size: int) -> int:
     return max(1, FULL // batch_size) if device.type == "cuda" else 1
 
 
-def train_each(client: Client, round: int, indices: dict[int, np.ndarray], sent: State,
-               private: Callable[[int], Private], most: int) -> Iterator[tuple[int, Outcome]]:
-    """Train clients in turn, or up to ``most`` at a time, and yield what ``Client.train`` returns or raises.
+def train_each(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
+               private: Callable[[int], Private], most: int) -> Iterator[tuple[int, Trained | Diverged]]:
+    """Train clients one after another, or up to ``most`` at a time; what comes out of each.
 
-    A method with a loss of its own, which looks into the model, is trained in turn.
+    A method with a loss of its own, which looks into the model, is trained one client after another.
 
     Args:
-        client: the working model and how it trains.
         indices: client -> its training images, for all that train in this round.
-        private: what stays with a client, by its number.
+        private: client -> what stays with it.
     """
-    if most == 1 or client.method.loss is not None:
+    if most == 1 or trainer.method.loss is not None:
         for k, own in indices.items():
             try:
-                yield k, client.train(k, round, own, sent, private(k))
+                yield k, trainer.train(k, round, own, sent, private(k))
             except Diverged as error:
                 yield k, error
         return
-    alike: dict[tuple[int, int], dict[int, Private]] = {}   # clients that march in step
+    alike: dict[tuple[int, int], dict[int, Private]] = {}   # by steps a round and steps made
     for k, own in indices.items():
         mine = private(k)
-        members = alike.setdefault((-(-len(own) // client.batch_size), mine.steps), {})
+        members = alike.setdefault((-(-len(own) // trainer.training.batch_size), mine.steps), {})
         members[k] = mine
         if len(members) == most:
-            yield from _train(client, round, {j: indices[j] for j in members}, sent, members)
+            yield from _train(trainer, round, {j: indices[j] for j in members}, sent, members)
             members.clear()
     for members in alike.values():
         if members:
-            yield from _train(client, round, {j: indices[j] for j in members}, sent, members)
+            yield from _train(trainer, round, {j: indices[j] for j in members}, sent, members)
 
 
-def _train(client: Client, round: int, indices: dict[int, np.ndarray], sent: State,
-           privates: dict[int, Private]) -> Iterator[tuple[int, Outcome]]:
-    """``Client.train`` for clients with as many batches, and steps behind them, as one another."""
-    seed_torch(client.seed, "train", min(indices), round)
-    device = client.labels.device
+@dataclass(frozen=True)
+class StackedStep:
+    """What one step said of S clients' batches: ``S x B`` each, logits ``S x B x num_classes``.
+
+    Args:
+        counted: 1 for each image that counts, 0 for what fills up a short last batch.
+    """
+
+    loss: Tensor
+    output: Output
+    labels: Tensor
+    counted: Tensor
+
+
+def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
+           privates: dict[int, Private]) -> Iterator[tuple[int, Trained | Diverged]]:
+    """``Trainer.train`` for clients with as many batches, and steps behind them, as one another."""
+    how, device = trainer.training, trainer.labels.device
+    seed_torch(how.seed, "train", min(indices), round)
     states = [{**sent, **own.parameters} for own in privates.values()]
     parameters = {name: torch.stack([state[name] for state in states]).to(device).requires_grad_()
                   for name in states[0]}   # S x ...
-    optimizer, before = client.make_optimizer(parameters), next(iter(privates.values())).steps
+    optimizer, before = trainer.make_optimizer(parameters), next(iter(privates.values())).steps
     steps, most = before, max(map(len, indices.values()))   # as many batches for all
-    orders = {k: rng(client.seed, "order", k, round) for k in indices}
-    client.model.train()
-    gradient = vmap(grad(_objective(client, round), has_aux=True), randomness="different")
-    for _ in range(client.epochs):
-        epoch = []
+    orders = {k: rng(how.seed, "order", k, round) for k in indices}
+    trainer.model.train()
+    gradient = vmap(grad(_objective(trainer, round), has_aux=True), randomness="different")
+    for _ in range(how.epochs):
+        epoch: list[StackedStep] = []
         numbers, counts = _batches({k: orders[k].permutation(own) for k, own in indices.items()},
-                                   client.batch_size)
+                                   how.batch_size)
         for batch, counted in zip(numbers.to(device), counts.to(device), strict=True):   # S x B each
-            client.set_lr(optimizer, steps, steps - before, most)
-            images = client.augmented(batch.flatten()).unflatten(0, batch.shape)   # S x B x C x H x W
-            labels = client.labels[batch]
+            trainer.set_lr(optimizer, steps, steps - before, most)
+            images = trainer.augmented(batch.flatten()).unflatten(0, batch.shape)   # S x B x C x H x W
+            labels = trainer.labels[batch]
             values = {name: value.detach() for name, value in parameters.items()}
-            with client.autocast():
+            with trainer.autocast():
                 found, (loss, logits, *kl) = gradient(values, images, labels, counted)
             for name, value in parameters.items():
                 value.grad = found[name]
             optimizer.step()
             steps += 1
-            epoch.append((loss, kl[0] if kl else None, logits, labels, counted))
+            epoch.append(StackedStep(loss, Output(logits, *kl), labels, counted))
     for s, k in enumerate(indices):
         tally = Tally()
-        for loss, kl, logits, labels, counted in epoch:
-            real = counted[s] > 0
-            tally.add(loss[s][real], None if kl is None else kl[s][real], logits[s][real], labels[s][real])
+        for step in epoch:
+            real = step.counted[s] > 0
+            kl = None if step.output.kl is None else step.output.kl[s][real]
+            tally.add(step.loss[s][real], kl, step.output.logits[s][real], step.labels[s][real])
         try:
-            yield k, client.outcome(k, round, {name: value[s].detach().clone()
-                                               for name, value in parameters.items()}, steps, tally)
+            yield k, trainer.trained(k, round, {name: value[s].detach().clone()
+                                                for name, value in parameters.items()}, steps, tally)
         except Diverged as error:
             yield k, error
 
 
-def _objective(client: Client, round: int) -> Callable:
+def _objective(trainer: Trainer, round: int) -> Callable:
     """One client's objective, of its parameters and one batch, for ``vmap`` to spread over the stack."""
     def objective(parameters: State, images: Tensor, labels: Tensor, counted: Tensor):
-        logits, kl = functional_call(client.model, parameters, (images,))
-        whole, loss = client.objective(client.model, images, logits, kl, labels, round)
-        noted = (loss, logits) if kl is None else (loss, logits, kl)
-        return (whole * counted).sum() / counted.sum(), noted
+        output = functional_call(trainer.model, parameters, (images,))
+        whole, loss = trainer.objective(images, output, labels, round, {})
+        kl = () if output.kl is None else (output.kl,)   # vmap returns tensors only
+        return (whole * counted).sum() / counted.sum(), (loss, output.logits, *kl)
     return objective
 
 

@@ -19,7 +19,8 @@ import pandas as pd
 
 from attack.access import ADVERSARIES
 from attack.attacks import ATTACKS
-from options import METHODS, shown
+from methods import METHODS
+from parsing import shown
 from runs.configs import read_json
 from runs.pictures import matplotlib, plt
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from options import args_parser, make_parser, shown
+from options import args_parser, make_parser
+from parsing import shown
 from reporting import leakage
 from reporting.page import FIGURES, png
 from runs import configs
-from runs.configs import ASIDE
-from runs.run import COLUMNS
+from runs.configs import EVALUATION_SPLIT
+from runs.run import CSV_COLUMNS
 from utils import InputError
 
 # Options that say where and how, not what: they part no settings and stand in no command.
@@ -96,7 +97,7 @@ def _rounds(path: Path, asked: int) -> pd.DataFrame:
     if path.exists() and not path.is_file():   # a pipe would be waited for
         raise ValueError("no plain file")
     rounds = pd.read_csv(path)
-    if list(rounds.columns) != COLUMNS["rounds.csv"]:
+    if list(rounds.columns) != CSV_COLUMNS["rounds.csv"]:
         raise ValueError("its columns are not those of a run")
     numbers = [name for name in rounds if name not in ("stage", "split")]
     rounds[numbers] = rounds[numbers].apply(pd.to_numeric)
@@ -150,7 +151,7 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
 def _last(run: Finished, stage: str) -> pd.DataFrame:
     rounds = run.rounds
     return rounds[(rounds["round"] == run.options["rounds"]) & (rounds["stage"] == stage)
-                  & (rounds["split"] == ASIDE[run.protocol])]
+                  & (rounds["split"] == EVALUATION_SPLIT[run.protocol])]
 
 
 def one_line(error: Exception) -> str:

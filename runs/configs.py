@@ -10,7 +10,7 @@ from options import stored_fault
 from utils import InputError
 
 # What an evaluation is on, by protocol; CSVs and pictures say so.
-ASIDE = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
+EVALUATION_SPLIT = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
 LARGEST = 16 * 2**20   # bytes of JSON: a few KiB are usual
 
 
@@ -52,8 +52,8 @@ def read(path: Path, *needed: str) -> dict:
     options = config.get("options")
     if config.get("status") not in ("unfinished", "finished"):
         fault = "its status is neither unfinished nor finished"
-    elif config.get("protocol") not in tuple(ASIDE):   # which compares what cannot be hashed, too
-        fault = f"its protocol is none of {', '.join(ASIDE)}"
+    elif config.get("protocol") not in tuple(EVALUATION_SPLIT):   # which compares what cannot be hashed, too
+        fault = f"its protocol is none of {', '.join(EVALUATION_SPLIT)}"
     elif not isinstance(options, dict):
         fault = "it has no options"
     else:

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from engine.ranks import Ranks
-from metrics import FIGURES
+from metrics import METRICS
 from runs import configs, pictures
 from runs.checkpoint import (
     PrivateStore,
@@ -33,21 +33,21 @@ from runs.checkpoint import (
     same_layout,
     same_memory,
 )
-from runs.configs import ASIDE
+from runs.configs import EVALUATION_SPLIT
 from runs.csvs import append_csv, cut_csv
 from server.mean import is_finite
 from update import Private, State
 from utils import InputError, write_whole
 
-COLUMNS = {
-    "clients.csv": ["round", "client", "stage", "split", "n", *FIGURES],
+CSV_COLUMNS = {
+    "clients.csv": ["round", "client", "stage", "split", "n", *METRICS],
     "rounds.csv": ["round", "stage", "split", "loss", "accuracy", "accuracy_std", "accuracy_worst",
-                   *FIGURES[2:], "seconds"],
+                   *METRICS[2:], "seconds"],
     "server.csv": ["round", "client", "n", "norm_ratio", "cosine", "probe", "lookalike", "trust",
                    "weight", "malicious"],
 }
 # Options that do not change a run's numbers, and so may differ when it is resumed.
-FREE = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "data_dir",
+MAY_DIFFER = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "data_dir",
         "results_dir", "models_dir"}
 
 
@@ -120,7 +120,7 @@ class Run:
         options, self.ranks = config["options"], ranks
         self.results = Path(options["results_dir"]) / options["run_name"]
         self.models = Path(options["models_dir"]) / options["run_name"]
-        self.aside = ASIDE[config["protocol"]]
+        self.evaluation_split = EVALUATION_SPLIT[config["protocol"]]
         self.config, self.rounds_kept = config, set(options["save_rounds"])
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
         self.finished = ranks.share(
@@ -166,7 +166,7 @@ class Run:
             arrays = {f"owned_{k}": indices for k, indices in enumerate(owned)}
         else:
             arrays = {f"{part}_{k}": indices for k, pair in enumerate(splits)
-                      for part, indices in zip(("train", self.aside), pair, strict=True)}
+                      for part, indices in zip(("train", self.evaluation_split), pair, strict=True)}
         write_whole(self.results / "partition.npz", lambda file: np.savez_compressed(file, **arrays))
         classes = self.config["images"]["classes"]
         counts = np.stack([np.bincount(labels[indices], minlength=classes) for indices in owned])
@@ -176,14 +176,14 @@ class Run:
         """Record a round: CSV rows, the server's facts, private parameters, a checkpoint if one is due."""
         if self.ranks.first:
             self.note(facts)
-            progress.csv_bytes = {name: append_csv(self.results / name, COLUMNS[name], added)
+            progress.csv_bytes = {name: append_csv(self.results / name, CSV_COLUMNS[name], added)
                                   for name, added in rows.items()}
         self.bar.n = progress.round   # exact again after the sum of the clients' shares
-        held_out = {row["stage"]: row for row in rows["rounds.csv"] if row["split"] == self.aside}
+        held_out = {row["stage"]: row for row in rows["rounds.csv"] if row["split"] == self.evaluation_split}
         if held_out:
-            self.bar.write(f"round {progress.round}/{self.bar.total}: {self.aside} accuracy " + ", ".join(
-                f"{stage} {row['accuracy']:.4f} (worst decile {row['accuracy_worst']:.4f})"
-                for stage, row in held_out.items()))
+            stages = ", ".join(f"{stage} {row['accuracy']:.4f} (worst decile {row['accuracy_worst']:.4f})"
+                               for stage, row in held_out.items())
+            self.bar.write(f"round {progress.round}/{self.bar.total}: {self.evaluation_split} accuracy {stages}")
         self.private.commit()
         self.progress = progress
         due = progress.round in self.rounds_kept or time.monotonic() - self.saved_at >= self.every
@@ -199,9 +199,9 @@ class Run:
         if self.ranks.first:
             self._clear(partial)
             partial.mkdir(parents=True)
-        self.ranks.share(None)   # wait for that
+        self.ranks.wait()
         self.private.export(self.ranks.mine(range(self.clients)), partial)
-        self.ranks.gather({})    # wait for everybody's
+        self.ranks.wait()
         if self.ranks.first:
             shared = {"round": now.round, "protocol": self.config["protocol"],
                       "sent": now.sent, "uploads": now.uploads}
@@ -233,9 +233,9 @@ class Run:
     def table(self) -> str:
         """The last round, for the screen, and where the files are."""
         last = self.rounds()
-        last = last[(last["round"] == last["round"].max()) & (last["split"] == self.aside)]
+        last = last[(last["round"] == last["round"].max()) & (last["split"] == self.evaluation_split)]
         shown = last[["stage", "accuracy", "accuracy_std", "accuracy_worst", "f1", "kl_nats"]]
-        return (f"\n{self._title()}\nround {last['round'].max()}, split {self.aside}, means over "
+        return (f"\n{self._title()}\nround {last['round'].max()}, split {self.evaluation_split}, means over "
                 f"{self.clients} clients:\n{shown.to_string(index=False, na_rep='-', float_format='%.4f')}\n"
                 f"results:     {self.results}\ncheckpoints: {self.models}")
 
@@ -282,7 +282,7 @@ class Run:
                 "finished; use --overwrite to replace it or another --run_name" if finished else
                 "there, unfinished; use --resume to go on, --overwrite to start again"))
         now = json.loads(json.dumps(self.config["options"], default=str))
-        differ = [key for key in now if key not in FREE and now[key] != before.get(key)]
+        differ = [key for key in now if key not in MAY_DIFFER and now[key] != before.get(key)]
         if differ:
             raise InputError(f"--resume: run {name} was started with --{differ[0]} {before.get(differ[0])}, "
                              f"not {now[differ[0]]}; give the same options, or another --run_name")
@@ -323,7 +323,7 @@ class Run:
                                      memory=server["memory"])
         if self.ranks.first:   # only now: a checkpoint that this rank refuses leaves all as it was
             self.write_config()
-            for name, columns in COLUMNS.items():
+            for name, columns in CSV_COLUMNS.items():
                 cut_csv(self.results / name, columns, csv_bytes.get(name))
 
     def _is_ours(self, server: dict, round: int) -> bool:
@@ -331,7 +331,7 @@ class Run:
         return (server.keys() == {"round", "head", "csv_bytes", "memory"}
                 and is_whole(server["round"]) and server["round"] == round
                 and same_layout(server["head"], self.progress.head)
-                and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == COLUMNS.keys()
+                and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == CSV_COLUMNS.keys()
                 and all(map(is_whole, server["csv_bytes"].values()))
                 and same_memory(server["memory"], self.progress.memory))
 

@@ -1,7 +1,8 @@
-"""Simulated malicious clients: who they are, and what each behaviour does to training, upload and size.
+"""Simulated malicious clients: who they are, and what they do to training, uploads and sizes.
 
-A behaviour knows what its adversary could: its own data and update, and, where the published attack says so
-(ALIE, IPM, mimic, sign flip), everybody's updates. All malicious clients of a run behave alike.
+A behaviour knows what its adversary could know: its own data and updates and, where the published attack says
+so (ALIE, IPM, mimic, sign flip), everybody's updates. All malicious clients of a run behave alike. A new
+behaviour is one row of BEHAVIOURS and its function.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,122 +13,168 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from engine.stacked import Outcome, train_each
-from server.mean import Server, State, is_finite, moved, updates_of
+from engine.stacked import train_each
+from server.mean import Round, Server, State, is_finite, moved, updates_of
 from server.robust import round_down
-from update import Client, Diverged
+from update import Diverged, Private, Trained, Trainer
 from utils import rng, torch_rng
-
-Judge = Callable[[Tensor], float]   # forged updates -> the least trust that the server would have in one
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a forger works with: updates as rows."""
+class Knowledge:
+    """What malicious clients know when they forge their uploads; updates are rows.
 
-    own: Tensor      # M x P, of the malicious clients, as trained
-    honest: Tensor   # H x P; their own where nobody is honest
-    draw: torch.Generator
-    judge: Judge
+    Args:
+        own: ``M x P``, their own updates, as trained.
+        honest: ``H x P``; their own where nobody is honest.
+        generator: for what they draw.
+        least_trust: forged updates ``M x P`` -> the lowest trust that the server would have in one of them.
+    """
+
+    own: Tensor
+    honest: Tensor
+    generator: torch.Generator
+    least_trust: Callable[[Tensor], float]
 
 
-def sign_flip(seen: Seen) -> Tensor:
-    """The honest mean, turned round."""
+def sign_flip(known: Knowledge) -> Tensor:
+    """Minus the honest mean."""
     from byzfl import SignFlipping
-    return SignFlipping()(seen.honest).expand_as(seen.own)
+    return SignFlipping()(known.honest).expand_as(known.own)
 
 
-def gaussian(seen: Seen) -> Tensor:
+def gaussian(known: Knowledge) -> Tensor:
     """Noise three times as long as the honest updates."""
-    size = 3 * seen.honest.square().mean().sqrt()
-    return size * torch.randn(seen.own.shape, generator=seen.draw)
+    size = 3 * known.honest.square().mean().sqrt()
+    return size * torch.randn(known.own.shape, generator=known.generator)
 
 
-def scaling(seen: Seen) -> Tensor:
+def scaling(known: Knowledge) -> Tensor:
     """Their own, ten times as long: model replacement (Bagdasaryan et al. 2020, arXiv 1807.00459)."""
-    return 10 * seen.own
+    return 10 * known.own
 
 
-def alie(seen: Seen) -> Tensor:
+def alie(known: Knowledge) -> Tensor:
     """Honest mean and 1.5 standard deviations: a little is enough (Baruch et al. 2019, arXiv 1902.06156)."""
     from byzfl import ALittleIsEnough
-    honest = seen.honest if len(seen.honest) > 1 else seen.honest.repeat(2, 1)
-    return ALittleIsEnough(tau=1.5)(honest).expand_as(seen.own)
+    honest = known.honest if len(known.honest) > 1 else known.honest.repeat(2, 1)
+    return ALittleIsEnough(tau=1.5)(honest).expand_as(known.own)
 
 
-def ipm(seen: Seen) -> Tensor:
+def ipm(known: Knowledge) -> Tensor:
     """Minus twice the honest mean: inner product manipulation (Xie et al. 2020, arXiv 1903.03936)."""
     from byzfl import InnerProductManipulation
-    return InnerProductManipulation(tau=2.0)(seen.honest).expand_as(seen.own)
+    return InnerProductManipulation(tau=2.0)(known.honest).expand_as(known.own)
 
 
-def mimic(seen: Seen) -> Tensor:
-    """All send one honest client's update, whose data then count too much (Karimireddy et al. 2022,
+def mimic(known: Knowledge) -> Tensor:
+    """All send the update of one honest client, which then counts too much (Karimireddy et al. 2022,
     arXiv 2006.09365)."""
     from byzfl import Mimic
-    return Mimic(epsilon=0)(seen.honest).expand_as(seen.own)
+    return Mimic(epsilon=0)(known.honest).expand_as(known.own)
 
 
-def sybil(seen: Seen) -> Tensor:
-    """One client's poison sent by all, each with a hundredth of noise of its own (Fung et al. 2020,
-    arXiv 1808.04866)."""
-    poison = seen.own.mean(0)
-    noise = torch.randn(seen.own.shape, generator=seen.draw)
+def sybil(known: Knowledge) -> Tensor:
+    """All send their mean update, each with 1 % of noise of its own (Fung et al. 2020, arXiv 1808.04866)."""
+    poison = known.own.mean(0)
+    noise = torch.randn(known.own.shape, generator=known.generator)
     return poison + 0.01 * poison.square().mean().sqrt() * noise
 
 
-def nan(seen: Seen) -> Tensor:
+def nan(known: Knowledge) -> Tensor:
     """Not a number."""
-    return torch.full_like(seen.own, torch.nan)
+    return torch.full_like(known.own, torch.nan)
 
 
-def adaptive(seen: Seen, trusted: float = 0.9, steps: int = 12) -> Tensor:
-    """Their own honest update minus as much of the honest mean as the server's rule, which they know, still
-    trusts at ``trusted`` or more (after min-max, Shejwalkar and Houmansadr, NDSS 2021)."""
-    against = -seen.honest.mean(0)
+def adaptive(known: Knowledge, trusted: float = 0.9, steps: int = 12) -> Tensor:
+    """Their own update minus the largest multiple of the honest mean, up to 20, that keeps the server's trust
+    at ``trusted``, found by bisection (after min-max, Shejwalkar and Houmansadr, NDSS 2021)."""
+    against = -known.honest.mean(0)
     low, high = 0.0, 20.0
-    if seen.judge(seen.own + high * against) >= trusted:
-        return seen.own + high * against
+    if known.least_trust(known.own + high * against) >= trusted:
+        return known.own + high * against
     for _ in range(steps):
         middle = (low + high) / 2
-        low, high = (middle, high) if seen.judge(seen.own + middle * against) >= trusted else (low, middle)
-    return seen.own + low * against
+        low, high = (middle, high) if known.least_trust(known.own + middle * against) >= trusted else (low, middle)
+    return known.own + low * against
+
+
+def invented_inputs(trainer: Trainer, client: int, round: int, images: int, head: State) -> State:
+    """A head trained on mislabelled inputs that the head itself made (after PoisonGAN, Zhang et al. 2021).
+
+    The inputs are made by gradient ascent from noise, for each class in turn, and labelled as the next class. The
+    ascent stands for PoisonGAN's generator, since the head's input may be a latent here.
+    """
+    drawn, device = torch_rng(trainer.training.seed, "invent", client, round), trainer.labels.device
+    network = trainer.model.classifier.eval()
+    state = {name.removeprefix("classifier."): value.to(device, copy=True).requires_grad_()
+             for name, value in head.items()}
+    count = min(images, trainer.training.batch_size)
+    labels = (torch.arange(count) % trainer.num_classes).to(device)
+    x = torch.randn(count, *network.input_shape, generator=drawn).to(device).requires_grad_()
+    for optimizer, wanted, steps in (
+            (torch.optim.Adam([x], 0.1), labels, 20),
+            (torch.optim.Adam(state.values(), trainer.training.lr), (labels + 1) % trainer.num_classes,
+             4 * trainer.training.epochs)):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(functional_call(network, state, (x,)), wanted).backward()
+            optimizer.step()
+    return {f"classifier.{name}": value.detach().cpu() for name, value in state.items()}
+
+
+def flipped(labels: Tensor, num_classes: int) -> Tensor:
+    """Label ``C - 1 - y`` instead of y."""
+    return num_classes - 1 - labels
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How malicious clients differ from honest ones."""
+    """One row: how malicious clients differ from honest ones.
+
+    Args:
+        about: a few words for ``--help``.
+        relabel: labels ``N``, number of classes -> the labels that they train on.
+        retrain: trainer, client, round, number of images, trained head -> the head that they upload.
+        forge: what is known -> the updates ``M x P`` that they upload instead of their own.
+        inflates: how many times its images a client claims.
+        uploads: whether they upload at all.
+        whole_head: they question the head, so that all of it has to travel.
+    """
 
     about: str
-    flips: bool = False                                  # trains on label C - 1 - y instead of y
-    forge: Callable[[Seen], Tensor] | None = None        # what it uploads instead of what it trained
-    inflates: int = 1                                    # claims so many times its images
-    invents: bool = False                                # trains the head on inputs of its own making
+    relabel: Callable[[Tensor, int], Tensor] | None = None
+    retrain: Callable[[Trainer, int, int, int, State], State] | None = None
+    forge: Callable[[Knowledge], Tensor] | None = None
+    inflates: int = 1
     uploads: bool = True
+    whole_head: bool = False
 
 
 BEHAVIOURS = {
-    "label_flip": Behaviour("labels turned round", flips=True),
-    "sign_flip": Behaviour("the honest mean turned round", forge=sign_flip),
-    "gaussian": Behaviour("noise", forge=gaussian),
-    "scaling": Behaviour("flipped labels, ten times as long", flips=True, forge=scaling),
+    "label_flip": Behaviour("train on label C - 1 - y", relabel=flipped),
+    "sign_flip": Behaviour("upload minus the honest mean", forge=sign_flip),
+    "gaussian": Behaviour("upload noise", forge=gaussian),
+    "scaling": Behaviour("flip labels, upload ten times the update", relabel=flipped, forge=scaling),
     "alie": Behaviour("a little is enough", forge=alie),
     "ipm": Behaviour("inner product manipulation", forge=ipm),
-    "mimic": Behaviour("copies of one honest upload", forge=mimic),
-    "sybil": Behaviour("one poison from all", flips=True, forge=sybil),
-    "false_size": Behaviour("flipped labels, ten times the images claimed", flips=True, inflates=10),
-    "nan": Behaviour("not a number", forge=nan),
-    "gan_poison": Behaviour("mislabelled inputs made with the head itself", invents=True),
+    "mimic": Behaviour("copy one honest upload", forge=mimic),
+    "sybil": Behaviour("flip labels, all upload the same", relabel=flipped, forge=sybil),
+    "false_size": Behaviour("flip labels, claim ten times the images", relabel=flipped, inflates=10),
+    "nan": Behaviour("upload NaN", forge=nan),
+    "gan_poison": Behaviour("train the head on mislabelled inputs made with it", retrain=invented_inputs,
+                            whole_head=True),
     "adaptive": Behaviour("as much harm as keeps the server's trust", forge=adaptive),
-    "passive": Behaviour("honest, but watching"),
-    "absent": Behaviour("uploads nothing: the oracle that the others are compared with", uploads=False),
+    "passive": Behaviour("honest, but curious"),
+    "absent": Behaviour("upload nothing: the oracle that the others are compared with", uploads=False),
 }
 
 
-class Crowd:
+class MaliciousClients:
     """The malicious clients of a run.
 
     Args:
+        behaviour: its name in BEHAVIOURS; None where nobody is malicious.
         frac: share of the clients, rounded down.
     """
 
@@ -136,60 +183,43 @@ class Crowd:
         count = round_down(frac * clients)
         self.members = frozenset(rng(seed, "malicious").permutation(clients)[:count].tolist())
 
-    def train_each(self, client: Client, round: int, indices: dict[int, np.ndarray], sent: State,
-                   private: Callable, stack: int) -> Iterator[tuple[int, Outcome]]:
-        """``stacked.train_each``, the malicious ones on what they make of their data."""
-        yield from train_each(client, round, {k: own for k, own in indices.items() if k not in self.members},
+    def train_each(self, trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
+                   private: Callable[[int], Private], stack: int) -> Iterator[tuple[int, Trained | Diverged]]:
+        """``engine.stacked.train_each``, with what the malicious clients do to labels and to their heads."""
+        yield from train_each(trainer, round, {k: own for k, own in indices.items() if k not in self.members},
                               sent, private, stack)
         bad = {k: own for k, own in indices.items() if k in self.members}
-        if bad and self.behaviour.flips:
-            client = replace(client, labels=client.num_classes - 1 - client.labels)
-        for k, outcome in train_each(client, round, bad, sent, private, stack):
-            if self.behaviour.invents and not isinstance(outcome, Diverged):
-                outcome = (self._invented(client, k, round, indices[k], outcome[0]), *outcome[1:])
+        if bad and self.behaviour.relabel:
+            trainer = replace(trainer, labels=self.behaviour.relabel(trainer.labels, trainer.num_classes))
+        for k, outcome in train_each(trainer, round, bad, sent, private, stack):
+            if self.behaviour.retrain and isinstance(outcome, Trained):
+                head = self.behaviour.retrain(trainer, k, round, len(indices[k]), outcome.upload)
+                outcome = outcome._replace(upload=head)
             yield k, outcome
 
-    def forge(self, server: Server, round: int, sent: State, uploads: dict[int, State],
-              sizes: dict[int, int]) -> tuple[dict[int, State], dict[int, int]]:
-        """What reaches the server: the uploads and the sizes claimed, after the malicious clients' turn."""
-        bad = [k for k in sorted(uploads) if k in self.members]
-        claimed = {k: n * (self.behaviour.inflates if k in self.members else 1) for k, n in sizes.items()}
+    def forge(self, round: Round, server: Server) -> Round:
+        """The round as it reaches the server: uploads and sizes after the malicious clients' turn."""
+        bad = [k for k in sorted(round.uploads) if k in self.members]
+        claimed = replace(round, sizes={k: n * (self.behaviour.inflates if k in self.members else 1)
+                                        for k, n in round.sizes.items()})
         if bad and not self.behaviour.uploads:
-            return ({k: upload for k, upload in uploads.items() if k not in self.members},
-                    {k: n for k, n in claimed.items() if k not in self.members})
+            return replace(claimed, **{
+                name: {k: value for k, value in getattr(claimed, name).items() if k not in self.members}
+                for name in ("uploads", "sizes")})
         if not bad or self.behaviour.forge is None:
-            return uploads, claimed
-        own = updates_of(sent, [uploads[k] for k in bad])
-        honest = [k for k in sorted(uploads) if k not in self.members and is_finite(uploads[k])]
+            return claimed
+        own = updates_of(round.sent, [round.uploads[k] for k in bad])
+        honest = [k for k in sorted(round.uploads)
+                  if k not in self.members and is_finite(round.uploads[k])]
 
-        def arrived(forged: Tensor) -> dict[int, State]:
-            return {**uploads, **{k: moved(sent, row) for k, row in zip(bad, forged, strict=True)}}
+        def with_forged(updates: Tensor) -> Round:
+            forged = {k: moved(round.sent, row) for k, row in zip(bad, updates, strict=True)}
+            return replace(claimed, uploads={**round.uploads, **forged})
 
-        def judge(forged: Tensor) -> float:
-            trust = server.trust(round, sent, arrived(forged), claimed)
+        def least_trust(updates: Tensor) -> float:
+            trust = server.trust(with_forged(updates))
             return min(trust[k] for k in bad)
-        seen = Seen(own, updates_of(sent, [uploads[k] for k in honest]) if honest else own,
-                    torch_rng(self.seed, "forge", round=round), judge)
-        return arrived(self.behaviour.forge(seen)), claimed
-
-    def _invented(self, client: Client, k: int, round: int, indices: np.ndarray, head: State) -> State:
-        """The head trained on: inputs that it takes for each class in turn, made by gradient ascent from
-        noise, labelled as the next class (after PoisonGAN, Zhang et al. 2021, with the ascent in place of a
-        generator, since the head's input is a latent here)."""
-        drawn = torch_rng(self.seed, "invent", k, round)
-        network, state = client.model.classifier.eval(), {
-            name.removeprefix("classifier."): value.to(client.labels.device, copy=True).requires_grad_()
-            for name, value in head.items()}
-        count = min(len(indices), client.batch_size)
-        labels = torch.arange(count) % client.num_classes
-        shape = client.images.shape[3], *client.images.shape[1:3]
-        x = torch.randn(count, *shape, generator=drawn).to(client.labels.device).requires_grad_()
-        labels = labels.to(x.device)
-        for optimizer, wanted, steps in ((torch.optim.Adam([x], 0.1), labels, 20),
-                                         (torch.optim.Adam(state.values(), client.lr),
-                                          (labels + 1) % client.num_classes, 4 * client.epochs)):
-            for _ in range(steps):
-                optimizer.zero_grad()
-                F.cross_entropy(functional_call(network, state, (x,)), wanted).backward()
-                optimizer.step()
-        return {f"classifier.{name}": value.detach().cpu() for name, value in state.items()}
+        known = Knowledge(
+            own, updates_of(round.sent, [round.uploads[k] for k in honest]) if honest else own,
+            torch_rng(self.seed, "forge", round=round.number), least_trust)
+        return with_forged(self.behaviour.forge(known))

@@ -1,13 +1,12 @@
-"""The server: what it makes of the heads that clients upload.
+"""The server: how the clients' uploads become the next head.
 
-A server is called once a round with the head it sent and the uploads, and returns the next head, the uploads
-as it saw them, and one report a client. The plain weighted mean is here, published robust rules in robust.py,
-weights that follow a threat model in threat.py, and differential privacy in privacy.py.
+A server is called once a round. It sees the uploads (``receive``), judges each (``judge``) and combines them
+(``combine``). FedAvg's weighted mean is here; the other servers override one or two of these steps.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 State = dict[str, Tensor]
 
@@ -51,7 +50,7 @@ def moved(sent: State, update: Tensor) -> State:
 
 @dataclass(frozen=True)
 class Setting:
-    """What servers need to know of a run; the rest is for those that add noise (privacy.py).
+    """What servers need to know of a run.
 
     Args:
         smallest: training images of the smallest local data set.
@@ -59,7 +58,7 @@ class Setting:
         exposures: how often NbAFL counts an upload as seen.
         noise_multiplier: noise in units of the clip, or None to find it from ``epsilon``.
         tolerate: share of the uploads that a robust rule is told may be malicious.
-        rule: name of the robust rule (robust.py).
+        network: the head's layers, whose parameters uploads replace, for a server that questions heads.
     """
 
     seed: int = 1
@@ -73,7 +72,59 @@ class Setting:
     exposures: int | None = None
     noise_multiplier: float | None = None
     tolerate: float = 0.3
-    rule: str = "mean"
+    network: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round as it reaches the server.
+
+    Args:
+        number: counted from 1.
+        sent: the head that every client started from.
+        uploads: client -> its head after local training.
+        sizes: client -> its number of training images, for every client asked to train. One that is not in
+            ``uploads`` failed to train.
+    """
+
+    number: int
+    sent: State
+    uploads: dict[int, State]
+    sizes: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a server decides about the uploads that it can use.
+
+    Args:
+        weights: client -> weight, before they are made to sum to 1. None where the next head is no weighted
+            mean of single uploads.
+        columns: client -> further columns of its row in ``server.csv``.
+        memory: what the server remembers for the next round.
+        fallback: the rule gives up on its weights in this round, and combines by another.
+    """
+
+    weights: dict[int, float] | None
+    memory: dict[str, float | Tensor]
+    columns: dict[int, dict[str, float]] = field(default_factory=dict)
+    fallback: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What comes out of a round.
+
+    Args:
+        head: the next head; the one sent where no upload could be used.
+        uploads: the uploads as the server saw them.
+        rows: one for ``server.csv`` a client asked: ``client``, ``n``, ``weight`` (None where there are none),
+            and the rule's own columns.
+    """
+
+    head: State
+    uploads: dict[int, State]
+    rows: list[dict]
 
 
 class Server:
@@ -95,47 +146,48 @@ class Server:
         """What ``config.json`` says of it."""
         return {}
 
-    def receive(self, round: int, sent: State, uploads: dict[int, State]) -> dict[int, State]:
-        """What the server sees of the clients' uploads, after whatever they did to protect them."""
-        return uploads
+    def __call__(self, round: Round) -> Verdict:
+        """Aggregate a round, and remember what the next one needs."""
+        seen = replace(round, uploads=self.receive(round))
+        usable = only_finite(seen)
+        judgement = self.judge(usable)
+        head = self.combine(usable, judgement)
+        self.memory = judgement.memory
+        return Verdict(head, seen.uploads, report(usable, judgement))
 
-    def weights(self, sizes: dict[int, int]) -> dict[int, float]:
-        """Each client's weight before they are made to sum to 1."""
-        return dict(sizes)
+    def receive(self, round: Round) -> dict[int, State]:
+        """What the server sees of the uploads, after whatever clients do to protect them."""
+        return round.uploads
 
-    def trust(self, round: int, sent: State, uploads: dict[int, State],
-              sizes: dict[int, int]) -> dict[int, float]:
-        """How far it trusts each upload, from 0 to 1."""
-        return dict.fromkeys(uploads, 1.0)
+    def judge(self, round: Round) -> Judgement:
+        """Weigh a round's finite uploads; ``round.sizes`` still has every client asked."""
+        return Judgement({k: round.sizes[k] for k in round.uploads}, self.memory)
 
-    def __call__(self, round: int, sent: State, uploads: dict[int, State],
-                 sizes: dict[int, int]) -> tuple[State, dict[int, State], list[dict]]:
-        """Aggregate a round.
+    def combine(self, round: Round, judgement: Judgement) -> State:
+        """The next head, from finite uploads in the clients' order; the one sent where there are none."""
+        if not round.uploads or judgement.weights is None:
+            return round.sent
+        return weighted_mean(list(round.uploads.values()), list(judgement.weights.values()))
 
-        Args:
-            sent: the head sent at the start of the round; returned as it is when nothing usable came back.
-            uploads: client -> head after local training.
-            sizes: client -> number of training images, for every client asked to train this round; one
-                that is not in ``uploads`` failed to train.
+    def trust(self, round: Round) -> dict[int, float]:
+        """How far the server would trust each upload, from 0 to 1: what an adaptive adversary asks itself."""
+        return dict.fromkeys(round.uploads, 1.0)
 
-        Returns:
-            The next head; the uploads as the server saw them; and one row for ``server.csv`` a client asked:
-            ``client``, ``n``, ``weight`` and what else its rule has to say.
-        """
-        seen = self.receive(round, sent, uploads)
-        usable = [k for k in sorted(seen) if is_finite(seen[k])]
-        weights, notes = self.assess(round, sent, {k: seen[k] for k in usable}, {k: sizes[k] for k in usable})
-        total = sum(weights.values())
-        report = [{"client": k, "n": sizes[k], **notes.get(k, {}),
-                   "weight": weights[k] / total if k in weights else 0.0} for k in sorted(sizes)]
-        head = self.combine(round, sent, [seen[k] for k in usable], list(weights.values()))
-        return head, seen, report
 
-    def assess(self, round: int, sent: State, uploads: dict[int, State],
-               sizes: dict[int, int]) -> tuple[dict[int, float], dict[int, dict]]:
-        """The finite uploads' weights, and further columns of ``server.csv``."""
-        return self.weights(sizes), {}
+def only_finite(round: Round) -> Round:
+    """A round with its finite uploads alone, in the clients' order."""
+    return replace(round, uploads={k: upload for k, upload in sorted(round.uploads.items())
+                                   if is_finite(upload)})
 
-    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
-        """The next head."""
-        return weighted_mean(uploads, weights) if uploads else sent
+
+def report(usable: Round, judgement: Judgement) -> list[dict]:
+    """The rows of ``server.csv``; an upload that could not be used has a weight of 0."""
+    weights = judgement.weights
+    total = sum(weights.values()) if weights else 1.0
+
+    def weight(k: int) -> float | None:
+        if k not in usable.uploads:
+            return 0.0
+        return None if weights is None else weights[k] / total
+    return [{"client": k, "n": usable.sizes[k], **judgement.columns.get(k, {}), "weight": weight(k)}
+            for k in sorted(usable.sizes)]

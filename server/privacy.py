@@ -9,7 +9,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from server.mean import Server, Setting, State, is_finite
+from server.mean import Judgement, Round, Server, Setting, State, Verdict, is_finite
 from utils import InputError, rng, torch_rng
 
 
@@ -74,23 +74,27 @@ class NbAFL(Server):
                 "why_nominal": "the classical Gaussian mechanism's formula holds for epsilon under 1 only, "
                                "and 2C/m does not bound what several local epochs can change"}
 
-    def receive(self, round: int, sent: State, uploads: dict[int, State]) -> dict[int, State]:
-        """Clip the uploaded parameters themselves, then add the uplink noise."""
-        norms = [norm(upload) for upload in uploads.values() if is_finite(upload)]
+    def __call__(self, round: Round) -> Verdict:
+        """As ``Server``; C is the median norm of the first uploads where it is not given."""
+        norms = [norm(upload) for upload in round.uploads.values() if is_finite(upload)]
         if "clip" not in self.memory and norms:
             self.memory["clip"] = statistics.median(norms)
-        if "clip" not in self.memory:
-            return uploads
-        clip, (sigma, _), seed = self.memory["clip"], self._sigmas(), self.setting.seed
-        return {k: noisy(clipped(upload, clip), sigma, seed, "uplink", k, round)
-                for k, upload in uploads.items()}
+        return super().__call__(round)
 
-    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
+    def receive(self, round: Round) -> dict[int, State]:
+        """Clip the uploaded parameters themselves, then add the uplink noise."""
+        if "clip" not in self.memory:   # nothing finite has come yet
+            return round.uploads
+        clip, (sigma, _), seed = self.memory["clip"], self._sigmas(), self.setting.seed
+        return {k: noisy(clipped(upload, clip), sigma, seed, "uplink", k, round.number)
+                for k, upload in round.uploads.items()}
+
+    def combine(self, round: Round, judgement: Judgement) -> State:
         """The mean, with the downlink noise."""
-        if not uploads:
-            return sent
-        head = super().combine(round, sent, uploads, weights)
-        return noisy(head, self._sigmas()[1], self.setting.seed, "downlink", 0, round)
+        if not round.uploads:
+            return round.sent
+        head = super().combine(round, judgement)
+        return noisy(head, self._sigmas()[1], self.setting.seed, "downlink", 0, round.number)
 
     def _sigmas(self) -> tuple[float, float]:
         s = self.setting
@@ -123,23 +127,23 @@ class ClientDP(Server):
                 "clip": self.memory["clip"],
                 "sigma_of_the_mean": self.sum_multiplier() * self.memory["clip"] / self.expected}
 
-    def weights(self, sizes: dict[int, int]) -> dict[int, float]:
-        """Uniform."""
-        return dict.fromkeys(sizes, 1.0)
+    def judge(self, round: Round) -> Judgement:
+        """Uniform weights."""
+        return Judgement(dict.fromkeys(round.uploads, 1.0), self.memory)
 
-    def receive(self, round: int, sent: State, uploads: dict[int, State]) -> dict[int, State]:
+    def receive(self, round: Round) -> dict[int, State]:
         """Clip the updates."""
-        return {k: added(sent, clipped(difference(upload, sent), self.memory["clip"]))
-                for k, upload in uploads.items()}
+        return {k: added(round.sent, clipped(difference(upload, round.sent), self.memory["clip"]))
+                for k, upload in round.uploads.items()}
 
-    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
+    def combine(self, round: Round, judgement: Judgement) -> State:
         """``head + (sum of clipped updates + N(0, (z S)^2)) / m``, noise also when nobody was sampled."""
-        total = {name: torch.zeros_like(value) for name, value in sent.items()}
-        for upload in uploads:
-            total = added(total, difference(upload, sent))
+        total = {name: torch.zeros_like(value) for name, value in round.sent.items()}
+        for upload in round.uploads.values():
+            total = added(total, difference(upload, round.sent))
         sigma = self.sum_multiplier() * self.memory["clip"]
-        total = noisy(total, sigma, self.setting.seed, "client dp", 0, round)
-        return {name: value + total[name] / self.expected for name, value in sent.items()}
+        total = noisy(total, sigma, self.setting.seed, "client dp", 0, round.number)
+        return {name: value + total[name] / self.expected for name, value in round.sent.items()}
 
     def sum_multiplier(self) -> float:
         """The sum's noise, in units of the clipping norm."""
@@ -166,18 +170,14 @@ class AdaptiveClientDP(ClientDP):
                 f"clipping bits of {self.expected:g} clients a round; it needs --num_users {needed} or more "
                 f"at --frac {setting.frac:g}, a larger --epsilon, or --method client_dp")
 
-    def receive(self, round: int, sent: State, uploads: dict[int, State]) -> dict[int, State]:
-        """Clip the updates, and sum up the centred bits of who needed none."""
-        norms = [norm(difference(upload, sent)) for upload in uploads.values() if is_finite(upload)]
-        self.centred = sum((value <= self.memory["clip"]) - 0.5 for value in norms)
-        return super().receive(round, sent, uploads)
-
-    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
-        """As ``ClientDP``, then move C."""
-        head = super().combine(round, sent, uploads, weights)
-        drawn = rng(self.setting.seed, "clipping bits", round=round).normal(0, self.sigma_bits)
-        self.memory["clip"] *= math.exp(-0.2 * (self.centred + drawn) / self.expected)
-        return head
+    def __call__(self, round: Round) -> Verdict:
+        """As ``ClientDP``, then move C by the centred bits of the finite updates."""
+        norms = [norm(difference(upload, round.sent)) for upload in round.uploads.values() if is_finite(upload)]
+        centred = sum((value <= self.memory["clip"]) - 0.5 for value in norms)
+        verdict = super().__call__(round)
+        drawn = rng(self.setting.seed, "clipping bits", round=round.number).normal(0, self.sigma_bits)
+        self.memory["clip"] *= math.exp(-0.2 * (centred + drawn) / self.expected)
+        return verdict
 
     def sum_multiplier(self) -> float:
         """``z_D``."""

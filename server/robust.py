@@ -1,7 +1,8 @@
-"""Published robust rules, from byzfl, as servers: what the threat-aware weights are compared with.
+"""Published robust rules, from byzfl: what the threat-aware weights are compared with.
 
-They work on the updates ``head_k - head``, and data sizes count for nothing in them. Their weights cannot be
-told client by client, so ``server.csv`` leaves that column empty.
+A rule takes the updates ``head_k - head`` as rows, ``K x P``, and the number f of clients that may be malicious,
+and returns the update ``P`` of the next head. Data sizes play no part. A rule has no weight for a single client,
+so ``server.csv`` leaves that column empty.
 """
 import statistics
 from collections.abc import Callable
@@ -9,14 +10,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from server.mean import Server, State, moved, updates_of
+from server.mean import Judgement, Round, Server, Setting, State, moved, updates_of
 
-COLUMNS = 2**16   # coordinates at a time, where a rule takes each by itself: memory for a few of them only
+CHUNK = 2**16   # coordinates at a time in coordinate-wise rules: byzfl's need several copies of what they get
+
+RobustRule = Callable[[Tensor, int], Tensor]   # updates K x P, f -> update P
 
 
 def by_columns(rule: Callable[[Tensor], Tensor], updates: Tensor) -> Tensor:
     """A coordinate-wise rule, a part of the coordinates at a time."""
-    return torch.cat([rule(part) for part in updates.split(COLUMNS, dim=1)])
+    return torch.cat([rule(part) for part in updates.split(CHUNK, dim=1)])
 
 
 def median(updates: Tensor, f: int) -> Tensor:
@@ -51,24 +54,26 @@ def centered_clipping(updates: Tensor, f: int) -> Tensor:
     return CenteredClipping(L=3, tau=statistics.median(updates.norm(dim=1).tolist()))(updates)
 
 
-RULES = {rule.__name__: rule for rule in (median, trimmed_mean, krum, geometric_median, centered_clipping)}
-
-
 class Robust(Server):
-    """One of ``RULES``; ``setting.rule`` names it."""
+    """A server whose next head is a robust rule's."""
 
-    def weights(self, sizes: dict[int, int]) -> dict[int, float]:
-        """None that could be told."""
-        return dict.fromkeys(sizes, float("nan"))
+    def __init__(self, setting: Setting, rule: RobustRule):
+        super().__init__(setting)
+        self.rule = rule
 
-    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
+    def judge(self, round: Round) -> Judgement:
+        """No weights: the rule works on all uploads at once."""
+        return Judgement(None, self.memory)
+
+    def combine(self, round: Round, judgement: Judgement) -> State:
         """The rule's update, added to the head."""
-        if not uploads:
-            return sent
+        if not round.uploads:
+            return round.sent
+        uploads = list(round.uploads.values())
         f = min(round_down(self.setting.tolerate * len(uploads)), (len(uploads) - 1) // 2)
-        return moved(sent, RULES[self.setting.rule](updates_of(sent, uploads), f))
+        return moved(round.sent, self.rule(updates_of(round.sent, uploads), f))
 
 
 def round_down(count: float) -> int:
-    """The whole clients in a share, whatever floating point makes of 0.3 x 10."""
+    """The whole clients in a share; 0.3 x 10 is 3, whatever floating point makes of it."""
     return int(count + 1e-9)

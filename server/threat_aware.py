@@ -1,50 +1,43 @@
-"""Weights that follow a threat model: ``w_k ~ min(n_k, cap) clip_k trust_k``.
+"""Weights that follow a threat model: ``w_k ~ min(n_k, median n) clip_k trust_k``.
 
-A server has no data, but it can question heads. It makes probes, inputs that the mean head takes for each
-class, by gradient ascent from noise, and asks every upload for their classes. A client that lacks some
-classes forgets them a little, and all alike; a head trained on wrong labels unlearns the very classes that
-were flipped. The trust of a round is a product of four factors:
+The server has no data, but it can question heads. By gradient ascent from noise it makes probes: inputs that the
+mean head takes for each class. Then it asks every upload for their classes. A client that lacks some classes
+forgets them a little, all of them alike. A head trained on flipped labels forgets just the classes that were
+flipped. An upload's trust in a round is a product of four factors:
 
-- **norm**: an update over the median norm weighs less in proportion, and over twice it loses trust;
-- **direction**: its cosine with the trusted mean of the others; only clear opposition counts, since clients
-  of other classes are at right angles or worse;
-- **probes**: how much it forgets of one class beyond the others, against the median over uploads;
-- **look-alikes**: g copies of an upload share what one would get, and lose as much again.
+- **norm**: an update longer than the median norm weighs less in proportion; over twice the median it loses trust;
+- **direction**: its cosine with the trusted mean of the others. Only clear opposition counts, since updates of
+  clients with other classes are orthogonal or slightly opposed;
+- **probes**: how much it forgets of one class more than of the others, against the median over uploads;
+- **look-alikes**: g copies of an upload share the weight of one, and their trust falls by g again.
 
-What trust a client has is the lower of this round's and an exponential average: quick to go, slow to return.
-README says what was measured, which usual tests were dropped for it, and what no weight can see.
+A client's trust is the lower of this round's and an exponential average over rounds: lost quickly, regained
+slowly. docs/threat-model.md has what was measured, which usual tests were dropped, and what no weight can see.
 """
-import math
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
-from server.mean import Server, State, moved, updates_of
+from server.mean import Judgement, Round, Server, Setting, State, moved, updates_of
 from utils import torch_rng
 
-LONG = 2.0                         # in median norms: longer than that loses trust
-AGAINST, OPPOSED = -0.45, -0.75    # cosines at which trust begins to fall, and is gone
-FORGETS, FORGETS_ALL = 2.75, 6.0   # times the median upload that one may forget a class, or all alike
-POWER = 8                          # how fast trust falls beyond that
-LEAST = 0.1                        # nats: forgetting less than that is nothing, whatever the median
+LONG = 2.0                         # in median norms: a longer update loses trust
+AGAINST, OPPOSED = -0.45, -0.75    # cosines: trust begins to fall at the first and is 0 at the second
+FORGETS, FORGETS_ALL = 2.75, 6.0   # how many times the median upload's forgetting is allowed (``forgotten``)
+POWER = 8                          # how steeply trust falls over that limit
+LEAST = 0.1                        # nats: what counts as forgetting at the least, however small the median is
 COPY = 0.95                        # cosine of copies: two clients with the same two classes have 0.7
-KEEP = 0.8                         # of the average, from round to round
-PROBES, STEPS, RATE = 2, 20, 0.1   # a class, and Adam's steps from noise towards it
-SHARE = 3.0                        # times 1 / K that one client may weigh at most
+KEEP = 0.8                         # share of the old average in the new one
+PROBES, STEPS, RATE = 2, 20, 0.1   # probes a class; Adam's steps from noise to a probe, and their rate
+SHARE = 3.0                        # no client weighs more than SHARE / K
 
 
 class ThreatAware(Server):
-    """The threat-aware mean; where it trusts fewer than half of the uploads, a trimmed mean.
+    """The threat-aware mean; where it trusts fewer than half of the uploads, a trimmed mean."""
 
-    Attributes:
-        network: the head's layers, whose parameters uploads replace.
-    """
-
-    def __init__(self, setting, network: nn.Module):
+    def __init__(self, setting: Setting):
         super().__init__(setting)
-        self.network = network
         self.memory = {"trust": torch.ones(setting.clients), "seen": torch.zeros(setting.clients),
                        "fallbacks": 0}
 
@@ -53,76 +46,78 @@ class ThreatAware(Server):
         """In how many rounds most uploads were not trusted."""
         return {"fallbacks": self.memory["fallbacks"]}
 
-    def __call__(self, round: int, sent: State, uploads: dict[int, State],
-                 sizes: dict[int, int]) -> tuple[State, dict[int, State], list[dict]]:
-        """As ``Server``; ``server.csv`` has the reasons. Remembers this round's trust."""
-        head, seen, report = super().__call__(round, sent, uploads, sizes)
-        trust, count = self.memory["trust"].clone(), self.memory["seen"].clone()
-        for row in report:
-            k, now = row["client"], row.pop("now", 0.0)
-            trust[k] = now if not count[k] else KEEP * trust[k] + (1 - KEEP) * now
-            count[k] += 1
-        fallback = any(math.isnan(row["weight"]) for row in report)
-        self.memory = {"trust": trust, "seen": count, "fallbacks": self.memory["fallbacks"] + fallback}
-        return head, seen, report
-
-    def trust(self, round: int, sent: State, uploads: dict[int, State],
-              sizes: dict[int, int]) -> dict[int, float]:
+    def trust(self, round: Round) -> dict[int, float]:
         """How far each upload would be trusted."""
-        return {k: notes["trust"] for k, notes in self.assess(round, sent, uploads, sizes)[1].items()}
+        return {k: columns["trust"] for k, columns in self.judge(round).columns.items()}
 
-    def assess(self, round: int, sent: State, uploads: dict[int, State],
-               sizes: dict[int, int]) -> tuple[dict[int, float], dict[int, dict]]:
-        """Weights, and what ``server.csv`` says of each upload; all NaN where most are not trusted."""
-        clients = list(uploads)
+    def judge(self, round: Round) -> Judgement:
+        """Weights, the reasons for them, and each client's trust for the next round."""
+        clients = list(round.uploads)
         if not clients:
-            return {}, {}
-        before = torch.where(self.memory["seen"] > 0, self.memory["trust"], 1.0)[clients].double()
-        updates = updates_of(sent, list(uploads.values()))
-        ratio, scale = lengths(updates)
-        gram = (updates.mul_(scale.float()[:, None]) @ updates.T).double()   # clipped, from here on
-        alike, copies = likenesses(gram)
+            return Judgement({}, self.remembered(round, {}, fallback=False))
+        known = self.memory["seen"][clients] > 0
+        before = torch.where(known, self.memory["trust"][clients], 1.0).double()
+        updates = updates_of(round.sent, list(round.uploads.values()))
+        ratio, clip = lengths(updates)
+        gram = (updates.mul_(clip.float()[:, None]) @ updates.T).double()   # clipped, from here on
+        similarity, copies = likenesses(gram)
         first = (LONG / ratio).clamp_max(1).square() / copies.square()
-        known = before if some(before * first) else torch.ones_like(before)   # nobody trusted: all begin anew
-        weight, now = known * first, torch.zeros_like(first)
-        for _ in range(2):   # what the first look distrusts does not blur the second
+        # If nobody is trusted any more, all begin anew: there would be no mean to compare with.
+        prior = before if any_trust(before * first) else torch.ones_like(before)
+        weight = prior * first
+        for _ in range(2):   # the second look is not blurred by what the first distrusts
             cosine = against_others(gram, weight)
-            mean = moved(sent, weight.float() @ updates / weight.sum().clamp_min(1e-12))
-            forgotten = self.forgotten(round, mean, uploads, ratio.clamp(1, LONG))
+            mean = moved(round.sent, weight.float() @ updates / weight.sum().clamp_min(1e-12))
+            forgotten = self.forgotten(round, mean, ratio.clamp(1, LONG))
             now = (first * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
                    / forgotten.clamp_min(1)**POWER)
-            if torch.equal(weight, known * now) or not some(known * now):   # none is left to compare with
+            if torch.equal(weight, prior * now) or not any_trust(prior * now):
                 break
-            weight = known * now
-        again = (self.memory["seen"] > 0)[clients]
-        trust = torch.where(again, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
-        columns = {"norm_ratio": ratio, "cosine": cosine, "probe": forgotten, "lookalike": alike,
-                   "trust": trust, "now": now}
-        notes = {k: {name: column[i].item() for name, column in columns.items()}
-                 for i, k in enumerate(clients)}
-        weights = weigh(torch.tensor([sizes[k] for k in clients]).double(), scale, trust)
-        return dict(zip(clients, weights, strict=True)), notes
+            weight = prior * now
+        trust = torch.where(known, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
+        weights = weigh(torch.tensor([round.sizes[k] for k in clients]).double(), clip, trust)
+        columns = {"norm_ratio": ratio, "cosine": cosine, "probe": forgotten, "lookalike": similarity,
+                   "trust": trust}
+        memory = self.remembered(round, dict(zip(clients, now.tolist(), strict=True)), weights is None)
+        return Judgement(
+            None if weights is None else dict(zip(clients, weights, strict=True)), memory,
+            {k: {name: column[i].item() for name, column in columns.items()} for i, k in enumerate(clients)},
+            fallback=weights is None)
 
-    def combine(self, round: int, sent: State, uploads: list[State], weights: list[float]) -> State:
+    def remembered(self, round: Round, now: dict[int, float], fallback: bool) -> dict:
+        """The memory after a round in which clients earned trust ``now``; an upload that could not be used
+        earned none."""
+        trust, count = self.memory["trust"].clone(), self.memory["seen"].clone()
+        for k in round.sizes:
+            earned = now.get(k, 0.0)
+            trust[k] = earned if not count[k] else KEEP * trust[k] + (1 - KEEP) * earned
+            count[k] += 1
+        return {"trust": trust, "seen": count, "fallbacks": self.memory["fallbacks"] + fallback}
+
+    def combine(self, round: Round, judgement: Judgement) -> State:
         """The weighted mean, or nearest-neighbour mixing and a trimmed mean."""
-        if not any(math.isnan(weight) for weight in weights):
-            return super().combine(round, sent, uploads, weights)
+        if not judgement.fallback:
+            return super().combine(round, judgement)
         from byzfl import NNM, TrMean
+        uploads = list(round.uploads.values())
         f = (len(uploads) - 1) // 2
-        return moved(sent, TrMean(f)(NNM(f)(updates_of(sent, uploads))))
+        return moved(round.sent, TrMean(f)(NNM(f)(updates_of(round.sent, uploads))))
 
-    def forgotten(self, round: int, mean: State, uploads: dict[int, State], length: Tensor) -> Tensor:
-        """How much each upload forgets, for its length, in units of what is allowed: of the class that it
-        forgets most beyond its own median class, FORGETS times the median upload; of that class in all, which
-        a client of a single class may well, FORGETS_ALL times."""
-        probes, labels = self.probes(round, mean)
+    def forgotten(self, round: Round, mean: State, length: Tensor) -> Tensor:
+        """How much each upload forgets, divided by what is allowed, so that 1 is the limit: ``K``.
+
+        What counts is the loss on probes, divided by the update's length. The class that an upload forgets most
+        may stand out from its own median class by FORGETS times what the median upload's does. That class may
+        be forgotten in all FORGETS_ALL times as much as by the median upload: a client of one class does that.
+        """
+        probes, labels = self.probes(round.number, mean)
 
         @torch.no_grad()
         def known(head: State) -> Tensor:
             logs = self.ask(head, probes).log_softmax(1).gather(1, labels[:, None])
             return logs.view(PROBES, -1).mean(0)
         base = known(mean)
-        lost = torch.stack([base - known(upload) for upload in uploads.values()])   # K x classes
+        lost = torch.stack([base - known(upload) for upload in round.uploads.values()])   # K x classes
         lost = lost.double().nan_to_num(nan=1e9, posinf=1e9) / length[:, None]
         most = lost.max(1).values
         apart = most - lost.median(1).values
@@ -130,11 +125,11 @@ class ThreatAware(Server):
                              most / (FORGETS_ALL * most.median().clamp_min(LEAST)))
 
     def probes(self, round: int, mean: State) -> tuple[Tensor, Tensor]:
-        """Inputs that the head takes for each class in turn, and those classes."""
+        """Inputs that the head takes for each class in turn, ``N x C x H x W``, and those classes, ``N``."""
+        network = self.setting.network
         draw = torch_rng(self.setting.seed, "probes", round=round)
-        classes = self.network.output.out_features
-        labels = torch.arange(classes).repeat(PROBES)
-        x = torch.randn(len(labels), *self.network.input_shape, generator=draw)
+        labels = torch.arange(network.output.out_features).repeat(PROBES)
+        x = torch.randn(len(labels), *network.input_shape, generator=draw)
         x = x.to(memory_format=torch.channels_last).requires_grad_()   # half the time of a question
         optimizer = torch.optim.Adam([x], RATE)
         for _ in range(STEPS):
@@ -146,12 +141,14 @@ class ThreatAware(Server):
     def ask(self, head: State, x: Tensor) -> Tensor:
         """A head's logits."""
         layers = {name.removeprefix("classifier."): value for name, value in head.items()}
-        return functional_call(self.network, layers, (x,))
+        return functional_call(self.setting.network, layers, (x,))
 
 
 def lengths(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """Each update's norm in median norms, and what clips it to one: were more allowed, a few colluders would
-    make up most of the mean that all are compared with."""
+    """Each update's norm over the median norm, and the factor that clips it to the median.
+
+    With a looser clip a few colluders could make up most of the mean that all are compared with.
+    """
     norms = torch.linalg.vector_norm(updates, dim=1, dtype=torch.float64).clamp_min(1e-12)
     ratio = norms / norms.median()
     return ratio, (1 / ratio).clamp_max(1)
@@ -176,17 +173,23 @@ def against_others(gram: Tensor, weight: Tensor) -> Tensor:
     return (others * gram).sum(1) / norms.clamp_min(1e-24).sqrt()
 
 
-def some(trust: Tensor) -> bool:
+def any_trust(trust: Tensor) -> bool:
     """Whether anybody is trusted at all."""
     return bool(trust.sum() >= 1e-9)
 
 
-def weigh(sizes: Tensor, scale: Tensor, trust: Tensor) -> list[float]:
-    """``min(n, median) scale trust``, so that claiming more images buys nothing; none over SHARE / K of all;
-    NaN where the effective number of trusted uploads, ``(sum t)^2 / sum t^2``, is under half."""
-    if trust.sum()**2 < len(trust) / 2 * trust.square().sum() or not some(trust):
-        return [math.nan] * len(trust)
-    weights = torch.minimum(sizes, sizes.median()) * scale * trust
-    for _ in range(len(weights)):   # what is cut off one goes to the others, and may lift those over
+def weigh(sizes: Tensor, clip: Tensor, trust: Tensor) -> list[float] | None:
+    """``w_k ~ min(n_k, median n) clip_k trust_k``, none over SHARE / K of the sum.
+
+    The cap on sizes makes it useless to claim more images.
+
+    Returns:
+        The weights; None where the effective number of trusted uploads, ``(sum t)^2 / sum t^2``, is under half
+        of them.
+    """
+    if trust.sum()**2 < len(trust) / 2 * trust.square().sum() or not any_trust(trust):
+        return None
+    weights = torch.minimum(sizes, sizes.median()) * clip * trust
+    for _ in range(len(weights)):   # what one loses goes to the others, and may lift them over the cap
         weights = torch.minimum(weights / weights.sum(), torch.tensor(SHARE / len(weights)))
     return weights.tolist()

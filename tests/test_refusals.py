@@ -11,7 +11,7 @@ import torch
 
 from runs import checkpoint
 from runs.checkpoint import load_checked
-from runs.run import COLUMNS
+from runs.run import CSV_COLUMNS
 from utils import write_whole
 
 
@@ -318,4 +318,4 @@ def test_when_every_client_diverges_the_run_stops(place, capsys):
     assert place.main("--lr", 1000, "--local_ep", 5) == 2
     err = capsys.readouterr().err
     assert "client 0, round 1" in err and "smaller --lr" in err
-    assert place.clients_csv() == (",".join(COLUMNS["clients.csv"]) + "\n").encode()
+    assert place.clients_csv() == (",".join(CSV_COLUMNS["clients.csv"]) + "\n").encode()

@@ -1,0 +1,158 @@
+"""Command lines: what an option may be is declared once, and every mistake is one line.
+
+``Option`` is the declaration. Options that all runs have are in options.py; those that a method or a rule reads
+stand beside its row. The same check serves command lines, edited defaults and the ``config.json`` of old runs.
+"""
+import argparse
+import difflib
+import math
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+# What values of a type are, and that in words; bool stands for a flag without a value.
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"), float: ((int, float), "a number"), Path: ((str, Path), "a path"),
+    str: ((str,), "text"), bool: ((bool,), "true or false")}
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", "a name of letters, digits, _ . = + -, not a path"
+TINY, HUGE = 1e-12, 10**9   # the least and the most of options that have no natural bound
+
+# What other programs call our options; suggested where a program has the option.
+SYNONYMS = {
+    "learning_rate": "lr", "eta": "lr", "batch_size": "local_bs", "bs": "local_bs",
+    "local_epochs": "local_ep", "epochs": "train_epochs", "comm_round": "rounds",
+    "clients": "num_users", "num_clients": "num_users",
+    "n_clients": "num_users", "users": "num_users", "fraction": "frac", "participation": "frac",
+    "beta": "kl_weight", "max_grad_norm": "clip", "frac_malicious": "malicious_frac", "iid": "partition",
+    "non_iid": "partition", "algorithm": "method", "optim": "optimizer", "gpu": "device", "cuda": "device",
+    "dtype": "precision", "data": "dataset", "output_dir": "results_dir", "save_dir": "models_dir",
+    "checkpoint_dir": "models_dir", "name": "run_name", "exp_name": "run_name", "run": "run_name",
+}
+ALIKE = 0.75   # of difflib's ratio; what is less alike (--learning_rate, --tolerate) means something else
+
+
+@dataclass(frozen=True, eq=False)   # compared and hashed by identity: rows use options as keys
+class Option:
+    """One option.
+
+    Args:
+        name: without dashes; also its key in ``config.json``.
+        help: one sentence; the default is added to it.
+        kind: ``int``, ``float``, ``str``, ``Path``, or ``bool`` for a flag without a value.
+        default: its value if not given. None where the row that reads it has the default.
+        unread: its value where nothing reads it.
+        within: closed range of a number.
+        choices: the texts allowed.
+        pattern: what a text must match, and that in words.
+        several: whether it takes one or more values.
+        alias: another flag for it.
+        group: the heading in ``--help``.
+    """
+
+    name: str
+    help: str
+    kind: type = str
+    default: object = None
+    unread: object = None
+    within: tuple[float, float] | None = None
+    choices: Collection[str] | None = None
+    pattern: tuple[str, str] | None = None
+    several: bool = False
+    required: bool = False
+    metavar: str | None = None
+    alias: str | None = None
+    group: str = "run"
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, knows what each option may be, and checks edited defaults too."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=Formatter)
+        self.options: dict[str, Option] = {}
+        self._headings: dict[str, argparse._ArgumentGroup] = {}
+
+    def error(self, message: str):
+        said_elsewhere = os.environ.get("RANK", "0") != "0"   # by the first of torchrun's processes
+        self.exit(2, None if said_elsewhere else f"{self.prog}: error: {message}\n")
+
+    def add(self, option: Option, help_suffix: str = "") -> None:
+        """Take an option in, under its group's heading."""
+        if option.group not in self._headings:
+            self._headings[option.group] = self.add_argument_group(option.group)
+        self.options[option.name] = option
+        flags = [f"--{name}" for name in (option.name, option.alias) if name]
+        text = (option.help + help_suffix).replace("%", "%%")
+        if option.kind is bool:
+            self._headings[option.group].add_argument(*flags, action="store_true", help=text)
+            return
+        self._headings[option.group].add_argument(
+            *flags, type=option.kind, default=option.default, nargs="+" if option.several else None,
+            choices=None if option.choices is None else tuple(option.choices), required=option.required,
+            metavar=option.metavar, help=text)
+
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        """Parse, suggest a name for an unknown flag, and check every value."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = self._suggestion(unknown[0])
+            self.error(f"unknown argument {unknown[0]}" + (f" (did you mean --{near}?)" if near else ""))
+        if fault := self.fault(vars(args)):
+            self.error(fault)
+        return args
+
+    def _suggestion(self, flag: str) -> str | None:
+        """The option that an unknown flag most likely means: by meaning, else by spelling, if any."""
+        if not flag.startswith("-"):
+            return None
+        name = flag.split("=")[0].strip("-").replace("-", "_").lower()
+        ours = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        if name not in ours and SYNONYMS.get(name) in ours:
+            return SYNONYMS[name]
+        return next(iter(difflib.get_close_matches(name, ours, 1, ALIKE)), None)
+
+    def fault(self, values: dict[str, object]) -> str | None:
+        """The first of these values that is not as declared, in one line; None if all are."""
+        for name, option in self.options.items():
+            if name not in values:
+                continue
+            value = values[name]
+            if value is None and self.get_default(name) is None:
+                continue
+            if option.several and not isinstance(value, list):
+                return f"--{name} {shown(value)}: must be a list"
+            for one in value if isinstance(value, list) and option.several else [value]:
+                if why := _fault_of(option, one):
+                    return f"--{name} {shown(one)}: {why}"
+        return None
+
+
+def _fault_of(option: Option, value: object) -> str | None:
+    """Why an option cannot have a value, or None."""
+    kinds, words = KINDS[option.kind]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and option.kind is not bool):
+        return f"must be {words}"
+    low, high = option.within or (-math.inf, math.inf)
+    if isinstance(value, (int, float)) and not low <= value <= high:   # NaN is in no range
+        return f"must be between {low:g} and {high:g}"
+    if option.choices is not None and value not in option.choices:
+        return f"choose from {', '.join(map(str, option.choices))}"
+    pattern, words = option.pattern or ("", "")
+    return words if pattern and not re.fullmatch(pattern, str(value)) else None
+
+
+def shown(value: object) -> str:
+    """A value on one line, cut to a length that still says which it is: files may be anybody's."""
+    plain = value is None or isinstance(value, (str, int, float, Path))   # a list may be nested too deeply
+    text = str(value)[:200] if plain else f"a {type(value).__name__}"
+    return text if text.isprintable() else ascii(text)
