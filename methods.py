@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 import models
-from parsing import HUGE, NAME, TINY, Option
+from parsing import HUGE, TINY, Option
 from server.mean import Server, State
 from server.privacy import AdaptiveClientDP, ClientDP, NbAFL
 from server.rules import RULES
@@ -29,7 +29,7 @@ EVAL_SAMPLES = Option("eval_samples", "draws of z averaged in a prediction", int
 AGGREGATION = Option("aggregation", "how uploads become the next head: " + ", ".join(
     f"{name} ({rule.about})" for name, rule in RULES.items()), unread="mean", choices=RULES, group="server")
 ENCODERS_FROM = Option("encoders_from", "take the clients' encoders from a finished RUN of the same clients and "
-                       "train the heads alone, so that no encoder makes up for a bad head", pattern=NAME,
+                       "train the heads alone, so that no encoder makes up for a bad head",
                        metavar="RUN", group="server")
 KL_WEIGHT = Option("kl_weight", "weight of the KL term, summed over z [beta]", float, unread=0.0,
                    within=(0, 1e6), group="privacy")

@@ -4,6 +4,7 @@ A server is called once a round. It sees the uploads (``receive``), judges each 
 (``combine``). FedAvg's weighted mean is here; the other servers override one or two of these steps.
 """
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +112,7 @@ class Judgement:
     fallback: bool = False
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What comes out of a round.
 
     Args:

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from options import METHODS, RULES, args_parser, make_parser
+from methods import METHODS
+from options import args_parser, make_parser
 from runs import configs
 from runs.configs import read
+from server.rules import RULES
 from utils import InputError
 
 

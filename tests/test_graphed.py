@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_update import FIRST, SECOND, make
 
-from engine.graphed import GraphedClient
+from engine.graphed import GraphedTrainer
 from methods import METHODS
 
 
@@ -20,7 +20,7 @@ def graphed(client):
             step()
         return lambda: (replays.append(step), step())
     fields = {field.name: getattr(client, field.name) for field in dataclasses.fields(client)}
-    return GraphedClient(**fields, capture=stand_in), captures, replays
+    return GraphedTrainer(**fields, capture=stand_in), captures, replays
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -71,4 +71,4 @@ def test_what_the_driver_picks(driver, place):
     """No graph on a CPU."""
     args = driver.args_parser(place.argv())
     data = driver.datasets.load("tiny", args.data_dir)
-    assert type(driver.make_client(args, data, torch.device("cpu"))) is driver.Client
+    assert type(driver.make_trainer(args, data, torch.device("cpu"))) is driver.Trainer

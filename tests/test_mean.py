@@ -1,7 +1,7 @@
 """The server's mean against arithmetic done by hand."""
 import torch
 
-from server.mean import Server, Setting, weighted_mean
+from server.mean import Round, Server, Setting, weighted_mean
 
 
 def state(*values):
@@ -9,7 +9,7 @@ def state(*values):
 
 
 def mean(sent, uploads, sizes):
-    head, seen, report = Server(Setting())(1, sent, uploads, sizes)
+    head, seen, report = Server(Setting())(Round(1, sent, uploads, sizes))
     assert seen is uploads
     return head, report
 

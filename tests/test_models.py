@@ -52,7 +52,7 @@ def test_shapes(network, shape):
     model = network(shape, 7, -4.0) if network is RVE else network(shape, 7)
     model.eval()
     x = torch.rand(5, *shape)
-    logits, kl = model(x)
+    logits, kl, _ = model(x)
     probabilities, kl_too = model.predict(x, 4)
     assert logits.shape == probabilities.shape == (5, 7)
     assert torch.allclose(probabilities.sum(1), torch.ones(5))
@@ -109,12 +109,12 @@ def test_the_dropout_methods_extra_layer():
 def test_resistance_by_hand():
     """lambda * max(0, SSIM - 0.5) + the inner attacker's error; each learns from its own term alone."""
     model, x = ResSFL(MNIST, 10), torch.rand(6, *MNIST)
-    model(x)
-    inverted = model.attacker(model.seen)
+    features = model(x).features
+    inverted = model.attacker(features)
     error = (inverted - x).square().mean((1, 2, 3))
     similar = torch.stack([structural_similarity_index_measure(a[None], b[None], data_range=1.0)
                            for a, b in zip(inverted, x, strict=True)])
-    found = model.resistance(x, 2.0)
+    found = model.resistance(x, features, 2.0)
     assert torch.allclose(found, 2 * (similar - 0.5).clamp_min(0) + error, atol=1e-5)
 
     def gradients(loss):
@@ -122,8 +122,7 @@ def test_resistance_by_hand():
         loss.backward()
         return [0.0 if p.grad is None else p.grad.abs().sum().item()
                 for p in (model.attacker[0].weight, model.classifier.features[0].weight)]
-    model(x)
-    only_attacker = gradients(model.resistance(x, 0.0).sum())
+    only_attacker = gradients(model.resistance(x, model(x).features, 0.0).sum())
     assert only_attacker[0] > 0 and only_attacker[1] == 0
 
 
@@ -135,11 +134,10 @@ def test_features_that_can_be_inverted_cost():
     optimizer = torch.optim.Adam(model.attacker.parameters(), 1e-2)
     for _ in range(150):
         optimizer.zero_grad()
-        model(x)
-        model.resistance(x, 0.0).mean().backward()
+        model.resistance(x, model(x).features, 0.0).mean().backward()
         optimizer.step()
-    model(x)
-    loss = model.resistance(x, 1.0) - model.resistance(x, 0.0)
+    features = model(x).features
+    loss = model.resistance(x, features, 1.0) - model.resistance(x, features, 0.0)
     assert (loss > 0.1).all()   # SSIM over 0.6
     model.zero_grad()
     loss.mean().backward()

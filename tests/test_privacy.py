@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.mean import Setting
+from server.mean import Round, Setting
 from server.privacy import AdaptiveClientDP, ClientDP, NbAFL, calibrated, clipped, nbafl_sigmas, norm, spent
 from utils import InputError, rng
 
@@ -44,7 +44,7 @@ def test_nbafl_clips_then_adds_the_noise_it_names():
     server = NbAFL(Setting(clients=4, rounds=50, smallest=10, epsilon=5.0, delta=0.01, clip=3.0, exposures=2))
     uplink, downlink = server.facts["sigma_uplink"], server.facts["sigma_downlink"]
     uploads = {k: {"w": torch.full((40_000,), 1.0 + k)} for k in range(4)}
-    head, seen, report = server(1, zeros(), uploads, dict.fromkeys(range(4), 10))
+    head, seen, report = server(Round(1, zeros(), uploads, dict.fromkeys(range(4), 10)))
     bound = 3.0 / math.sqrt(40_000)   # each element of a clipped upload
     for k in range(4):
         assert seen[k]["w"].std().item() == pytest.approx(uplink, rel=0.03)
@@ -52,17 +52,17 @@ def test_nbafl_clips_then_adds_the_noise_it_names():
     assert not torch.equal(seen[0]["w"], seen[1]["w"])
     assert head["w"].std().item() == pytest.approx(math.hypot(uplink / 2, downlink), rel=0.03)   # 4 uploads
     assert [row["weight"] for row in report] == [0.25] * 4
-    again = NbAFL(server.setting)(1, zeros(), uploads, dict.fromkeys(range(4), 10))
+    again = NbAFL(server.setting)(Round(1, zeros(), uploads, dict.fromkeys(range(4), 10)))
     assert torch.equal(again[0]["w"], head["w"])
-    assert not torch.equal(server(2, zeros(), uploads, dict.fromkeys(range(4), 10))[0]["w"], head["w"])
+    assert not torch.equal(server(Round(2, zeros(), uploads, dict.fromkeys(range(4), 10)))[0]["w"], head["w"])
 
 
 def test_nbafl_takes_the_median_of_the_first_rounds_norms():
     server = NbAFL(Setting(clients=3, smallest=10, epsilon=1e9, delta=0.01, exposures=1))
     assert "clip" not in server.facts
-    server(1, state(0, 0, 0), {0: state(3, 0, 4), 1: state(0, 0, 7), 2: state(0, 0, 1)}, {0: 1, 1: 1, 2: 1})
+    server(Round(1, state(0, 0, 0), {0: state(3, 0, 4), 1: state(0, 0, 7), 2: state(0, 0, 1)}, {0: 1, 1: 1, 2: 1}))
     assert server.facts["clip"] == 5 and "median" in server.facts["clip_from"]
-    _, seen, _ = server(2, state(0, 0, 0), {1: state(0, 0, 100)}, {1: 1})
+    _, seen, _ = server(Round(2, state(0, 0, 0), {1: state(0, 0, 100)}, {1: 1}))
     assert norm(seen[1]) == pytest.approx(5, abs=1e-3)
     assert server.memory == {"clip": 5}
 
@@ -72,7 +72,7 @@ def test_a_non_finite_upload_counts_for_nothing(kind):
     server = kind(Setting(clients=2, smallest=10, epsilon=1e9, delta=0.01, exposures=1, clip=10.0,
                           noise_multiplier=1e-3))
     uploads = {0: state(1, 2, 2), 1: state(float("nan"), 0, 0)}
-    head, _, report = server(1, state(0, 0, 0), uploads, {0: 5, 1: 5})
+    head, _, report = server(Round(1, state(0, 0, 0), uploads, {0: 5, 1: 5}))
     assert [row["weight"] for row in report] == [1, 0]
     assert all(value.isfinite().all() for value in head.values())
 
@@ -81,7 +81,7 @@ def test_client_dp_by_hand():
     """Sum of clipped updates over the expected number of clients, not over those that came."""
     server = ClientDP(Setting(clients=8, frac=0.5, clip=2.0, delta=0.01, noise_multiplier=1e-3))
     sent = state(1, 1, 1)
-    head, seen, _ = server(1, sent, {0: state(4, 1, 5), 3: state(1, 2, 1)}, {0: 10, 3: 90})
+    head, seen, _ = server(Round(1, sent, {0: state(4, 1, 5), 3: state(1, 2, 1)}, {0: 10, 3: 90}))
     assert torch.allclose(seen[0]["b"], torch.tensor([[1, 1 + 4 * 2 / 5]]))      # update 3, 0, 4 of norm 5
     assert torch.allclose(head["b"], torch.tensor([[1 + 1 / 4, 1 + 1.6 / 4]]), atol=5e-3)
     assert torch.allclose(head["a"], torch.tensor([1 + 1.2 / 4]), atol=5e-3)
@@ -90,7 +90,7 @@ def test_client_dp_by_hand():
 @pytest.mark.parametrize("sampled", [[], [0, 1, 2]])
 def test_client_dps_noise(sampled):
     server = ClientDP(Setting(clients=10, frac=0.5, clip=0.7, delta=0.01, noise_multiplier=2.0))
-    head, _, _ = server(1, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1))
+    head, _, _ = server(Round(1, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1)))
     assert server.facts["sigma_of_the_mean"] == pytest.approx(2.0 * 0.7 / 5)
     assert head["w"].std().item() == pytest.approx(2.0 * 0.7 / 5, rel=0.02)
 
@@ -113,7 +113,7 @@ def test_the_adaptive_norm_moves_to_the_median():
     uploads = {k: {"w": torch.tensor([value, 0.0])} for k, value in enumerate(norms)}
     sizes, clips = dict.fromkeys(range(1000), 1), []
     for r in range(1, 60):
-        server(r, {"w": torch.zeros(2)}, uploads, sizes)
+        server(Round(r, {"w": torch.zeros(2)}, uploads, sizes))
         clips.append(server.memory["clip"])
     assert clips[0] == pytest.approx(math.exp(0.2 * 0.5), rel=0.05)   # nobody is under 1: C rises by e^0.1
     assert np.mean(clips[-10:]) == pytest.approx(4, rel=0.1)
@@ -124,7 +124,7 @@ def test_the_adaptive_split_spends_what_it_should():
     server = AdaptiveClientDP(Setting(clients=100, clip=0.5, delta=1e-4, noise_multiplier=1.0))
     assert server.sigma_bits == 5
     assert server.sum_multiplier() ** -2 + (2 * server.sigma_bits) ** -2 == pytest.approx(1.0)
-    head, _, _ = server(1, zeros(), {k: zeros() for k in range(2)}, {0: 1, 1: 1})
+    head, _, _ = server(Round(1, zeros(), {k: zeros() for k in range(2)}, {0: 1, 1: 1}))
     assert head["w"].std().item() == pytest.approx(server.sum_multiplier() * 0.5 / 100, rel=0.02)
 
 
@@ -134,13 +134,13 @@ def test_the_adaptive_norm_follows_centred_bits_whatever_the_sample():
     drawn = [rng(5, "clipping bits", round=r).normal(0, 0.5) for r in (1, 2, 3)]   # sigma_b = m / 20
     server = AdaptiveClientDP(setting)
     half = {k: {"w": torch.tensor([0.5 if k % 2 else 50.0])} for k in range(30)}
-    server(1, zeros(1), half, dict.fromkeys(half, 1))
+    server(Round(1, zeros(1), half, dict.fromkeys(half, 1)))
     assert server.memory["clip"] == pytest.approx(math.exp(-0.2 * drawn[0] / 10))
-    server(2, zeros(1), {}, {})   # nobody sampled: the noise alone
+    server(Round(2, zeros(1), {}, {}))   # nobody sampled: the noise alone
     assert server.memory["clip"] == pytest.approx(math.exp(-0.2 * sum(drawn[:2]) / 10))
     broken = {0: {"w": torch.tensor([math.nan])}, 1: {"w": torch.tensor([math.inf])},
               2: {"w": torch.tensor([0.1])}}
-    server(3, zeros(1), broken, dict.fromkeys(range(5), 1))   # 3 and 4 were sampled and uploaded nothing
+    server(Round(3, zeros(1), broken, dict.fromkeys(range(5), 1)))   # 3 and 4 were sampled and uploaded nothing
     assert server.memory["clip"] == pytest.approx(math.exp(-0.2 * (sum(drawn) + 0.5) / 10))
 
 
@@ -152,7 +152,7 @@ def both_releases(frac):
 
     def released(uploads, r=1):
         server = AdaptiveClientDP(setting)
-        head = server(r, zeros(1000), uploads, dict.fromkeys(uploads, 1))[0]["w"]
+        head = server(Round(r, zeros(1000), uploads, dict.fromkeys(uploads, 1)))[0]["w"]
         return head.numpy() * 100 / 0.5, -math.log(server.memory["clip"] / 0.5) * 100 / 0.2
     noise = [released({}, r) for r in range(1, 400)]
     sum_noise, bits_noise = (float(np.std(np.concatenate([np.ravel(pair[i]) for pair in noise])))

@@ -15,7 +15,7 @@ from attack.access import Holdings
 from attack.attacks import ATTACKS, Adversary, Budget
 from methods import METHODS
 from runs.checkpoint import load_checked
-from server.mean import Setting
+from server.mean import Judgement, Round, Setting
 from server.privacy import ClientDP, NbAFL, nbafl_sigmas
 from utils import rng, seed_torch
 
@@ -151,7 +151,7 @@ def test_a_rounds_training_is_a_textbooks_on_the_clients_own_images(ran):
         own = parts[f"train_{k}"]
         batches = -(-len(own) // 32)
         assert (before["steps"], after["steps"]) == (2 * batches, 4 * batches)
-        model = METHODS["rve_pfl"].build((1, 8, 8), 4, -2.0).train()
+        model = METHODS["rve_pfl"].build((1, 8, 8), 4, {"init_logvar": -2.0}).train()
         model.load_state_dict({**sent, **before["parameters"]})
         optimizer = torch.optim.Adam([{"params": list(part.parameters()), "lr": lr} for part, lr in
                                       ((model.encoder, 4e-3), (model.classifier, 1.2e-3))], eps=1e-7)
@@ -166,7 +166,7 @@ def test_a_rounds_training_is_a_textbooks_on_the_clients_own_images(ran):
             for start in range(0, len(own), 32):
                 batch = order[start:start + 32]
                 optimizer.zero_grad()
-                logits, kl = model(ran.pixels(batch))
+                logits, kl, _ = model(ran.pixels(batch))
                 loss = F.cross_entropy(logits, ran.labels[batch])
                 (loss + 0.5 * 0.01 * kl.mean()).backward()   # half of beta: the second of two rounds' warm-up
                 optimizer.step()
@@ -230,7 +230,7 @@ def test_held_out_images_reach_no_weight(place, tiny_arrays, flags):
 def watched(driver, monkeypatch):
     """What is trained and evaluated on: (round, client) -> image numbers."""
     trained, held_out = {}, {}
-    train, evaluate = driver.Client.train, driver.Client.evaluate
+    train, evaluate = driver.Trainer.train, driver.Trainer.evaluate
 
     def training(self, client, round, indices, sent, private):
         trained[round, client] = set(indices)
@@ -239,8 +239,8 @@ def watched(driver, monkeypatch):
     def evaluating(self, client, round, indices, shared, private):
         held_out.setdefault((round, client), []).append(set(indices))
         return evaluate(self, client, round, indices, shared, private)
-    monkeypatch.setattr(driver.Client, "train", training)
-    monkeypatch.setattr(driver.Client, "evaluate", evaluating)
+    monkeypatch.setattr(driver.Trainer, "train", training)
+    monkeypatch.setattr(driver.Trainer, "evaluate", evaluating)
     return trained, held_out
 
 
@@ -309,16 +309,17 @@ def assert_drawn_anew(noise):
 def test_noise_is_drawn_anew_each_round():
     zeros = {"w": torch.zeros(500)}
     server = ClientDP(Setting(clients=4, clip=1.0, delta=0.01, noise_multiplier=2.0))
-    assert_drawn_anew(lambda r: server(r, zeros, {}, {})[0]["w"])
+    assert_drawn_anew(lambda r: server(Round(r, zeros, {}, {})).head["w"])
     server = NbAFL(Setting(clients=2, rounds=50, smallest=10, epsilon=5.0, delta=0.01, clip=3.0, exposures=1))
-    assert_drawn_anew(lambda r: server(r, zeros, {1: zeros}, {1: 10})[1][1]["w"])   # uplink
-    assert_drawn_anew(lambda r: server.combine(r, zeros, [zeros], [1.0])["w"])   # downlink
+    assert_drawn_anew(lambda r: server(Round(r, zeros, {1: zeros}, {1: 10})).uploads[1]["w"])   # uplink
+    whole = Judgement({1: 1.0}, server.memory)
+    assert_drawn_anew(lambda r: server.combine(Round(r, zeros, {1: zeros}, {1: 10}), whole)["w"])   # downlink
 
 
 @pytest.mark.parametrize("behaviour, flips, claims", [("false_size", True, 10), ("passive", False, 1)])
 def test_who_flips_labels_and_claims_more(ran, place, driver, monkeypatch, behaviour, flips, claims):
     """Malicious clients alone, and they too are evaluated on the true labels."""
-    seen, train, evaluate = {}, driver.Client.train, driver.Client.evaluate
+    seen, train, evaluate = {}, driver.Trainer.train, driver.Trainer.evaluate
 
     def training(self, client, *rest):
         seen["trained", client] = self.labels.clone()
@@ -327,8 +328,8 @@ def test_who_flips_labels_and_claims_more(ran, place, driver, monkeypatch, behav
     def evaluating(self, client, *rest):
         seen["evaluated", client] = self.labels.clone()
         return evaluate(self, client, *rest)
-    monkeypatch.setattr(driver.Client, "train", training)
-    monkeypatch.setattr(driver.Client, "evaluate", evaluating)
+    monkeypatch.setattr(driver.Trainer, "train", training)
+    monkeypatch.setattr(driver.Trainer, "evaluate", evaluating)
     assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.5, "--malicious_behaviour",
                       behaviour) == 0
     server = pd.read_csv(place.results / "server.csv").set_index("client")
@@ -571,7 +572,7 @@ def test_an_adversarys_start_is_the_one_that_is_no_secret(attacked):
     """The weights that all clients start from, and nobody's trained ones."""
     start = attacked.scene("rve_pfl").adversary("curious_server", 2, 0).start.state_dict()
     seed_torch(SEED, "init")
-    built = METHODS["rve_pfl"].build((1, 8, 8), 4, -2.0).state_dict()
+    built = METHODS["rve_pfl"].build((1, 8, 8), 4, {"init_logvar": -2.0}).state_dict()
     assert all(torch.equal(value, built[name]) for name, value in start.items())
     first = attacked.file("rve_pfl", 1, "shared.pt")["sent"]
     assert all(torch.equal(value, start[name]) for name, value in first.items())
@@ -596,7 +597,7 @@ def test_adversaries_hold_what_the_table_says(attacked, who, encoder, head):
 def test_labels_are_told_from_an_epoch_of_two_steps():
     """Four images, three of one class: a label is worth half of a step's mean."""
     seed_torch(2, "labels")
-    head, y = METHODS["fedavg"].build((1, 8, 8), 4, -2.0).classifier.eval(), torch.tensor([1, 1, 1, 0])
+    head, y = METHODS["fedavg"].build((1, 8, 8), 4, {}).classifier.eval(), torch.tensor([1, 1, 1, 0])
     x, budget = torch.rand(4, 1, 8, 8), Budget(1, 1, 1, 1, 0.01, 4)
     victim = SimpleNamespace(update=lambda x, y, change: change(head, x, y))
     holdings = Holdings(head, None, False, (1, 8, 8), stepped=head)

@@ -1,4 +1,5 @@
 """What must be refused, each with one line, and what must then still be whole."""
+import dataclasses
 import fcntl
 import os
 import pickle
@@ -298,13 +299,13 @@ def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path):
 
 
 def test_a_client_that_diverges_is_left_out_and_the_others_go_on(place, driver, capsys, monkeypatch):
-    train = driver.Client.train
+    train = driver.Trainer.train
 
     def broken(self, client, round, indices, sent, private):
         if (client, round) == (1, 2):
-            self = driver.Client(**{**vars(self), "lr": 1000.0, "epochs": 5})
+            self = dataclasses.replace(self, training=dataclasses.replace(self.training, lr=1000.0, epochs=5))
         return train(self, client, round, indices, sent, private)
-    monkeypatch.setattr(driver.Client, "train", broken)
+    monkeypatch.setattr(driver.Trainer, "train", broken)
     assert place.main() == 0
     assert "client 1, round 2" in capsys.readouterr().err
     server = pd.read_csv(place.results / "server.csv").set_index(["round", "client"])

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from options import CLIENT_DP, METHODS, SPLIT
+from methods import METHODS
 from runs import checkpoint
 from runs.checkpoint import load_checked
 from utils import remove_leftovers
@@ -24,7 +24,7 @@ COLUMNS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_from_the_command_line(place, method):
-    noise = ["--noise_multiplier", 0.1] if method in CLIENT_DP else []   # adaptive: two clients allow no more
+    noise = ["--noise_multiplier", 0.1] if METHODS[method].poisson else []   # adaptive: two clients allow no more
     process = place.start("--method", method, "--rounds", 2, *noise)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -35,7 +35,7 @@ def test_each_method_from_the_command_line(place, method):
     shared = load_checked(place.models / "round_2" / "shared.pt")
     private = load_checked(place.models / "round_2" / "client_0.pt")["parameters"]
     assert bool(shared["uploads"][0]) == (method != "local")
-    assert bool(private) == (method in (*SPLIT, "fedper", "ressfl"))
+    assert bool(private) == (METHODS[method].network.has_encoder or method in ("fedper", "ressfl"))
 
 
 def test_the_files_of_a_run(place):

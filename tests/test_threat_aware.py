@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from models import Classifier
-from options import BEHAVIOURS, RULES
 from server import threat_aware
-from server.malicious import BEHAVIOURS as TABLE
-from server.malicious import Crowd, Seen, adaptive
-from server.mean import Setting
+from server.malicious import BEHAVIOURS, Knowledge, MaliciousClients, adaptive
+from server.mean import Round, Setting, State
+from server.rules import RULES
 from server.threat_aware import ThreatAware, against_others, lengths, likenesses, weigh
-from update import State
 
 SHAPE, CLASSES = (1, 28, 28), 10
 
@@ -50,7 +48,7 @@ def crowd(network):
 
 
 def server(network, clients=10):
-    return ThreatAware(Setting(clients=clients), network)
+    return ThreatAware(Setting(clients=clients, network=network))
 
 
 def sizes(uploads):
@@ -59,7 +57,7 @@ def sizes(uploads):
 
 def test_honest_clients_of_few_classes_are_trusted(network, crowd):
     sent, honest, _ = crowd
-    trust = server(network).trust(1, sent, honest, sizes(honest))
+    trust = server(network).trust(Round(1, sent, honest, sizes(honest)))
     assert min(trust.values()) > 0.5 and sum(trust.values()) > 9
 
 
@@ -67,7 +65,7 @@ def test_honest_clients_of_few_classes_are_trusted(network, crowd):
 def test_flipped_labels_lose_their_say(network, crowd, bad):
     sent, honest, flipped = crowd
     uploads = {k: flipped[k] if k in bad else honest[k] for k in honest}
-    head, _, report = server(network)(1, sent, uploads, sizes(uploads))
+    head, _, report = server(network)(Round(1, sent, uploads, sizes(uploads)))
     weight = {row["client"]: row["weight"] for row in report}
     assert sum(weight[k] for k in bad) < len(bad) / 10 / 2
     assert sum(weight.values()) == pytest.approx(1)
@@ -76,7 +74,7 @@ def test_flipped_labels_lose_their_say(network, crowd, bad):
 def test_copies_share_what_one_would_get(network, crowd):
     sent, honest, _ = crowd
     uploads = {**honest, 10: honest[0], 11: honest[0]}
-    report = server(network, 12)(1, sent, uploads, sizes(uploads))[2]
+    report = server(network, 12)(Round(1, sent, uploads, sizes(uploads)))[2]
     weight = [row["weight"] for row in report]
     assert weight[0] == weight[10] == weight[11] and 3 * weight[0] < 0.5 * weight[1]
 
@@ -87,7 +85,7 @@ def test_length_buys_nothing_and_opposition_is_seen(network, crowd):
     mean = {name: sum(update[name] for update in own.values()) / len(own) for name in sent}
     for factor, which in ((50, own[0]), (1e30, own[0]), (-1, mean), (-30, mean)):
         bad = {name: value + factor * which[name] for name, value in sent.items()}
-        head, _, report = server(network)(1, sent, {**honest, 0: bad}, sizes(honest))
+        head, _, report = server(network)(Round(1, sent, {**honest, 0: bad}, sizes(honest)))
         assert all(value.isfinite().all() for value in head.values())
         assert report[0]["weight"] < 0.03 and min(row["weight"] for row in report[1:]) > 0.05
 
@@ -95,8 +93,8 @@ def test_length_buys_nothing_and_opposition_is_seen(network, crowd):
 def test_order_and_scale_do_not_matter(network, crowd):
     sent, honest, flipped = crowd
     uploads = {**honest, 0: flipped[0]}
-    first = server(network)(1, sent, uploads, sizes(uploads))
-    again = server(network)(1, sent, dict(reversed(uploads.items())), sizes(uploads))
+    first = server(network)(Round(1, sent, uploads, sizes(uploads)))
+    again = server(network)(Round(1, sent, dict(reversed(uploads.items())), sizes(uploads)))
     assert all(torch.allclose(value, again[0][name], atol=1e-6) for name, value in first[0].items())
     updates = torch.randn(5, 9).double()
     gram = updates @ updates.T
@@ -127,11 +125,11 @@ def test_caps_and_fall_back(network, crowd):
     big = weigh(torch.full((12,), 100.0), torch.tensor([1.0] + [0.01] * 11), torch.ones(12))
     assert max(big) <= threat_aware.SHARE / 12 + 1e-9
     assert weigh(torch.ones(2), torch.tensor([1.0, 0.5]), torch.ones(2)) == pytest.approx([2 / 3, 1 / 3])
-    assert all(map(math.isnan, weigh(torch.ones(5), torch.ones(5), torch.tensor([1, 1, 0, 0, 0.0]))))
+    assert weigh(torch.ones(5), torch.ones(5), torch.tensor([1, 1, 0, 0, 0.0])) is None
     sent, honest, _ = crowd
     made, copies = server(network), {k: honest[k if k < 4 else 4] for k in honest}   # six of ten alike
-    head, _, report = made(1, sent, copies, sizes(honest))
-    assert made.facts == {"fallbacks": 1} and all(math.isnan(row["weight"]) for row in report)
+    head, _, report = made(Round(1, sent, copies, sizes(honest)))
+    assert made.facts == {"fallbacks": 1} and all(row["weight"] is None for row in report)
     assert all(value.isfinite().all() for value in head.values())
     assert any(not torch.equal(value, sent[name]) for name, value in head.items())
 
@@ -140,23 +138,23 @@ def test_trust_goes_at_once_and_returns_slowly(network, crowd):
     sent, honest, flipped = crowd
     made, seen = server(network), []
     for r, uploads in enumerate((honest, {**honest, 0: flipped[0]}, honest, honest), 1):
-        report = made(r, sent, uploads, sizes(uploads))[2]
+        report = made(Round(r, sent, uploads, sizes(uploads)))[2]
         seen.append(report[0]["trust"])
     assert seen[0] > 0.8 and seen[1] < 0.4 and seen[1] < seen[2] < seen[3] < 0.95
 
 
 def test_one_client_nobody_and_all_malicious(network, crowd):
     sent, honest, flipped = crowd
-    head, _, report = server(network)(1, sent, {3: honest[3]}, {3: 10})
+    head, _, report = server(network)(Round(1, sent, {3: honest[3]}, {3: 10}))
     assert report[0]["weight"] == 1 and torch.allclose(
         head["classifier.output.bias"], honest[3]["classifier.output.bias"], atol=1e-6)
-    assert server(network)(1, sent, {}, {0: 10})[0] is sent
+    assert server(network)(Round(1, sent, {}, {0: 10}))[0] is sent
     nan = {name: torch.full_like(value, torch.nan) for name, value in sent.items()}
-    head, _, report = server(network)(1, sent, {0: nan}, {0: 10})
+    head, _, report = server(network)(Round(1, sent, {0: nan}, {0: 10}))
     assert head is sent and report[0]["weight"] == 0
-    head, _, report = server(network)(1, sent, {**honest, 0: nan}, sizes(honest))
+    head, _, report = server(network)(Round(1, sent, {**honest, 0: nan}, sizes(honest)))
     assert report[0]["weight"] == 0 and sum(row["weight"] for row in report) == pytest.approx(1)
-    head, *_ = server(network)(1, sent, flipped, sizes(flipped))   # nothing to compare with: no error
+    head, *_ = server(network)(Round(1, sent, flipped, sizes(flipped)))   # nothing to compare with: no error
     assert all(value.isfinite().all() for value in head.values())
 
 
@@ -171,11 +169,11 @@ def test_who_is_distrusted_along_with_all_others_stays_so(network, crowd):
     sent, honest, _ = crowd
     made, uploads = server(network, 2), {0: honest[0], 1: opposite(sent, honest[0])}
     for r in (1, 2, 3):
-        head, _, report = made(r, sent, uploads, sizes(uploads))
-        assert [row["trust"] for row in report] == [0, 0] and all(math.isnan(row["weight"]) for row in report)
+        head, _, report = made(Round(r, sent, uploads, sizes(uploads)))
+        assert [row["trust"] for row in report] == [0, 0] and all(row["weight"] is None for row in report)
         assert made.facts == {"fallbacks": r} and made.memory["trust"].tolist() == [0, 0]
         assert all(torch.allclose(value, sent[name], atol=1e-6) for name, value in head.items())
-    report = made(4, sent, {0: honest[0], 1: honest[1]}, sizes(uploads))[2]   # they agree again
+    report = made(Round(4, sent, {0: honest[0], 1: honest[1]}, sizes(uploads)))[2]   # they agree again
     assert [row["trust"] for row in report] == pytest.approx([0.2, 0.2]) and made.facts == {"fallbacks": 3}
     assert [row["weight"] for row in report] == pytest.approx([0.5, 0.5], abs=0.01)
 
@@ -183,9 +181,9 @@ def test_who_is_distrusted_along_with_all_others_stays_so(network, crowd):
 def test_four_that_undo_each_other_fall_back(network, crowd):
     sent, honest, _ = crowd
     uploads = {0: honest[0], 1: opposite(sent, honest[0]), 2: honest[1], 3: opposite(sent, honest[1])}
-    head, _, report = server(network, 4)(1, sent, uploads, sizes(uploads))
+    head, _, report = server(network, 4)(Round(1, sent, uploads, sizes(uploads)))
     assert all(value.isfinite().all() for value in head.values())
-    assert all(row["trust"] == 0 and math.isnan(row["weight"]) for row in report)
+    assert all(row["trust"] == 0 and row["weight"] is None for row in report)
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
@@ -196,41 +194,42 @@ def test_one_and_two_uploads_of_any_length(network, crowd, factor):
                     {0: honest[0], 1: flipped[0]}):
         made = server(network, 2)
         for r in (1, 2):
-            head, _, report = made(r, sent, uploads, sizes(uploads))
+            head, _, report = made(Round(r, sent, uploads, sizes(uploads)))
             assert all(value.isfinite().all() for value in head.values())
             assert all(0 <= row["trust"] <= 1 for row in report)
 
 
-def seen_of(own, honest, judge=lambda forged: 1.0):
-    return Seen(torch.tensor(own), torch.tensor(honest), torch.Generator().manual_seed(0), judge)
+def known(own, honest, least_trust=lambda forged: 1.0):
+    return Knowledge(torch.tensor(own), torch.tensor(honest), torch.Generator().manual_seed(0), least_trust)
 
 
 @pytest.mark.parametrize("behaviour, expected", [
     ("sign_flip", [-2.0, -3.0]), ("scaling", [10.0, 0.0]), ("ipm", [-4.0, -6.0]), ("mimic", [1.0, 2.0]),
     ("alie", [2 + 1.5 * math.sqrt(2), 3 + 1.5 * math.sqrt(2)])])
 def test_forgeries_by_hand(behaviour, expected):
-    forged = TABLE[behaviour].forge(seen_of([[1.0, 0.0]], [[1.0, 2.0], [3.0, 4.0]]))
+    forged = BEHAVIOURS[behaviour].forge(known([[1.0, 0.0]], [[1.0, 2.0], [3.0, 4.0]]))
     assert forged.tolist() == [pytest.approx(expected)]
 
 
 def test_noise_copies_and_nothing_at_all():
     own, honest = torch.randn(2, 10_000), torch.randn(3, 10_000)
-    noise = TABLE["gaussian"].forge(seen_of(own.tolist(), honest.tolist()))
+    noise = BEHAVIOURS["gaussian"].forge(known(own.tolist(), honest.tolist()))
     assert noise.std().item() == pytest.approx(3 * honest.square().mean().sqrt().item(), rel=0.05)
-    copies = TABLE["sybil"].forge(seen_of(own.tolist(), honest.tolist()))
+    copies = BEHAVIOURS["sybil"].forge(known(own.tolist(), honest.tolist()))
     assert torch.cosine_similarity(*copies, dim=0) > 0.99 and not torch.equal(*copies)
-    assert TABLE["nan"].forge(seen_of([[1.0]], [[1.0]])).isnan().all()
+    assert BEHAVIOURS["nan"].forge(known([[1.0]], [[1.0]])).isnan().all()
 
 
 def test_the_adaptive_one_stops_where_trust_would_fall():
-    forged = adaptive(seen_of([[0.0]], [[1.0]], lambda forged: 1.0 if forged.min() >= -3 else 0.5))
+    forged = adaptive(known([[0.0]], [[1.0]], lambda forged: 1.0 if forged.min() >= -3 else 0.5))
     assert -3.0 <= forged.item() < -2.98
 
 
 def test_who_is_malicious_is_seeded_and_rounded_down():
-    crowd = Crowd("nan", 0.3, 10, seed=1)
-    assert len(crowd.members) == 3 and crowd.members == Crowd("ipm", 0.3, 10, 1).members
-    assert crowd.members != Crowd("nan", 0.3, 10, 2).members and not Crowd(None, 0.0, 10, 1).members
+    members = MaliciousClients("nan", 0.3, 10, seed=1).members
+    assert len(members) == 3 and members == MaliciousClients("ipm", 0.3, 10, 1).members
+    assert members != MaliciousClients("nan", 0.3, 10, 2).members
+    assert not MaliciousClients(None, 0.0, 10, 1).members
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
@@ -242,7 +241,7 @@ def test_every_behaviour_runs(place, behaviour):
     assert (place.results / "trust.png").exists()
     clients = pd.read_csv(place.results / "clients.csv").query("round == 2 and stage == 'deployed'")
     rounds = pd.read_csv(place.results / "rounds.csv").query("round == 2 and stage == 'deployed'")
-    bad = Crowd(behaviour, 0.25, 4, seed=1).members
+    bad = MaliciousClients(behaviour, 0.25, 4, seed=1).members
     honest = clients[~clients["client"].isin(bad)]
     assert rounds["accuracy"].item() == pytest.approx(honest["accuracy"].mean())   # the malicious left out
 

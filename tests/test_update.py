@@ -8,20 +8,21 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from methods import METHODS
 from metrics import Tally, over_clients
-from update import Client, Diverged, Private
+from update import Diverged, Private, Trainer, Training
 from utils import rng, seed_torch
 
 
 def make(tiny_arrays, name="rve_pfl", **changes):
     method = METHODS[name]
     seed_torch(1, "init")
-    model = method.build((1, 8, 8), 4, -4.0)
+    model = method.build((1, 8, 8), 4, {"init_logvar": -4.0})
     settings = {"seed": 1, "epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "head_lr": 1.0,
                 "lr_decay": 1e-3, "lr_warmup": 0.0, "momentum": 0.0, "kl_weight": 1e-5, "kl_warmup": 0,
-                "eval_samples": 4, "loss_weight": 0.3, "augment": "none", "dtype": torch.float32, **changes}
-    client = Client(model, method, torch.from_numpy(tiny_arrays["train_images"]),
-                    torch.from_numpy(tiny_arrays["train_labels"]).long(), 4, **settings)
-    head, private = method.split(client.state())
+                "eval_samples": 4, "augment": "none", "dtype": torch.float32, **changes}
+    client = Trainer(model, method, torch.from_numpy(tiny_arrays["train_images"]),
+                     torch.from_numpy(tiny_arrays["train_labels"]).long(), 4,
+                     Training(**settings, options={"loss_weight": 0.3}))
+    head, private = client.shared_and_private(client.state())
     return client, head, Private(private)
 
 
@@ -228,7 +229,7 @@ def test_the_fast_path_gives_the_plain_loops_numbers(tiny_arrays, name):
         losses, order = [], torch.from_numpy(orders.permutation(FIRST))
         for batch in order.split(32):
             optimizer.zero_grad()
-            logits, kl = plain(images[batch])
+            logits, kl, _ = plain(images[batch])
             loss = torch.nn.functional.cross_entropy(logits, labels[batch])
             (loss + 1e-5 * (0 if kl is None else kl.mean())).backward()
             optimizer.step()
