@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's tables of held-out accuracy: methods x data sets x partitions x seeds, 10 clients, and the released
+# The tables of docs/accuracy.md: methods x data sets x partitions x seeds, 10 clients, and the released
 # protocol (--resplit) for the two methods that the paper's claim compares.
 #   benchmarks/accuracy.sh SCALE [PARTITION [SEED...]]
 #     SCALE      paper: 100 rounds of 10 local epochs, for a GPU

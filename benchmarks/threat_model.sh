@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table of the server's threat model: rules x behaviours x share of malicious clients x partition.
+# The tables of docs/threat-model.md: rules x behaviours x share of malicious clients x partition.
 #   benchmarks/threat_model.sh cpu   mnist10k, 3 rounds of 1 local epoch: about an hour on two cores
 #   benchmarks/threat_model.sh gpu   MNIST and CIFAR-10, 20 rounds of 5
 # Interrupted, it goes on where it stopped.

@@ -152,7 +152,8 @@ def test_every_option_is_read(place, driver, monkeypatch):
 def test_documented_flags_exist():
     parsers = (make_parser(), mi_attack.make_parser())
     declared = {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
-    text = "".join(path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+    text = "".join(path.read_text() for path in (
+        ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *ROOT.glob("docs/*.md")))
     ours = re.sub(r"pip install[^\n]*|python -m venv[^\n]*|torchrun [^\n]*RVE-PFL.py", "", text)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", ours))
     assert len(flags) > 5 and flags <= declared, flags - declared
