@@ -25,11 +25,12 @@ from engine.signals import Interrupted, Interrupts, steady_output
 from engine.stacked import stack_size
 from methods import METHODS
 from metrics import over_clients
+from models import Classifier
 from options import args_parser
 from runs.checkpoint import borrowed_encoders
 from runs.run import Progress, Run, open_run
 from server.malicious import MaliciousClients
-from server.mean import Round, Server, Setting, State
+from server.mean import Round, Server, Setting, State, Verdict
 from server.rules import RULES
 from update import Diverged, Private, Trainer, Training
 from utils import (
@@ -135,7 +136,7 @@ def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) 
         augment=args.augment, dtype=choose_precision(args.precision, device),
         freezes_private=bool(args.encoders_from), options=vars(args))
     kind = GraphedTrainer if device.type == "cuda" else Trainer
-    return kind(model.to(device, memory_format=torch.channels_last), method,
+    return kind(model.to(device).to(memory_format=torch.channels_last), method,
                 torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).to(device),
                 data.num_classes, training)
 
@@ -143,6 +144,7 @@ def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) 
 def make_server(args: Namespace, trainer: Trainer, splits: list) -> Server:
     """How the method aggregates: by a server of its own, or by the rule asked for."""
     network = copy.deepcopy(trainer.model.classifier).cpu().eval()
+    assert isinstance(network, Classifier)
     setting = Setting(
         seed=args.seed, clients=args.num_users, frac=args.frac, rounds=args.rounds,
         smallest=min(len(train) for train, _ in splits), epsilon=args.epsilon, delta=args.delta,
@@ -209,6 +211,11 @@ class Federation:
             raise InputError(f"round {number}: no client's loss stayed finite; start again with a smaller --lr")
         return uploads, list(itertools.chain(*self.ranks.gather(rows).values()))
 
+    def aggregate(self, round: Round) -> Verdict:
+        """What the server makes of a round, on the first rank; elsewhere the new head alone."""
+        verdict = self.server(round) if self.ranks.first else Verdict(round.sent, {}, [])
+        return verdict._replace(head=self.ranks.share(verdict.head))
+
     def evaluate(self, number: int, head: State, splits: list, run: Run) -> list[dict]:
         """Rows of ``clients.csv`` for every client with the head just aggregated, on the first rank."""
         mine = self.ranks.mine(range(self.args.num_users)) if self.evaluates(number) else []
@@ -216,6 +223,18 @@ class Federation:
             k: row_of(number, k, "deployed", run.evaluation_split,
                       self.trainer.evaluate(k, number, splits[k][1], head, run.private.get(k)))
             for k in mine}).values())
+
+    def record(self, round: Round, verdict: Verdict, rows: list[dict], seconds: float, run: Run) -> None:
+        """Write a round's CSV rows and, if one is due, a checkpoint."""
+        bad = self.malicious.members
+        honest = [row for row in rows if row["client"] not in bad] or rows
+        means = [{"round": round.number, **mean, "seconds": seconds} for mean in over_clients(honest)]
+        server = [{"round": round.number, **row, "malicious": int(row["client"] in bad)}
+                  for row in verdict.rows] if verdict.head else []   # nothing travels with some methods
+        progress = Progress(round.number, verdict.head, round.sent, verdict.uploads,
+                            memory=dict(self.server.memory))
+        run.end_round(progress, self.server.facts,
+                      {"clients.csv": rows, "rounds.csv": means, "server.csv": server})
 
 
 def row_of(number: int, client: int, stage: str, split: str, metrics: dict[str, float]) -> dict:
@@ -225,32 +244,24 @@ def row_of(number: int, client: int, stage: str, split: str, metrics: dict[str, 
 
 def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
     """The rounds of RVE-PFL, and of all that it is compared with (Issa et al. 2024)."""
-    ranks, server, malicious = federation.ranks, federation.server, federation.malicious
-    server.memory.update(run.progress.memory)
+    federation.server.memory.update(run.progress.memory)
     for number in range(run.progress.round + 1, federation.args.rounds + 1):
-        started, sent, head, report = time.monotonic(), run.progress.head, None, []
+        started, sent = time.monotonic(), run.progress.head
+        splits = federation.splits_in(number)
 
-        # Sample clients. Each trains its encoder and the head it was sent, and uploads the head alone.
-        asked, splits = federation.sample(number), federation.splits_in(number)
-        uploads, rows = federation.train(number, asked, splits, run)
+        # Each client asked trains its encoder and the head that it was sent, and uploads the head alone.
+        asked = federation.sample(number)
+        uploads, trained = federation.train(number, asked, splits, run)
+        sizes = {k: len(splits[k][0]) for k in asked}
 
-        # Malicious clients forge what they upload; the server weighs the uploads and aggregates.
-        if ranks.first:
-            sizes = {k: len(splits[k][0]) for k in asked}
-            verdict = server(malicious.forge(Round(number, sent, uploads, sizes), server))
-            head, uploads, report = verdict.head, verdict.uploads, verdict.rows
-        head = ranks.share(head)
+        # Malicious clients forge their uploads; the server weighs all uploads and aggregates them.
+        arrived = federation.malicious.forge(Round(number, sent, uploads, sizes), federation.server)
+        verdict = federation.aggregate(arrived)
 
-        # Evaluate everyone with the new head, and record the round.
-        rows += federation.evaluate(number, head, splits, run)
-        honest = [row for row in rows if row["client"] not in malicious.members] or rows
-        seconds = time.monotonic() - started
-        csvs = {"clients.csv": rows,
-                "rounds.csv": [{"round": number, **mean, "seconds": seconds} for mean in over_clients(honest)],
-                "server.csv": [{"round": number, **row, "malicious": int(row["client"] in malicious.members)}
-                               for row in report] if head else []}
+        # Every client's own encoder is evaluated with the new head.
+        deployed = federation.evaluate(number, verdict.head, splits, run)
         with interrupts.held():
-            run.end_round(Progress(number, head, sent, uploads, memory=dict(server.memory)), server.facts, csvs)
+            federation.record(arrived, verdict, trained + deployed, time.monotonic() - started, run)
 
 
 if __name__ == "__main__":

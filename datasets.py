@@ -9,6 +9,7 @@ import io
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,8 @@ def fetch(name: str, data_dir: Path) -> None:
     import torchvision  # slow to import, needed once
 
     print(f"{data_dir / name}.npz does not exist yet: downloading {TORCHVISION[name]} with torchvision")
-    make, halves = getattr(torchvision.datasets, TORCHVISION[name]), {}
+    make = getattr(torchvision.datasets, TORCHVISION[name])
+    halves: dict[str, Any] = {}   # arrays
     try:
         # Its archives are not needed once decoded; and it prints each mirror that failed.
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

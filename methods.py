@@ -7,6 +7,7 @@ to all methods. How the defaults were chosen: docs/options.md.
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ class Step:
     images: Tensor
     output: models.Output
     sent: State
-    options: Mapping[str, object]
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Method:
     poisson: bool = False
     settle: Callable[[Namespace], str | None] | None = None
 
-    def default(self, option: Option, dataset: object, partition: object) -> object:
+    def default(self, option: Option, dataset: str, partition: str) -> object:
         """The value of an option that was not given, for names of a data set and of a partition."""
         for tuned, key in ((self.by_partition, partition), (self.by_dataset, dataset)):
             if option in tuned.get(key, {}):
@@ -155,6 +156,7 @@ def client_dp_budget(args: Namespace) -> str | None:
 
 def inner_attacker(step: Step) -> Tensor:
     """ResSFL's loss against its inner attacker, ``N``."""
+    assert isinstance(step.model, models.ResSFL) and step.output.features is not None
     return step.model.resistance(step.images, step.output.features, step.options["loss_weight"])
 
 

@@ -29,14 +29,13 @@ class Tally:
         from torchmetrics.functional import classification  # seconds to import: after the first steps
 
         predicted, labels = torch.cat(self.predicted).cpu(), torch.cat(self.labels).cpu()
-        macro = {"num_classes": num_classes, "average": "macro"}
         return {
             "n": len(labels),
             "loss": torch.cat(self.loss).double().mean().item(),
             "accuracy": (predicted == labels).double().mean().item(),
-            "precision": classification.multiclass_precision(predicted, labels, **macro).item(),
-            "recall": classification.multiclass_recall(predicted, labels, **macro).item(),
-            "f1": classification.multiclass_f1_score(predicted, labels, **macro).item(),
+            "precision": classification.multiclass_precision(predicted, labels, num_classes, "macro").item(),
+            "recall": classification.multiclass_recall(predicted, labels, num_classes, "macro").item(),
+            "f1": classification.multiclass_f1_score(predicted, labels, num_classes, "macro").item(),
             "kl_nats": torch.cat(self.kl).double().mean().item() if self.kl else float("nan"),
         }
 

@@ -42,6 +42,19 @@ class Network(nn.Module):
     has_encoder = False
     variational = False
     options: tuple[str, ...] = ()
+    classifier: nn.Module
+
+    def forward(self, x: Tensor) -> Output:
+        """``N x C x H x W`` -> what training needs to know of them."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, Tensor | None]:
+        """``N x C x H x W`` -> class probabilities ``N x num_classes``, and KL in nats ``N``, or None.
+
+        Args:
+            draws: of z, whose predictions are averaged.
+        """
+        raise NotImplementedError
 
 
 class FlattenHWC(nn.Module):
@@ -65,11 +78,12 @@ def initialise(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_uniform_(part.weight)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
-class Encoder(nn.Module):
-    """Deterministic encoder ``x -> z``, z of the image's size: the trunk shared by both encoders.
+class EncoderLayers(nn.Module):
+    """What both encoders have in common: the trunk and the layer for mu.
 
     Args:
         image_shape: ``(C, H, W)``; H and W at least 5, for the two valid 3 x 3 convolutions.
@@ -88,12 +102,16 @@ class Encoder(nn.Module):
         self.mu = nn.Linear(HIDDEN, channels * height * width)
         initialise(self)
 
+
+class Encoder(EncoderLayers):
+    """Deterministic encoder ``x -> z``, z of the image's size."""
+
     def forward(self, x: Tensor) -> Tensor:
         """``N x C x H x W -> N x CHW``."""
         return self.mu(self.trunk(x)).float()
 
 
-class VariationalEncoder(Encoder):
+class VariationalEncoder(EncoderLayers):
     """``q(z|x) = N(mu(x), diag(sigma(x)^2))``, z of the image's size.
 
     Args:
@@ -152,6 +170,8 @@ def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
 class CNN(Network):
     """The comparison network: the head applied straight to the image."""
 
+    classifier: Classifier
+
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
         super().__init__()
         self.classifier = Classifier(image_shape, num_classes)
@@ -160,7 +180,6 @@ class CNN(Network):
         return Output(self.classifier(x))
 
     def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, None]:
-        """Probabilities ``N x num_classes``, and no KL."""
         return self.classifier(x).softmax(1), None
 
 
@@ -212,6 +231,7 @@ class ResSFL(CNN):
 
         with torch.autocast(x.device.type, enabled=False):
             similar = structural_similarity_index_measure(inverted, x, data_range=1.0, reduction="none")
+        assert isinstance(similar, Tensor)   # a tuple where more was asked for
         return weight * (similar - 0.5).clamp_min(0) + error
 
 
@@ -230,7 +250,6 @@ class EncoderClassifier(Network):
         return Output(self.classifier(as_image(self.encoder(x), self.image_shape)))
 
     def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, None]:
-        """Probabilities ``N x num_classes``, and no KL."""
         return self(x).logits.softmax(1), None
 
 

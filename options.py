@@ -195,9 +195,11 @@ def stored_fault(options: dict[str, object]) -> str | None:
     """
     if fault := make_parser().fault(options):
         return fault
-    method = METHODS.get(options.get("method"))
-    for option in method.reads if method else ():
-        default = method.default(option, options.get("dataset"), options.get("partition"))
+    method = METHODS.get(str(options.get("method")))
+    if method is None:
+        return None
+    for option in method.reads:
+        default = method.default(option, str(options.get("dataset")), str(options.get("partition")))
         if default is not None and option.name in options and options[option.name] is None:
             return f"--{option.name} None: --method {options['method']} reads it"
     return None

@@ -66,7 +66,7 @@ def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
     if classes_per_client > len(classes):
         raise InputError(f"--classes_per_client {classes_per_client}: the data has {len(classes)} classes")
     load = np.zeros(len(classes))   # in shares of a client, so that supply follows demand
-    holders = [[] for _ in classes]
+    holders: list[list[int]] = [[] for _ in classes]
     for client, share in enumerate(shares):
         # The least loaded classes, ties at random: loads stay within one client of each other.
         chosen = np.lexsort((rng.random(len(classes)), load))[:classes_per_client]
@@ -81,7 +81,7 @@ def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
                          f"images of a class to share out, every client needs {MIN_IMAGES} of each")
     density = (spare[load > 0] / load[load > 0]).min()
     quotas = MIN_IMAGES + np.floor(shares * density + 1e-9).astype(int)
-    owned = [[] for _ in shares]
+    owned: list[list[np.ndarray]] = [[] for _ in shares]
     for c, clients in enumerate(holders):
         pile = rng.permutation(np.flatnonzero(labels == classes[c]))
         for client in clients:
@@ -97,16 +97,16 @@ def _dirichlet(labels: np.ndarray, shares: np.ndarray, alpha: float, min_images:
     Usual code draws again until no client is too small, which at a small alpha never ends. Here the
     largest clients give images away until every client has ``min_images``.
     """
-    owned = [[] for _ in shares]
+    dealt: list[list[np.ndarray]] = [[] for _ in shares]
     for c in np.unique(labels):
         pile = rng.permutation(np.flatnonzero(labels == c))
         # A Dirichlet draw as normalised gammas; the tiny constant saves an all-zero draw.
         proportions = rng.gamma(alpha * len(shares) * shares) + 1e-300
         for client, part in enumerate(np.split(pile, _cut(len(pile), proportions, 0))):
-            owned[client].append(part)
-    owned = [rng.permutation(np.concatenate(parts)) for parts in owned]
+            dealt[client].append(part)
+    owned = [rng.permutation(np.concatenate(parts)) for parts in dealt]
     sizes = np.array([len(indices) for indices in owned])
-    while (poor := sizes.argmin()) != (rich := sizes.argmax()) and sizes[poor] < min_images:
+    while (poor := int(sizes.argmin())) != (rich := int(sizes.argmax())) and sizes[poor] < min_images:
         moved = min(min_images - sizes[poor], sizes[rich] - min_images)
         owned[poor] = np.concatenate([owned[poor], owned[rich][:moved]])
         owned[rich] = owned[rich][moved:]

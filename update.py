@@ -1,7 +1,7 @@
 """One client's round: local training and evaluation."""
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class Training:
     augment: str
     dtype: torch.dtype
     freezes_private: bool = False
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def beta(self, round: int) -> float:
         """``kl_weight``, or the part of it that its warm-up has reached."""

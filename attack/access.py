@@ -26,8 +26,7 @@ import datasets
 from methods import METHODS
 from models import as_image, kl_to_standard_normal, reparameterise
 from runs import configs
-from runs.checkpoint import load_checked, read_private, read_shared, same_layout
-from server.mean import is_finite
+from runs.checkpoint import checked_head, load_checked, read_private, read_shared
 from update import Private, State
 from utils import InputError
 
@@ -74,11 +73,9 @@ class Run:
 
     def sent_next(self, round: int) -> State:
         """``server.pt``: the head aggregated at the end of the round, which the next one starts from."""
-        found = load_checked(self.file(round, "server.pt")).get("head")
+        path = self.file(round, "server.pt")
         travels = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())[0]
-        if not same_layout(found, travels) or not is_finite(found):
-            raise InputError(f"checkpoint {self.models}/round_{round}/server.pt is not of this run's method")
-        return found
+        return checked_head(load_checked(path).get("head"), travels, path)
 
     def private(self, round: int, client: int) -> Private:
         """``client_<k>.pt``: what stayed with the client."""

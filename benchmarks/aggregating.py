@@ -13,10 +13,8 @@ import _path  # noqa: F401 - lets this script import the project
 import torch
 
 from models import Classifier
-from server.mean import Server, Setting
-from server.robust import Robust
+from server.mean import Round, Setting
 from server.rules import RULES
-from server.threat_aware import ThreatAware
 from utils import keep_freed_memory
 
 
@@ -24,12 +22,11 @@ def measure(rule: str, heads: int) -> str:
     """Seconds a call, first on honest heads, then with a fifth turned round; the process's peak memory."""
     keep_freed_memory()
     torch.manual_seed(1)
-    network, setting = Classifier((1, 28, 28), 10).eval(), Setting(clients=heads, rule=rule)
+    network = Classifier((1, 28, 28), 10).eval()
     sent = {f"classifier.{name}": value for name, value in network.state_dict().items()}
     uploads = {k: {name: value + 0.01 * torch.randn_like(value) for name, value in sent.items()}
                for k in range(heads)}
-    server = {"threat": lambda: ThreatAware(setting, network), "mean": lambda: Server(setting)}.get(
-        rule, lambda: Robust(setting))()
+    server = RULES[rule].server(Setting(clients=heads, network=network))
     seconds = []
     for r in range(1, 5):
         if r == 3:
@@ -37,7 +34,7 @@ def measure(rule: str, heads: int) -> str:
                 for name, value in sent.items():
                     uploads[k][name].mul_(-2).add_(3 * value)
         started = time.perf_counter()
-        server(r, sent, uploads, dict.fromkeys(uploads, 100))
+        server(Round(r, sent, uploads, dict.fromkeys(uploads, 100)))
         seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return (f"{rule:<18} {heads} heads: {seconds[1]:5.2f} s, with a fifth turned round and doubled "
@@ -47,7 +44,7 @@ def measure(rule: str, heads: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", type=int, default=150)
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     args = parser.parse_args()
     if len(args.rules) == 1:
         print(measure(args.rules[0], args.heads))

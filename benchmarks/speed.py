@@ -3,7 +3,7 @@
     python benchmarks/speed.py [--repeats 10] [--only cifar]
 
 The two take turns and each figure is a median. `plain` is the loop as peers write it: DataLoader with per-
-image transforms, fp32, a copy of the model a client, a loss read every step. `ours` is update.Client with
+image transforms, fp32, a copy of the model a client, a loss read every step. `ours` is update.Trainer with
 the defaults of RVE-PFL.py. Each is in a process of its own, where the other waits: ours sets how its process
 allocates memory, and in one process the other would profit from it. The floor is what the step's arithmetic
 would take at the rate of a large matrix product in the precision used, plus its memory traffic at the rate
@@ -31,10 +31,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from methods import Method
 from metrics import Tally
 from server.mean import weighted_mean
-from update import Client, Private
+from update import Private, Trainer, Training
 from utils import choose_device, choose_precision, environment, keep_freed_memory
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
@@ -52,25 +51,24 @@ class Ours:
 
     def __init__(self, work: Workload, images: np.ndarray, labels: np.ndarray, device: torch.device,
                  precision: str):
-        self.client = Client(
-            work.model().to(device, memory_format=torch.channels_last),
-            Method(work.network, "classifier.", ""), torch.from_numpy(images).to(device),
-            torch.from_numpy(labels).to(device), 10, seed=1, epochs=1, batch_size=work.batch,
-            optimizer=work.optimizer, lr=1e-3, head_lr=0.1, lr_decay=1e-3, lr_warmup=0.2, momentum=0.0,
-            kl_weight=1e-5, kl_warmup=0, eval_samples=8, loss_weight=0.0, augment="none",
-            dtype=choose_precision(precision, device))
+        self.trainer = Trainer(
+            work.model().to(device, memory_format=torch.channels_last), work.method,
+            torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), 10,
+            Training(seed=1, epochs=1, batch_size=work.batch, optimizer=work.optimizer, lr=1e-3, head_lr=0.1,
+                     lr_decay=1e-3, lr_warmup=0.2, momentum=0.0, kl_weight=1e-5, kl_warmup=0, eval_samples=8,
+                     augment="none", dtype=choose_precision(precision, device)))
         self.parts = np.split(np.arange(len(labels)), work.clients)
-        self.head, private = self.client.split(self.client.state())
+        self.head, private = self.trainer.shared_and_private(self.trainer.state())
         self.private = dict.fromkeys(range(work.clients), Private(private))
         self.rounds, self.batch, self.endless = 0, work.batch, self._endless()
 
     def _endless(self):
-        """A client's training, step by step; what ``Client.train`` does around it is timed by ``round``."""
-        self.client.model.train()
-        optimizer, tally = self.client.make_optimizer(dict(self.client.model.named_parameters())), Tally()
+        """A client's training, step by step; what ``Trainer.train`` does around it is timed by ``round``."""
+        self.trainer.model.train()
+        optimizer, tally = self.trainer.make_optimizer(dict(self.trainer.model.named_parameters())), Tally()
         while True:
-            for batch in torch.randperm(len(self.parts[0])).to(self.client.labels.device).split(self.batch):
-                tally.add(*self.client._step(optimizer, 1, batch), self.client.labels[batch])
+            for batch in torch.randperm(len(self.parts[0])).to(self.trainer.labels.device).split(self.batch):
+                tally.add(*self.trainer._step(optimizer, 1, batch, {}), self.trainer.labels[batch])
                 yield
 
     def step(self) -> None:
@@ -80,7 +78,7 @@ class Ours:
         self.rounds += 1
         uploads = {}
         for k, own in enumerate(self.parts):
-            uploads[k], self.private[k], _ = self.client.train(
+            uploads[k], self.private[k], _ = self.trainer.train(
                 k, self.rounds, own, self.head, self.private[k])
         self.head = weighted_mean(list(uploads.values()), [1] * len(uploads))
 
@@ -146,9 +144,9 @@ def rates(dtype: torch.dtype, device: torch.device, repeats: int) -> tuple[float
 
 def counted(work: Workload, ours: Ours) -> tuple[int, int]:
     """A step's operations, and the bytes it cannot help moving (see the file's docstring)."""
-    kept, client = {}, ours.client
-    model = copy.deepcopy(client.model)
-    batch = torch.arange(work.batch, device=client.labels.device)
+    kept, trainer = {}, ours.trainer
+    model = copy.deepcopy(trainer.model)
+    batch = torch.arange(work.batch, device=trainer.labels.device)
 
     def note(tensor):
         if not isinstance(tensor, nn.Parameter):
@@ -157,9 +155,9 @@ def counted(work: Workload, ours: Ours) -> tuple[int, int]:
 
     with FlopCounterMode(display=False) as counter, \
             torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), \
-            torch.autocast(batch.device.type, torch.bfloat16, client.dtype == torch.bfloat16):
-        logits, kl = model(client._pixels(batch))
-        loss = F.cross_entropy(logits, client.labels[batch]) + (0 if kl is None else kl.mean())
+            torch.autocast(batch.device.type, torch.bfloat16, trainer.training.dtype == torch.bfloat16):
+        logits, kl, _ = model(trainer._pixels(batch))
+        loss = F.cross_entropy(logits, trainer.labels[batch]) + (0 if kl is None else kl.mean())
         loss.backward()
     parameters = sum(p.numel() for p in model.parameters())
     # a gradient written; then SGD reads it and the weight and writes the weight; Adam two moments besides
@@ -193,7 +191,7 @@ def round_over_steps(work: Workload, device: torch.device, precision: str) -> fl
     does not grow with the data weighs ten times as much as there. The first round does not count.
     """
     driver = load_driver()
-    stepping, ends, step, end = [0.0], [], driver.Client._step, driver.Run.end_round
+    stepping, ends, step, end = [0.0], [], driver.Trainer._step, driver.Run.end_round
 
     def timed_step(self, *arguments):
         start = time.perf_counter()
@@ -212,7 +210,7 @@ def round_over_steps(work: Workload, device: torch.device, precision: str) -> fl
     count = round(2 * 3 * work.batch / 0.9)
     images = drawn.integers(0, 256, (count, *work.image_shape[1:], channels), np.uint8)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
-            mock.patch.object(driver.Client, "_step", timed_step), \
+            mock.patch.object(driver.Trainer, "_step", timed_step), \
             mock.patch.object(driver.Run, "end_round", timed_end):
         np.savez(f"{folder}/drawn.npz", train_images=images[1:], test_images=images[:1],
                  train_labels=drawn.integers(0, 10, count - 1), test_labels=np.array([9]))

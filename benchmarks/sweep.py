@@ -14,6 +14,7 @@ from _path import load_driver  # lets this script import the project
 
 import datasets
 from options import args_parser
+from server.mean import Round
 from update import Private
 from utils import choose_device, keep_freed_memory
 
@@ -24,21 +25,22 @@ def sweep(args, clients: int) -> None:
     """Train the first ``clients`` clients under one setting and print a line a round."""
     data = datasets.load(args.dataset, args.data_dir)
     splits = driver.deal(args, data.labels)[1][:clients]
-    client = driver.make_client(args, data, choose_device(args.device))
-    head, private = client.split(client.state())
-    kept, server = [Private(private)] * clients, driver.make_server(args, client, splits)
+    trainer = driver.make_trainer(args, data, choose_device(args.device))
+    head, private = trainer.shared_and_private(trainer.state())
+    kept, server = [Private(private)] * clients, driver.make_server(args, trainer, splits)
     for r in range(1, args.rounds + 1):
         start, uploads, accuracy = time.monotonic(), {}, {"training": [], "trained": [], "deployed": []}
         for k, (own, validation) in enumerate(splits):
-            uploads[k], kept[k], figures = client.train(k, r, own, head, kept[k])
-            accuracy["training"].append(figures["accuracy"])
-            accuracy["trained"].append(client.evaluate(k, r, validation, uploads[k], kept[k])["accuracy"])
-        head, *_ = server(r, head, uploads, {k: len(own) for k, (own, _) in enumerate(splits)})
-        held_out = [client.evaluate(k, r, validation, head, kept[k])
+            uploads[k], kept[k], metrics = trainer.train(k, r, own, head, kept[k])
+            accuracy["training"].append(metrics["accuracy"])
+            accuracy["trained"].append(trainer.evaluate(k, r, validation, uploads[k], kept[k])["accuracy"])
+        sizes = {k: len(own) for k, (own, _) in enumerate(splits)}
+        head = server(Round(r, head, uploads, sizes)).head
+        held_out = [trainer.evaluate(k, r, validation, head, kept[k])
                     for k, (_, validation) in enumerate(splits)]
-        accuracy["deployed"] = [figures["accuracy"] for figures in held_out]
+        accuracy["deployed"] = [metrics["accuracy"] for metrics in held_out]
         print(f"  round {r}: ", *(f"{name} {np.mean(values):.4f} " for name, values in accuracy.items()),
-              f"KL {np.mean([figures['kl_nats'] for figures in held_out]):.0f} nats  "
+              f"KL {np.mean([metrics['kl_nats'] for metrics in held_out]):.0f} nats  "
               f"{time.monotonic() - start:.0f} s", flush=True)
 
 

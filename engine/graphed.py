@@ -43,52 +43,63 @@ class Replay:
     noted: list[Noted]
 
 
+@dataclass(frozen=True)
+class Static:
+    """What a captured step reads and writes, always at the same addresses."""
+
+    optimizer: torch.optim.Optimizer
+    batch: Tensor   # image numbers
+    sent: State = field(default_factory=dict)
+
+    def moments(self) -> list[Tensor]:
+        """The optimiser's own state: none before its first step."""
+        return [tensor for state in self.optimizer.state.values() for tensor in state.values()
+                if isinstance(tensor, Tensor)]
+
+
 @dataclass
 class GraphedTrainer(Trainer):
-    """``Trainer`` with full batches' steps replayed; ``capture`` turns a step into its replay.
-
-    What a captured step reads stays at one address: the optimiser, the batch's image numbers, what was sent.
-    """
+    """``Trainer`` with full batches' steps replayed; ``capture`` turns a step into its replay."""
 
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None = cuda_graph
-    _optimizer: torch.optim.Optimizer | None = field(default=None, init=False)
-    _batch: Tensor | None = field(default=None, init=False)
-    _sent: State = field(default_factory=dict, init=False)
+    _static: Static | None = field(default=None, init=False)
     _replays: dict[float, Replay] = field(default_factory=dict, init=False)   # by beta
 
     def make_optimizer(self, parameters: State) -> torch.optim.Optimizer:
         """The one optimiser of the working model, set back to its start; a new one for other parameters."""
         if next(iter(parameters.values())) is not next(self.model.parameters()):   # a stack's
             return super().make_optimizer(parameters)
-        if self._optimizer is None:
-            self._optimizer = super().make_optimizer(parameters)
-            device = self.labels.device
-            for group in self._optimizer.param_groups:
+        if self._static is None:
+            optimizer, device = super().make_optimizer(parameters), self.labels.device
+            for group in optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=device)
                 if "capturable" in group:
                     group["capturable"] = device.type == "cuda"
-            self._batch = torch.zeros(self.training.batch_size, dtype=torch.int64, device=device)
-        for tensor in self._moments():
+            batch = torch.zeros(self.training.batch_size, dtype=torch.int64, device=device)
+            self._static = Static(optimizer, batch)
+        for tensor in self._static.moments():
             tensor.zero_()
-        return self._optimizer
+        return self._static.optimizer
 
     def received(self, sent: State) -> State:
         """``Trainer.received``, always at the same address."""
         found = super().received(sent)
-        if not self._sent:
-            self._sent = {name: value.clone() for name, value in found.items()}
+        if self._static is None:
+            return found
         for name, value in found.items():
-            self._sent[name].copy_(value)
-        return self._sent
+            self._static.sent.setdefault(name, torch.empty_like(value)).copy_(value)
+        return self._static.sent
 
     def _step(self, optimizer: torch.optim.Optimizer, round: int, batch: Tensor, sent: State) -> Noted:
-        if self.capture is None or optimizer is not self._optimizer or len(batch) < self.training.batch_size:
+        static = self._static
+        if (self.capture is None or static is None or optimizer is not static.optimizer
+                or len(batch) < self.training.batch_size):
             return super()._step(optimizer, round, batch, sent)
-        self._batch.copy_(batch)
+        static.batch.copy_(batch)
         beta = self.training.beta(round)
         if beta not in self._replays:
             try:
-                self._replays = {beta: self._captured(round, sent)}   # a warm-up's earlier ones are over
+                self._replays = {beta: self._captured(static, round)}   # a warm-up's earlier ones are over
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph of the training step, so it is slower: {error}", stacklevel=2)
                 self.capture = None
@@ -98,26 +109,23 @@ class GraphedTrainer(Trainer):
         loss, kl, logits = replay.noted[-1]
         return loss.detach().clone(), None if kl is None else kl.detach().clone(), logits.detach().clone()
 
-    def _captured(self, round: int, sent: State) -> Replay:
+    def _captured(self, static: Static, round: int) -> Replay:
         """Capture a step, and leave parameters, optimiser and generator as they were before it."""
         noted: list[Noted] = []
 
         def step() -> None:
-            noted[:] = [super(GraphedTrainer, self)._step(self._optimizer, round, self._batch, sent)]
+            noted[:] = [super(GraphedTrainer, self)._step(static.optimizer, round, static.batch, static.sent)]
 
-        steady = [*self.model.parameters(), *(group["lr"] for group in self._optimizer.param_groups)]
+        steady = [*self.model.parameters(), *(group["lr"] for group in static.optimizer.param_groups)]
         before = [tensor.detach().clone() for tensor in steady]
-        moments = [tensor.clone() for tensor in self._moments()]   # none yet before the very first step
+        moments = [tensor.clone() for tensor in static.moments()]
         try:
             with torch.random.fork_rng([self.labels.device] if self.labels.is_cuda else []):
+                assert self.capture is not None
                 return Replay(self.capture(step), noted)
         finally:
             with torch.no_grad():
                 for tensor, value in zip(steady, before, strict=True):
                     tensor.copy_(value)
-                for i, tensor in enumerate(self._moments()):
+                for i, tensor in enumerate(static.moments()):
                     tensor.copy_(moments[i] if moments else torch.zeros_like(tensor))
-
-    def _moments(self) -> list[Tensor]:
-        return [tensor for state in self._optimizer.state.values() for tensor in state.values()
-                if isinstance(tensor, Tensor)]

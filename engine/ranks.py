@@ -43,7 +43,8 @@ class Ranks:
     """
 
     def __init__(self, patience: float = 300):
-        self.patience, self.store = patience, None
+        self.patience = patience
+        self.store: dist.Store | None = None   # where ranks say that they are there
         self.rank, self.size = (int(os.environ.get(name, default))
                                 for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         self.alone, self.first = self.size == 1, self.rank == 0
@@ -92,8 +93,10 @@ class Ranks:
             # torchrun keeps its store when it starts the processes again: what they said before is over.
             self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             self.store.set(f"rank {self.rank}", "is here")
-        names = (f"rank {k}" for k in range(self.size))
-        return next((f"{name} is not there" for name in names if not self.store.check([name])), "")
+        for k in range(self.size):
+            if not self.store.check([f"rank {k}"]):
+                return f"rank {k} is not there"
+        return ""
 
     def __exit__(self, kind: type | None, *_) -> None:
         if not self.alone and kind is None:
@@ -114,14 +117,15 @@ class Ranks:
 
     def gather(self, own: dict[int, T]) -> dict[int, T]:
         """Every rank's entries by client, in the clients' order, on the first rank; elsewhere nothing."""
-        everyone = [own]
+        everyone: list[dict[int, T]] | None = [own]
         if not self.alone:
             everyone = [{}] * self.size if self.first else None
             self._exchange(dist.gather_object, own, everyone)
-        return dict(sorted((k, v) for part in everyone or [] for k, v in part.items()))
+        found = {k: value for part in everyone or [] for k, value in part.items()}
+        return {k: found[k] for k in sorted(found)}
 
-    def share(self, value: T | None) -> T:
-        """The first rank's value, on every rank; the others' values are not looked at."""
+    def share(self, value: T) -> T:
+        """The first rank's value, on every rank; what the others hand in is not looked at."""
         box = [value]
         if not self.alone:
             self._exchange(dist.broadcast_object_list, box)
@@ -135,8 +139,8 @@ class Ranks:
     def speaks(self) -> bool:
         """True on one rank, the first to ask: the one that tells the user how the run ended."""
         try:
-            return self.alone or self.store.add("said", 1) == 1
-        except (AttributeError, RuntimeError):   # this rank met nobody, or torchrun is gone
+            return self.alone or self.store is None or self.store.add("said", 1) == 1
+        except RuntimeError:   # torchrun is gone
             return True
 
     @staticmethod

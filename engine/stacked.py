@@ -132,5 +132,7 @@ def _batches(orders: dict[int, np.ndarray], batch_size: int) -> tuple[Tensor, Te
     numbers = np.stack([np.pad(order, (0, length - len(order)), constant_values=order[0])
                         for order in orders.values()])
     counts = np.stack([np.arange(length) < len(order) for order in orders.values()])
-    return tuple(torch.from_numpy(a.reshape(len(orders), -1, batch_size)).transpose(0, 1)
-                 for a in (numbers, counts.astype(np.float32)))
+
+    def by_step(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.reshape(len(orders), -1, batch_size)).transpose(0, 1)
+    return by_step(numbers), by_step(counts.astype(np.float32))

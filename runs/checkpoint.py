@@ -12,6 +12,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 
@@ -24,7 +25,7 @@ MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest wait
 MOST_STEPS = 10**12   # of a client's: more than any run makes, and few enough to reckon with as floats
 
 
-def load_checked(path: Path) -> dict:
+def load_checked(path: Path) -> dict[str, Any]:
     """``torch.load`` of a dictionary of tensors and plain values only, on the CPU.
 
     Raises:
@@ -43,7 +44,7 @@ def load_checked(path: Path) -> dict:
                          "or start again with --overwrite") from error
 
 
-def same_layout(found: object, expected: State) -> bool:
+def same_layout(found: object, expected: State) -> TypeGuard[State]:
     """Whether a state dict has exactly the expected names, shapes and types."""
     return isinstance(found, dict) and found.keys() == expected.keys() and all(
         isinstance(found[name], torch.Tensor) and found[name].shape == value.shape
@@ -77,11 +78,18 @@ def read_shared(path: Path, travels: State, clients: int) -> dict:
         clients: of the run, by whose numbers uploads are filed.
     """
     found = load_checked(path)
-    sent, uploads = found.get("sent"), found.get("uploads")
-    if not (same_layout(sent, travels) and isinstance(uploads, dict) and all(
+    uploads = found.get("uploads")
+    if not (isinstance(uploads, dict) and all(
             is_whole(k) and k < clients and same_layout(upload, travels) for k, upload in uploads.items())):
         raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
-    if not is_finite(sent):
+    return {**found, "sent": checked_head(found.get("sent"), travels, path)}
+
+
+def checked_head(found: object, travels: State, path: Path) -> State:
+    """A head as it was read from a file, if it is like those that travel, and finite."""
+    if not same_layout(found, travels):
+        raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
+    if not is_finite(found):
         raise InputError(f"checkpoint {path} holds NaN or infinite values; start again with --overwrite")
     return found
 
@@ -110,7 +118,9 @@ class PrivateStore:
 
     def __init__(self, folder: Path, initial: Private, memory: int = MEMORY):
         self.folder, self.initial = folder, initial
-        self.kept, self.new, self.serial = {}, {}, 0
+        self.kept: dict[int, Private | Path] = {}
+        self.new: dict[int, Private | Path] = {}
+        self.serial = 0
         self.free = {"cpu": memory}   # bytes left, by the kind of device
         if initial.kind == "cuda":
             self.free["cuda"] = torch.cuda.mem_get_info()[0] // 2
@@ -122,7 +132,8 @@ class PrivateStore:
 
     def put(self, client: int, private: Private) -> None:
         """Remember for this round."""
-        entry, size = private, private.nbytes
+        entry: Private | Path = private
+        size = private.nbytes
         if private.kind == "cuda" and size <= self.free["cuda"]:
             self.free["cuda"] -= size
         elif size <= self.free["cpu"]:
@@ -130,8 +141,8 @@ class PrivateStore:
             entry = Private(off_heap(private.parameters), private.steps, off_heap(private.own))
         else:
             self.serial += 1
-            entry = self.folder / f"{client}-{self.serial}.pt"
-            write_private(entry, private)
+            entry = file = self.folder / f"{client}-{self.serial}.pt"
+            write_private(file, private)
         self.new[client] = entry
 
     def commit(self) -> None:
@@ -146,13 +157,14 @@ class PrivateStore:
 
     def export(self, clients: Iterable[int], folder: Path) -> None:
         """Write ``client_<k>.pt`` for each of the clients, as of the last commit."""
-        first = {}   # where an entry was written: clients that never trained share one
+        first: dict[int, Path] = {}   # where an entry was written: clients that never trained share one
         for k in clients:
             entry, target = self.kept.get(k, self.initial), folder / f"client_{k}.pt"
-            source = entry if isinstance(entry, Path) else first.setdefault(id(entry), target)
-            if source == target:
+            if isinstance(entry, Private) and id(entry) not in first:
+                first[id(entry)] = target
                 write_private(target, entry)
                 continue
+            source = entry if isinstance(entry, Path) else first[id(entry)]
             try:
                 os.link(source, target)
             except OSError:   # a file system without hard links
@@ -183,10 +195,11 @@ def read_private(path: Path, expected: State, travels: State | None = None) -> P
     if not (found.keys() - {"own"} == {"parameters", "steps"} and is_whole(found["steps"])
             and found["steps"] <= MOST_STEPS):
         raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
-    if not all(same_layout(*pair) for pair in used):
-        raise InputError(f"checkpoint {path} is of another network; start again with --overwrite")
-    if not all(is_finite(state) for state, _ in used):
-        raise InputError(f"checkpoint {path} holds NaN or infinite values; start again with --overwrite")
+    for state, like in used:
+        if not same_layout(state, like):
+            raise InputError(f"checkpoint {path} is of another network; start again with --overwrite")
+        if not is_finite(state):
+            raise InputError(f"checkpoint {path} holds NaN or infinite values; start again with --overwrite")
     return Private(**found)
 
 

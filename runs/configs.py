@@ -49,7 +49,7 @@ def read(path: Path, *needed: str) -> dict:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error})") from error
-    options = config.get("options")
+    options, fault = config.get("options"), None
     if config.get("status") not in ("unfinished", "finished"):
         fault = "its status is neither unfinished nor finished"
     elif config.get("protocol") not in tuple(EVALUATION_SPLIT):   # which compares what cannot be hashed, too

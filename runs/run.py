@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from metrics import METRICS
 from runs import configs, pictures
 from runs.checkpoint import (
     PrivateStore,
+    checked_head,
     is_whole,
     load_checked,
     read_private,
@@ -35,7 +36,6 @@ from runs.checkpoint import (
 )
 from runs.configs import EVALUATION_SPLIT
 from runs.csvs import append_csv, cut_csv
-from server.mean import is_finite
 from update import Private, State
 from utils import InputError, write_whole
 
@@ -78,7 +78,7 @@ def open_run(config: dict, initial: Private, head: State, memory: dict, ranks: R
         InputError: the folders are in use, belong to an earlier or foreign run, or are damaged.
     """
     with ExitStack() as held:
-        owner = _lock(config["options"], held) if ranks.first else None
+        owner = _lock(config["options"], held) if ranks.first else None   # the first holds it for all
         run = Run(config, initial, Progress(0, head, memory=memory), ranks, owner)
         with run.bar:
             yield run
@@ -124,11 +124,11 @@ class Run:
         self.config, self.rounds_kept = config, set(options["save_rounds"])
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
         self.finished = ranks.share(
-            ranks.first and self._admit(options["resume"], options["overwrite"], owner))
+            owner is not None and self._admit(options["resume"], options["overwrite"], owner))
         self.private = PrivateStore(self.models / ".private", initial)
         self.progress = start
         if not self.finished:
-            if ranks.first:
+            if owner is not None:
                 self._clear(*self._scraps())
                 owner.truncate(0)
                 owner.write(os.fsencode(self._seen_from_models()))
@@ -162,6 +162,7 @@ class Run:
 
     def write_partition(self, owned: list[np.ndarray], splits: list, labels: np.ndarray) -> None:
         """``partition.npz`` (who trains and who is tested on which image) and ``partition.png``."""
+        arrays: dict[str, Any]   # integers
         if self.config["protocol"] == "resplit":   # drawn afresh every round: only the owner is fixed
             arrays = {f"owned_{k}": indices for k, indices in enumerate(owned)}
         else:
@@ -310,16 +311,14 @@ class Run:
             server = load_checked(folder / "server.pt")
             if not self._is_ours(server, found):
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
-            if not is_finite(server["head"]):
-                raise InputError(f"checkpoint {folder}/server.pt holds NaN or infinite values; start again "
-                                 "with --overwrite")
+            head = checked_head(server["head"], start.head, folder / "server.pt")
             shared = read_shared(folder / "shared.pt", start.head, self.clients)
             for k in self.ranks.mine(range(self.clients)):
                 self.private.put(k, read_private(folder / f"client_{k}.pt", self.private.initial.parameters,
                                                  start.head))
             self.private.commit()
             csv_bytes = server["csv_bytes"]
-            self.progress = Progress(found, server["head"], shared["sent"], shared["uploads"],
+            self.progress = Progress(found, head, shared["sent"], shared["uploads"],
                                      memory=server["memory"])
         if self.ranks.first:   # only now: a checkpoint that this rank refuses leaves all as it was
             self.write_config()

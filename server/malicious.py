@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from engine.stacked import train_each
+from models import Classifier
 from server.mean import Round, Server, State, is_finite, moved, updates_of
 from server.robust import round_down
 from update import Diverged, Private, Trained, Trainer
@@ -107,6 +108,7 @@ def invented_inputs(trainer: Trainer, client: int, round: int, images: int, head
     """
     drawn, device = torch_rng(trainer.training.seed, "invent", client, round), trainer.labels.device
     network = trainer.model.classifier.eval()
+    assert isinstance(network, Classifier)
     state = {name.removeprefix("classifier."): value.to(device, copy=True).requires_grad_()
              for name, value in head.items()}
     count = min(images, trainer.training.batch_size)
@@ -203,9 +205,9 @@ class MaliciousClients:
         claimed = replace(round, sizes={k: n * (self.behaviour.inflates if k in self.members else 1)
                                         for k, n in round.sizes.items()})
         if bad and not self.behaviour.uploads:
-            return replace(claimed, **{
-                name: {k: value for k, value in getattr(claimed, name).items() if k not in self.members}
-                for name in ("uploads", "sizes")})
+            return replace(
+                claimed, uploads={k: head for k, head in claimed.uploads.items() if k not in self.members},
+                sizes={k: n for k, n in claimed.sizes.items() if k not in self.members})
         if not bad or self.behaviour.forge is None:
             return claimed
         own = updates_of(round.sent, [round.uploads[k] for k in bad])

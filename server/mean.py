@@ -4,12 +4,16 @@ A server is called once a round. It sees the uploads (``receive``), judges each 
 (``combine``). FedAvg's weighted mean is here; the other servers override one or two of these steps.
 """
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models import Classifier
+
+T = TypeVar("T")
 State = dict[str, Tensor]
+Memory = dict[str, Any]   # numbers and tensors that a server keeps from round to round
 
 
 def is_finite(state: State) -> bool:
@@ -73,7 +77,14 @@ class Setting:
     exposures: int | None = None
     noise_multiplier: float | None = None
     tolerate: float = 0.3
-    network: nn.Module | None = None
+    network: Classifier | None = None
+
+
+def required(value: T | None) -> T:
+    """A part of the setting that a server cannot do without."""
+    if value is None:
+        raise ValueError("the setting lacks what this server needs")
+    return value
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ class Judgement:
     """
 
     weights: dict[int, float] | None
-    memory: dict[str, float | Tensor]
+    memory: Memory
     columns: dict[int, dict[str, float]] = field(default_factory=dict)
     fallback: bool = False
 
@@ -139,10 +150,10 @@ class Server:
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self.memory: dict[str, float | Tensor] = {}
+        self.memory: Memory = {}
 
     @property
-    def facts(self) -> dict[str, float | str]:
+    def facts(self) -> dict[str, object]:
         """What ``config.json`` says of it."""
         return {}
 

@@ -9,7 +9,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from server.mean import Judgement, Round, Server, Setting, State, Verdict, is_finite
+from server.mean import Judgement, Round, Server, Setting, State, Verdict, is_finite, required
 from utils import InputError, rng, torch_rng
 
 
@@ -62,7 +62,7 @@ class NbAFL(Server):
             self.memory["clip"] = setting.clip
 
     @property
-    def facts(self) -> dict[str, float | str]:
+    def facts(self) -> dict[str, object]:
         """C and both sigmas once C is known, and what epsilon is worth."""
         s, known = self.setting, {}
         if "clip" in self.memory:
@@ -98,8 +98,8 @@ class NbAFL(Server):
 
     def _sigmas(self) -> tuple[float, float]:
         s = self.setting
-        return nbafl_sigmas(self.memory["clip"], s.smallest, s.epsilon, s.delta, s.exposures, s.rounds,
-                            s.clients)
+        return nbafl_sigmas(self.memory["clip"], s.smallest, required(s.epsilon), required(s.delta),
+                            required(s.exposures), s.rounds, s.clients)
 
 
 class ClientDP(Server):
@@ -116,10 +116,10 @@ class ClientDP(Server):
         super().__init__(setting)
         self.expected = setting.frac * setting.clients   # m
         self.z = setting.noise_multiplier or calibrated(setting)
-        self.memory["clip"] = setting.clip
+        self.memory["clip"] = required(setting.clip)
 
     @property
-    def facts(self) -> dict[str, float | str]:
+    def facts(self) -> dict[str, object]:
         """The guarantee and what it costs."""
         s = self.setting
         return {"epsilon": spent(self.z, s), "delta": s.delta, "noise_multiplier": self.z,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from server.mean import Judgement, Round, Server, Setting, State, moved, updates_of
+from server.mean import Judgement, Memory, Round, Server, Setting, State, moved, required, updates_of
 from utils import torch_rng
 
 LONG = 2.0                         # in median norms: a longer update loses trust
@@ -38,11 +38,12 @@ class ThreatAware(Server):
 
     def __init__(self, setting: Setting):
         super().__init__(setting)
+        self.network = required(setting.network)
         self.memory = {"trust": torch.ones(setting.clients), "seen": torch.zeros(setting.clients),
                        "fallbacks": 0}
 
     @property
-    def facts(self) -> dict[str, float | str]:
+    def facts(self) -> dict[str, object]:
         """In how many rounds most uploads were not trusted."""
         return {"fallbacks": self.memory["fallbacks"]}
 
@@ -84,7 +85,7 @@ class ThreatAware(Server):
             {k: {name: column[i].item() for name, column in columns.items()} for i, k in enumerate(clients)},
             fallback=weights is None)
 
-    def remembered(self, round: Round, now: dict[int, float], fallback: bool) -> dict:
+    def remembered(self, round: Round, now: dict[int, float], fallback: bool) -> Memory:
         """The memory after a round in which clients earned trust ``now``; an upload that could not be used
         earned none."""
         trust, count = self.memory["trust"].clone(), self.memory["seen"].clone()
@@ -126,10 +127,9 @@ class ThreatAware(Server):
 
     def probes(self, round: int, mean: State) -> tuple[Tensor, Tensor]:
         """Inputs that the head takes for each class in turn, ``N x C x H x W``, and those classes, ``N``."""
-        network = self.setting.network
         draw = torch_rng(self.setting.seed, "probes", round=round)
-        labels = torch.arange(network.output.out_features).repeat(PROBES)
-        x = torch.randn(len(labels), *network.input_shape, generator=draw)
+        labels = torch.arange(self.network.output.out_features).repeat(PROBES)
+        x = torch.randn(len(labels), *self.network.input_shape, generator=draw)
         x = x.to(memory_format=torch.channels_last).requires_grad_()   # half the time of a question
         optimizer = torch.optim.Adam([x], RATE)
         for _ in range(STEPS):
@@ -141,7 +141,7 @@ class ThreatAware(Server):
     def ask(self, head: State, x: Tensor) -> Tensor:
         """A head's logits."""
         layers = {name.removeprefix("classifier."): value for name, value in head.items()}
-        return functional_call(self.setting.network, layers, (x,))
+        return functional_call(self.network, layers, (x,))
 
 
 def lengths(updates: Tensor) -> tuple[Tensor, Tensor]:
