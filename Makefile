@@ -14,10 +14,11 @@ attack: $(VENV)/.run
 		--public $(PUBLIC)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
+	$(BIN)/mypy
 
 # A stamp is as new as the requirements it was installed from.
 $(VENV)/.run: requirements.txt

@@ -1,6 +1,6 @@
 """A training step and a round of ours, beside a plain PyTorch loop and the machine's floor.
 
-    python benchmarks/speed.py [--repeats 10] [--only cifar]
+    python benchmarks/speed.py [--repeats 5] [--only cifar]      under five minutes on two cores
 
 The two take turns and each figure is a median. `plain` is the loop as peers write it: DataLoader with per-
 image transforms, fp32, a copy of the model a client, a loss read every step. `ours` is update.Trainer with
@@ -29,6 +29,7 @@ from _path import load_driver  # lets this script import the project
 from plain import Plain, SmallCNN, Workload
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import models
 from metrics import Tally
@@ -36,12 +37,13 @@ from server.mean import weighted_mean
 from update import Private, Trainer, Training
 from utils import choose_device, choose_precision, environment, keep_freed_memory
 
+ROUNDS = 3   # turns of whole rounds, at most
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 WORKLOADS = {
-    "rve_pfl mnist, batch 256": Workload(models.RVE, GREY, 256, "adam", 2, 6, 1),
-    "rve_pfl cifar, batch 256": Workload(models.RVE, COLOUR, 256, "adam", 2, 6, 1),
-    "rve_pfl mnist, batch 32": Workload(models.RVE, GREY, 32, "adam", 2, 12, 4),
-    "rve_pfl cifar, batch 32": Workload(models.RVE, COLOUR, 32, "adam", 2, 12, 4),
+    "rve_pfl mnist, batch 256": Workload(models.RVE, GREY, 256, "adam", 2, 3, 1),
+    "rve_pfl cifar, batch 256": Workload(models.RVE, COLOUR, 256, "adam", 2, 3, 1),
+    "rve_pfl mnist, batch 32": Workload(models.RVE, GREY, 32, "adam", 2, 6, 4),
+    "rve_pfl cifar, batch 32": Workload(models.RVE, COLOUR, 32, "adam", 2, 6, 4),
     "50 small clients cifar, batch 10": Workload(SmallCNN, COLOUR, 10, "sgd", 50, 5, 20),
 }
 
@@ -119,13 +121,16 @@ def in_turns(plain: Elsewhere, ours: Ours, name: str, device: torch.device, repe
              times: int) -> list[float]:
     """Median seconds of the method ``name`` of each, called by turns; the first turn does not count.
 
-    Each call, or several timed together where they are short, follows an untimed one: caches are warm.
+    A step, or several timed together where they are short, follows an untimed one, so that caches are warm; a
+    round warms them itself.
     """
     seconds = []
-    for _ in range(repeats + 1):
-        plain.timed(name, 1)
+    for _ in tqdm(range(repeats + 1), desc=name, leave=False, disable=None):
+        if name == "step":
+            plain.timed(name, 1)
         theirs = plain.timed(name, times)
-        timed(getattr(ours, name), device)
+        if name == "step":
+            timed(getattr(ours, name), device)
         seconds.append((theirs, timed(getattr(ours, name), device, times)))
     return [statistics.median(column) for column in zip(*seconds[1:], strict=True)]
 
@@ -177,7 +182,7 @@ def measure(name: str, work: Workload, args: argparse.Namespace, device: torch.d
     operations, moved = counted(work, ours)
     floor = operations / rate[0] + moved / rate[1]
     step = in_turns(plain, ours, "step", device, args.repeats, work.steps)
-    whole = in_turns(plain, ours, "round", device, args.repeats, 1)
+    whole = in_turns(plain, ours, "round", device, min(args.repeats, ROUNDS), 1)
     plain.process.kill()
     return (f"{name:<34}{1e3 * step[0]:9.1f}{1e3 * step[1]:9.1f}{step[0] / step[1]:7.2f}{1e3 * floor:9.1f}"
             f"{floor / step[1]:8.0%}{whole[0]:9.2f}{whole[1]:9.2f}{whole[0] / whole[1]:7.2f}"
@@ -187,7 +192,7 @@ def measure(name: str, work: Workload, args: argparse.Namespace, device: torch.d
 def round_over_steps(work: Workload, device: torch.device, precision: str) -> float:
     """How much longer a whole round of RVE-PFL.py takes, evaluation and files included, than its steps.
 
-    Three rounds of ten local epochs, two clients of three batches: a tenth of the paper's data, so that what
+    Two rounds of ten local epochs, two clients of three batches: a tenth of the paper's data, so that what
     does not grow with the data weighs ten times as much as there. The first round does not count.
     """
     driver = load_driver()
@@ -215,14 +220,15 @@ def round_over_steps(work: Workload, device: torch.device, precision: str) -> fl
         np.savez(f"{folder}/drawn.npz", train_images=images[1:], test_images=images[:1],
                  train_labels=drawn.integers(0, 10, count - 1), test_labels=np.array([9]))
         driver.main(["--dataset", "drawn", "--data_dir", folder, "--results_dir", folder, "--models_dir",
-                     f"{folder}/models", "--partition", "iid", "--num_users", "2", "--rounds", "3",
+                     f"{folder}/models", "--partition", "iid", "--num_users", "2", "--rounds", "2",
                      "--local_bs", str(work.batch), "--device", str(device), "--precision", precision])
-    return (ends[2] - ends[0]) / sum(stepping[1:3])
+    return (ends[1] - ends[0]) / stepping[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=10, help="turns whose median is taken")
+    parser.add_argument("--repeats", type=int, default=5,
+                        help=f"turns whose median is taken; of rounds, which are longer, {ROUNDS} at most")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of ours")
@@ -237,7 +243,7 @@ def main() -> None:
           f"{'reached':>8}{'plain':>9}{'ours':>9}{'x':>7}")
     for name, work in WORKLOADS.items():
         if args.only in name:
-            print(measure(name, work, args, device, rate), flush=True)
+            tqdm.write(measure(name, work, args, device, rate))
     print("\na whole round of RVE-PFL.py, evaluation and files included, over its training steps:")
     for name, work in WORKLOADS.items():
         if args.only in name and work.network is models.RVE:

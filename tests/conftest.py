@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Before PyTorch is imported: the models are tiny, and several tests run at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 
