@@ -65,7 +65,7 @@ def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
     classes, counts = np.unique(labels, return_counts=True)
     if classes_per_client > len(classes):
         raise InputError(f"--classes_per_client {classes_per_client}: the data has {len(classes)} classes")
-    load = np.zeros(len(classes))   # in shares of a client, so that supply follows demand
+    load = np.zeros(len(classes))   # the shares of the clients that have a class, added up
     holders: list[list[int]] = [[] for _ in classes]
     for client, share in enumerate(shares):
         # The least loaded classes, ties at random: loads stay within one client of each other.
@@ -73,8 +73,8 @@ def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
         load[chosen] += share
         for c in chosen:
             holders[c].append(client)
-    # Two images of each class to everybody, so that one can be trained on, then the rest by share: as many
-    # a unit of share as the scarcest class allows.
+    # Everybody gets two images of each of its classes, so that one can be trained on. The rest is dealt by share,
+    # and the scarcest class decides how many images a unit of share is.
     spare = counts - MIN_IMAGES * np.array([len(clients) for clients in holders])
     if spare.min() < 0:
         raise InputError(f"--num_users {len(shares)} --classes_per_client {classes_per_client}: too few "

@@ -155,7 +155,7 @@ class Trainer:
 
     def trained(self, client: int, round: int, state: State, steps: int, tally: Tally) -> Trained:
         """What ``train`` returns, of a client's parameters after training, or Diverged."""
-        if not torch.stack([value.isfinite().all() for value in state.values()]).all():   # the last step
+        if not torch.stack([value.isfinite().all() for value in state.values()]).all():   # by the last step
             raise self.diverged(client, round)
         upload, kept = self.shared_and_private(state)
         own = upload if self.method.protects else {}
@@ -227,9 +227,9 @@ class Trainer:
         return self.images[batch].permute(0, 3, 1, 2).float().div_(255)
 
     def augmented(self, batch: Tensor) -> Tensor:
-        """``_pixels``, mirrored left to right with probability 1/2, or shifted too, where asked to.
+        """``_pixels``, and as ``augment`` says: mirrored left to right with probability 1/2, and shifted.
 
-        A shift is up to SHIFT pixels each way, with the image's own mirrored edge filling the gap.
+        A shift is up to SHIFT pixels each way; the image's mirrored edge fills the gap.
         """
         if self.training.augment == "none":
             return self._pixels(batch)
@@ -248,8 +248,11 @@ class Trainer:
         self.model.load_state_dict({**shared, **private.parameters})
 
     def make_optimizer(self, parameters: State) -> torch.optim.Optimizer:
-        """A client's own optimiser, new every round as in FedAvg: the head's moments belong to weights that
-        the server has since replaced, and the encoder's would treble what a client stores."""
+        """A client's own optimiser, new in every round, as in FedAvg.
+
+        The head's moments would belong to weights that the server has replaced since; the encoder's would treble
+        what a client stores.
+        """
         how = self.training
         groups = [{"params": [value for name, value in parameters.items()
                               if name.startswith("classifier.") == of_head], "scale": scale}

@@ -20,7 +20,7 @@ class InputError(Exception):
 
 
 def rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> np.random.Generator:
-    """The generator of one draw. Nothing else decides it, so no draw depends on the order of others."""
+    """The generator of one draw. It depends on nothing else, so the order of draws does not matter."""
     digest = hashlib.blake2b(purpose.encode(), digest_size=4).digest()
     return np.random.default_rng([seed, int.from_bytes(digest, "little"), client, round])
 
@@ -66,10 +66,10 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse big blocks instead of giving them back to the kernel after every tensor.
+    """Let glibc keep big blocks for reuse, instead of returning them to the kernel after every tensor.
 
-    A training step allocates hundreds of megabytes; mapping and zeroing them anew each step costs a
-    third of its time on a CPU. Without glibc this does nothing.
+    A training step allocates hundreds of megabytes. To map and zero them anew takes a third of the step's time on
+    a CPU. Without glibc this does nothing.
     """
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4   # <malloc.h>
     try:
@@ -82,7 +82,7 @@ def keep_freed_memory() -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have ``write`` fill a file beside ``path``, then rename it: a reader sees all of it or nothing.
+    """Let ``write`` fill a file beside ``path``, then rename it: a reader sees all of it or nothing.
 
     Raises:
         OSError: the file cannot be written (no room, no permission); nothing is left behind.
@@ -100,9 +100,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Delete what ``write_whole`` of a killed process left of files whose names fit the pattern ``names``.
+    """Delete the unfinished files that ``write_whole`` of a killed process left behind.
 
-    Where no lock says that nobody else writes there: a process that still lives is left its files.
+    Files of a process that is still alive stay: this is for folders without a lock.
+
+    Args:
+        names: a pattern for the names of the finished files.
     """
     for path in folder.glob(f".{names}.tmp"):
         owner = path.name.split(".")[-2]
@@ -111,7 +114,7 @@ def remove_leftovers(folder: Path, names: str) -> None:
 
 
 def _lives(pid: int) -> bool:
-    """Whether another process has this number; our own is no writer's yet."""
+    """Whether a process other than ours has this number."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -122,7 +125,7 @@ def _lives(pid: int) -> bool:
 
 
 def environment(device: torch.device) -> dict:
-    """What a figure depends on besides the options: versions, commit, machine."""
+    """What a result depends on besides the options: versions, commit, machine."""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "commit": _commit(),

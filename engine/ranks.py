@@ -2,10 +2,9 @@
 
     torchrun --nproc-per-node 2 RVE-PFL.py --dataset cifar
 
-Client k belongs to rank ``k mod size`` for good, so a private encoder never leaves its process. Every rank
-runs the same program; the first is also the server, and alone writes CSVs. Heads move twice a round: the
-uploads to the first rank, and what it made of them to all. They lie in main memory, so they travel over
-gloo, whatever device trains.
+Client k always belongs to rank ``k mod size``, so a private encoder never leaves its process. Every rank runs
+the same program. The first is also the server, and it alone writes CSVs. Heads travel twice a round: the uploads
+to the first rank, and the new head to all. They are in main memory and travel over gloo, whatever device trains.
 """
 import datetime
 import os
@@ -22,7 +21,7 @@ from utils import InputError
 
 T = TypeVar("T")
 DAY = datetime.timedelta(days=1)   # ranks may wait long for one another; one that died is noticed at once
-SILENCE = 10   # seconds of waiting for the first meeting that need no word
+SILENCE = 10   # seconds of waiting for the others before anything is printed
 
 
 class PeerLost(Exception):
@@ -64,7 +63,7 @@ class Ranks:
         return self
 
     def _meet(self, waiting: str) -> None:
-        """Return once all ranks are there; left to itself PyTorch would wait mutely, and deaf to Ctrl-C."""
+        """Return once all ranks are there. PyTorch's own waiting prints nothing and ignores Ctrl-C."""
         began, said = time.monotonic(), False
         while missing := self._missing():
             waited = time.monotonic() - began
@@ -108,7 +107,7 @@ class Ranks:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The first rank leaves the block before the others enter it, so that a download is made once."""
+        """The first rank leaves the block before the others enter it, so that a download happens once."""
         if not self.first:
             self.wait()
         yield
@@ -137,7 +136,7 @@ class Ranks:
             self._exchange(dist.barrier)
 
     def speaks(self) -> bool:
-        """True on one rank, the first to ask: the one that tells the user how the run ended."""
+        """True for the first rank that asks: it tells the user how the run ended."""
         try:
             return self.alone or self.store is None or self.store.add("said", 1) == 1
         except RuntimeError:   # torchrun is gone

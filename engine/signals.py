@@ -1,4 +1,4 @@
-"""Signals that wait for two writes that belong together, and a standard output that cannot fail."""
+"""Signals that are put off while files are written, and a standard output that cannot fail."""
 import errno
 import os
 import select
@@ -14,7 +14,7 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM raise Interrupted, except inside ``held()``, which they wait for."""
+    """While entered, SIGINT and SIGTERM raise Interrupted; inside ``held()``, at its end."""
 
     def __enter__(self):
         self.holding, self.pending = False, None
@@ -33,7 +33,7 @@ class Interrupts:
 
     @contextmanager
     def held(self):
-        """Let no signal between two writes that belong together."""
+        """Put signals off until the end of the block: its writes belong together."""
         self.holding = True
         try:
             yield
@@ -44,11 +44,11 @@ class Interrupts:
 
 
 class Steady:
-    """A standard stream that never fails: what nobody can take any more is dropped, and the work goes on.
+    """A standard stream that never fails: if it cannot be written any more, the text is dropped.
 
-    What the program says is also in its files, so a full disk behind standard output, or a reader who has
-    seen enough (``| head``), is no reason to lose a training. Letters that the stream's encoding lacks, or
-    bytes of a file name that are no letters, are shown as escapes.
+    What the program prints is also in its files. So a full disk behind standard output, or a reader who has
+    seen enough (``| head``), is no reason to lose a training. Characters that the stream cannot encode are shown
+    as escapes.
     """
 
     def __init__(self, stream: TextIO | None, lost: str = ""):
@@ -73,7 +73,7 @@ class Steady:
         except BlockingIOError:   # a terminal that others made non-blocking, full for a moment
             select.select([], [self.stream.fileno()], [], 1.0)
         except OSError as error:
-            # What the stream still holds goes there too, when it is flushed or closed.
+            # What is still in the stream's buffer goes there too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if self.lost and error.errno != errno.EPIPE:
                 print(f"{self.lost} ({error.strerror})", file=sys.stderr)
@@ -81,7 +81,7 @@ class Steady:
 
 @contextmanager
 def steady_output(program: str) -> Iterator[None]:
-    """While entered, printing cannot fail (``Steady``); a full standard output is said once, on the other."""
+    """While entered, printing cannot fail (``Steady``). If standard output fails, standard error says so once."""
     while os.open(os.devnull, os.O_RDWR) <= 2:   # or a file of ours would become the stream that was closed
         pass
     sys.stderr = Steady(sys.stderr)

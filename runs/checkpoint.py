@@ -1,9 +1,9 @@
-"""Checkpoint files, and where private parameters wait between a client's turns.
+"""Checkpoint files, and the store of private parameters between a client's turns.
 
 A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``uploads``), ``client_<k>.pt``
 (what stayed with client k) and ``server.pt`` (the head just aggregated, and what the server remembers), so
-an adversary's access to files is its threat model. All are read with ``weights_only=True``: a file from
-elsewhere cannot run code.
+an adversary's access to files is its threat model. All are read with ``weights_only=True``, so that a file
+from elsewhere cannot run code.
 """
 import mmap
 import os
@@ -22,7 +22,7 @@ from update import Private, State
 from utils import InputError, write_whole
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
-MOST_STEPS = 10**12   # of a client's: more than any run makes, and few enough to reckon with as floats
+MOST_STEPS = 10**12   # of a client: more than any run makes, and still exact as a float
 
 
 def load_checked(path: Path) -> dict[str, Any]:
@@ -53,13 +53,16 @@ def same_layout(found: object, expected: State) -> TypeGuard[State]:
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is a number of things: an int, and no bool, not below 0."""
+    """Whether it is an int of at least 0, and no bool."""
     return type(value) is int and value >= 0
 
 
 def same_memory(found: object, expected: dict) -> bool:
-    """Whether it may be what a server remembers, given what it remembers at the start: tensors like those,
-    counts where those are, else numbers, of which it may have found more (NbAFL its clip); none below 0."""
+    """Whether it can be a server's memory, given its memory at the start.
+
+    Tensors must be like those of the start, and counts must be counts. There may be further numbers, as NbAFL's
+    clip, which it finds in the first round. Nothing is below 0.
+    """
     def like(value, start):
         if isinstance(start, torch.Tensor):
             return same_layout({"": value}, {"": start}) and is_finite({"": value}) and not (value < 0).any()
@@ -71,7 +74,7 @@ def same_memory(found: object, expected: dict) -> bool:
 
 
 def read_shared(path: Path, travels: State, clients: int) -> dict:
-    """Read a ``shared.pt``. What clients uploaded may hold NaN, as a malicious one's does; not what was sent.
+    """Read a ``shared.pt``. An upload may hold NaN, since a malicious client's does; what was sent may not.
 
     Args:
         travels: a state dict like those that are sent and uploaded.
@@ -97,8 +100,8 @@ def checked_head(found: object, travels: State, path: Path) -> State:
 def off_heap(state: State) -> State:
     """A copy in memory of its own, which the kernel gets back when the copy is dropped.
 
-    On the heap, what lives for a round would lie between the blocks that every training step reuses, and
-    break them into ever smaller ones: the process would grow with every round.
+    On the heap, tensors that live for a round would lie between the blocks that every training step reuses, and
+    split these into smaller and smaller ones: the process would grow with every round.
     """
     copy = {}
     for name, value in state.items():
@@ -109,11 +112,11 @@ def off_heap(state: State) -> State:
 
 
 class PrivateStore:
-    """What stays with each client between turns: on the GPU that trains, up to half of what is free there,
-    then in memory up to MEMORY bytes, then in files.
+    """What stays with each client between its turns.
 
-    ``put`` is provisional until ``commit``: a round cut short leaves everybody as before it. Files are
-    never written twice, so a checkpoint can hard-link them instead of copying.
+    It is kept on the GPU that trains, up to half of what is free there; then in memory, up to MEMORY bytes; then
+    in files. What is ``put`` counts after ``commit`` only, so that an interrupted round changes nobody. A file is
+    never written twice, so that a checkpoint can hard-link it instead of copying it.
     """
 
     def __init__(self, folder: Path, initial: Private, memory: int = MEMORY):
@@ -126,7 +129,7 @@ class PrivateStore:
             self.free["cuda"] = torch.cuda.mem_get_info()[0] // 2
 
     def get(self, client: int) -> Private:
-        """The client's latest; a client that has never trained has what all began with."""
+        """The client's latest; a client that has never trained has what all started from."""
         entry = self.new.get(client, self.kept.get(client, self.initial))
         return read_private(entry, self.initial.parameters) if isinstance(entry, Path) else entry
 

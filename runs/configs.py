@@ -1,7 +1,7 @@
-"""What an earlier run's ``config.json`` says, checked alike wherever it is read.
+"""The ``config.json`` of an earlier run, checked in one place for all who read it.
 
-It may be of an older version, damaged, or made by somebody else: its options are held against what options.py
-declares, as a command line's are.
+It may be of an older version, damaged, or made by somebody else. So its options have to pass the same checks as
+those of a command line.
 """
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from options import stored_fault
 from utils import InputError
 
-# What an evaluation is on, by protocol; CSVs and pictures say so.
+# Protocol -> the split of images that is evaluated, as CSVs and pictures name it.
 EVALUATION_SPLIT = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
 LARGEST = 16 * 2**20   # bytes of JSON: a few KiB are usual
 

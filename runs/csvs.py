@@ -28,7 +28,7 @@ def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:
 
 
 def cut_csv(path: Path, columns: list[str], size: int | None) -> None:
-    """Leave of a CSV its first ``size`` bytes, what it held at a checkpoint; without one, its header.
+    """Cut a CSV to its first ``size`` bytes, its length at a checkpoint; without a checkpoint, to its header.
 
     Raises:
         InputError: the file is shorter than that, or not one that ended a line there.

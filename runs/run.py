@@ -1,8 +1,8 @@
-"""A run's folders: its lock, its CSVs, when it saves, and what lets it go on after ``kill -9``.
+"""A run's folders: lock, CSVs, checkpoints, and going on after ``kill -9``.
 
-``results/<run>/`` holds what is published, ``saved_models/<run>/round_<r>/`` a checkpoint
-(checkpoint.py). A CSV only ever grows by whole rounds, and a checkpoint remembers how long each was:
-resuming cuts them there and computes the rest again, to the same bytes on a CPU.
+``results/<run>/`` holds what is published, ``saved_models/<run>/round_<r>/`` a checkpoint (checkpoint.py).
+A CSV only ever grows by whole rounds, and a checkpoint remembers how long each was. Resuming cuts the CSVs to
+that length and computes the later rounds again, on a CPU to the same bytes.
 """
 import fcntl
 import json
@@ -85,9 +85,10 @@ def open_run(config: dict, initial: Private, head: State, memory: dict, ranks: R
 
 
 def _lock(options: dict, held: ExitStack) -> BinaryIO:
-    """Take both folders of a run, until ``held`` closes; the file in which checkpoints say whose they are.
+    """Lock both folders of a run until ``held`` closes: another run may have one of them in common with it.
 
-    Two runs may share the one and not the other. The file is the lock in the checkpoints' folder.
+    Returns:
+        The lock in the checkpoints' folder, in which stands which run they belong to.
     """
     results, models = (Path(options[name]) / options["run_name"] for name in ("results_dir", "models_dir"))
     for folder in (results, models):
@@ -110,9 +111,9 @@ def _lock(options: dict, held: ExitStack) -> BinaryIO:
 class Run:
     """One run's folders; open them with ``open_run``.
 
-    With several ranks each writes its own clients' checkpoints, and the first everything else, all into the
-    same folders. What every rank must do alike, the first decides. Of the checkpoints' folder only what is
-    this program's is ever deleted: it may be a link to somewhere, or hold other things.
+    With several ranks, each writes its own clients' checkpoints and the first writes everything else, all into
+    the same folders. The first also decides what all of them have to do alike. In the checkpoints' folder only
+    this program's own files are ever deleted, since it may be a link, or hold other things.
     """
 
     def __init__(self, config: dict, initial: Private, start: Progress, ranks: Ranks,
@@ -135,13 +136,13 @@ class Run:
                 owner.flush()
             self._restore()
         self.saved_round, self.saved_at = self.progress.round, time.monotonic()
-        # In clients, so that the time left is known within a round too. No bar where nobody watches.
+        # It moves with every client, so that the time left is known within a round. No bar without a terminal.
         self.bar = tqdm(initial=self.progress.round, total=options["rounds"], unit="round",
                         disable=self.finished or not ranks.first or None,
                         bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
 
     def advance(self, round: int, client: int, asked: int, accuracy: float) -> None:
-        """Move the bar on by one of the ``asked`` clients that train in a round."""
+        """Move the bar by one of the ``asked`` clients that train in a round."""
         self.bar.set_description(f"round {round}/{self.bar.total} client {client} accuracy {accuracy:.3f}")
         self.bar.update(1 / asked)
 
@@ -150,7 +151,7 @@ class Run:
         self.bar.write(line, file=sys.stderr)
 
     def note(self, facts: dict) -> None:
-        """Have ``config.json`` say what the server knows of itself, if that is new."""
+        """Write what the server knows of itself into ``config.json``, if that is new."""
         if self.config.get("server") != facts:
             self.config["server"] = facts
             self.write_config()
@@ -245,7 +246,7 @@ class Run:
         return self.results.name + mark.get(self.config["protocol"], "")
 
     def _admit(self, resume: bool, overwrite: bool, owner: BinaryIO) -> bool:
-        """Settle what becomes of an earlier run of this name; True if it is finished and was resumed."""
+        """Decide what happens to an earlier run of this name; True if it is finished and was resumed."""
         name, path = self.results.name, self.results / "config.json"
         owner.seek(0)
         said = owner.read(4096)
@@ -299,12 +300,12 @@ class Run:
         return os.path.relpath(self.results.resolve(), self.models.resolve())
 
     def _scraps(self) -> list[Path]:
-        """What a killed process left half done. The lock says that no other trains here; one may attack."""
+        """What a killed process left half done. Nobody else trains here (the lock), but somebody may attack."""
         return [self.models / ".private", *self.models.glob(".round_*"),
                 *(p for p in self.results.glob(".*.tmp") if not p.name.startswith(".attack"))]
 
     def _restore(self) -> None:
-        """Go back to the latest checkpoint, or to the start: cut the CSVs there and load what it holds."""
+        """Go back to the latest checkpoint, or to the start: load it, and cut the CSVs to its length."""
         found, csv_bytes = self.ranks.share(max(self._checkpoints(), default=0)), {}
         if found:
             folder, start = self.models / f"round_{found}", self.progress
@@ -320,13 +321,13 @@ class Run:
             csv_bytes = server["csv_bytes"]
             self.progress = Progress(found, head, shared["sent"], shared["uploads"],
                                      memory=server["memory"])
-        if self.ranks.first:   # only now: a checkpoint that this rank refuses leaves all as it was
+        if self.ranks.first:   # only now: if the checkpoint is refused, nothing has changed
             self.write_config()
             for name, columns in CSV_COLUMNS.items():
                 cut_csv(self.results / name, columns, csv_bytes.get(name))
 
     def _is_ours(self, server: dict, round: int) -> bool:
-        """Whether a ``server.pt`` is as this run would have written it after that round."""
+        """Whether a ``server.pt`` is what this run would have written after that round."""
         return (server.keys() == {"round", "head", "csv_bytes", "memory"}
                 and is_whole(server["round"]) and server["round"] == round
                 and same_layout(server["head"], self.progress.head)
@@ -337,7 +338,7 @@ class Run:
     @staticmethod
     def _clear(*paths: Path) -> None:
         for path in paths:
-            if path.is_dir() and not path.is_symlink():   # of a link, the link
+            if path.is_dir() and not path.is_symlink():   # a link is removed, not what it leads to
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
