@@ -38,7 +38,8 @@ def common() -> list[Option]:
         CLASSES_PER_CLIENT, ALPHA,
         Option("unequal", "clients differ in size (log-normal, sigma 0.5)", bool, False, group="data"),
         Option("resplit", "the released protocol, for comparison: train and test images are drawn afresh every "
-               "round, so the test images have been trained on; file names and CSVs say so", bool, False, group="data"),
+               "round, so the test images have been trained on; file names and CSVs say so", bool, False,
+               group="data"),
         Option("validate", "for choosing options: evaluate on a tenth of each client's training images, held "
                "out, and never on its test images; file names and CSVs say so", bool, False, group="data"),
 
