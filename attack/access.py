@@ -35,7 +35,7 @@ ADVERSARIES = ("curious_server", "stolen_model", "prediction_api", "curious_clie
 
 
 @dataclass(frozen=True)
-class Run:
+class Target:
     """A finished or interrupted run: its description, and the untrained network."""
 
     results: Path
@@ -44,7 +44,7 @@ class Run:
     data: datasets.Dataset
 
     @property
-    def split(self) -> bool:
+    def has_encoder(self) -> bool:
         """Whether the method has an encoder before the head."""
         return hasattr(self.network(), "encoder")
 
@@ -114,7 +114,7 @@ class Run:
         return halves[0], halves[1]
 
 
-def open_run(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Run:
+def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Target:
     """Read ``config.json`` and the run's data set.
 
     Raises:
@@ -125,7 +125,7 @@ def open_run(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> 
         there = sorted(p.parent.name for p in results_dir.glob("*/config.json"))
         raise InputError(f"--run {name}: no {path}; there: {', '.join(there) or 'no runs'}")
     options = configs.read(path, "dataset", "method", "num_users", "init_logvar", "seed")["options"]
-    return Run(results_dir / name, models_dir / name, options, datasets.load(options["dataset"], data_dir))
+    return Target(results_dir / name, models_dir / name, options, datasets.load(options["dataset"], data_dir))
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Holdings:
 
     head: nn.Module | None
     encoder: nn.Module | None
-    split: bool
+    has_encoder: bool
     image_shape: tuple[int, int, int]
     stepped: nn.Module | None = None
 
@@ -164,7 +164,7 @@ class Holdings:
     def logits(self, x: Tensor, draws: int = 0) -> Tensor:
         """``N x C x H x W`` -> log-probabilities ``N x num_classes``: through mu, or, with ``draws``, the log
         of the probabilities' mean over that many draws of z."""
-        if not self.split:
+        if not self.has_encoder:
             return self.head(x).log_softmax(1)
         mu, logvar = self.posterior(x)
         if not draws or logvar is None:
@@ -174,57 +174,57 @@ class Holdings:
         return each.unflatten(0, (draws, -1)).logsumexp(0) - float(np.log(draws))
 
 
-def hold(run: Run, adversary: str, round: int, client: int, own: int = 0) -> Holdings:
+def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) -> Holdings:
     """What the adversary has of ``client`` at ``round``; ``own`` is a curious client's own number."""
-    shared, network = run.shared(round), run.network()
+    shared, network = target.shared(round), target.network()
     if adversary == "curious_server" and not shared["sent"]:
-        raise InputError(f"--adversary curious_server: --method {run.options['method']} sends it nothing")
+        raise InputError(f"--adversary curious_server: --method {target.options['method']} sends it nothing")
     if adversary == "curious_server":
         parameters = shared["uploads"].get(client, shared["sent"])
     elif adversary == "curious_client":   # it is never shown another's upload
-        parameters = {**shared["sent"], **run.private(round, own).parameters}
+        parameters = {**shared["sent"], **target.private(round, own).parameters}
     else:
-        private = run.private(round, client)
-        parameters = {**run.own_head(round, client, private), **private.parameters}
+        private = target.private(round, client)
+        parameters = {**target.own_head(round, client, private), **private.parameters}
     whole = all(name in parameters for name in network.state_dict() if name.startswith("classifier."))
     network.load_state_dict(parameters, strict=False)
     network.requires_grad_(False)
     stepped = None
     if adversary == "curious_server" and whole:
-        stepped = run.network().requires_grad_(False)
-        stepped.load_state_dict(run.sent_next(round), strict=False)
+        stepped = target.network().requires_grad_(False)
+        stepped.load_state_dict(target.sent_next(round), strict=False)
         stepped = stepped.classifier
-    has_encoder = run.split and adversary != "curious_server"
+    has_encoder = target.has_encoder and adversary != "curious_server"
     return Holdings(network.classifier if whole else None, network.encoder if has_encoder else None,
-                    run.split, run.data.image_shape, stepped)
+                    target.has_encoder, target.data.image_shape, stepped)
 
 
 class Victim:
     """One client, playing what it does in a round on images of its own: what leaves it is observed."""
 
-    def __init__(self, run: Run, round: int, client: int):
-        self.run, self.sent_next = run, run.sent_next(round)
-        private = run.private(round, client)
-        self.private, self.own = private.parameters, run.own_head(round, client, private)
+    def __init__(self, target: Target, round: int, client: int):
+        self.target, self.sent_next = target, target.sent_next(round)
+        private = target.private(round, client)
+        self.private, self.own = private.parameters, target.own_head(round, client, private)
 
     def _holdings(self, shared: State) -> Holdings:
-        network = self.run.network()
+        network = self.target.network()
         network.load_state_dict({**shared, **self.private})
-        return Holdings(network.classifier, getattr(network, "encoder", None), self.run.split,
-                        self.run.data.image_shape)
+        return Holdings(network.classifier, getattr(network, "encoder", None), self.target.has_encoder,
+                        self.target.data.image_shape)
 
     @torch.no_grad()
     def head_input(self, x: Tensor) -> Tensor:
         """What the head sees of images: the images, or a draw of z as images."""
         holdings = self._holdings(self.own)
-        return as_image(holdings.sample(x), holdings.image_shape) if self.run.split else x
+        return as_image(holdings.sample(x), holdings.image_shape) if self.target.has_encoder else x
 
     @torch.no_grad()
     def noise(self, x: Tensor) -> dict[str, float] | None:
         """What the noise on z leaves of images, means over them: ``kl_nats``, at most what a draw of z can
         tell of one; ``sigma``; ``snr_db``, the variance of mu over images against that of the noise. None
         without noise."""
-        if not self.run.split:
+        if not self.target.has_encoder:
             return None
         holdings = self._holdings(self.own)
         mu, logvar = zip(*(holdings.posterior(part) for part in x.split(256)), strict=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attack import classes, gradients, learnt
-from attack.access import Holdings, Run, Victim
+from attack.access import Holdings, Target, Victim
 from methods import METHODS
 from models import FlattenHWC, as_image
 from options import NOISY
@@ -45,7 +45,7 @@ class Adversary:
     @cached_property
     def view(self) -> Holdings:
         """A way from images to logits: the model itself, or the head behind a shadow encoder."""
-        if not self.holdings.split or self.holdings.encoder is not None:
+        if not self.holdings.has_encoder or self.holdings.encoder is not None:
             return self.holdings
         return learnt.shadow_encoder(self.holdings, self.start, self.public, self.labels, self.budget.epochs,
                                      self.kl_weight)
@@ -73,7 +73,7 @@ class Adversary:
 
     def images_of(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Recovered inputs of the head, ``N x C x H x W``, and their labels -> images."""
-        if not self.holdings.split:
+        if not self.holdings.has_encoder:
             return inputs.clamp(0, 1)
         classes = tuple(labels.unique().tolist())
         if classes not in self.decoders:   # of latents that have errors
@@ -82,12 +82,12 @@ class Adversary:
 
     def smooth(self, weight: float) -> float:
         """The weight of total variation in a gradient's inversion: images are smooth, latents are not."""
-        return 0.0 if self.holdings.split else weight
+        return 0.0 if self.holdings.has_encoder else weight
 
     def starts(self, *shape: int) -> Tensor:
         """Restarts: noise of the size of images, or of latents."""
         noise = torch.randn(self.budget.restarts, *shape)
-        return noise if self.holdings.split else (0.5 + 0.2 * noise).clamp(0, 1)
+        return noise if self.holdings.has_encoder else (0.5 + 0.2 * noise).clamp(0, 1)
 
 
 # Class attacks: (adversary, labels P) -> R x P x C x H x W, of each label the adversary's own choice first.
@@ -128,51 +128,51 @@ def together(victim: Victim, x: Tensor, y: Tensor, budget: Budget, steps: int) -
     return [victim.update(x, y, lambda head, z, t: gradients.epoch_update(head, z, t, budget.lr, batch))]
 
 
-def stacked(seen: list[State]) -> State:
-    return {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
+def stacked(observed: list[State]) -> State:
+    return {name: torch.stack([one[name] for one in observed]) for name in observed[0]}
 
 
-def dlg(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
+def dlg(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     head, shape = adversary.holdings.stepped, adversary.holdings.image_shape
-    outputs = len(seen[0]["output.bias"])
+    outputs = len(observed[0]["output.bias"])
     tried = [[gradients.deep_leakage(head, one, 1, outputs, start[None], adversary.budget.iterations)
-              for one, start in zip(seen, starts, strict=True)]
-             for starts in adversary.starts(len(seen), *shape)]
+              for one, start in zip(observed, starts, strict=True)]
+             for starts in adversary.starts(len(observed), *shape)]
     found = torch.stack([torch.cat([x for x, _ in row]) for row in tried])
     value = torch.tensor([[v for _, v in row] for row in tried])
     found, _ = gradients.best_first(found.nan_to_num(0.5), value)
-    labels = torch.cat([gradients.labels_of(one, 1) for one in seen])
+    labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
     return every(adversary, found, labels), labels
 
 
-def cosine_tv(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
-    head, labels = adversary.holdings.stepped, torch.stack([gradients.labels_of(one, 1) for one in seen])
-    start = adversary.starts(len(seen), 1, *adversary.holdings.image_shape)
-    found, _ = gradients.invert(lambda x, y: gradients.gradient(head, x, y), stacked(seen), labels, start,
+def cosine_tv(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    head, labels = adversary.holdings.stepped, torch.stack([gradients.labels_of(one, 1) for one in observed])
+    start = adversary.starts(len(observed), 1, *adversary.holdings.image_shape)
+    found, _ = gradients.invert(lambda x, y: gradients.gradient(head, x, y), stacked(observed), labels, start,
                                 adversary.budget.iterations, adversary.smooth(1e-2),
-                                not adversary.holdings.split)
+                                not adversary.holdings.has_encoder)
     return every(adversary, found.squeeze(2), labels.squeeze(1)), labels.squeeze(1)
 
 
-def analytic(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
+def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     head, shape = adversary.holdings.stepped, adversary.holdings.image_shape
     place = next(i for i, part in enumerate(head.features) if isinstance(part, nn.Linear))
-    recovered = torch.stack([gradients.dense_input(one, f"features.{place}") for one in seen])
-    found, _ = gradients.from_features(head.features[:place], recovered, adversary.starts(len(seen), *shape),
-                                       adversary.budget.iterations, adversary.smooth(1e-4),
-                                       not adversary.holdings.split, lr=0.1)
-    labels = torch.cat([gradients.labels_of(one, 1) for one in seen])
+    recovered = torch.stack([gradients.dense_input(one, f"features.{place}") for one in observed])
+    start = adversary.starts(len(observed), *shape)
+    found, _ = gradients.from_features(head.features[:place], recovered, start, adversary.budget.iterations,
+                                       adversary.smooth(1e-4), not adversary.holdings.has_encoder, lr=0.1)
+    labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
     return every(adversary, found, labels), labels
 
 
-def update(adversary: Adversary, seen: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
+def update(adversary: Adversary, observed: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
     """The inversion of ``together``."""
     head, lr, batch = adversary.holdings.stepped, adversary.budget.lr, -(-count // steps)
-    labels = gradients.labels_of(seen[0], count, min(steps, count))
+    labels = gradients.labels_of(observed[0], count, min(steps, count))
     start = adversary.starts(1, count, *adversary.holdings.image_shape)
-    found, _ = gradients.invert(lambda x, y: gradients.epoch_update(head, x, y, lr, batch), stacked(seen),
+    found, _ = gradients.invert(lambda x, y: gradients.epoch_update(head, x, y, lr, batch), stacked(observed),
                                 labels[None], start, adversary.budget.iterations, adversary.smooth(1e-2),
-                                not adversary.holdings.split)
+                                not adversary.holdings.has_encoder)
     return every(adversary, found.squeeze(1), labels), labels
 
 
@@ -222,7 +222,7 @@ def scores(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
     return victim.answers(x, budget.draws, budget.keep)
 
 
-def decode_scores(adversary: Adversary, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def decode_scores(adversary: Adversary, observed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """A decoder of truncated scores, trained on the service's answers to public images (Yang et al. 2019,
     arXiv 1902.08552)."""
     def of(answers):
@@ -230,7 +230,7 @@ def decode_scores(adversary: Adversary, seen: Tensor, count: int) -> tuple[Tenso
         return logs - logs.mean(1, keepdim=True)
     answers = torch.cat([of(adversary.query(part)) for part in adversary.public.split(64)])
     decode = learnt.decoder(answers, None, adversary.public, adversary.budget.epochs)
-    return decode(of(seen))[None], seen.argmax(1)
+    return decode(of(observed))[None], observed.argmax(1)
 
 
 @dataclass(frozen=True)
@@ -273,20 +273,20 @@ ATTACKS = {
 }
 
 
-def unfit(name: str, adversary: str, run: Run) -> str | None:
+def unfit(name: str, adversary: str, target: Target) -> str | None:
     """Why an attack does not fit an adversary of a run, or None."""
-    attack, method = ATTACKS[name], METHODS[run.options["method"]]
-    travels = method.split(run.network().state_dict())[0]
+    attack, method = ATTACKS[name], METHODS[target.options["method"]]
+    travels = method.split(target.network().state_dict())[0]
     if adversary not in attack.adversaries:
         return "needs what this adversary does not have"
     if adversary in ("curious_server", "curious_client") and not travels:
         return "nothing travels with this method"
-    if adversary == "curious_client" and run.options["num_users"] == 1:
+    if adversary == "curious_client" and target.options["num_users"] == 1:
         return "the run has no other client"
     if adversary == "curious_server" and "classifier.output.bias" not in travels:
         return "part of the head stays with the clients"
-    if attack.observe is latents and not run.split:
+    if attack.observe is latents and not target.has_encoder:
         return "this method has no latents"
-    if name == "mi_strong_mu" and run.options["method"] not in NOISY:
+    if name == "mi_strong_mu" and target.options["method"] not in NOISY:
         return "this method's encoder has no noise"
     return None

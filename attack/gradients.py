@@ -35,7 +35,7 @@ def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -
     return total
 
 
-def labels_of(seen: State, count: int, steps: int = 1, layer: str = "output.bias") -> Tensor:
+def labels_of(observed: State, count: int, steps: int = 1, layer: str = "output.bias") -> Tensor:
     """The labels behind the sum of ``steps`` gradients, with repetition, in order of class.
 
     One image: the only negative entry of the last bias's gradient, ``p - onehot`` (iDLG, Zhao et al. 2020,
@@ -43,22 +43,22 @@ def labels_of(seen: State, count: int, steps: int = 1, layer: str = "output.bias
     each step's gradient is a mean over its share of the images; then the next (after Wainakh et al. 2021,
     arXiv 2105.09369).
     """
-    left, labels = seen[layer].clone(), []
+    left, labels = observed[layer].clone(), []
     for _ in range(count):
         labels.append(int(left.argmin()))
         left[labels[-1]] += steps / count
     return torch.tensor(sorted(labels))
 
 
-def dense_input(seen: State, layer: str) -> Tensor:
+def dense_input(observed: State, layer: str) -> Tensor:
     """The input of a dense layer for one image, exactly, from ``dL/dW = (dL/db) input^T`` (Phong et al., IEEE
     TIFS 2018); a mean over all its units, weighted by the square of ``dL/db``.
 
     Args:
-        seen: one image's gradient.
+        observed: one image's gradient.
         layer: name of the layer, whose ``.weight`` is ``M x D`` and ``.bias`` ``M``.
     """
-    weight, bias = seen[f"{layer}.weight"].double(), seen[f"{layer}.bias"].double()
+    weight, bias = observed[f"{layer}.weight"].double(), observed[f"{layer}.bias"].double()
     return ((weight * bias[:, None]).sum(0) / bias.square().sum()).float()
 
 
@@ -80,13 +80,13 @@ def squared_distance(one: State, other: State) -> Tensor:
     return sum((value - other[name]).square().sum() for name, value in one.items())
 
 
-def invert(change: Callable[[Tensor, Tensor], State], seen: State, labels: Tensor, start: Tensor,
+def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: Tensor, start: Tensor,
            iterations: int, tv: float, bounded: bool, lr: float = 0.1) -> tuple[Tensor, Tensor]:
     """Cosine distance + total variation, signed Adam (Geiping et al. 2020, arXiv 2003.14053).
 
     Args:
-        change: inputs ``B x C x H x W``, labels ``B`` -> what the server would have seen.
-        seen: what it saw, ``P x ...`` each, of P problems.
+        change: inputs ``B x C x H x W``, labels ``B`` -> what the server would have observed.
+        observed: what it saw, ``P x ...`` each, of P problems.
         labels: ``P x B``.
         start: ``R x P x B x C x H x W``, R restarts.
         bounded: whether inputs are images, in [0, 1], or latents.
@@ -96,11 +96,11 @@ def invert(change: Callable[[Tensor, Tensor], State], seen: State, labels: Tenso
     """
     restarts, problems = start.shape[:2]
     x = start.flatten(0, 1).clone().requires_grad_()
-    many = {name: value.repeat(restarts, *[1] * (value.ndim - 1)) for name, value in seen.items()}
+    many = {name: value.repeat(restarts, *[1] * (value.ndim - 1)) for name, value in observed.items()}
     y = labels.repeat(restarts, 1)
 
-    def objective(x, y, seen):
-        return cosine_distance(change(x, y), seen) + tv * total_variation(x).mean()
+    def objective(x, y, observed):
+        return cosine_distance(change(x, y), observed) + tv * total_variation(x).mean()
 
     optimizer = torch.optim.Adam([x], lr)
     schedule = torch.optim.lr_scheduler.MultiStepLR(
@@ -125,12 +125,12 @@ def best_first(found: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return found.gather(0, index), value.gather(0, order)
 
 
-def deep_leakage(head: nn.Module, seen: State, count: int, classes: int, start: Tensor,
+def deep_leakage(head: nn.Module, observed: State, count: int, classes: int, start: Tensor,
                  iterations: int) -> tuple[Tensor, float]:
     """DLG: inputs and soft labels at once, squared distance, L-BFGS (Zhu et al. 2019, arXiv 1906.08935).
 
     Args:
-        seen: one problem's gradient.
+        observed: one problem's gradient.
         start: ``B x C x H x W``.
 
     Returns:
@@ -144,7 +144,7 @@ def deep_leakage(head: nn.Module, seen: State, count: int, classes: int, start: 
 
     def closure():
         optimizer.zero_grad()
-        value = squared_distance(grad(loss_of(head))(parameters, x, y.softmax(1)), seen)
+        value = squared_distance(grad(loss_of(head))(parameters, x, y.softmax(1)), observed)
         value.backward()
         return value
 
@@ -153,12 +153,12 @@ def deep_leakage(head: nn.Module, seen: State, count: int, classes: int, start: 
     return x.detach(), final if final == final and value == value else float("inf")
 
 
-def from_features(features: Callable[[Tensor], Tensor], seen: Tensor, start: Tensor, iterations: int,
+def from_features(features: Callable[[Tensor], Tensor], observed: Tensor, start: Tensor, iterations: int,
                   tv: float, bounded: bool, lr: float = 0.05) -> tuple[Tensor, Tensor]:
     """Inputs whose features are those recovered by ``dense_input``: ``|f(x) - f|^2 / |f|^2`` + TV, Adam.
 
     Args:
-        seen: ``P x D``.
+        observed: ``P x D``.
         start: ``R x P x C x H x W``.
 
     Returns:
@@ -166,7 +166,7 @@ def from_features(features: Callable[[Tensor], Tensor], seen: Tensor, start: Ten
     """
     restarts, problems = start.shape[:2]
     x = start.flatten(0, 1).clone().requires_grad_()
-    goal = seen.repeat(restarts, 1)
+    goal = observed.repeat(restarts, 1)
     scale = goal.square().sum(1).clamp_min(1e-12)
     optimizer = torch.optim.Adam([x], lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)

@@ -20,16 +20,16 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from attack.access import ADVERSARIES, Run, Victim, open_run
+from attack.access import ADVERSARIES, Target, Victim, open_target
 from attack.attacks import ATTACKS, unfit
-from attack.scene import COLUMNS, FIGURES, POOL, UNIT, Scene
+from attack.scene import ATTACK_COLUMNS, METRICS, POOL, UNIT, Scene
 from engine.signals import Interrupted, Interrupts, steady_output
 from options import NAME, ROOT, Formatter, Parser, shown
 from runs.configs import read_json
 from utils import InputError, keep_freed_memory, remove_leftovers, rng, write_whole
 
 WHOLE = ("round", "client", "label", "image", "restart")   # columns of whole numbers
-NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, not how: they may change
+SCOPE_OPTIONS = ("adversary", "attack", "clients", "rounds")   # may differ between calls
 
 
 def make_parser() -> Parser:
@@ -64,7 +64,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line and return the exit status."""
+    """Target a command line and return the exit status."""
     args = make_parser().parse(argv)
     try:
         with Interrupts():
@@ -83,18 +83,18 @@ def main(argv: list[str] | None = None) -> int:
 def attack_all(args: Namespace) -> None:
     """Every adversary, attack, round and client that is asked for, fits and is not done yet."""
     keep_freed_memory()
-    run = open_run(args.run, args.results_dir, args.models_dir, args.data_dir)
-    rounds = args.rounds or run.rounds()[-1:]
+    target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+    rounds = args.rounds or target.rounds()[-1:]
     if not rounds:
-        raise InputError(f"--run {args.run}: {run.models} holds no checkpoint yet")
-    last = run.options["num_users"] - 1
+        raise InputError(f"--run {args.run}: {target.models} holds no checkpoint yet")
+    last = target.options["num_users"] - 1
     if max(args.clients) > last:
         raise InputError(f"--clients {max(args.clients)}: the run's clients are 0 to {last}")
     for r in rounds:
-        run.file(r, "shared.pt")
-    scene = Scene(run, args)
-    remove_leftovers(run.results, "attack*")
-    unfits = {(who, how, k): unfit(how, who, run) or scene.unfit(how, k)
+        target.file(r, "shared.pt")
+    scene = Scene(target, args)
+    remove_leftovers(target.results, "attack*")
+    unfits = {(who, how, k): unfit(how, who, target) or scene.unfit(how, k)
               for who in args.adversary for how in args.attack for k in args.clients}
     plan = list(dict.fromkeys(   # given twice, it is attacked once
         (who, how, r, k) for r in rounds for k in args.clients for who in args.adversary
@@ -104,8 +104,8 @@ def attack_all(args: Namespace) -> None:
         raise InputError(f"--run {args.run}: no attack asked for fits ({reasons})")
     for who, r, k in dict.fromkeys((who, r, k) for who, _, r, k in plan):
         scene.adversary(who, r, k)   # a file that is refused is so before an earlier attack is touched
-        Victim(run, r, k)
-    options, rows = begin(run, args)
+        Victim(target, r, k)
+    options, rows = begin(target, args)
     done = {tuple(row[column] for column in UNIT) for row in rows}
     with tqdm(total=len(plan), initial=len([u for u in plan if u in done]), unit="attack",
               disable=None) as bar:
@@ -114,40 +114,41 @@ def attack_all(args: Namespace) -> None:
             started = time.monotonic()
             found = scene.attack(*unit)
             if not rows:
-                write_options(run, options)
+                write_options(target, options)
             rows += found
-            write_rows(run, rows)
+            write_rows(target, rows)
             bar.write(f"{unit[0]} {unit[1]} round {unit[2]} client {unit[3]}: "
                       f"{outcome(rows, unit)} ({time.monotonic() - started:.0f} s)")
             bar.update(1)
     summary = summarise(rows)
-    write_whole(run.results / "attack_summary.csv",
+    write_whole(target.results / "attack_summary.csv",
                 lambda file: summary.to_csv(file, index=False, float_format="%.5g"))
-    latents = write_latents(run, [scene.latents(r, k) for r, k in dict.fromkeys(
+    latents = write_latents(target, [scene.latents(r, k) for r, k in dict.fromkeys(
         (r, k) for r in rounds for k in args.clients)])
     print("", scene.about(), *latents, sep="\n")
-    print(f"results:     {run.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
+    print(f"results:     {target.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
 
 
-def begin(run: Run, args: Namespace) -> tuple[dict, list[dict]]:
+def begin(target: Target, args: Namespace) -> tuple[dict, list[dict]]:
     """The options that rows depend on, and the rows of an earlier attack with the same, if any."""
     options = {key: value for key, value in json.loads(json.dumps(vars(args), default=str)).items()
-               if key not in (*NARROW, "overwrite", "results_dir", "models_dir", "data_dir")}
-    described, table = run.results / "attack.json", run.results / "attack.csv"
+               if key not in (*SCOPE_OPTIONS, "overwrite", "results_dir", "models_dir", "data_dir")}
+    described, table = target.results / "attack.json", target.results / "attack.csv"
     if args.overwrite:   # also what would stand beside the new attack as if it were its own
         # The rows first and what they were made with last: killed in between, no row is left without that.
-        for old in sorted(run.results.glob("attack*"), key=lambda path: (path == described, path != table)):
+        for old in sorted(target.results.glob("attack*"),
+                          key=lambda path: (path == described, path != table)):
             old.unlink()
     if not table.exists():
         return options, []
     try:
         before, rows = read_json(described), pd.read_csv(table, keep_default_na=False, na_values=[""],
-                                                         dtype={"control": str})[COLUMNS]
-        kinds = [rows[name].dtype.kind for name in (*WHOLE, *FIGURES)]
+                                                         dtype={"control": str})[ATTACK_COLUMNS]
+        kinds = [rows[name].dtype.kind for name in (*WHOLE, *METRICS)]
         if set(kinds[:len(WHOLE)]) != {"i"} or not set(kinds) <= {"i", "f"}:
             raise ValueError("not numbers")
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{run.results}: attack.csv or .json is damaged; use --overwrite") from error
+        raise InputError(f"{target.results}: attack.csv or .json is damaged; use --overwrite") from error
     if options.keys() - before.keys():
         raise InputError(f"{described} is of an older version, with other attacks; use --overwrite")
     differ = [key for key in options if before[key] != options[key]]
@@ -157,26 +158,26 @@ def begin(run: Run, args: Namespace) -> tuple[dict, list[dict]]:
     return options, rows.fillna({"control": ""}).to_dict("records")
 
 
-def write_options(run: Run, options: dict) -> None:
+def write_options(target: Target, options: dict) -> None:
     """``attack.json``, before the first row and not sooner: an attack that is refused leaves none.
 
     Without ``attack.csv``, after a kill, it says nothing; an earlier summary would pass for this attack's.
     """
-    (run.results / "attack_summary.csv").unlink(missing_ok=True)
-    write_whole(run.results / "attack.json",
+    (target.results / "attack_summary.csv").unlink(missing_ok=True)
+    write_whole(target.results / "attack.json",
                 lambda file: file.write((json.dumps(options, indent=2) + "\n").encode()))
 
 
-def write_rows(run: Run, rows: list[dict]) -> None:
+def write_rows(target: Target, rows: list[dict]) -> None:
     """``attack.csv``, whole: an attack is in it entirely or not at all."""
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    write_whole(run.results / "attack.csv",
+    table = pd.DataFrame(rows, columns=ATTACK_COLUMNS)
+    write_whole(target.results / "attack.csv",
                 lambda file: table.to_csv(file, index=False, float_format="%.6g"))
 
 
-def write_latents(run: Run, found: list[dict | None]) -> list[str]:
+def write_latents(target: Target, found: list[dict | None]) -> list[str]:
     """``attack_latents.csv``, a row a round and client, earlier calls' included; what the new ones say."""
-    path, rows = run.results / "attack_latents.csv", list(filter(None, found))
+    path, rows = target.results / "attack_latents.csv", list(filter(None, found))
     if not rows:
         return []
     table = pd.DataFrame(rows)
@@ -196,7 +197,7 @@ def outcome(rows: list[dict], unit: tuple) -> str:
     """An attack's first choices in a few words."""
     mine = [row for row in rows if tuple(row[c] for c in UNIT) == unit and row["restart"] == 0
             and not row["control"]]
-    mean = {name: np.mean([row[name] for row in mine]) for name in FIGURES}
+    mean = {name: np.mean([row[name] for row in mine]) for name in METRICS}
     rank = np.median([row["nearest_rank"] for row in mine])
     return (f"PSNR {mean['psnr']:.1f} dB, SSIM {mean['ssim']:.2f}, evaluator right "
             f"{mean['evaluator_correct']:.0%}, median rank {rank:.0f}")
@@ -204,13 +205,13 @@ def outcome(rows: list[dict], unit: tuple) -> str:
 
 def summarise(rows: list[dict], draws: int = 1000) -> pd.DataFrame:
     """Means with 95 % bootstrap intervals over images, of an adversary's first choices and of controls."""
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=ATTACK_COLUMNS)
     table = table[(table["restart"] == 0) | (table["control"] != "")]
     found = []
     for key, part in table.groupby(["adversary", "attack", "round", "control"], sort=False):
         picks = rng(0, "bootstrap").integers(len(part), size=(draws, len(part)))
         row = dict(zip(("adversary", "attack", "round", "control"), key, strict=True), n=len(part))
-        for name in FIGURES:
+        for name in METRICS:
             values = part[name].to_numpy(float)
             low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
             row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}

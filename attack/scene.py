@@ -7,14 +7,14 @@ from torch import Tensor
 
 import datasets
 from attack import picture, scoring
-from attack.access import Run, Victim, hold
+from attack.access import Target, Victim, hold
 from attack.attacks import ATTACKS, Adversary, Budget
 from utils import InputError, rng, seed_torch
 
-COLUMNS = ["adversary", "attack", "round", "client", "label", "image", "restart", "mse", "psnr", "ssim",
-           "label_match", "evaluator_correct", "nearest_rank", "control"]
-UNIT = COLUMNS[:4]
-FIGURES = COLUMNS[7:13]
+ATTACK_COLUMNS = ["adversary", "attack", "round", "client", "label", "image", "restart", "mse", "psnr",
+                  "ssim", "label_match", "evaluator_correct", "nearest_rank", "control"]
+UNIT = ATTACK_COLUMNS[:4]
+METRICS = ATTACK_COLUMNS[7:13]
 PUBLIC = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # what would do as --public
 ENOUGH = 200      # public images; fewer are not worth training on
 POOL = 500        # of a client's images that a reconstruction is ranked among
@@ -23,31 +23,31 @@ POOL = 500        # of a client's images that a reconstruction is ranked among
 class Scene:
     """A run under attack: the images, who has which, the evaluator, and the budget all have alike."""
 
-    def __init__(self, run: Run, args: Namespace):
-        self.run, self.args = run, args
-        self.train, self.test = run.owned()
+    def __init__(self, target: Target, args: Namespace):
+        self.target, self.args = target, args
+        self.train, self.test = target.owned()
         self.public_data = self._public()
         images, self.public_labels = (part[:args.public_images] for part in self.public_data)
         self.public = as_floats(images)
         # NAME10k holds ten thousand of NAME's images (benchmarks/make_10k.py), so its classes are the same.
         self.same_classes = args.public == "unowned" or (
-            args.public.removesuffix("10k") == run.options["dataset"].removesuffix("10k"))
+            args.public.removesuffix("10k") == target.options["dataset"].removesuffix("10k"))
         self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, 0.1, args.scores)
         seed_torch(args.seed, "evaluator")
         unseen = torch.from_numpy(np.concatenate(self.test))
-        self.evaluator = scoring.evaluator(self.pixels(unseen), self.labels(unseen), run.data.num_classes)
+        self.evaluator = scoring.evaluator(self.pixels(unseen), self.labels(unseen), target.data.num_classes)
         self.adversaries: dict[tuple, Adversary] = {}   # what one has trained serves all its attacks
 
     def pixels(self, index: Tensor) -> Tensor:
         """Image numbers -> ``N x C x H x W`` in [0, 1]."""
-        return as_floats(self.run.data.images[index.numpy()])
+        return as_floats(self.target.data.images[index.numpy()])
 
     def labels(self, index: Tensor) -> Tensor:
-        return torch.from_numpy(self.run.data.labels[index.numpy()])
+        return torch.from_numpy(self.target.data.labels[index.numpy()])
 
     def _public(self) -> tuple[np.ndarray, Tensor]:
         """Images that no client has, neither to train nor to test on, in random order: uint8, and labels."""
-        data, name = self.run.data, self.args.public
+        data, name = self.target.data, self.args.public
         if name == "unowned":
             index = np.setdiff1d(np.arange(len(data.labels)), np.concatenate([*self.train, *self.test]))
             images, labels = data.images[index], data.labels[index]
@@ -60,7 +60,7 @@ class Scene:
             apart = np.array([image.tobytes() not in ours for image in other.images])
             images, labels = other.images[apart], other.labels[apart]
         if len(labels) < ENOUGH:
-            other = PUBLIC.get(self.run.options["dataset"], "NAME")
+            other = PUBLIC.get(self.target.options["dataset"], "NAME")
             shape = " x ".join(map(str, data.image_shape))
             raise InputError(f"--public {name}: only {len(labels)} images are not the clients' own; give "
                              f"--public {other}, or the NAME of another data set of {shape} images")
@@ -82,7 +82,7 @@ class Scene:
     def latents(self, round: int, client: int) -> dict | None:
         """What z can tell of one of the client's images, and how near that lets anybody come."""
         images = self.pixels(torch.from_numpy(self.train[client]))
-        noise = Victim(self.run, round, client).noise(images)
+        noise = Victim(self.target, round, client).noise(images)
         if noise is None:
             return None
         return {"round": round, "client": client, **noise,
@@ -92,25 +92,25 @@ class Scene:
         """One adversary of one client in one round."""
         key = (name, round, client)
         if key not in self.adversaries:
-            run, holdings, query = self.run, None, None
-            own = (client + 1) % run.options["num_users"]
+            target, holdings, query = self.target, None, None
+            own = (client + 1) % target.options["num_users"]
             if name == "prediction_api":
-                victim = Victim(run, round, client)
+                victim = Victim(target, round, client)
                 query = lambda x: victim.answers(x, self.budget.draws, self.budget.keep)   # noqa: E731
             else:
-                holdings = hold(run, name, round, client, own)
-            seed_torch(run.options["seed"], "init")
-            start = run.network()
+                holdings = hold(target, name, round, client, own)
+            seed_torch(target.options["seed"], "init")
+            start = target.network()
             self.adversaries = {key: Adversary(holdings, query, start, self.public, self.public_labels,
                                                self.of_classes if self.same_classes else None,
-                                               run.options.get("kl_weight") or 0.0, self.budget)}
+                                               target.options.get("kl_weight") or 0.0, self.budget)}
         return self.adversaries[key]
 
     def classes(self, client: int) -> Tensor:
         """The classes of a client's training images, but for those of which nobody held an image out: the
         evaluator has never seen them, and there is nothing to rank the client's images among."""
-        held_out = self.run.data.labels[np.concatenate(self.test)]
-        return torch.from_numpy(np.intersect1d(self.run.data.labels[self.train[client]], held_out))
+        held_out = self.target.data.labels[np.concatenate(self.test)]
+        return torch.from_numpy(np.intersect1d(self.target.data.labels[self.train[client]], held_out))
 
     def unfit(self, how: str, client: int) -> str | None:
         """Why an attack on a client could not be scored, or None."""
@@ -133,12 +133,12 @@ class Scene:
         else:
             image = own[:self.args.images]
             truth, labels = self.pixels(image), self.labels(image)
-            seen = attack.observe(Victim(self.run, round, client), truth, labels, self.budget)
-            pool, target = self.pool(image, client)
+            seen = attack.observe(Victim(self.target, round, client), truth, labels, self.budget)
+            pool, is_true = self.pool(image, client)
             if attack.chooses:
                 likely, guessed = attack.solve(adversary, seen, pool)
                 found = pool[likely.nan_to_num(-torch.inf).argmax(1)][None]
-                rank = scoring.rank_by(-likely, target)[None]
+                rank = scoring.rank_by(-likely, is_true)[None]
             else:
                 found, guessed = attack.solve(adversary, seen, len(image))
                 found = found.nan_to_num(0.5, 0.5, 0.5)   # a gradient of 0 says nothing: grey is handed in
@@ -148,7 +148,7 @@ class Scene:
                 guessed = labels if right else torch.full_like(labels, -1)
             match = (guessed == labels).expand(len(found), -1)
             if not attack.chooses:
-                rank = torch.stack([scoring.rank_of(one, pool, target) for one in found])
+                rank = torch.stack([scoring.rank_of(one, pool, is_true) for one in found])
             truth, image = truth.expand(len(found), *truth.shape), image.expand(len(found), -1)
         rows = []
         for restart in range(len(found)):
@@ -157,14 +157,14 @@ class Scene:
         controls = scoring.controls(self.public, self.public_labels, labels, truth[0])
         for name, images in controls.items():
             again = self.nearest(images[None], labels, client) if attack.observe is None else (
-                truth[:1], image[:1], scoring.rank_of(images, pool, target)[None])
+                truth[:1], image[:1], scoring.rank_of(images, pool, is_true)[None])
             match = self.victims_label(round, client, images[None])[0] == labels
             rows += self.rows((who, how, round, client), images, again[0][0], labels, again[1][0], 0, match,
                               again[2][0], name)
-        path = self.run.results / f"attack_{who}_{how}_round{round}_client{client}.png"
+        path = self.target.results / f"attack_{who}_{how}_round{round}_client{client}.png"
         reference = "nearest of the client's" if attack.observe is None else "truth"
         picture.grid(path, {reference: truth[0], how: found[0], **controls}, labels,
-                     f"{self.run.results.name}: {who}, round {round}")
+                     f"{self.target.results.name}: {who}, round {round}")
         return rows
 
     def rows(self, unit: tuple, found: Tensor, truth: Tensor, labels: Tensor, image: Tensor, restart: int,
@@ -180,7 +180,7 @@ class Scene:
     @torch.no_grad()
     def victims_label(self, round: int, client: int, found: Tensor) -> Tensor:
         """What the victim's own model says of reconstructions, ``R x N``."""
-        victim = Victim(self.run, round, client)
+        victim = Victim(self.target, round, client)
         return torch.stack([victim.answers(one, self.budget.draws, 10**9).argmax(1) for one in found])
 
     def pool(self, image: Tensor, client: int) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ class Scene:
         return truth.transpose(0, 1), image.transpose(0, 1), rank.transpose(0, 1)
 
     def _nearest_of_class(self, found: Tensor, label: int, client: int) -> tuple[Tensor, Tensor, Tensor]:
-        everyone = self.run.data.labels
+        everyone = self.target.data.labels
         own = self.train[client][everyone[self.train[client]] == label][:POOL]
         unseen = np.concatenate(self.test)
         unseen = unseen[everyone[unseen] == label]
@@ -206,8 +206,8 @@ class Scene:
         pool = torch.from_numpy(np.concatenate([own[:size], unseen[:size]]))
         apart = scoring.distances(found, self.pixels(torch.from_numpy(own)))
         image = torch.from_numpy(own)[apart.argmin(1)]
-        target = (torch.arange(len(pool)) < size).expand(len(found), -1)
-        return self.pixels(image), image, scoring.rank_of(found, self.pixels(pool), target)
+        is_true = (torch.arange(len(pool)) < size).expand(len(found), -1)
+        return self.pixels(image), image, scoring.rank_of(found, self.pixels(pool), is_true)
 
 
 def as_floats(images: np.ndarray) -> Tensor:

@@ -35,19 +35,19 @@ def assigned(found: Tensor, truth: Tensor) -> Tensor:
     return found[torch.from_numpy(columns[np.argsort(rows)])]
 
 
-def rank_of(found: Tensor, pool: Tensor, target: Tensor) -> Tensor:
-    """Among the pool by distance from each image, the place of the nearest target, from 1.
+def rank_of(found: Tensor, pool: Tensor, is_true: Tensor) -> Tensor:
+    """Among the pool by distance from each image, the place of the nearest is_true, from 1.
 
     Args:
-        target: ``N x M`` bool: which of the pool is (one of) the victim's.
+        is_true: ``N x M`` bool: which of the pool is (one of) the victim's.
     """
-    return rank_by(distances(found, pool), target)
+    return rank_by(distances(found, pool), is_true)
 
 
-def rank_by(apart: Tensor, target: Tensor) -> Tensor:
+def rank_by(apart: Tensor, is_true: Tensor) -> Tensor:
     """``rank_of`` by any measure of how far each of the pool is, ``N x M``; what is not a number is last."""
     apart = apart.nan_to_num(torch.inf)
-    nearest = apart.masked_fill(~target, torch.inf).min(1).values
+    nearest = apart.masked_fill(~is_true, torch.inf).min(1).values
     return torch.where(nearest == torch.inf, apart.shape[1], (apart < nearest[:, None]).sum(1) + 1)
 
 

@@ -25,9 +25,9 @@ from runs.pictures import matplotlib, plt
 
 KEY = ["adversary", "attack", "round", "control"]
 # attack/scene.py's, whose import takes seconds; a test compares them.
-FIGURES = ["mse", "psnr", "ssim", "label_match", "evaluator_correct", "nearest_rank"]
-NUMBERS = ["round", "n", *(name + end for name in FIGURES for end in ("", "_low", "_high"))]
-COLUMNS = [*KEY, *NUMBERS[1:]]
+METRICS = ["mse", "psnr", "ssim", "label_match", "evaluator_correct", "nearest_rank"]
+NUMBERS = ["round", "n", *(name + end for name in METRICS for end in ("", "_low", "_high"))]
+SUMMARY_COLUMNS = [*KEY, *NUMBERS[1:]]
 BLANK = ("grey", "noise")
 CONTROLS = (*BLANK, "class_mean", "nearest_public")
 KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK)}   # judged by, beside which
@@ -53,7 +53,7 @@ def read(folder: Path) -> pd.DataFrame:
     if not path.is_file():   # a pipe would be waited for
         raise ValueError("no plain file")
     table = pd.read_csv(path, keep_default_na=False)
-    if list(table.columns) != COLUMNS:
+    if list(table.columns) != SUMMARY_COLUMNS:
         raise ValueError("its columns are not those of an attack")
     table[NUMBERS] = table[NUMBERS].apply(pd.to_numeric)
     if not len(table) or not np.isfinite(table[NUMBERS]).all(axis=None):

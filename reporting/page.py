@@ -16,7 +16,7 @@ from runs.pictures import matplotlib, plt
 
 LARGEST = 8 * 2**20   # bytes of a picture: the page has to be loaded
 DASH = Markup("&ndash;")
-FIGURES = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "f1": "macro F1", "kl_nats": "KL, nats"}
+METRICS = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "f1": "macro F1", "kl_nats": "KL, nats"}
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:1.2rem auto;max-width:76rem;padding:0 1rem;color:#1b1b1b}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
@@ -68,15 +68,15 @@ def page(table: pd.DataFrame, runs: list, others: dict[str, str]) -> str:
 
 
 def _table(block: pd.DataFrame) -> Markup:
-    head = ["method", "stage", "seeds", *FIGURES.values(), "seconds", "command"]
+    head = ["method", "stage", "seeds", *METRICS.values(), "seconds", "command"]
     rows = []
     for row in block.to_dict("records"):
         mark = "" if row["protocol"] == "held-out" else Markup(" <span class=mark>{}</span>").format(
             row["protocol"])
         method = Markup("{}{} <small>{} clients, {}&times;{}</small>").format(
             row["method"], mark, row["clients"], row["rounds"], row["local_ep"])
-        figures = [_spread(row[figure], row[f"{figure}_std"], 1 if figure == "kl_nats" else 4)
-                   for figure in FIGURES]
+        figures = [_spread(row[metric], row[f"{metric}_std"], 1 if metric == "kl_nats" else 4)
+                   for metric in METRICS]
         rows.append([method, row["stage"], row["seeds"].replace(" ", ", "), *figures,
                      f"{row['seconds']:.0f}", Markup("<code>{}</code>").format(row["command"])])
     return _grid(head, rows)

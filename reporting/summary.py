@@ -12,14 +12,14 @@ import pandas as pd
 
 from options import args_parser, make_parser, shown
 from reporting import leakage
-from reporting.page import FIGURES, png
+from reporting.page import METRICS, png
 from runs import configs
 from runs.configs import ASIDE
 from runs.run import COLUMNS
 from utils import InputError
 
 # Options that say where and how, not what: they part no settings and stand in no command.
-ASIDE_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
+BOOKKEEPING_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
                  "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack", "eval_every"}
 BASIC = ("dataset", "method", "partition")   # on which the defaults of others depend
 STAGES = ("deployed", "trained")
@@ -43,7 +43,7 @@ class Finished:
     @property
     def setting(self) -> str:
         """The same for runs that differ in the seed alone."""
-        kept = {key: value for key, value in self.options.items() if key not in ASIDE_OPTIONS}
+        kept = {key: value for key, value in self.options.items() if key not in BOOKKEEPING_OPTIONS}
         return json.dumps([self.protocol, kept], sort_keys=True)
 
     @property
@@ -115,7 +115,7 @@ def command(options: dict) -> str:
     for name in [action.dest for action in parser._actions]:
         value = options.get(name)
         unusual = value is not None and value is not False and value != usual.get(name)
-        if name == "seed" or (unusual and name not in ASIDE_OPTIONS):
+        if name == "seed" or (unusual and name not in BOOKKEEPING_OPTIONS):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join(["python", "RVE-PFL.py", *words])
 
@@ -136,8 +136,8 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
                    "method": options["method"], "protocol": same[0].protocol, "clients": options["num_users"],
                    "rounds": options["rounds"], "local_ep": options["local_ep"], "stage": stage,
                    "seeds": " ".join(str(run.options["seed"]) for run in same)}
-            for figure in FIGURES:
-                row[figure], row[f"{figure}_std"] = last[figure].mean(), last[figure].std()
+            for metric in METRICS:
+                row[metric], row[f"{metric}_std"] = last[metric].mean(), last[metric].std()
             seconds = sum(run.rounds.drop_duplicates("round")["seconds"].sum() for run in same)
             leaks = [leakage.worst(run.leaks) for run in same if stage == "deployed"]
             rows.append({**row, "seconds": seconds / len(same), "command": command(options),

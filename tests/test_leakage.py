@@ -36,7 +36,7 @@ def lines(attacks):
             lucky = 9 if attack == "latent_decoder" else 5
             rank = {"": 7, "grey": 90, "nearest_public": lucky}.get(control, 50)
             figures = {"ssim": ssim, "evaluator_correct": right, "psnr": 20 - round, "nearest_rank": rank}
-            for name in leakage.FIGURES:
+            for name in leakage.METRICS:
                 value = figures.get(name, 0.5)
                 row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
             rows.append(row)
@@ -70,8 +70,9 @@ def runs(tmp_path_factory, make_place):
 
 
 def test_columns_are_those_that_the_attack_writes():
-    row = dict.fromkeys(scene.COLUMNS, 0) | {"control": "", "adversary": "stolen_model", "attack": "mi_face"}
-    assert list(mi_attack.summarise([row]).columns) == leakage.COLUMNS
+    row = dict.fromkeys(scene.ATTACK_COLUMNS, 0) | {"control": "", "adversary": "stolen_model",
+                                                   "attack": "mi_face"}
+    assert list(mi_attack.summarise([row]).columns) == leakage.SUMMARY_COLUMNS
 
 
 def test_the_strongest_attack_beside_the_best_control():

@@ -81,7 +81,7 @@ def expected(method):
 def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, method):
     assert trained.attack(method, "--overwrite") == 0
     table = trained.csv(method)
-    assert list(table.columns) == scene.COLUMNS
+    assert list(table.columns) == scene.ATTACK_COLUMNS
     assert set(zip(table["adversary"], table["attack"], strict=True)) == expected(method)
     folder = trained.place.folder / "results" / method
     for (who, how), part in table.groupby(["adversary", "attack"]):
@@ -119,7 +119,7 @@ def test_images_are_those_of_the_client(trained):
     ("curious_client", {"client_1.pt"})])
 def test_an_adversary_opens_its_own_files_only(trained, adversary, allowed):
     """What it knows; what a victim does in front of it is computed from the victim's file, by ``Victim``."""
-    run = mi_attack.open_run("rve_pfl", *(trained.place.folder / name for name in
+    run = mi_attack.open_target("rve_pfl", *(trained.place.folder / name for name in
                                           ("results", "models", "data")))
     opened.clear()
     watching.set()
@@ -283,7 +283,7 @@ def test_who_steals_a_protected_client_has_what_it_trained(trained, method, flag
     """Before the clip and the noise that its upload got."""
     place = trained.place
     assert place.main("--method", method, "--run_name", method, "--rounds", 1, *flags, "--overwrite") == 0
-    run = mi_attack.open_run(method, *(place.folder / name for name in ("results", "models", "data")))
+    run = mi_attack.open_target(method, *(place.folder / name for name in ("results", "models", "data")))
     upload = run.shared(1)["uploads"][0]
     private = torch.load(run.file(1, "client_0.pt"), weights_only=True)
     stolen = access.hold(run, "stolen_model", 1, 0).head.state_dict()
@@ -436,7 +436,7 @@ def test_who_did_not_train_has_the_head_just_aggregated(trained):
     place = trained.place
     flags = ("--rounds", 2, "--frac", 0.5, "--save_rounds", 1, "--overwrite")
     assert place.main("--run_name", "half", *flags) == 0
-    run = mi_attack.open_run("half", *(place.folder / name for name in ("results", "models", "data")))
+    run = mi_attack.open_target("half", *(place.folder / name for name in ("results", "models", "data")))
     idle, = {0, 1} - run.shared(1)["uploads"].keys()
     stolen = access.hold(run, "stolen_model", 1, idle).head.state_dict()
     assert all(torch.equal(value, run.sent_next(1)[f"classifier.{name}"]) for name, value in stolen.items())

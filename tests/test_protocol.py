@@ -364,7 +364,7 @@ class Attacked(Ran):
 
     def scene(self, run, *flags):
         args = mi_attack.make_parser().parse(self.argv(run, *flags))
-        return scene.Scene(mi_attack.open_run(run, args.results_dir, args.models_dir, args.data_dir), args)
+        return scene.Scene(mi_attack.open_target(run, args.results_dir, args.models_dir, args.data_dir), args)
 
     def public(self, name="public"):
         """Its images that no client of ``tiny`` has, as floats, and their labels."""
@@ -608,7 +608,7 @@ def test_labels_are_told_from_an_epoch_of_two_steps():
 
 def test_intervals_are_95_percent_ones_of_first_choices():
     values = np.random.default_rng(0).normal(5, 2, 400)
-    rows = [{**dict.fromkeys(scene.COLUMNS, 0.0), "adversary": "stolen_model", "attack": "mi_face",
+    rows = [{**dict.fromkeys(scene.ATTACK_COLUMNS, 0.0), "adversary": "stolen_model", "attack": "mi_face",
              "control": "", "mse": value, "restart": restart} for value in values for restart in (0, 1)
             if restart == 0 or value > 5]
     table = mi_attack.summarise(rows)
