@@ -82,8 +82,8 @@ def compare(argv: list[str] | None) -> None:
         started = time.perf_counter()
         found = invert()
         took = time.perf_counter() - started
-        truth = scene.nearest(found[None], labels, client)[0][0]
-        like = scoring.likeness(found, truth)
+        truth = scene.nearest(found[None], labels, client).images[0]
+        like = scoring.similarity(found, truth)
         right = int((scene.evaluator.classes(found) == labels).sum())
         with torch.no_grad():
             p = view.logits(found).exp().gather(1, labels[:, None])

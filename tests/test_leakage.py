@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, _load
 
-from attack import mi_attack, scene
+from attack import tables
 from reporting import leakage, summary
 
 # adversary, attack, round -> (SSIM, evaluator right) of the attack, grey, noise, class mean, nearest public
@@ -70,9 +70,9 @@ def runs(tmp_path_factory, make_place):
 
 
 def test_columns_are_those_that_the_attack_writes():
-    row = dict.fromkeys(scene.ATTACK_COLUMNS, 0) | {"control": "", "adversary": "stolen_model",
+    row = dict.fromkeys(tables.ATTACK_COLUMNS, 0) | {"control": "", "adversary": "stolen_model",
                                                    "attack": "mi_face"}
-    assert list(mi_attack.summarise([row]).columns) == leakage.SUMMARY_COLUMNS
+    assert list(tables.summarise([row]).columns) == leakage.SUMMARY_COLUMNS
 
 
 def test_the_strongest_attack_beside_the_best_control():

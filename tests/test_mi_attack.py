@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from attack import access, learnt, mi_attack, scene, scoring
+from attack import access, learnt, mi_attack, scene, scoring, tables
 from attack.attacks import ATTACKS
 
 QUICK = ["--images", 2, "--restarts", 2, "--iterations", 3, "--train_epochs", 1, "--draws", 2]
@@ -81,12 +81,12 @@ def expected(method):
 def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, method):
     assert trained.attack(method, "--overwrite") == 0
     table = trained.csv(method)
-    assert list(table.columns) == scene.ATTACK_COLUMNS
+    assert list(table.columns) == tables.ATTACK_COLUMNS
     assert set(zip(table["adversary"], table["attack"], strict=True)) == expected(method)
     folder = trained.place.folder / "results" / method
     for (who, how), part in table.groupby(["adversary", "attack"]):
         found = part[part["control"] == ""]
-        count = 4 if ATTACKS[how].observe is None else 2   # the client's classes, or --images
+        count = 4 if ATTACKS[how].kind == "class" else 2   # the client's classes, or --images
         count = min(count, found.groupby("restart").size().max())
         restarts = 1 if how in ("mi_face", "latent_decoder", "latent_likelihood", "score_decoder") else 2
         assert len(found) == count * restarts
