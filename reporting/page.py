@@ -9,9 +9,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from attack.access import ADVERSARIES
+from attack.verdict import LEAKS
 from reporting import leakage
 from reporting.images import figure_image, image
-from reporting.summary import BASIC, RUN_METRICS, Finished, by_setting, flags
+from reporting.summary import BASIC, RUN_METRICS, Finished, by_setting, unusual
 from runs.pictures import matplotlib, plt
 
 DASH = Markup("&ndash;")
@@ -22,12 +23,17 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto;m
 table{border-collapse:collapse;overflow-wrap:normal}th,td{padding:.25rem .6rem;text-align:right}
 td{white-space:nowrap;vertical-align:top}
 th:first-child,td:first-child,th:last-child,td:last-child,.text th,.text td{text-align:left}
-thead th{border-bottom:2px solid #888;vertical-align:bottom}.text td{white-space:normal;min-width:7rem}
+thead th{border-bottom:2px solid #888;vertical-align:bottom}.text td{white-space:normal}
 tbody tr:nth-child(even){background:#f4f6f8}
 code{font-size:.85em;white-space:normal;overflow-wrap:anywhere}td code{display:block;max-width:24rem}
 td details code{width:24rem;user-select:all}
-img{max-width:100%;height:auto;vertical-align:top}.mark{color:#a00;font-weight:600}.faint{color:#666}
-.dense{font-size:.85em}details{margin:.4rem 0}td details{margin:0}summary{cursor:pointer}
+img{max-width:100%;height:auto;vertical-align:top}.mark{color:#a00;font-weight:600}.line{white-space:nowrap}.faint{color:#666}
+.text i{display:none}
+@media(max-width:40rem){.text thead{display:none}.text tr{display:block;padding:.4rem 0}
+.text td{display:block;padding:.1rem .4rem .1rem 10.5rem}
+.text i{display:inline-block;width:10rem;margin-left:-10rem;color:#666;font-style:normal}}
+.dense{font-size:.85em}.dense td small{display:block}.dense td:last-child{white-space:normal;min-width:9rem}
+details{margin:.4rem 0}td details{margin:0}summary{cursor:pointer}
 """
 HOW_TO_READ = Markup("""<details><summary>how to read this</summary>
 <p>A row is a setting: runs that differ only in the seed. Figures are means over clients, on held-out
@@ -75,7 +81,7 @@ def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> s
         runs: those in the table.
         others: by name, why other folders are left out, or what of a run is.
     """
-    end = Markup("; <a href='#others'>{} more remarks</a>").format(len(others)) if others else ""
+    end = Markup("; <a href='#others'>left out or incomplete: {}</a>").format(len(others)) if others else ""
     settings = table.index.nunique()
     parts = [Markup("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
                     "content='width=device-width,initial-scale=1'><title>RVE-PFL runs</title>"
@@ -100,16 +106,29 @@ def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> s
 def _glance(table: pd.DataFrame, runs: dict[str, list[Finished]], attacked: bool) -> Markup:
     """One row for each setting: the accuracy of what is deployed and, if any run was attacked, what leaks."""
     who = ADVERSARIES if attacked else ()
-    head = ["data set", "partition", "method", "deployed accuracy", *(name.replace("_", " ") for name in who)]
-    rows = []
-    for setting, row in table[table["stage"] == "deployed"].iterrows():
-        options = runs[str(setting)][0].options
-        method = Markup("{}{}<code>{}</code>").format(
-            row["method"], _protocol(row), " ".join(flags(options, (*BASIC, "seed"))))
-        rows.append([row["dataset"], row["partition"], method,
-                     _spread(row["accuracy"], row["accuracy_std"], 4),
-                     *(_words(leakage.words_over_seeds(runs[str(setting)], name)) for name in who)])
+    head = ["method", "data set", "partition", "deployed accuracy",
+            *(name.replace("_", " ").replace("api", "API") for name in who)]
+    deployed, rows = table[table["stage"] == "deployed"], []
+    for _, block in deployed.groupby(["dataset", "partition"], sort=False):
+        differing = _differing({str(setting): runs[str(setting)][0].options for setting in block.index})
+        for setting, row in block.iterrows():
+            method = Markup("<b>{}</b>{} <small>{}</small>").format(
+                row["method"], _protocol(row), differing[str(setting)])
+            words = [_words(leakage.words_over_seeds(runs[str(setting)], name)) for name in who]
+            accuracy = _spread(row["accuracy"], row["accuracy_std"], 4)
+            rows.append([method, row["dataset"], row["partition"], accuracy, *words])
     return _grid(head, rows, "text")
+
+
+def _differing(settings: dict[str, dict]) -> dict[str, str]:
+    """Of each setting's options, by name, those that are not the default and not the same in all of them."""
+    said = (*BASIC, "seed", "resplit", "validate")   # elsewhere in the row
+    options = {setting: [name if value is True else f"{name} {value}"
+                         for name, value in unusual(one).items() if name not in said]
+               for setting, one in settings.items()}
+    common = set.intersection(*(set(one) for one in options.values()))
+    return {setting: ", ".join(text for text in one if text not in common)
+            for setting, one in options.items()}
 
 
 def _words(found: dict[str, leakage.OverSeeds]) -> Markup:
@@ -120,10 +139,10 @@ def _words(found: dict[str, leakage.OverSeeds]) -> Markup:
     for kind, one in found.items():
         remarks = [f"{one.having} of {one.attacked} seeds"] if one.having not in (0, one.attacked) else []
         remarks += ["few"] if one.few and one.word else []
-        lines.append(Markup("<span class={}>{}</span> <small>{}{}</small>").format(
-            "mark" if one.word == "leaks" else "plain", one.word or "unknown",
-            {"image": "images", "class": "classes"}[kind],
-            f" ({', '.join(remarks)})" if remarks else ""))
+        remark = Markup(" <small>({})</small>").format(", ".join(remarks)) if remarks else ""
+        lines.append(Markup("<span class=line><small>{}:</small> <span class={}>{}</span>{}</span>").format(
+            {"image": "images", "class": "classes"}[kind], "mark" if one.word == LEAKS else "plain",
+            one.word or "unknown", remark))
     return Markup("<br>").join(lines)
 
 
@@ -206,10 +225,13 @@ def _grid(head: list[str], rows: list, style: str = "") -> Markup:
     """A table in a box that scrolls sideways; cells are text, or HTML if they are Markup.
 
     Args:
-        style: ``text`` for cells that wrap.
+        style: ``text`` for cells that wrap; on a narrow screen each row becomes a block of its own.
     """
     def line(cell: str, cells: list) -> Markup:
         return Markup("<tr>{}</tr>").format(Markup().join(Markup(cell).format(one) for one in cells))
+    if style == "text":
+        rows = [[Markup("<i>{}</i>{}").format(name, one) for name, one in zip(head, row, strict=True)]
+                for row in rows]
     body = Markup().join(line("<td>{}</td>", row) for row in rows)
     table = "<div class=wide><table class='{}'><thead>{}</thead><tbody>{}</tbody></table></div>"
     return Markup(table).format(style, line("<th>{}</th>", head), body)

@@ -5,7 +5,6 @@ where files are kept. A setting's row has means over seeds, and the command that
 """
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,24 +129,24 @@ def _rounds(path: Path, asked: int) -> pd.DataFrame:
 
 def command(options: dict) -> str:
     """The shortest command that makes a run with these options."""
-    return shlex.join(["python", "RVE-PFL.py", *flags(options)])
+    words = []
+    for name, value in unusual(options).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(["python", "RVE-PFL.py", *words])
 
 
-def flags(options: dict, leave_out: Sequence[str] = ()) -> list[str]:
-    """The flags of ``command``: the seed, and all options that are not the default.
-
-    Args:
-        leave_out: names of options that are not wanted.
-    """
-    parser, words = make_parser(), list[str]()
+def unusual(options: dict) -> dict[str, object]:
+    """Options by name that are not the default, and the seed; without bookkeeping ones."""
+    parser = make_parser()
     basic = [word for name in BASIC for word in (f"--{name}", options[name])]
     usual = {**vars(args_parser(basic)), **{name: parser.get_default(name) for name in BASIC}}
-    for name in [action.dest for action in parser._actions if action.dest not in leave_out]:
+    found = {}
+    for name in [action.dest for action in parser._actions]:
         value = options.get(name)
-        unusual = value is not None and value is not False and value != usual.get(name)
-        if name == "seed" or (unusual and name not in BOOKKEEPING_OPTIONS):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
+        differs = value is not None and value is not False and value != usual.get(name)
+        if name == "seed" or (differs and name not in BOOKKEEPING_OPTIONS):
+            found[name] = value
+    return found
 
 
 def by_setting(runs: list[Finished]) -> dict[str, list[Finished]]:

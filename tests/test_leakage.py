@@ -193,6 +193,7 @@ def glance(folder):
     """The first table of a page: cells by row, their tags taken out and spaces made one."""
     text = (folder / "report.html").read_text()
     table = text[text.index("<tbody>"):text.index("</tbody>")]
+    table = re.sub("<i>.*?</i>", "", table)   # the heads once more, which only narrow screens show
     return [[" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in row.split("<td>")[1:]]
             for row in table.split("<tr>")[1:]]
 
@@ -200,24 +201,24 @@ def glance(folder):
 def test_the_page_opens_with_what_leaks_to_whom(report, worded):
     images(worded / "two", WORSE)
     assert report.main(["--results_dir", str(worded)]) == 0
-    rows = {row[2].split()[0]: row for row in glance(worded)}
+    rows = {row[0].split()[0]: row for row in glance(worded)}
     assert set(rows) == {"rve_pfl", "fedavg"}
     assert rows["fedavg"][4:] == ["not attacked"] * 4
     assert rows["rve_pfl"][4:] == [   # in the order of ADVERSARIES
-        "not attacked", "leaks images (1 of 2 seeds) leaks classes (1 of 2 seeds)",
-        "leaks images (1 of 2 seeds)", "not attacked"]
+        "not attacked", "images: leaks (1 of 2 seeds) classes: leaks (1 of 2 seeds)",
+        "images: leaks (1 of 2 seeds)", "not attacked"]
     deployed = pd.read_csv(worded / "summary.csv").query("stage == 'deployed' and method == 'rve_pfl'")
     assert rows["rve_pfl"][3].split()[0] == f"{deployed['accuracy'].item():.4f}"
     few = pd.read_csv(worded / "one" / "attack.csv", keep_default_na=False)
     few[few["image"] < 3].to_csv(worded / "one" / "attack.csv", index=False)
     (worded / "two" / "attack.csv").unlink()
     assert report.main(["--results_dir", str(worded)]) == 0
-    rows = {row[2].split()[0]: row for row in glance(worded)}
-    assert rows["rve_pfl"][6] == "leaks images (1 of 2 seeds, few)"
+    rows = {row[0].split()[0]: row for row in glance(worded)}
+    assert rows["rve_pfl"][6] == "images: leaks (1 of 2 seeds, few)"
     (worded / "one" / "attack.csv").unlink()
     assert report.main(["--results_dir", str(worded)]) == 0
-    rows = {row[2].split()[0]: row for row in glance(worded)}
-    assert rows["rve_pfl"][6] == "unknown images"
+    rows = {row[0].split()[0]: row for row in glance(worded)}
+    assert rows["rve_pfl"][6] == "images: unknown"
 
 
 @pytest.mark.parametrize("harm, reason", [
@@ -324,3 +325,9 @@ def test_a_page_without_attacks_says_nothing_of_them(report, runs, tmp_path):
     assert report.main(["--results_dir", str(tmp_path)]) == 0
     text = (tmp_path / "report.html").read_text()
     assert "fedavg" in text and "attack" not in text
+
+
+def test_rows_say_which_options_differ_and_no_others(report, worded, runs):
+    shutil.copytree(runs / "beta", worded / "beta")
+    assert report.main(["--results_dir", str(worded)]) == 0
+    assert sorted(row[0] for row in glance(worded)) == ["fedavg", "rve_pfl", "rve_pfl kl_weight 0.01"]
