@@ -1,4 +1,6 @@
 """Each attack recovers what theory says it must, on networks small enough for it to be certain."""
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -142,6 +144,18 @@ def test_a_batchs_gradient_gives_its_images_back():
     adversary = attacks.Adversary(holdings, head, attacks.PublicImages(x, y, lambda _: x), 0.0, budget)
     found, labels = attack.solve(adversary, attack.observe(Client(head), x, y, budget), 2)
     assert labels.tolist() == [0, 2] and (psnr(scoring.in_order_of(x, found[0]), x) > 20).all()
+
+
+def test_a_row_is_all_that_a_new_attack_needs(monkeypatch):
+    """It says who can run it and what of a run it needs, in the words that a user is told."""
+    def never(target, adversary):
+        return f"{adversary} has no {target}"
+    row = attacks.Attack(None, None, ("stolen_model", "prediction_api"), "", needs=(lambda *_: None, never))
+    monkeypatch.setitem(attacks.ATTACKS, "new", row)
+    assert attacks.unfit("new", "curious_server", "luck") == "needs what this adversary does not have"
+    assert attacks.unfit("new", "stolen_model", "luck") == "stolen_model has no luck"
+    monkeypatch.setitem(attacks.ATTACKS, "new", dataclasses.replace(row, needs=()))
+    assert attacks.unfit("new", "stolen_model", "luck") is None
 
 
 def test_only_what_tells_no_order_is_scored_in_any_order():

@@ -1,6 +1,7 @@
 """The attack's command line: what it reads, writes, resumes and refuses."""
 import dataclasses
 import json
+import re
 import sys
 import threading
 
@@ -244,6 +245,8 @@ def test_what_z_can_tell_stands_beside_the_attacks(trained, capsys):
     assert (found >= table.set_index("round")["mse_bound"]).all()   # no attack on z beats the bound
     said = capsys.readouterr().out
     assert "round 2 client 0: z tells at most" in said
+    word = "(leaks|as a guess|fails) [(]only 2 images[)][.] SSIM"
+    assert re.search(f"^stolen_model latent_decoder round 2 client 0: {word}.* s[)]$", said, re.MULTILINE)
     path.write_text("round\n1\n")
     assert "attack_latents.csv is damaged" in trained.refuses(capsys, "rve_pfl", *quick, "--rounds", 2)
     assert trained.attack("rve_pfl", *quick, "--overwrite", "--rounds", 2) == 0

@@ -83,6 +83,7 @@ def test_clients_are_pooled_and_few_images_are_marked():
 @pytest.mark.parametrize("harm", [
     lambda table: table[table["control"] != "noise"], lambda table: table[table["control"] != ""],
     lambda table: table.drop(index=9), lambda table: pd.concat([table, table.head(1)]),
+    lambda table: pd.concat([table, table]),
     lambda table: table.assign(ssim=table["ssim"].where(table.index != 3))])
 def test_rows_with_gaps_are_refused(harm):
     with pytest.raises(ValueError):
