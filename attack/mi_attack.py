@@ -74,7 +74,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Target a command line and return the exit status."""
+    """Run a command line and return the exit status."""
     args = make_parser().parse(argv)
     try:
         with Interrupts():

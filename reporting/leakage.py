@@ -34,7 +34,7 @@ from runs.pictures import matplotlib, plt
 NUMBERS = ["round", *SUMMARY_NUMBERS]
 KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK_CONTROLS)}   # metric, beside which
 FOUND = ["adversary", "round", "kind", "attack", "n", "score", "low", "high", "control", "control_score",
-         "leakage", "psnr", "rank_attack", "rank", "control_rank", "budget", "word", "few"]
+         "leakage", "psnr", "rank_attack", "rank", "control_rank", "attacks", "budget", "word", "few"]
 NONE = pd.DataFrame(columns=FOUND)
 WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]   # of summary.csv
 MARKERS = dict(zip(ADVERSARIES, itertools.cycle("osD^vP")))   # noqa: B905 - a cycle is endless
@@ -108,10 +108,11 @@ def with_words(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     for one in found.to_dict("records"):
         same = rows[(rows["adversary"] == one["adversary"]) & (rows["round"] == one["round"])
                     & (rows["kind"] == one["kind"])]
-        verdicts = [judge(part, ATTACKS[str(name)]) for name, part in same.groupby("attack")]
-        if not verdicts:
-            raise ValueError(f"it has no {one['kind']} attack by {one['adversary']} in round {one['round']}")
-        worst = min(verdicts, key=lambda verdict: (WORDS.index(verdict.word), verdict.few))
+        verdicts = {name: judge(part, ATTACKS[str(name)]) for name, part in same.groupby("attack")}
+        for name, count in one["attacks"].items():
+            if name not in verdicts or verdicts[name].count < count:
+                raise ValueError(f"it lacks rows of {name} by {one['adversary']} in round {one['round']}")
+        worst = min(verdicts.values(), key=lambda verdict: (WORDS.index(verdict.word), verdict.few))
         words.append(worst.word)
         few.append(worst.few)
     return found.assign(word=words, few=few)
@@ -140,7 +141,8 @@ def condense(table: pd.DataFrame) -> pd.DataFrame:
                      "high": best[f"{metric}_high"], "control": control["control"],
                      "control_score": control[metric], "leakage": best[metric] - control[metric],
                      "psnr": best["psnr"], "rank_attack": ranked["attack"], "rank": ranked["nearest_rank"],
-                     "control_rank": guesses["nearest_rank"].min()})
+                     "control_rank": guesses["nearest_rank"].min(),
+                     "attacks": dict(zip(own["attack"], own["n"], strict=True))})
     return pd.DataFrame(rows)
 
 
