@@ -104,7 +104,7 @@ def controls(public: Tensor, public_labels: Tensor, labels: Tensor, truth: Tenso
 
 
 def distortion_bound(images: Tensor, nats: float) -> float:
-    """The least mean squared error that anybody can reach who has been told ``nats`` about an image.
+    """The least mean squared error that is possible for an adversary who knows ``nats`` about an image.
 
     It is an error per pixel, by reverse water-filling (Cover and Thomas, 10.3.3). It holds for Gaussian
     images with the covariance of the given ones. Real images can be described in fewer nats, so for them it

@@ -1,7 +1,7 @@
 """The page of report.py: tables and pictures of runs, as HTML that needs no other file.
 
-Text from files may be anybody's. So only ``Markup`` is taken as HTML, and it escapes every other text that is
-formatted into it, joined or added.
+Text from files may have been written by anybody. So only ``Markup`` is taken as HTML, and it escapes every
+other text that is formatted into it, joined or added.
 """
 from pathlib import Path
 
@@ -32,7 +32,8 @@ img{max-width:100%;height:auto;vertical-align:top}.mark{color:#a00;font-weight:6
 @media(max-width:40rem){.text thead{display:none}.text tr{display:block;padding:.4rem 0}
 .text td{display:block;padding:.1rem .4rem .1rem 10.5rem}
 .text i{display:inline-block;width:10rem;margin-left:-10rem;color:#666;font-style:normal}}
-.dense{font-size:.85em}.dense td small{display:block}.dense td:last-child{white-space:normal;min-width:9rem}
+.dense{font-size:.8em}.dense th,.dense td{padding:.25rem .35rem}
+.dense td small{display:block}.dense td:last-child{white-space:normal;min-width:9rem}
 details{margin:.4rem 0}td details{margin:0}summary{cursor:pointer}
 """
 HOW_TO_READ = Markup("""<details><summary>how to read this</summary>
@@ -98,7 +99,7 @@ def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> s
                       figure_image(_curves(here), f"deployed accuracy over rounds, {dataset}, {partition}"),
                       _partition_picture(here), *_attacks([run for run in here if len(run.leaks)])]
     if others:
-        parts += [Markup("<h2 id=others>Left out</h2>"),
+        parts += [Markup("<h2 id=others>Left out or incomplete</h2>"),
                   _grid(["folder", "why"], sorted(others.items()), "text")]
     return Markup("\n").join(parts) + "\n"
 
@@ -122,9 +123,9 @@ def _glance(table: pd.DataFrame, runs: dict[str, list[Finished]], attacked: bool
 
 def _differing(settings: dict[str, dict]) -> dict[str, str]:
     """Of each setting's options, by name, those that are not the default and not the same in all of them."""
-    said = (*BASIC, "seed", "resplit", "validate")   # elsewhere in the row
+    elsewhere = (*BASIC, "seed", "resplit", "validate")   # shown in other columns, or as a mark
     options = {setting: [name if value is True else f"{name} {value}"
-                         for name, value in unusual(one).items() if name not in said]
+                         for name, value in unusual(one).items() if name not in elsewhere]
                for setting, one in settings.items()}
     common = set.intersection(*(set(one) for one in options.values()))
     return {setting: ", ".join(text for text in one if text not in common)

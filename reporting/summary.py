@@ -21,7 +21,8 @@ from utils import InputError
 
 # Options that do not change the result: not part of a setting, and left out of its command, but for the seed.
 BOOKKEEPING_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
-                 "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack", "eval_every"}
+                       "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack",
+                       "eval_every"}
 BASIC = ("dataset", "method", "partition")   # they decide the defaults of other options
 STAGES = ("deployed", "trained")
 NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "seed")   # options that a config.json must have
