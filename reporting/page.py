@@ -27,7 +27,8 @@ thead th{border-bottom:2px solid #888;vertical-align:bottom}.text td{white-space
 tbody tr:nth-child(even){background:#f4f6f8}
 code{font-size:.85em;white-space:normal;overflow-wrap:anywhere}td code{display:block;max-width:24rem}
 td details code{width:24rem;user-select:all}
-img{max-width:100%;height:auto;vertical-align:top}.mark{color:#a00;font-weight:600}.line{white-space:nowrap}.faint{color:#666}
+img{max-width:100%;height:auto;vertical-align:top}.mark{color:#a00;font-weight:600}
+.line{white-space:nowrap}.faint{color:#666}
 .text i{display:none}
 @media(max-width:40rem){.text thead{display:none}.text tr{display:block;padding:.4rem 0}
 .text td{display:block;padding:.1rem .4rem .1rem 10.5rem}
