@@ -1,14 +1,16 @@
-"""All runs under results/ as one page and one table.
+"""Puts all finished runs of a results folder into one page and one table.
 
     python report.py                    writes results/report.html and results/summary.csv
 
-A row of the table is a setting: runs that differ in nothing but the seed, their means and standard deviations
-over seeds, and the command that makes them. Runs that are unfinished, damaged or not this program's are
-listed with the reason. The page needs no other file.
+A row of the table is a setting: runs that differ only in the seed. It has their means and standard deviations
+over seeds, and the command that makes one of them. The page shows the same, and what attacks found. It needs
+no other file. Folders that are left out, because a run is unfinished or damaged, say, are listed with the
+reason.
 """
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import pandas as pd
 
@@ -18,11 +20,15 @@ from reporting.page import page
 from reporting.summary import Finished, one_line, read, summarise
 from utils import ROOT, InputError, remove_leftovers, write_whole
 
-ESCAPED = "backslashreplace"   # what becomes of bytes in a folder's name that are no letters
+ESCAPED: Final = "backslashreplace"   # bytes of a folder's name that are no text: \xNN
 
 
 def made(found: dict[str, Finished | str]) -> tuple[list[Finished], dict[str, str], pd.DataFrame, str]:
-    """Folders as ``read`` -> finished runs, why others are none or not whole, the table, and the page."""
+    """The report, from what ``read`` gives for each folder.
+
+    Returns:
+        The finished runs; by folder, why others are left out, or what of a run is; the table; and the page.
+    """
     runs = [run for run in found.values() if isinstance(run, Finished)]
     others = {name: run if isinstance(run, str) else run.unread for name, run in found.items()}
     others, table = {name: why for name, why in others.items() if why}, summarise(runs)
@@ -30,7 +36,7 @@ def made(found: dict[str, Finished | str]) -> tuple[list[Finished], dict[str, st
 
 
 def _guarded(call: Callable, run: Path | Finished) -> Finished | str:
-    """What the call makes of a run, or that it failed: one run never stops the page of all."""
+    """The result of a call, or its error in words, so that one bad run does not stop the report."""
     try:
         return call(run)
     except Exception as error:
@@ -38,9 +44,9 @@ def _guarded(call: Callable, run: Path | Finished) -> Finished | str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the report; the exit status."""
+    """Write the report, and return the exit status."""
     parser = Parser("report.py", __doc__.splitlines()[0])
-    parser.add(Option("results_dir", "where the runs are", Path, ROOT / "results"))
+    parser.add(Option("results_dir", "folder whose subfolders are runs", Path, ROOT / "results"))
     folder = parser.parse(argv).results_dir
     try:
         if not folder.is_dir():
@@ -50,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         found = {path.name: _guarded(read, path) for path in sorted(folder.iterdir()) if path.is_dir()}
         try:
             runs, others, table, text = made(found)
-        except Exception:   # a run that no check above was made for: which one?
+        except Exception:   # caused by a run that ``read`` should have refused: find it, and leave it out
             found = {name: run if isinstance(run, str) else _guarded(lambda run: made({"": run}) and run, run)
                      for name, run in found.items()}
             runs, others, table, text = made(found)

@@ -1,22 +1,25 @@
-"""What an adversary holds of a run: read from that adversary's files, and from no others.
+"""What an adversary holds of a run. It is read from that adversary's files and from no others.
 
-| adversary        | files                      | holds                                          |
-| curious_server   | shared.pt, server.pt       | the heads it received, sent and sends next     |
-| stolen_model     | shared.pt, client_<k>.pt   | the victim's encoder and its own head          |
-| prediction_api   | shared.pt, client_<k>.pt   | answers of that model, never the model         |
-| curious_client   | shared.pt, client_<own>.pt | its own encoder, and the heads it is sent      |
+| adversary        | files                      | holds                                            |
+| curious_server   | shared.pt, server.pt       | the heads it received, sent, and will send next  |
+| stolen_model     | shared.pt, client_<k>.pt   | the victim's encoder and the victim's own head   |
+| prediction_api   | shared.pt, client_<k>.pt   | answers of that model, but not the model         |
+| curious_client   | shared.pt, client_<own>.pt | its own encoder, and the heads that it is sent   |
 
-A client that did not train in the round has the head just aggregated, of server.pt; a malicious one counts
-as what it uploaded. A gradient, a latent or an answer of a chosen image is handed over by ``Victim``, which
-plays the client and so reads ``client_<k>.pt``; what it computes with stays there.
+A client that did not train in the round holds the head that was just aggregated, from server.pt. The head of
+a malicious client is the one that it uploaded.
 
-The gradient that is observed at a checkpoint is that of the step that follows it: on the head just
-aggregated, which the server sends next, behind the encoder just stored. The server knows that head, and
-matches the gradient on these very weights.
+``Victim`` plays the attacked client. It reads ``client_<k>.pt``, and hands over only what the adversary
+observes: a gradient, a latent, or the answer to an image.
+
+A gradient that is observed at a checkpoint is the gradient of the next training step. The client takes that
+step with the encoder just stored and with the head just aggregated, which the server sends next. The server
+knows this head, so it matches the gradient on exactly these weights.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,12 +33,19 @@ from runs.checkpoint import checked_head, load_checked, read_private, read_share
 from update import Private, State
 from utils import InputError
 
+Query = Callable[[Tensor], Tensor]   # images N x C x H x W -> probabilities N x num_classes
+Part = TypeVar("Part")
 ADVERSARIES = ("curious_server", "stolen_model", "prediction_api", "curious_client")
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished or interrupted run: its description, and the untrained network."""
+class Target:
+    """A run under attack, finished or interrupted.
+
+    Attributes:
+        results, models: the run's two folders.
+        options: the ``options`` of its ``config.json``.
+    """
 
     results: Path
     models: Path
@@ -43,57 +53,71 @@ class Run:
     data: datasets.Dataset
 
     @property
-    def split(self) -> bool:
-        """Whether the method has an encoder before the head."""
+    def has_encoder(self) -> bool:
+        """Whether an encoder stands before the head, so that the head's input is a latent z."""
         return hasattr(self.network(), "encoder")
 
     def network(self) -> nn.Module:
-        """The method's network, weights not yet those of anybody."""
+        """The method's network with fresh weights.
+
+        They are drawn from PyTorch's generator, so another number of calls changes every later draw.
+        """
         return METHODS[self.options["method"]].build(
             self.data.image_shape, self.data.num_classes, self.options).eval()
 
     def rounds(self) -> list[int]:
-        """Rounds whose checkpoints are there."""
+        """Rounds that have a checkpoint, in order."""
         names = (p.name.removeprefix("round_") for p in self.models.glob("round_*"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def file(self, round: int, name: str) -> Path:
-        """A checkpoint's file, or InputError."""
+        """The path of a checkpoint's file; InputError if the round has no checkpoint."""
         folder = self.models / f"round_{round}"
         if not folder.is_dir():
             kept = ", ".join(map(str, self.rounds())) or "none"
-            raise InputError(f"--rounds {round}: no checkpoint {folder} (there: {kept}); train with "
-                             f"--save_rounds {round}")
+            raise InputError(f"--rounds {round}: no checkpoint {folder} (rounds with one: {kept}); train "
+                             f"with --save_rounds {round}")
         return folder / name
 
     def shared(self, round: int) -> dict:
-        """``shared.pt``: ``sent`` and ``uploads``."""
+        """``shared.pt``: ``sent``, the head that clients started from, and ``uploads``, theirs by client."""
         travels = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())[0]
         return read_shared(self.file(round, "shared.pt"), travels, self.options["num_users"])
 
     def sent_next(self, round: int) -> State:
-        """``server.pt``: the head aggregated at the end of the round, which the next one starts from."""
+        """The head in ``server.pt``: aggregated at the end of the round, and sent at the start of the next.
+
+        Raises:
+            InputError: the file is damaged, or of another method.
+        """
         path = self.file(round, "server.pt")
         travels = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())[0]
         return checked_head(load_checked(path).get("head"), travels, path)
 
     def private(self, round: int, client: int) -> Private:
-        """``client_<k>.pt``: what stayed with the client."""
+        """``client_<k>.pt``: what never left the client."""
         travels, stays = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())
         return read_private(self.file(round, f"client_{client}.pt"), stays, travels)
 
     def own_head(self, round: int, client: int, private: Private) -> State:
-        """The shared part of the client's own model: what it trained in the round, before anything was done
-        to protect it on its way to the server; the head just aggregated if it did not train."""
+        """The head of the client's own model.
+
+        It is the head that the client trained in this round, before any noise or clipping that protects the
+        upload. A client that did not train has the head just aggregated.
+        """
         uploads, hidden = self.shared(round)["uploads"], METHODS[self.options["method"]].protects
         if client in uploads and private.own:
             return private.own
         if client in uploads and not hidden:
             return uploads[client]
-        return self.sent_next(round)   # also of a protected run from before ``own`` was stored
+        return self.sent_next(round)   # also for a protected run of an older version, which stored no ``own``
 
     def owned(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Each client's training and test indices. For scoring: no adversary has them."""
+        """Each client's training and test images, as numbers in the data set. Only scoring uses them.
+
+        Raises:
+            InputError: ``partition.npz`` is missing, damaged, or of another data set.
+        """
         path = self.results / "partition.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -101,145 +125,194 @@ class Run:
                           for half in ("train", "test")]
         except KeyError as error:
             raise InputError(f"{path}: no fixed training and test images; runs with --resplit or --validate "
-                             "are not attacked") from error
+                             "cannot be attacked") from error
         except Exception as error:
             raise InputError(f"{path} is missing or damaged") from error
         if not all(part.ndim == 1 and part.dtype.kind == "i" and len(part) and part.min() >= 0
                    and part.max() < len(self.data.labels) for half in halves for part in half):
             raise InputError(f"{path} does not number images of --dataset {self.options['dataset']}; it is "
-                             "damaged, or the data set is another than then")
+                             "damaged, or the data set has changed since the run")
         return halves[0], halves[1]
 
 
-def open_run(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Run:
-    """Read ``config.json`` and the run's data set.
+def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Target:
+    """Read a run's ``config.json`` and its data set.
 
     Raises:
-        InputError: there is no such run, or it is damaged.
+        InputError: there is no such run, or its files are damaged.
     """
     path = results_dir / name / "config.json"
     if not path.exists():
         there = sorted(p.parent.name for p in results_dir.glob("*/config.json"))
-        raise InputError(f"--run {name}: no {path}; there: {', '.join(there) or 'no runs'}")
+        raise InputError(f"--run {name}: there is no {path}; runs there: {', '.join(there) or 'no runs'}")
     options = configs.read(path, "dataset", "method", "num_users", "init_logvar", "seed")["options"]
-    return Run(results_dir / name, models_dir / name, options, datasets.load(options["dataset"], data_dir))
+    return Target(results_dir / name, models_dir / name, options, datasets.load(options["dataset"], data_dir))
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """What an adversary has of one client in one round; None is what it has not.
+    """What an adversary has of one client in one round. A part that it does not have is None.
 
     Attributes:
-        head: from an image, or with a split method from z as an image, to logits; None where a part of it
-            stays with the clients.
-        stepped: the curious server's, the head that it sends next, on which it observes a gradient.
-        encoder: image to z, or to its mu and log variance: the victim's or, a curious client's, its own.
-        split: whether the head's input is z.
+        head: input -> logits. The input is an image or, behind an encoder, a latent z in the shape of an
+            image. None if a part of the head stays with the clients.
+        encoder: image -> z, or -> mean and log variance of z. It is the victim's, or a curious client's own.
+        has_encoder: whether the head's input is z. True also for an adversary that has no encoder itself.
+        next_head: the head that the curious server sends next, on which it observes a gradient.
+        query: the prediction service.
     """
 
     head: nn.Module | None
     encoder: nn.Module | None
-    split: bool
+    has_encoder: bool
     image_shape: tuple[int, int, int]
-    stepped: nn.Module | None = None
+    next_head: nn.Module | None = None
+    query: Query | None = None
 
-    def __post_init__(self):
-        """Channels last: an attack is a batch of problems, and pools it in a fifteenth of the time."""
-        for part in filter(None, (self.head, self.encoder, self.stepped)):
+    def __post_init__(self) -> None:
+        """Channels last makes max pooling of a large batch about fifteen times as fast."""
+        for part in filter(None, (self.head, self.encoder, self.next_head)):
             part.to(memory_format=torch.channels_last)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``N x C x H x W`` -> mu ``N x CHW`` and the log variance, None of a deterministic encoder."""
-        found = self.encoder(x)
+        """Images ``N x C x H x W`` -> mean and log variance of z, each ``N x CHW``.
+
+        The log variance is None for an encoder without noise.
+        """
+        found = held(self.encoder)(x)
         return found if isinstance(found, tuple) else (found, None)
 
     def sample(self, x: Tensor) -> Tensor:
-        """One draw of z, ``N x CHW``."""
+        """Images ``N x C x H x W`` -> one draw of z for each, ``N x CHW``."""
         mu, logvar = self.posterior(x)
         return mu if logvar is None else reparameterise(mu, logvar)
 
     def logits(self, x: Tensor, draws: int = 0) -> Tensor:
-        """``N x C x H x W`` -> log-probabilities ``N x num_classes``: through mu, or, with ``draws``, the log
-        of the probabilities' mean over that many draws of z."""
-        if not self.split:
-            return self.head(x).log_softmax(1)
+        """Images ``N x C x H x W`` -> log-probabilities ``N x num_classes``.
+
+        Args:
+            draws: how many draws of z the probabilities are averaged over; 0 takes the mean of z instead.
+        """
+        head = held(self.head)
+        if not self.has_encoder:
+            return head(x).log_softmax(1)
         mu, logvar = self.posterior(x)
         if not draws or logvar is None:
-            return self.head(as_image(mu, self.image_shape)).log_softmax(1)
+            return head(as_image(mu, self.image_shape)).log_softmax(1)
         z = reparameterise(mu.expand(draws, *mu.shape), logvar.expand(draws, *mu.shape))
-        each = self.head(as_image(z, self.image_shape)).log_softmax(1)
+        each = head(as_image(z, self.image_shape)).log_softmax(1)
         return each.unflatten(0, (draws, -1)).logsumexp(0) - float(np.log(draws))
 
 
-def hold(run: Run, adversary: str, round: int, client: int, own: int = 0) -> Holdings:
-    """What the adversary has of ``client`` at ``round``; ``own`` is a curious client's own number."""
-    shared, network = run.shared(round), run.network()
+def held(part: Part | None) -> Part:
+    """A part of ``Holdings`` that the attack needs.
+
+    Raises:
+        LookupError: this adversary does not have it.
+    """
+    if part is None:
+        raise LookupError("the attack needs a part of the model that this adversary does not have")
+    return part
+
+
+def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) -> Holdings:
+    """What the adversary has of ``client`` after ``round``. The prediction service's is made by scene.py.
+
+    Args:
+        own: the number of the curious client itself.
+
+    Raises:
+        InputError: the method sends the curious server nothing, or a file is missing or damaged.
+    """
+    shared, network = target.shared(round), target.network()
     if adversary == "curious_server" and not shared["sent"]:
-        raise InputError(f"--adversary curious_server: --method {run.options['method']} sends it nothing")
+        raise InputError(f"--adversary curious_server: --method {target.options['method']} sends it nothing")
     if adversary == "curious_server":
         parameters = shared["uploads"].get(client, shared["sent"])
-    elif adversary == "curious_client":   # it is never shown another's upload
-        parameters = {**shared["sent"], **run.private(round, own).parameters}
+    elif adversary == "curious_client":   # it never sees the upload of another client
+        parameters = {**shared["sent"], **target.private(round, own).parameters}
     else:
-        private = run.private(round, client)
-        parameters = {**run.own_head(round, client, private), **private.parameters}
+        private = target.private(round, client)
+        parameters = {**target.own_head(round, client, private), **private.parameters}
     whole = all(name in parameters for name in network.state_dict() if name.startswith("classifier."))
     network.load_state_dict(parameters, strict=False)
     network.requires_grad_(False)
-    stepped = None
+    next_head = None
     if adversary == "curious_server" and whole:
-        stepped = run.network().requires_grad_(False)
-        stepped.load_state_dict(run.sent_next(round), strict=False)
-        stepped = stepped.classifier
-    has_encoder = run.split and adversary != "curious_server"
-    return Holdings(network.classifier if whole else None, network.encoder if has_encoder else None,
-                    run.split, run.data.image_shape, stepped)
+        following = target.network().requires_grad_(False)
+        following.load_state_dict(target.sent_next(round), strict=False)
+        next_head = following.get_submodule("classifier")
+    has_encoder = target.has_encoder
+    encoder = network.get_submodule("encoder") if has_encoder and adversary != "curious_server" else None
+    return Holdings(network.get_submodule("classifier") if whole else None, encoder, has_encoder,
+                    target.data.image_shape, next_head)
+
+
+def posterior_in_parts(holdings: Holdings, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``Holdings.posterior`` of many images, 256 at a time."""
+    with torch.no_grad():
+        parts = [holdings.posterior(part) for part in images.split(256)]
+    logvar = [noise for _, noise in parts if noise is not None]
+    return torch.cat([mu for mu, _ in parts]), torch.cat(logvar) if logvar else None
 
 
 class Victim:
-    """One client, playing what it does in a round on images of its own: what leaves it is observed."""
+    """The attacked client. Its methods give what the adversary observes of given images."""
 
-    def __init__(self, run: Run, round: int, client: int):
-        self.run, self.sent_next = run, run.sent_next(round)
-        private = run.private(round, client)
-        self.private, self.own = private.parameters, run.own_head(round, client, private)
+    def __init__(self, target: Target, round: int, client: int) -> None:
+        self.target, self.sent_next = target, target.sent_next(round)
+        private = target.private(round, client)
+        self.private, self.own = private.parameters, target.own_head(round, client, private)
 
     def _holdings(self, shared: State) -> Holdings:
-        network = self.run.network()
+        network = self.target.network()
         network.load_state_dict({**shared, **self.private})
-        return Holdings(network.classifier, getattr(network, "encoder", None), self.run.split,
-                        self.run.data.image_shape)
+        return Holdings(network.get_submodule("classifier"), getattr(network, "encoder", None),
+                        self.target.has_encoder, self.target.data.image_shape)
 
     @torch.no_grad()
     def head_input(self, x: Tensor) -> Tensor:
-        """What the head sees of images: the images, or a draw of z as images."""
+        """Images ``N x C x H x W`` -> the head's input: the images, or one draw of z in their shape."""
         holdings = self._holdings(self.own)
-        return as_image(holdings.sample(x), holdings.image_shape) if self.run.split else x
+        return as_image(holdings.sample(x), holdings.image_shape) if self.target.has_encoder else x
 
     @torch.no_grad()
     def noise(self, x: Tensor) -> dict[str, float] | None:
-        """What the noise on z leaves of images, means over them: ``kl_nats``, at most what a draw of z can
-        tell of one; ``sigma``; ``snr_db``, the variance of mu over images against that of the noise. None
-        without noise."""
-        if not self.run.split:
+        """How much of images ``N x C x H x W`` the noise on z leaves; None for a method without noise.
+
+        Returns:
+            Means over the images: ``kl_nats``, an upper bound on what one draw of z tells about an image, in
+            nats; ``sigma``, the noise's standard deviation; ``snr_db``, in dB, the variance of mu over images
+            divided by that of the noise.
+        """
+        if not self.target.has_encoder:
             return None
         holdings = self._holdings(self.own)
-        mu, logvar = zip(*(holdings.posterior(part) for part in x.split(256)), strict=True)
-        if logvar[0] is None:
+        mu, logvar = posterior_in_parts(holdings, x)
+        if logvar is None:
             return None
-        mu, logvar = torch.cat(mu), torch.cat(logvar)
         return {"kl_nats": kl_to_standard_normal(mu, logvar).mean().item(),
                 "sigma": (0.5 * logvar).exp().mean().item(),
                 "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item()}
 
     def update(self, x: Tensor, y: Tensor, change: Callable[[nn.Module, Tensor, Tensor], State]) -> State:
-        """What the next round's first step, or epoch, lets the server see; without dropout, the adversary's
-        best case."""
-        return change(self._holdings(self.sent_next).head, self.head_input(x), y)
+        """What the server observes of the client's next step, or epoch, on images ``x`` with labels ``y``.
+
+        There is no dropout, which is the best case for the adversary.
+
+        Args:
+            change: head, its input, labels -> a gradient or an update, by parameter name.
+        """
+        return change(held(self._holdings(self.sent_next).head), self.head_input(x), y)
 
     @torch.no_grad()
     def answers(self, x: Tensor, draws: int, keep: int) -> Tensor:
-        """The service's probabilities, ``N x num_classes``, but for the ``keep`` largest set to 0."""
+        """The prediction service: images ``N x C x H x W`` -> probabilities ``N x num_classes``.
+
+        Args:
+            draws: of z, over which the probabilities are averaged.
+            keep: how many of the largest it tells; the others are 0.
+        """
         scores = self._holdings(self.own).logits(x, draws).exp()
         smallest = scores.topk(min(keep, scores.shape[1])).values[:, -1:]
         return torch.where(scores >= smallest, scores, torch.zeros_like(scores))

@@ -1,13 +1,17 @@
-"""The table of attacks, and one adversary's side of each: what it holds, what it trains, what it hands in."""
+"""The table of attacks, ``ATTACKS``, and what each attack does.
+
+A new attack is one function, and one row of the table that says who can run it and what it needs.
+"""
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attack import classes, gradients, learnt
-from attack.access import Holdings, Run, Victim
+from attack.access import Holdings, Target, Victim, held, posterior_in_parts
 from methods import METHODS
 from models import FlattenHWC, as_image
 from update import State
@@ -17,275 +21,349 @@ flatten = FlattenHWC()
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method's adversary may spend."""
+    """What every adversary may spend, whatever the method."""
 
-    restarts: int
-    iterations: int
-    epochs: int     # of what it trains on public images
-    draws: int      # of z averaged in an answer
-    lr: float       # the client's, of its simulated local epoch
-    keep: int       # scores that a service tells
+    restarts: int     # of each search
+    iterations: int   # of each search
+    epochs: int       # of training on public images
+    draws: int        # of z, averaged in an answer of the model
+    lr: float         # the client's learning rate, in a simulated local epoch
+    top_scores: int   # class scores that the prediction service tells
+
+
+@dataclass(frozen=True)
+class PublicImages:
+    """Images that every adversary may train on.
+
+    Attributes:
+        images, labels: ``N x C x H x W`` in [0, 1], and ``N``.
+        of_classes: labels -> public images of these classes only; None if the public images show other
+            classes than the victim's.
+    """
+
+    images: Tensor
+    labels: Tensor
+    of_classes: Callable[[Tensor], Tensor] | None = None
 
 
 class Adversary:
-    """One adversary's knowledge of one client in one round, and what it trains with it, once.
+    """One adversary of one client in one round. What it trains, it trains once and uses in all its attacks.
 
-    Attributes:
-        of_classes: public images of given classes alone; None where the public images show other things.
+    Args:
+        start: the network with the weights that all clients start from.
+        kl_weight: of the KL term in a client's loss.
     """
 
-    def __init__(self, holdings: Holdings | None, query: Callable[[Tensor], Tensor] | None, start: nn.Module,
-                 public: Tensor, labels: Tensor, of_classes: Callable[[Tensor], Tensor] | None,
-                 kl_weight: float, budget: Budget):
-        self.holdings, self.query, self.start, self.budget = holdings, query, start, budget
-        self.public, self.labels, self.of_classes, self.kl_weight = public, labels, of_classes, kl_weight
-        self.decoders: dict[tuple, Callable[[Tensor], Tensor]] = {}   # by the classes they were trained on
+    def __init__(self, holdings: Holdings, start: nn.Module, public: PublicImages, kl_weight: float,
+                 budget: Budget) -> None:
+        self.holdings, self.start, self.public = holdings, start, public
+        self.kl_weight, self.budget = kl_weight, budget
+        self.decoders: dict[tuple[int, ...], learnt.Decode] = {}   # by the classes they were trained on
 
     @cached_property
-    def view(self) -> Holdings:
-        """A way from images to logits: the model itself, or the head behind a shadow encoder."""
-        if not self.holdings.split or self.holdings.encoder is not None:
+    def whole_model(self) -> Holdings:
+        """A model from images to logits: the real one, or the real head behind a shadow encoder."""
+        if not self.holdings.has_encoder or self.holdings.encoder is not None:
             return self.holdings
-        return learnt.shadow_encoder(self.holdings, self.start, self.public, self.labels, self.budget.epochs,
-                                     self.kl_weight)
+        return learnt.shadow_encoder(self.holdings, self.start, self.public.images, self.public.labels,
+                                     self.budget.epochs, self.kl_weight)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``Holdings.posterior`` of many images, a part at a time."""
-        view = self.view   # which may have to be trained first, so not under no_grad
-        with torch.no_grad():
-            mu, logvar = zip(*(view.posterior(part) for part in images.split(256)), strict=True)
-        return torch.cat(mu), None if logvar[0] is None else torch.cat(logvar)
+        """``Holdings.posterior`` of many images, by the victim's encoder or by the shadow encoder."""
+        return posterior_in_parts(self.whole_model, images)
 
-    def latents_to_images(self, learn: Callable, labels: Tensor) -> Callable[[Tensor], Tensor]:
-        """A decoder learnt on public images, of the classes seen where that can be."""
-        images = self.public if self.of_classes is None else self.of_classes(labels.unique())
+    def train_decoder(self, learn: Callable[..., learnt.Decode], labels: Tensor) -> learnt.Decode:
+        """A decoder from latents to images, trained on public images, of these labels' classes if possible.
+
+        Args:
+            learn: ``learnt.decoder`` or another function with its arguments.
+        """
+        choose = self.public.of_classes
+        images = self.public.images if choose is None else choose(labels.unique())
         return learn(*self.posterior(images), images, self.budget.epochs)
 
     @cached_property
     def generator(self) -> learnt.Generator:
-        """A prior of images."""
-        return learnt.generator(self.public, self.budget.epochs)
+        """A generator of images that look like the public ones."""
+        return learnt.generator(self.public.images, self.budget.epochs)
 
     def score(self, draws: int) -> classes.Score:
-        """Images to log-probabilities."""
-        return lambda x: self.view.logits(x, draws)
+        """A function from images to log-probabilities, averaged over draws of z."""
+        return lambda x: self.whole_model.logits(x, draws)
 
-    def images_of(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Recovered inputs of the head, ``N x C x H x W``, and their labels -> images."""
-        if not self.holdings.split:
+    def decode_inputs(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Recovered inputs of the head, ``R x N x C x H x W``, and labels ``N`` -> images of the same shape.
+
+        Behind an encoder the inputs are inexact latents, so ``learnt.decoder`` decodes them.
+        """
+        if not self.holdings.has_encoder:
             return inputs.clamp(0, 1)
-        classes = tuple(labels.unique().tolist())
-        if classes not in self.decoders:   # of latents that have errors
-            self.decoders[classes] = self.latents_to_images(learnt.decoder, labels)
-        return self.decoders[classes](flatten(inputs))
+        key = tuple(labels.unique().tolist())
+        if key not in self.decoders:
+            self.decoders[key] = self.train_decoder(learnt.decoder, labels)
+        return torch.stack([self.decoders[key](flatten(one)) for one in inputs])
 
-    def smooth(self, weight: float) -> float:
-        """The weight of total variation in a gradient's inversion: images are smooth, latents are not."""
-        return 0.0 if self.holdings.split else weight
+    def tv_weight(self, weight: float) -> float:
+        """The weight of total variation in gradient inversion; 0 for latents, which are not smooth."""
+        return 0.0 if self.holdings.has_encoder else weight
 
-    def starts(self, *shape: int) -> Tensor:
-        """Restarts: noise of the size of images, or of latents."""
+    def random_inputs(self, *shape: int) -> Tensor:
+        """Random inputs of the head where the restarts of a search start, ``R x shape``."""
         noise = torch.randn(self.budget.restarts, *shape)
-        return noise if self.holdings.split else (0.5 + 0.2 * noise).clamp(0, 1)
+        return noise if self.holdings.has_encoder else (0.5 + 0.2 * noise).clamp(0, 1)
+
+    def random_images(self, count: int) -> Tensor:
+        """Noisy copies of the mean public image where the restarts start, ``R x count x C x H x W``."""
+        mean = self.public.images.mean(0)
+        return (mean + 0.1 * torch.randn(self.budget.restarts, count, *mean.shape)).clamp(0, 1)
 
 
-# Class attacks: (adversary, labels P) -> R x P x C x H x W, of each label the adversary's own choice first.
+# Attacks on classes: (adversary, labels P) -> images R x P x C x H x W. Of each label, the adversary's own
+# choice comes first.
 
 def mi_face(adversary: Adversary, labels: Tensor) -> Tensor:
+    """One run of ``classes.mi_face``, three times as long, since it has no restarts."""
     return classes.mi_face(adversary.score(adversary.budget.draws), labels, adversary.holdings.image_shape,
-                           3 * adversary.budget.iterations)[None]   # cheaper than others by their restarts
+                           3 * adversary.budget.iterations)[None]
 
 
 def mi_strong(adversary: Adversary, labels: Tensor, draws: int | None = None) -> Tensor:
-    mean = adversary.public.mean(0)
-    start = (mean + 0.1 * torch.randn(adversary.budget.restarts, len(labels), *mean.shape)).clamp(0, 1)
+    """``classes.mi_strong``; ``draws`` of z in place of the budget's, 0 for the mean of z."""
+    start = adversary.random_images(len(labels))
     score = adversary.score(adversary.budget.draws if draws is None else draws)
+    mean = adversary.public.images.mean(0)
     return classes.mi_strong(score, labels, start, mean, adversary.budget.iterations)[0]
 
 
-def mi_strong_mu(adversary: Adversary, labels: Tensor) -> Tensor:
-    return mi_strong(adversary, labels, draws=0)
-
-
 def mi_prior(adversary: Adversary, labels: Tensor) -> Tensor:
-    made = adversary.generator
-    start = torch.randn(adversary.budget.restarts, len(labels), made.size)
-    return classes.mi_prior(adversary.score(adversary.budget.draws), labels, made.decode, start,
+    """``classes.mi_prior`` with a generator of public images."""
+    generator = adversary.generator
+    start = torch.randn(adversary.budget.restarts, len(labels), generator.size)
+    return classes.mi_prior(adversary.score(adversary.budget.draws), labels, generator.decode, start,
                             adversary.budget.iterations)[0]
 
 
-# Image attacks: what is observed of some images; (adversary, observed) -> R x N x C x H x W and labels N.
+# What is observed of single images: (victim, images N x C x H x W, labels N, budget) -> anything that the
+# attack understands. And attacks on them: (adversary, observed, N) -> images R x N x C x H x W, labels N.
 
-def one_step(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
+def observe_gradients(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
     """The gradient of each image alone."""
     return [victim.update(x[i:i + 1], y[i:i + 1], gradients.gradient) for i in range(len(x))]
 
 
-def together(victim: Victim, x: Tensor, y: Tensor, budget: Budget, steps: int) -> list[State]:
-    """The change over ``steps`` steps that share all images out: of one step, the gradient of the batch."""
+def observe_update(victim: Victim, x: Tensor, y: Tensor, budget: Budget, steps: int) -> list[State]:
+    """One update, over ``steps`` steps that share the images out. Of one step, it is the batch's gradient."""
     batch = -(-len(x) // steps)
     return [victim.update(x, y, lambda head, z, t: gradients.epoch_update(head, z, t, budget.lr, batch))]
 
 
-def stacked(seen: list[State]) -> State:
-    return {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
+def stacked(observed: list[State]) -> State:
+    """P gradients -> one, whose values are ``P x ...``."""
+    return {name: torch.stack([one[name] for one in observed]) for name in observed[0]}
 
 
-def dlg(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
-    head, shape = adversary.holdings.stepped, adversary.holdings.image_shape
-    outputs = len(seen[0]["output.bias"])
+def dlg(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """``gradients.deep_leakage`` on each image's gradient."""
+    head, shape = held(adversary.holdings.next_head), adversary.holdings.image_shape
+    outputs = len(observed[0]["output.bias"])
     tried = [[gradients.deep_leakage(head, one, 1, outputs, start[None], adversary.budget.iterations)
-              for one, start in zip(seen, starts, strict=True)]
-             for starts in adversary.starts(len(seen), *shape)]
+              for one, start in zip(observed, starts, strict=True)]
+             for starts in adversary.random_inputs(len(observed), *shape)]
     found = torch.stack([torch.cat([x for x, _ in row]) for row in tried])
-    value = torch.tensor([[v for _, v in row] for row in tried])
-    found, _ = gradients.best_first(found.nan_to_num(0.5), value)
-    labels = torch.cat([gradients.labels_of(one, 1) for one in seen])
-    return every(adversary, found, labels), labels
+    distance = torch.tensor([[value for _, value in row] for row in tried])
+    found, _ = gradients.best_first(found.nan_to_num(0.5), distance)
+    labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
+    return adversary.decode_inputs(found, labels), labels
 
 
-def cosine_tv(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
-    head, labels = adversary.holdings.stepped, torch.stack([gradients.labels_of(one, 1) for one in seen])
-    start = adversary.starts(len(seen), 1, *adversary.holdings.image_shape)
-    found, _ = gradients.invert(lambda x, y: gradients.gradient(head, x, y), stacked(seen), labels, start,
-                                adversary.budget.iterations, adversary.smooth(1e-2),
-                                not adversary.holdings.split)
-    return every(adversary, found.squeeze(2), labels.squeeze(1)), labels.squeeze(1)
+def cosine_tv(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """``gradients.invert`` on each image's gradient."""
+    head, has_encoder = held(adversary.holdings.next_head), adversary.holdings.has_encoder
+    labels = torch.stack([gradients.labels_of(one, 1) for one in observed])
+    start = adversary.random_inputs(len(observed), 1, *adversary.holdings.image_shape)
+    found, _ = gradients.invert(lambda x, y: gradients.gradient(head, x, y), stacked(observed), labels, start,
+                                adversary.budget.iterations, adversary.tv_weight(1e-2), not has_encoder)
+    return adversary.decode_inputs(found.squeeze(2), labels.squeeze(1)), labels.squeeze(1)
 
 
-def analytic(adversary: Adversary, seen: list[State], count: int) -> tuple[Tensor, Tensor]:
-    head, shape = adversary.holdings.stepped, adversary.holdings.image_shape
-    place = next(i for i, part in enumerate(head.features) if isinstance(part, nn.Linear))
-    recovered = torch.stack([gradients.dense_input(one, f"features.{place}") for one in seen])
-    found, _ = gradients.from_features(head.features[:place], recovered, adversary.starts(len(seen), *shape),
-                                       adversary.budget.iterations, adversary.smooth(1e-4),
-                                       not adversary.holdings.split, lr=0.1)
-    labels = torch.cat([gradients.labels_of(one, 1) for one in seen])
-    return every(adversary, found, labels), labels
+def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """Recover the exact input of the head's dense layer, then search images that lead to it."""
+    holdings, budget = adversary.holdings, adversary.budget
+    layers = list(held(holdings.next_head).get_submodule("features").children())
+    dense = next(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
+    recovered = torch.stack([gradients.dense_input(one, f"features.{dense}") for one in observed])
+    start = adversary.random_inputs(len(observed), *holdings.image_shape)
+    found, _ = gradients.from_features(nn.Sequential(*layers[:dense]), recovered, start, budget.iterations,
+                                       adversary.tv_weight(1e-4), not holdings.has_encoder, lr=0.1)
+    labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
+    return adversary.decode_inputs(found, labels), labels
 
 
-def update(adversary: Adversary, seen: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
-    """The inversion of ``together``."""
-    head, lr, batch = adversary.holdings.stepped, adversary.budget.lr, -(-count // steps)
-    labels = gradients.labels_of(seen[0], count, min(steps, count))
-    start = adversary.starts(1, count, *adversary.holdings.image_shape)
-    found, _ = gradients.invert(lambda x, y: gradients.epoch_update(head, x, y, lr, batch), stacked(seen),
-                                labels[None], start, adversary.budget.iterations, adversary.smooth(1e-2),
-                                not adversary.holdings.split)
-    return every(adversary, found.squeeze(1), labels), labels
+def invert_update(adversary: Adversary, observed: list[State], count: int,
+                  steps: int) -> tuple[Tensor, Tensor]:
+    """``gradients.invert`` on what ``observe_update`` gives, by simulating the same steps."""
+    holdings, budget = adversary.holdings, adversary.budget
+    head, batch = held(holdings.next_head), -(-count // steps)
+    labels = gradients.labels_of(observed[0], count, min(steps, count))
+    start = adversary.random_inputs(1, count, *holdings.image_shape)
+    found, _ = gradients.invert(lambda x, y: gradients.epoch_update(head, x, y, budget.lr, batch),
+                                stacked(observed), labels[None], start, budget.iterations,
+                                adversary.tv_weight(1e-2), not holdings.has_encoder)
+    return adversary.decode_inputs(found.squeeze(1), labels), labels
 
 
-def latents(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
-    """One draw of z of each image, ``N x CHW``."""
+def observe_latents(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
+    """One draw of z for each image, ``N x CHW``."""
     return flatten(victim.head_input(x))
 
 
 def decode_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A decoder of latents that was trained on public images.
+
+    Where these show other classes it is ridge regression, since hidden layers would not work on the victim's.
+    """
     labels = label_of_latent(adversary, z)
-    # To images of another kind least squares carry over, as hidden layers do not.
-    learn = learnt.cleaned_ridge if adversary.of_classes is None else learnt.latent_decoder
-    return adversary.latents_to_images(learn, labels)(z)[None], labels
+    learn = learnt.cleaned_ridge if adversary.public.of_classes is None else learnt.latent_decoder
+    return adversary.train_decoder(learn, labels)(z)[None], labels
 
 
-def optimise_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    mean = adversary.public.mean(0)
-    start = (mean + 0.1 * torch.randn(adversary.budget.restarts, len(z), *mean.shape)).clamp(0, 1)
-    found, _ = gradients.from_features(lambda x: adversary.view.posterior(x)[0], z, start,
+def search_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Search images whose mean latent is z (Mahendran and Vedaldi 2015, arXiv 1412.0035)."""
+    start = adversary.random_images(len(z))
+    found, _ = gradients.from_features(lambda x: adversary.whole_model.posterior(x)[0], z, start,
                                        adversary.budget.iterations, 0.3, True)
     return found, label_of_latent(adversary, z)
 
 
 def likelihood_of_latent(adversary: Adversary, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """``log q(z|x)`` of each of ``M`` candidates, up to a constant, ``N x M``; without noise, minus half the
-    squared distance of their latents."""
+    """``log q(z|x)`` of each of M candidates up to a constant, ``N x M``, and the labels of z.
+
+    For an encoder without noise it is minus half the squared distance of the latents.
+    """
     mu, logvar = adversary.posterior(candidates)
     labels = label_of_latent(adversary, z)
     z, mu, logvar = (value.double() for value in (z, mu, torch.zeros_like(mu) if logvar is None else logvar))
-    weight = (-logvar).exp()   # sum (z - mu)^2 / sigma^2 as products, so that nothing is N x M x D
+    weight = (-logvar).exp()   # sum (z - mu)^2 / sigma^2, expanded so that no tensor is N x M x D
     distance = z.square() @ weight.T - 2 * z @ (mu * weight).T + (mu.square() * weight + logvar).sum(1)
     return -0.5 * distance, labels
 
 
 def label_of_latent(adversary: Adversary, z: Tensor) -> Tensor:
-    """What the head says of it."""
-    return adversary.holdings.head(as_image(z, adversary.holdings.image_shape)).argmax(1)
+    """The label that the head gives each latent."""
+    return held(adversary.holdings.head)(as_image(z, adversary.holdings.image_shape)).argmax(1)
 
 
-def every(adversary: Adversary, inputs: Tensor, labels: Tensor) -> Tensor:
-    """``images_of`` over restarts."""
-    return torch.stack([adversary.images_of(one, labels) for one in inputs])
+def observe_scores(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
+    """The prediction service's answers, ``N x num_classes``: the largest ``top_scores``, and 0 elsewhere."""
+    return victim.answers(x, budget.draws, budget.top_scores)
 
 
-def scores(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
-    """The service's answers, ``N x num_classes``, of which it tells the largest ``keep``."""
-    return victim.answers(x, budget.draws, budget.keep)
-
-
-def decode_scores(adversary: Adversary, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """A decoder of truncated scores, trained on the service's answers to public images (Yang et al. 2019,
-    arXiv 1902.08552)."""
-    def of(answers):
+def decode_scores(adversary: Adversary, observed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A decoder of scores, trained on the service's answers to public images (Yang et al. 2019, arXiv
+    1902.08552)."""
+    def centred(answers: Tensor) -> Tensor:
         logs = answers.clamp_min(1e-8).log()
         return logs - logs.mean(1, keepdim=True)
-    answers = torch.cat([of(adversary.query(part)) for part in adversary.public.split(64)])
-    decode = learnt.decoder(answers, None, adversary.public, adversary.budget.epochs)
-    return decode(of(seen))[None], seen.argmax(1)
+    query, images = held(adversary.holdings.query), adversary.public.images
+    answers = torch.cat([centred(query(part)) for part in images.split(64)])
+    decode = learnt.decoder(answers, None, images, adversary.budget.epochs)
+    return decode(centred(observed))[None], observed.argmax(1)
+
+
+# What an attack may need beside the right adversary: (target, adversary) -> why it is missing, or None.
+
+def shared_head(target: Target, adversary: str) -> str | None:
+    """Some of the head travels, or the adversary does not depend on that."""
+    return None if travels(target) or adversary == "stolen_model" else "nothing travels with this method"
+
+
+def other_client(target: Target, adversary: str) -> str | None:
+    """A curious client is another one than the victim."""
+    alone = adversary == "curious_client" and target.options["num_users"] == 1
+    return "the run has no other client" if alone else None
+
+
+def whole_head(target: Target, adversary: str) -> str | None:
+    """The adversary has every part of the head; a client always has its own copy of what does not travel."""
+    lacking = adversary == "curious_server" and "classifier.output.bias" not in travels(target)
+    return "part of the head stays with the clients" if lacking else None
+
+
+def encoder(target: Target, adversary: str) -> str | None:
+    """There are latents."""
+    return None if target.has_encoder else "this method has no latents"
+
+
+def noise(target: Target, adversary: str) -> str | None:
+    """The latents have noise."""
+    return None if METHODS[target.options["method"]].network.variational else "this method's encoder has no noise"
+
+
+def travels(target: Target) -> State:
+    """What the method's clients upload, of an untrained network."""
+    return METHODS[target.options["method"]].shared_and_private(target.network().state_dict())[0]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack.
+    """A row of the table.
 
     Attributes:
-        observe: None for a class attack, which sees nothing of single images.
-        unordered: what is observed says nothing of the images' order; scoring matches found and true ones.
-        chooses: it has candidates in hand, the true image among them, and says how likely each is, ``N x M``,
-            instead of making an image.
+        solve: the attack's function. An attack on a class is called with the adversary and the labels. One on
+            single images is called with the adversary, what was observed of them, and their number; if it
+            chooses among candidates, with the candidates ``M x C x H x W`` in place of the number.
+        observe: what the adversary observes of single images; None for an attack on a class.
+        adversaries: who can run it.
+        source: where it was published, or what it does.
+        needs: conditions on the run, checked in this order.
+        unordered: what is observed says nothing about the order of the images, so scoring pairs
+            reconstructions with true images by assignment.
+        chooses: the true image is among given candidates. The attack makes no image, but gives the
+            log-likelihood of each candidate, ``N x M``, up to a constant.
     """
 
-    solve: Callable
-    observe: Callable | None
+    solve: Callable[..., Any]
+    observe: Callable[..., Any] | None
     adversaries: tuple[str, ...]
     source: str
+    needs: tuple[Callable[[Target, str], str | None], ...] = ()
     unordered: bool = False
     chooses: bool = False
 
+    @property
+    def kind(self) -> str:
+        """``class`` or ``image``: whether it draws a class, or observes something of single images."""
+        return "class" if self.observe is None else "image"
 
-KNOW_MODEL = ("curious_server", "stolen_model", "curious_client")
+
+WHITE_BOX = ("curious_server", "stolen_model", "curious_client")
+SERVER, STOLEN, SERVICE = ("curious_server",), ("stolen_model",), ("prediction_api",)
+HEAD = (shared_head, other_client, whole_head)
 ATTACKS = {
-    "mi_face": Attack(mi_face, None, KNOW_MODEL, "Fredrikson et al. 2015"),
-    "mi_strong": Attack(mi_strong, None, KNOW_MODEL, "margin, total variation, restarts"),
-    "mi_strong_mu": Attack(mi_strong_mu, None, ("stolen_model",), "the same, through mu alone"),
-    "mi_prior": Attack(mi_prior, None, KNOW_MODEL, "after Zhang et al. 2020, arXiv 1911.07135"),
-    "dlg": Attack(dlg, one_step, ("curious_server",), "Zhu et al. 2019, arXiv 1906.08935"),
-    "cosine_tv": Attack(cosine_tv, one_step, ("curious_server",), "Geiping et al. 2020, arXiv 2003.14053"),
-    "analytic": Attack(analytic, one_step, ("curious_server",), "Phong et al. 2018, then features inverted"),
-    "batch": Attack(partial(update, steps=1), partial(together, steps=1), ("curious_server",),
-                    "the same, of several images' mean gradient", unordered=True),
-    "epoch": Attack(partial(update, steps=2), partial(together, steps=2), ("curious_server",),
-                    "a local epoch simulated, after Geiping et al.", unordered=True),
-    "latent_decoder": Attack(decode_latent, latents, ("stolen_model",), "decoder trained on public images"),
-    "latent_likelihood": Attack(likelihood_of_latent, latents, ("stolen_model",),
-                                "which of some 500 candidates: the largest log q(z|x)", chooses=True),
-    "latent_search": Attack(optimise_latent, latents, ("stolen_model",), "Mahendran and Vedaldi 2015"),
-    "score_decoder": Attack(decode_scores, scores, ("prediction_api",), "Yang et al. 2019, arXiv 1902.08552"),
+    "mi_face": Attack(mi_face, None, WHITE_BOX, "Fredrikson et al. 2015", HEAD),
+    "mi_strong": Attack(mi_strong, None, WHITE_BOX, "margin, total variation, restarts", HEAD),
+    "mi_strong_mu": Attack(partial(mi_strong, draws=0), None, STOLEN, "the same, through the mean of z alone",
+                           (noise,)),
+    "mi_prior": Attack(mi_prior, None, WHITE_BOX, "after Zhang et al. 2020, arXiv 1911.07135", HEAD),
+    "dlg": Attack(dlg, observe_gradients, SERVER, "Zhu et al. 2019, arXiv 1906.08935", HEAD),
+    "cosine_tv": Attack(cosine_tv, observe_gradients, SERVER, "Geiping et al. 2020, arXiv 2003.14053", HEAD),
+    "analytic": Attack(analytic, observe_gradients, SERVER, "Phong et al. 2018, then a search", HEAD),
+    "batch": Attack(partial(invert_update, steps=1), partial(observe_update, steps=1), SERVER,
+                    "cosine_tv, of the mean gradient of several images", HEAD, unordered=True),
+    "epoch": Attack(partial(invert_update, steps=2), partial(observe_update, steps=2), SERVER,
+                    "a local epoch simulated, after Geiping et al.", HEAD, unordered=True),
+    "latent_decoder": Attack(decode_latent, observe_latents, STOLEN, "a decoder trained on public images",
+                             (encoder,)),
+    "latent_likelihood": Attack(likelihood_of_latent, observe_latents, STOLEN,
+                                "the candidate with the largest log q(z|x)", (encoder,), chooses=True),
+    "latent_search": Attack(search_latent, observe_latents, STOLEN, "Mahendran and Vedaldi 2015", (encoder,)),
+    "score_decoder": Attack(decode_scores, observe_scores, SERVICE, "Yang et al. 2019, arXiv 1902.08552"),
 }
 
 
-def unfit(name: str, adversary: str, run: Run) -> str | None:
-    """Why an attack does not fit an adversary of a run, or None."""
-    attack, method = ATTACKS[name], METHODS[run.options["method"]]
-    travels = method.shared_and_private(run.network().state_dict())[0]
+def unfit(name: str, adversary: str, target: Target) -> str | None:
+    """Why this adversary of this run cannot use an attack, in words; None if it can."""
+    attack = ATTACKS[name]
     if adversary not in attack.adversaries:
         return "needs what this adversary does not have"
-    if adversary in ("curious_server", "curious_client") and not travels:
-        return "nothing travels with this method"
-    if adversary == "curious_client" and run.options["num_users"] == 1:
-        return "the run has no other client"
-    if adversary == "curious_server" and "classifier.output.bias" not in travels:
-        return "part of the head stays with the clients"
-    if attack.observe is latents and not run.split:
-        return "this method has no latents"
-    if name == "mi_strong_mu" and not method.network.variational:
-        return "this method's encoder has no noise"
-    return None
+    return next(filter(None, (need(target, adversary) for need in attack.needs)), None)

@@ -1,6 +1,8 @@
-"""Class inversion: an image of a class, from a model that knows the class.
+"""Class inversion: images of a class, drawn from a model that was trained on the class.
 
-All classes and restarts are one batch: the loss of one image does not depend on the others.
+All classes and restarts are one batch, since the loss of one image does not depend on the others.
+
+In shapes, R is the number of restarts and P the number of labels.
 """
 from collections.abc import Callable
 
@@ -9,15 +11,20 @@ from torch import Tensor, nn
 
 from attack.gradients import best_first, total_variation
 
-Score = Callable[[Tensor], Tensor]   # images -> log-probabilities
+Score = Callable[[Tensor], Tensor]   # images N x C x H x W -> log-probabilities N x num_classes
 
 
 def mi_face(score: Score, labels: Tensor, image_shape: tuple[int, int, int], iterations: int, lr: float = 0.1,
             patience: int = 100, enough: float = 0.99) -> Tensor:
-    """Gradient descent on ``1 - p(label | x)`` from a black image (Fredrikson et al. 2015, algorithm 1).
+    """MI-Face: gradient descent on ``1 - p(label | x)`` from black (Fredrikson et al. 2015, algorithm 1).
 
-    An image is done when its probability reaches ``enough`` or its cost has not fallen for ``patience``
-    steps; the best so far is returned, ``P x C x H x W``.
+    Args:
+        labels: ``P``.
+        enough: an image is finished when its probability reaches this,
+        patience: or when its cost has not fallen for this many steps.
+
+    Returns:
+        The best image of each label, ``P x C x H x W``.
     """
     x = torch.zeros(len(labels), *image_shape)
     best, lowest = x.clone(), torch.full((len(labels),), torch.inf)
@@ -40,22 +47,25 @@ def mi_face(score: Score, labels: Tensor, image_shape: tuple[int, int, int], ite
 
 def mi_strong(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterations: int, tv: float = 3.0,
               pull: float = 0.3, lr: float = 0.05) -> tuple[Tensor, Tensor]:
-    """The margin ``log p - log(1 - p)``, which does not saturate as p does, with total variation and a pull
-    towards the public images' mean; Adam.
+    """Raise the margin ``log p - log(1 - p)`` by Adam; unlike p, it does not level off near 1.
+
+    Total variation keeps the image smooth, and a pull keeps it near the mean of public images.
 
     Args:
-        start: ``R x P x C x H x W``, R restarts.
-        mean: ``C x H x W``.
+        labels: ``P``.
+        start: where the search starts, ``R x P x C x H x W``.
+        mean: of public images, ``C x H x W``.
+        tv, pull: weights of total variation and of the squared distance from the mean.
 
     Returns:
-        Images and objectives, of each label the best restart first.
+        Images ``R x P x C x H x W`` and objectives ``R x P``. Each label's best restart comes first.
     """
     restarts, problems = start.shape[:2]
     x, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(restarts)
     optimizer = torch.optim.Adam([x], lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
 
-    def objective():
+    def objective() -> Tensor:
         return (-margin(score(x), y).clamp_max(20) + tv * total_variation(x)
                 + pull * (x - mean).square().mean((1, 2, 3)))
     for _ in range(iterations):
@@ -71,18 +81,25 @@ def mi_strong(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterati
 
 def mi_prior(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, iterations: int,
              weight: float = 0.05, lr: float = 0.05) -> tuple[Tensor, Tensor]:
-    """The margin over what a generator of public images can draw, its code kept near N(0, I) (after Zhang et
-    al. 2020, arXiv 1911.07135, whose generator is a GAN).
+    """Raise the margin over the images that a generator can draw.
+
+    The generator was trained on public images, and its code is kept near N(0, I). After Zhang et al. 2020
+    (arXiv 1911.07135), whose generator is a GAN.
 
     Args:
-        decoder: code ``N x Z`` -> images.
-        start: ``R x P x Z``.
+        labels: ``P``.
+        decoder: code ``N x Z`` -> images ``N x C x H x W``.
+        start: codes where the search starts, ``R x P x Z``.
+        weight: of ``-log N(code; 0, I)``.
+
+    Returns:
+        As ``mi_strong``.
     """
     restarts, problems = start.shape[:2]
     code, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(restarts)
     optimizer = torch.optim.Adam([code], lr)
 
-    def objective():
+    def objective() -> Tensor:
         return -margin(score(decoder(code)), y).clamp_max(20) + weight * 0.5 * code.square().sum(1)
     for _ in range(iterations):
         optimizer.zero_grad()
@@ -94,6 +111,6 @@ def mi_prior(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, it
 
 
 def margin(logs: Tensor, labels: Tensor) -> Tensor:
-    """``log p - log(1 - p)`` of the labels, from log-probabilities."""
+    """Log-probabilities ``N x num_classes``, labels ``N`` -> ``log p - log(1 - p)`` of the labels, ``N``."""
     hit = torch.zeros_like(logs, dtype=torch.bool).scatter_(1, labels[:, None], True)
     return logs[hit] - logs.masked_fill(hit, -torch.inf).logsumexp(1)

@@ -1,7 +1,9 @@
-"""Gradient inversion: from what a client uploads back to what its head was fed.
+"""Gradient inversion: from a client's gradient or update back to the input of its head.
 
-A problem is one upload; several are solved as one batch, vmapped. What comes out is the head's input: an
-image under FedAvg and its kin, a latent under a method with a private encoder.
+The input is an image under FedAvg and similar methods, and a latent under a method with a private encoder.
+One gradient or update is one problem. Several problems are solved as one batch, with ``vmap``.
+
+In shapes, R is the number of restarts, P of problems, and B of images behind one gradient.
 """
 from collections.abc import Callable
 
@@ -14,18 +16,24 @@ from update import State
 
 
 def loss_of(head: nn.Module) -> Callable[[State, Tensor, Tensor], Tensor]:
-    """``(parameters, inputs, labels) -> mean cross-entropy``; labels may be class probabilities."""
+    """A function ``(parameters, inputs, labels) -> mean cross-entropy``; labels may be probabilities."""
     return lambda parameters, x, y: F.cross_entropy(functional_call(head, parameters, (x,)), y)
 
 
 def gradient(head: nn.Module, x: Tensor, y: Tensor) -> State:
-    """A single step's gradient."""
+    """The gradient of one step on inputs ``B x C x H x W`` and labels ``B``, by parameter name."""
     return grad(loss_of(head))({name: p.detach() for name, p in head.named_parameters()}, x, y)
 
 
 def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -> State:
-    """How far parameters fall over an epoch of SGD, batches in order, in units of the learning rate: of a
-    single batch, its gradient. Differentiable in ``x``."""
+    """The change of the head over one epoch of SGD, divided by ``-lr``: the sum of its steps' gradients.
+
+    With a single batch this is the batch's gradient. It is differentiable in ``x``.
+
+    Args:
+        x, y: inputs and labels, in the order in which they are trained on.
+        batch: images in a step.
+    """
     now = {name: p.detach() for name, p in head.named_parameters()}
     total = {name: torch.zeros_like(value) for name, value in now.items()}
     for part, labels in zip(x.split(batch), y.split(batch), strict=True):
@@ -35,72 +43,88 @@ def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -
     return total
 
 
-def labels_of(seen: State, count: int, steps: int = 1, layer: str = "output.bias") -> Tensor:
-    """The labels behind the sum of ``steps`` gradients, with repetition, in order of class.
+def labels_of(observed: State, count: int, steps: int = 1, layer: str = "output.bias") -> Tensor:
+    """The labels of the images behind an observed gradient, or behind the sum of several steps' gradients.
 
-    One image: the only negative entry of the last bias's gradient, ``p - onehot`` (iDLG, Zhao et al. 2020,
-    arXiv 2001.02610). Several: the most negative entry is a label, which is worth ``steps / count``, since
-    each step's gradient is a mean over its share of the images; then the next (after Wainakh et al. 2021,
-    arXiv 2105.09369).
+    With one image, the label is the only negative entry of the last bias's gradient, ``p - onehot`` (iDLG,
+    Zhao et al. 2020, arXiv 2001.02610). With several, the most negative entry is the first label. Each image
+    lowers its entry by ``steps / count``, so that much is added back before the next label is read (after
+    Wainakh et al. 2021, arXiv 2105.09369).
+
+    Args:
+        observed: the gradient, by parameter name.
+        count: how many images.
+        steps: how many steps share them out.
+        layer: name of the last layer's bias.
+
+    Returns:
+        ``count`` labels in ascending order, repeated where several images have the same.
     """
-    left, labels = seen[layer].clone(), []
+    left, labels = observed[layer].clone(), []
     for _ in range(count):
         labels.append(int(left.argmin()))
         left[labels[-1]] += steps / count
     return torch.tensor(sorted(labels))
 
 
-def dense_input(seen: State, layer: str) -> Tensor:
-    """The input of a dense layer for one image, exactly, from ``dL/dW = (dL/db) input^T`` (Phong et al., IEEE
-    TIFS 2018); a mean over all its units, weighted by the square of ``dL/db``.
+def dense_input(observed: State, layer: str) -> Tensor:
+    """The exact input of a dense layer for one image (Phong et al., IEEE TIFS 2018).
+
+    It follows from ``dL/dW = (dL/db) input^T``, averaged over the layer's units with weights ``(dL/db)^2``.
 
     Args:
-        seen: one image's gradient.
-        layer: name of the layer, whose ``.weight`` is ``M x D`` and ``.bias`` ``M``.
+        observed: the gradient of one image.
+        layer: name of the layer, whose ``.weight`` is ``M x D`` and whose ``.bias`` is ``M``.
+
+    Returns:
+        The input, ``D`` values.
     """
-    weight, bias = seen[f"{layer}.weight"].double(), seen[f"{layer}.bias"].double()
+    weight, bias = observed[f"{layer}.weight"].double(), observed[f"{layer}.bias"].double()
     return ((weight * bias[:, None]).sum(0) / bias.square().sum()).float()
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels of each image: ``... x C x H x W -> ...``."""
+    """Mean absolute difference of neighbouring pixels, for each image: ``... x C x H x W -> ...``."""
     down, right = x.diff(dim=-2).abs().mean((-3, -2, -1)), x.diff(dim=-1).abs().mean((-3, -2, -1))
     return down + right
 
 
 def cosine_distance(one: State, other: State) -> Tensor:
-    """``1 - <a, b> / (|a| |b|)`` of two gradients as whole vectors."""
-    dot = sum((value * other[name]).sum() for name, value in one.items())
-    sizes = [sum(value.square().sum() for value in state.values()) for state in (one, other)]
+    """``1 - <a, b> / (|a| |b|)`` of two gradients, each taken as one long vector."""
+    zero = torch.zeros(())
+    dot = sum(((value * other[name]).sum() for name, value in one.items()), zero)
+    sizes = [sum((value.square().sum() for value in state.values()), zero) for state in (one, other)]
     return 1 - dot / (sizes[0] * sizes[1]).sqrt().clamp_min(1e-20)
 
 
 def squared_distance(one: State, other: State) -> Tensor:
-    """``|a - b|^2``."""
-    return sum((value - other[name]).square().sum() for name, value in one.items())
+    """``|a - b|^2`` of two gradients, each taken as one long vector."""
+    return sum(((value - other[name]).square().sum() for name, value in one.items()), torch.zeros(()))
 
 
-def invert(change: Callable[[Tensor, Tensor], State], seen: State, labels: Tensor, start: Tensor,
+def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: Tensor, start: Tensor,
            iterations: int, tv: float, bounded: bool, lr: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Cosine distance + total variation, signed Adam (Geiping et al. 2020, arXiv 2003.14053).
+    """Minimise cosine distance + total variation by signed Adam (Geiping et al. 2020, arXiv 2003.14053).
 
     Args:
-        change: inputs ``B x C x H x W``, labels ``B`` -> what the server would have seen.
-        seen: what it saw, ``P x ...`` each, of P problems.
+        change: inputs ``B x C x H x W`` and labels ``B`` -> the gradient or update that they would cause.
+        observed: the gradients or updates to match, ``P x ...`` for each parameter.
         labels: ``P x B``.
-        start: ``R x P x B x C x H x W``, R restarts.
-        bounded: whether inputs are images, in [0, 1], or latents.
+        start: where the search starts, ``R x P x B x C x H x W``.
+        tv: weight of total variation.
+        bounded: True keeps the inputs in [0, 1], for images; False is for latents.
 
     Returns:
-        The inputs and, ``R x P``, the objective they end at; of each problem the best restart is first.
+        The inputs, ``R x P x B x C x H x W``, and their objective, ``R x P``. Each problem's best
+        restart comes first.
     """
     restarts, problems = start.shape[:2]
     x = start.flatten(0, 1).clone().requires_grad_()
-    many = {name: value.repeat(restarts, *[1] * (value.ndim - 1)) for name, value in seen.items()}
+    many = {name: value.repeat(restarts, *[1] * (value.ndim - 1)) for name, value in observed.items()}
     y = labels.repeat(restarts, 1)
 
-    def objective(x, y, seen):
-        return cosine_distance(change(x, y), seen) + tv * total_variation(x).mean()
+    def objective(x: Tensor, y: Tensor, observed: State) -> Tensor:
+        return cosine_distance(change(x, y), observed) + tv * total_variation(x).mean()
 
     optimizer = torch.optim.Adam([x], lr)
     schedule = torch.optim.lr_scheduler.MultiStepLR(
@@ -119,22 +143,24 @@ def invert(change: Callable[[Tensor, Tensor], State], seen: State, labels: Tenso
 
 
 def best_first(found: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """``R x P x ...`` and ``R x P``, with each problem's restarts sorted by value."""
+    """Sort each problem's restarts by value, the lowest first: ``R x P x ...`` and ``R x P``."""
     order = value.argsort(0)
     index = order.reshape(*order.shape, *[1] * (found.ndim - 2)).expand_as(found)
     return found.gather(0, index), value.gather(0, order)
 
 
-def deep_leakage(head: nn.Module, seen: State, count: int, classes: int, start: Tensor,
+def deep_leakage(head: nn.Module, observed: State, count: int, classes: int, start: Tensor,
                  iterations: int) -> tuple[Tensor, float]:
-    """DLG: inputs and soft labels at once, squared distance, L-BFGS (Zhu et al. 2019, arXiv 1906.08935).
+    """DLG: search inputs and soft labels together by L-BFGS (Zhu et al. 2019, arXiv 1906.08935).
 
     Args:
-        seen: one problem's gradient.
-        start: ``B x C x H x W``.
+        observed: the gradient of one problem.
+        count: how many images are behind it, B.
+        start: where the search starts, ``B x C x H x W``.
 
     Returns:
-        The inputs, and the distance they end at (infinite if it diverged).
+        The inputs, and the squared distance of their gradient from the observed one; infinite if the search
+        diverged.
     """
     x = start.clone().requires_grad_()
     y = torch.zeros(count, classes, requires_grad=True)
@@ -142,9 +168,9 @@ def deep_leakage(head: nn.Module, seen: State, count: int, classes: int, start: 
     optimizer = torch.optim.LBFGS([x, y], lr=1.0, max_iter=iterations, history_size=100,
                                   tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
 
-    def closure():
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        value = squared_distance(grad(loss_of(head))(parameters, x, y.softmax(1)), seen)
+        value = squared_distance(grad(loss_of(head))(parameters, x, y.softmax(1)), observed)
         value.backward()
         return value
 
@@ -153,20 +179,22 @@ def deep_leakage(head: nn.Module, seen: State, count: int, classes: int, start: 
     return x.detach(), final if final == final and value == value else float("inf")
 
 
-def from_features(features: Callable[[Tensor], Tensor], seen: Tensor, start: Tensor, iterations: int,
+def from_features(features: Callable[[Tensor], Tensor], goal: Tensor, start: Tensor, iterations: int,
                   tv: float, bounded: bool, lr: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Inputs whose features are those recovered by ``dense_input``: ``|f(x) - f|^2 / |f|^2`` + TV, Adam.
+    """Search inputs with given features: minimise ``|f(x) - goal|^2 / |goal|^2 + tv * TV(x)`` by Adam.
 
     Args:
-        seen: ``P x D``.
-        start: ``R x P x C x H x W``.
+        goal: the features to reach, ``P x D``.
+        start: where the search starts, ``R x P x C x H x W``.
+        tv, bounded: as in ``invert``.
 
     Returns:
-        As ``invert``, with one image a problem: ``R x P x C x H x W``.
+        The inputs, ``R x P x C x H x W``, and their objective, ``R x P``. Each problem's best restart comes
+        first.
     """
     restarts, problems = start.shape[:2]
     x = start.flatten(0, 1).clone().requires_grad_()
-    goal = seen.repeat(restarts, 1)
+    goal = goal.repeat(restarts, 1)
     scale = goal.square().sum(1).clamp_min(1e-12)
     optimizer = torch.optim.Adam([x], lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)

@@ -1,22 +1,23 @@
-"""What an adversary trains on public images: a shadow encoder, decoders, and a generator of images."""
+"""Models that an adversary trains on public images: a shadow encoder, decoders, and a generator."""
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attack.access import Holdings
+from attack.access import Holdings, held
 from models import as_image, kl_to_standard_normal, reparameterise
 
-Loss = Callable[[Tensor], Tensor]   # indices of a batch -> mean loss
+Loss = Callable[[Tensor], Tensor]     # indices of a batch -> mean loss
+Decode = Callable[[Tensor], Tensor]   # codes M x D -> images M x C x H x W
 
 
 def fit(parameters: list[Tensor], loss: Loss, count: int, epochs: int, lr: float = 1e-3,
         batch: int = 128) -> None:
-    """Adam over ``count`` examples, its learning rate falling to 0."""
+    """Minimise a loss over ``count`` examples by Adam, with a learning rate that falls to 0."""
     optimizer = torch.optim.Adam(parameters, lr)
     steps = epochs * -(-count // batch)
-    warm = 0.1 if steps != 10 else 0.11   # a first phase that ends at step 0 makes OneCycleLR divide by 0
+    warm = 0.1 if steps != 10 else 0.11   # with 10 steps, 0.1 would make OneCycleLR divide by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(2, steps), pct_start=warm)
     for _ in range(epochs):
         for part in torch.randperm(count).split(batch):
@@ -28,16 +29,22 @@ def fit(parameters: list[Tensor], loss: Loss, count: int, epochs: int, lr: float
 
 def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels: Tensor, epochs: int,
                    kl_weight: float) -> Holdings:
-    """An encoder trained on public images against the frozen head, as a client trains its own.
+    """Train an encoder on public images in front of the frozen head, as a client trains its own.
 
     Args:
-        start: the network with the weights that all clients start from, which the protocol makes no secret.
+        holdings: gives the head.
+        start: the network with the weights that all clients start from. They are no secret.
+        images, labels: public ones, ``N x C x H x W`` and ``N``.
+        kl_weight: of the KL term in a client's loss.
+
+    Returns:
+        Holdings with the head and the new encoder.
     """
-    encoder, head = start.encoder.train(), holdings.head
+    encoder, head = start.get_submodule("encoder").train(), held(holdings.head)
     for parameter in encoder.parameters():
         parameter.requires_grad_(True)
 
-    def loss(part):
+    def loss(part: Tensor) -> Tensor:
         found = encoder(images[part])
         z, kl = (found, 0.0) if not isinstance(found, tuple) else (
             reparameterise(*found), kl_to_standard_normal(*found).mean())
@@ -49,10 +56,12 @@ def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels:
 
 
 class Decoder(nn.Module):
-    """A vector ``N x D`` -> images in [0, 1], ``N x C x H x W``: two hidden layers beside a linear way, since
-    an encoder's last layers are linear too."""
+    """Codes ``N x D`` -> images in [0, 1], ``N x C x H x W``.
 
-    def __init__(self, size: int, image_shape: tuple[int, int, int], width: int = 1024):
+    Two hidden layers, and beside them one linear map, because the last layers of an encoder are linear too.
+    """
+
+    def __init__(self, size: int, image_shape: tuple[int, int, int], width: int = 1024) -> None:
         super().__init__()
         pixels = image_shape[0] * image_shape[1] * image_shape[2]
         self.layers = nn.Sequential(nn.Linear(size, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
@@ -64,79 +73,102 @@ class Decoder(nn.Module):
         return (self.layers(code) + self.linear(code)).sigmoid().unflatten(1, self.image_shape)
 
 
-def decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Callable[[Tensor], Tensor]:
-    """A decoder of what is seen of images, trained on public ones for the squared error.
+def decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Decode:
+    """Train a ``Decoder`` on public images for the squared error.
 
     Args:
-        mean: what is seen of each image, ``N x D``.
-        logvar: the log variance of the noise on it, drawn anew in every epoch, or None.
+        mean: the code of each image, ``N x D``: its latent without noise, or its scores.
+        logvar: log variance of the noise on the code, ``N x D``, or None. Noise is drawn anew every epoch.
+        images: ``N x C x H x W``.
 
     Returns:
-        ``M x D`` -> images.
+        The way from codes to images.
     """
-    def seen(part):
+    def drawn(part: Tensor) -> Tensor:
         return mean[part] if logvar is None else reparameterise(mean[part], logvar[part])
-    made, first = Decoder(mean.shape[1], tuple(images.shape[1:])), seen(torch.arange(len(mean)))
+    made, first = Decoder(mean.shape[1], shape_of(images)), drawn(torch.arange(len(mean)))
     centre, spread = first.mean(0), first.std(0) + 1e-3 * first.std() + 1e-12
     fit(list(made.parameters()), lambda part: (
-        made((seen(part) - centre) / spread) - images[part]).square().mean(), len(images), epochs)
+        made((drawn(part) - centre) / spread) - images[part]).square().mean(), len(images), epochs)
     made.eval().requires_grad_(False)
     return lambda code: made((code - centre) / spread)
 
 
-def ridge(seen: Tensor, images: Tensor, weights: tuple[float, ...]) -> list[Callable[[Tensor], Tensor]]:
-    """Least squares from what is seen to images, one map ``M x D -> M x C x H x W`` for each weight of the
-    penalty: ``(S + w I)^-1 Z^T X / N``, S the covariance of Z standardised (Hoerl and Kennard 1970)."""
-    centre, spread, mean = seen.mean(0), seen.std(0) + 1e-3 * seen.std() + 1e-12, images.mean(0)
-    code, size = (seen - centre) / spread, len(seen)
-    square, cross = (code.T @ code / size).double(), (code.T @ (images - mean).flatten(1) / size).double()
+def ridge(code: Tensor, images: Tensor, weights: tuple[float, ...]) -> list[Decode]:
+    """Ridge regression from codes to images (Hoerl and Kennard 1970).
 
-    def solved(weight):
+    With Z the standardised codes, S their covariance and X the centred images, a map is
+    ``(S + w I)^-1 Z^T X / N``.
+
+    Args:
+        code: ``N x D``.
+        weights: of the penalty, w.
+
+    Returns:
+        One map for each weight.
+    """
+    centre, spread, mean = code.mean(0), code.std(0) + 1e-3 * code.std() + 1e-12, images.mean(0)
+    standard, size = (code - centre) / spread, len(code)
+    square = (standard.T @ standard / size).double()
+    cross = (standard.T @ (images - mean).flatten(1) / size).double()
+
+    def solved(weight: float) -> Decode:
         matrix = torch.linalg.solve(square + weight * torch.eye(len(square)), cross).float()
         return lambda z: mean + (((z - centre) / spread) @ matrix).reshape(-1, *mean.shape)
     return [solved(weight) for weight in weights]
 
 
 def cleaned_ridge(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int,
-                  weights: tuple[float, ...] = (1e-4, 1e-2, 1.0)) -> Callable[[Tensor], Tensor]:
-    """Least squares, then a small convolutional network that cleans up what they leave. Both carry over to
-    images unlike the public ones, as hidden layers do not; but least squares magnify errors, so this is for
-    latents that are seen as they are. Arguments as of ``decoder``."""
-    seen, folds = mean if logvar is None else reparameterise(mean, logvar), torch.arange(len(mean)) % 4
-    tried = torch.empty(len(weights), *images.shape)   # each image by maps that have not seen it
+                  weights: tuple[float, ...] = (1e-4, 1e-2, 1.0)) -> Decode:
+    """Ridge regression, then a small convolutional network that removes its errors.
+
+    Both also work on images that are unlike the public ones, where the hidden layers of ``decoder`` do not.
+    But ridge regression magnifies errors, so the codes have to be exact. Arguments are those of ``decoder``.
+    """
+    code, folds = mean if logvar is None else reparameterise(mean, logvar), torch.arange(len(mean)) % 4
+    tried = torch.empty(len(weights), *images.shape)   # each image by maps that were not fitted to it
     for fold in range(4):
-        maps = ridge(seen[folds != fold], images[folds != fold], weights)
-        tried[:, folds == fold] = torch.stack([one(seen[folds == fold]) for one in maps])
+        maps = ridge(code[folds != fold], images[folds != fold], weights)
+        tried[:, folds == fold] = torch.stack([one(code[folds == fold]) for one in maps])
     best = int((tried - images).square().flatten(1).mean(1).argmin())
-    rough, (first,), channels = tried[best], ridge(seen, images, weights[best:best + 1]), images.shape[1]
+    rough, (first,), channels = tried[best], ridge(code, images, weights[best:best + 1]), images.shape[1]
     clean = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1),
                           nn.ReLU(), nn.Conv2d(32, channels, 3, padding=1))
     fit(list(clean.parameters()), lambda part: (
         rough[part] + clean(rough[part]) - images[part]).square().mean(), len(images), epochs)
     clean.eval().requires_grad_(False)
 
-    def decode(code):
+    def decode(code: Tensor) -> Tensor:
         found = first(code)
         return (found + clean(found)).clamp(0, 1)
     return decode
 
 
-def latent_decoder(mean: Tensor, logvar: Tensor | None, images: Tensor,
-                   epochs: int) -> Callable[[Tensor], Tensor]:
-    """A decoder of latents that are seen as they are: ``decoder`` or ``cleaned_ridge``, whichever has the
-    lower squared error on a tenth of the public images that neither was trained on."""
+def latent_decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Decode:
+    """The better of ``decoder`` and ``cleaned_ridge``, for latents that are observed exactly.
+
+    Better is the lower squared error on a tenth of the public images that neither was trained on. Arguments
+    are those of ``decoder``.
+    """
     order = torch.randperm(len(mean))
-    kept, aside = order[len(mean) // 10:], order[:len(mean) // 10]
-    noise = None if logvar is None else logvar[kept]
-    made = [learn(mean[kept], noise, images[kept], epochs) for learn in (decoder, cleaned_ridge)]
-    seen = mean[aside] if logvar is None else reparameterise(mean[aside], logvar[aside])
-    return min(made, key=lambda decode: (decode(seen) - images[aside]).square().mean().nan_to_num(torch.inf))
+    train, test = order[len(mean) // 10:], order[:len(mean) // 10]
+    noise = None if logvar is None else logvar[train]
+    made = [learn(mean[train], noise, images[train], epochs) for learn in (decoder, cleaned_ridge)]
+    code = mean[test] if logvar is None else reparameterise(mean[test], logvar[test])
+    errors = [float((decode(code) - images[test]).square().mean().nan_to_num(torch.inf)) for decode in made]
+    return made[errors.index(min(errors))]
+
+
+def shape_of(images: Tensor) -> tuple[int, int, int]:
+    """``N x C x H x W`` -> ``(C, H, W)``."""
+    channels, height, width = images.shape[1:]
+    return channels, height, width
 
 
 class Generator(nn.Module):
-    """A variational autoencoder of public images (Kingma and Welling 2014); its decoder draws new ones."""
+    """A variational autoencoder of images (Kingma and Welling 2014), whose decoder draws new ones."""
 
-    def __init__(self, image_shape: tuple[int, int, int], size: int = 32):
+    def __init__(self, image_shape: tuple[int, int, int], size: int = 32) -> None:
         super().__init__()
         pixels = image_shape[0] * image_shape[1] * image_shape[2]
         self.size = size
@@ -144,14 +176,14 @@ class Generator(nn.Module):
         self.decode = Decoder(size, image_shape)
 
     def loss(self, x: Tensor) -> Tensor:
-        """Negative evidence bound, the image's term a Gaussian of standard deviation 0.1."""
+        """The negative evidence lower bound, with Gaussian pixels of standard deviation 0.1."""
         mu, logvar = self.encode(x).chunk(2, 1)
         error = (self.decode(reparameterise(mu, logvar)) - x).square().sum((1, 2, 3)) / (2 * 0.1**2)
         return (error + kl_to_standard_normal(mu, logvar)).mean()
 
 
 def generator(images: Tensor, epochs: int) -> Generator:
-    """A generator trained on public images."""
-    made = Generator(tuple(images.shape[1:]))
+    """Train a generator on images ``N x C x H x W``."""
+    made = Generator(shape_of(images))
     fit(list(made.parameters()), lambda part: made.loss(images[part]), len(images), epochs)
     return made.eval().requires_grad_(False)

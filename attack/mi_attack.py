@@ -1,12 +1,16 @@
-"""Attack a run with everything that fits each adversary, and score it beside controls.
+"""Attack a trained run, and say of each attack whether it leaks, is as a guess, or fails.
 
     python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
 
-Writes to results/<run>/: attack.csv, a row for each reconstruction and control; attack_summary.csv, their
-means with 95 % bootstrap intervals; attack_latents.csv, what z can tell; and
-attack_<adversary>_<attack>_round<r>_client<k>.png. An adversary reads its own files only (access.py); what it
-trains, it trains on images that no client owns, or on another data set (--public). Interrupted, it goes on
-where it stopped.
+Every attack that fits is run by every adversary, unless options choose some. Written to results/<run>/:
+
+- attack.csv: a row for each reconstruction and each control;
+- attack_summary.csv: their means with 95 % bootstrap intervals;
+- attack_latents.csv: how much a latent z can tell at most;
+- attack_<adversary>_<attack>_round<r>_client<k>.png: reconstructions beside the true images and controls.
+
+An adversary reads only its own files (access.py). Whatever it trains, it trains on images that no client
+owns, or on another data set (--public). After an interruption, the same command goes on where it stopped.
 """
 import json
 import sys
@@ -17,20 +21,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project, whatever the folder
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from attack.access import ADVERSARIES, Run, Victim, open_run
+from attack.access import ADVERSARIES, Target, Victim, open_target
 from attack.attacks import ATTACKS, unfit
-from attack.scene import COLUMNS, FIGURES, POOL, UNIT, Scene
+from attack.scene import MAX_CANDIDATES, Scene
+from attack.tables import ATTACK_COLUMNS, Unit, read_attack, summarise
+from attack.verdict import judge
 from engine.signals import Interrupted, Interrupts, steady_output
 from parsing import HUGE, NAME, Option, Parser, shown
 from runs.configs import read_json
-from utils import ROOT, InputError, keep_freed_memory, remove_leftovers, rng, write_whole
+from utils import ROOT, InputError, keep_freed_memory, remove_leftovers, write_whole
 
-WHOLE = ("round", "client", "label", "image", "restart")   # columns of whole numbers
-NARROW = ("adversary", "attack", "clients", "rounds")   # say what is attacked, not how: they may change
+SCOPE_OPTIONS = ("adversary", "attack", "clients", "rounds")   # choose attacks, and do not change them
+PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
+# What is printed of an attack, and how: means over its first choices.
+SHOWN = {"ssim": ("SSIM", "{:.2f}"), "nearest_rank": ("mean rank", "{:.0f}"), "psnr": ("PSNR", "{:.1f} dB"),
+         "evaluator_correct": ("evaluator right", "{:.0%}")}
 
 
 def make_parser() -> Parser:
@@ -40,22 +48,24 @@ def make_parser() -> Parser:
             Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
             Option("adversary", "who attacks", default=list(ADVERSARIES), choices=ADVERSARIES, several=True),
             Option("attack", "how", default=list(ATTACKS), choices=ATTACKS, several=True),
-            Option("clients", "whom", int, [0], within=(0, HUGE), several=True),
-            Option("rounds", "rounds whose checkpoints are attacked (the latest if not given)", int,
+            Option("clients", "numbers of the victims", int, [0], within=(0, HUGE), several=True),
+            Option("rounds", "attack the checkpoints of these rounds (the latest if not given)", int,
                    within=(1, HUGE), several=True),
-            Option("images", "of the client's training images, for attacks on single images", int, 8,
-                   within=(1, POOL)),
-            Option("restarts", "of each search", int, 3, within=(1, 1000)),
-            Option("iterations", "of each search", int, 300, within=(1, HUGE)),
-            Option("train_epochs", "of what an adversary trains on public images", int, 20, within=(1, HUGE)),
-            Option("draws", "of z, averaged in an answer", int, 32, within=(1, 1000)),
-            Option("scores", "class scores that a service tells", int, 3, within=(1, HUGE)),
-            Option("public", "what adversaries train on: `unowned`, the run's images that no client has, or "
-                   "another data set's NAME, of the same shape", default="unowned", pattern=NAME),
-            Option("public_images", "of those at most, in what an adversary trains on them", int, 10_000,
+            Option("images", "how many of a client's training images are attacked, by attacks on single images",
+                   int, 8, within=(1, MAX_CANDIDATES)),
+            Option("restarts", "how often a search starts anew", int, 3, within=(1, 1000)),
+            Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),
+            Option("train_epochs", "epochs of training on public images", int, 20, within=(1, HUGE)),
+            Option("draws", "draws of z that an answer of the model is averaged over", int, 32, within=(1, 1000)),
+            Option("scores", "how many of the largest class scores the prediction service tells", int, 3,
+                   within=(1, HUGE)),
+            Option("public", "images that adversaries train on: `unowned`, the images of the run's data set that "
+                   "no client has, or the NAME of another data set with images of the same shape",
+                   default="unowned", pattern=NAME),
+            Option("public_images", "an adversary trains on at most so many of them", int, 10_000,
                    within=(200, HUGE)),
             Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1)),
-            Option("overwrite", "forget what an earlier attack on this run found", bool, False),
+            Option("overwrite", "delete what earlier attacks on this run found", bool, False),
             *(Option(name, "as in RVE-PFL.py", Path, ROOT / where) for name, where in (
                 ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")))):
         parser.add(replace(option, group="attack"))
@@ -80,102 +90,128 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def attack_all(args: Namespace) -> None:
-    """Every adversary, attack, round and client that is asked for, fits and is not done yet."""
+    """Run every attack that was asked for, fits, and is not done yet.
+
+    Raises:
+        InputError: no attack fits, the run cannot be attacked, or an earlier attack had other options.
+    """
     keep_freed_memory()
-    run = open_run(args.run, args.results_dir, args.models_dir, args.data_dir)
-    rounds = args.rounds or run.rounds()[-1:]
+    target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+    rounds = chosen_rounds(target, args)
+    scene = Scene(target, args)
+    remove_leftovers(target.results, "attack*")
+    plan = planned(scene, args, rounds)
+    for who, r, k in dict.fromkeys((unit.adversary, unit.round, unit.client) for unit in plan):
+        scene.adversary(who, r, k)   # a bad file is refused here, before results of earlier attacks change
+        Victim(target, r, k)
+    options, rows = begin(target, args)
+    run_planned(scene, plan, options, rows)
+    summary = summarise(rows)
+    write_whole(target.results / "attack_summary.csv",
+                lambda file: summary.to_csv(file, index=False, float_format="%.5g"))
+    latents = write_latents(target, [scene.latents(r, k) for r, k in dict.fromkeys(
+        (r, k) for r in rounds for k in args.clients)])
+    print("", scene.about(), *latents, sep="\n")
+    print(f"results:     {target.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
+
+
+def chosen_rounds(target: Target, args: Namespace) -> list[int]:
+    """The rounds to attack; InputError if a checkpoint or a client of the command line does not exist."""
+    rounds = args.rounds or target.rounds()[-1:]
     if not rounds:
-        raise InputError(f"--run {args.run}: {run.models} holds no checkpoint yet")
-    last = run.options["num_users"] - 1
+        raise InputError(f"--run {args.run}: {target.models} holds no checkpoint yet")
+    last = target.options["num_users"] - 1
     if max(args.clients) > last:
         raise InputError(f"--clients {max(args.clients)}: the run's clients are 0 to {last}")
     for r in rounds:
-        run.file(r, "shared.pt")
-    scene = Scene(run, args)
-    remove_leftovers(run.results, "attack*")
-    unfits = {(who, how, k): unfit(how, who, run) or scene.unfit(how, k)
-              for who in args.adversary for how in args.attack for k in args.clients}
-    plan = list(dict.fromkeys(   # given twice, it is attacked once
-        (who, how, r, k) for r in rounds for k in args.clients for who in args.adversary
-        for how in args.attack if unfits[who, how, k] is None))
+        target.file(r, "shared.pt")
+    return rounds
+
+
+def planned(scene: Scene, args: Namespace, rounds: list[int]) -> list[Unit]:
+    """The attacks to run, each once; InputError if none fits."""
+    why = {(who, how, k): unfit(how, who, scene.target) or scene.unscorable(how, k)
+           for who in args.adversary for how in args.attack for k in args.clients}
+    plan = [Unit(who, how, r, k) for r in rounds for k in args.clients for who in args.adversary
+            for how in args.attack if why[who, how, k] is None]
     if not plan:
-        reasons = "; ".join(sorted(set(unfits.values())))
-        raise InputError(f"--run {args.run}: no attack asked for fits ({reasons})")
-    for who, r, k in dict.fromkeys((who, r, k) for who, _, r, k in plan):
-        scene.adversary(who, r, k)   # a file that is refused is so before an earlier attack is touched
-        Victim(run, r, k)
-    options, rows = begin(run, args)
-    done = {tuple(row[column] for column in UNIT) for row in rows}
-    with tqdm(total=len(plan), initial=len([u for u in plan if u in done]), unit="attack",
-              disable=None) as bar:
-        for unit in (unit for unit in plan if unit not in done):
+        reasons = "; ".join(sorted({reason for reason in why.values() if reason}))
+        raise InputError(f"--run {args.run}: none of these attacks fits ({reasons})")
+    return list(dict.fromkeys(plan))
+
+
+def run_planned(scene: Scene, plan: list[Unit], options: dict, rows: list[dict]) -> None:
+    """Run what is not in ``rows`` yet. Add its rows, save them, and print a line about each attack."""
+    done = {Unit(*(row[column] for column in Unit._fields)) for row in rows}
+    todo = [unit for unit in plan if unit not in done]
+    with tqdm(total=len(plan), initial=len(plan) - len(todo), unit="attack", disable=None) as bar:
+        for unit in todo:
             bar.set_description(" ".join(map(str, unit)))
             started = time.monotonic()
             found = scene.attack(*unit)
             if not rows:
-                write_options(run, options)
+                write_options(scene.target, options)
             rows += found
-            write_rows(run, rows)
-            bar.write(f"{unit[0]} {unit[1]} round {unit[2]} client {unit[3]}: "
-                      f"{outcome(rows, unit)} ({time.monotonic() - started:.0f} s)")
+            write_rows(scene.target, rows)
+            bar.write(f"{unit.adversary} {unit.attack} round {unit.round} client {unit.client}: "
+                      f"{in_words(found, unit)} ({time.monotonic() - started:.0f} s)")
             bar.update(1)
-    summary = summarise(rows)
-    write_whole(run.results / "attack_summary.csv",
-                lambda file: summary.to_csv(file, index=False, float_format="%.5g"))
-    latents = write_latents(run, [scene.latents(r, k) for r, k in dict.fromkeys(
-        (r, k) for r in rounds for k in args.clients)])
-    print("", scene.about(), *latents, sep="\n")
-    print(f"results:     {run.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
 
 
-def begin(run: Run, args: Namespace) -> tuple[dict, list[dict]]:
-    """The options that rows depend on, and the rows of an earlier attack with the same, if any."""
+def begin(target: Target, args: Namespace) -> tuple[dict, list[dict]]:
+    """The options that decide the rows, and the rows of earlier attacks with the same options, if any.
+
+    Raises:
+        InputError: the earlier attacks' files are damaged, or had other options.
+    """
     options = {key: value for key, value in json.loads(json.dumps(vars(args), default=str)).items()
-               if key not in (*NARROW, "overwrite", "results_dir", "models_dir", "data_dir")}
-    described, table = run.results / "attack.json", run.results / "attack.csv"
-    if args.overwrite:   # also what would stand beside the new attack as if it were its own
-        # The rows first and what they were made with last: killed in between, no row is left without that.
-        for old in sorted(run.results.glob("attack*"), key=lambda path: (path == described, path != table)):
+               if key not in (*SCOPE_OPTIONS, *PLACE_OPTIONS)}
+    described, table = target.results / "attack.json", target.results / "attack.csv"
+    if args.overwrite:
+        # Every attack* file goes, the rows first and their options last: if this is interrupted, no rows
+        # are left whose options are unknown.
+        for old in sorted(target.results.glob("attack*"),
+                          key=lambda path: (path == described, path != table)):
             old.unlink()
     if not table.exists():
         return options, []
     try:
-        before, rows = read_json(described), pd.read_csv(table, keep_default_na=False, na_values=[""],
-                                                         dtype={"control": str})[COLUMNS]
-        kinds = [rows[name].dtype.kind for name in (*WHOLE, *FIGURES)]
-        if set(kinds[:len(WHOLE)]) != {"i"} or not set(kinds) <= {"i", "f"}:
-            raise ValueError("not numbers")
+        before, rows = read_json(described), read_attack(table)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{run.results}: attack.csv or .json is damaged; use --overwrite") from error
+        raise InputError(f"{target.results}: attack.csv or .json is damaged; use --overwrite") from error
     if options.keys() - before.keys():
-        raise InputError(f"{described} is of an older version, with other attacks; use --overwrite")
+        raise InputError(f"{described} is from an older version, whose attacks differ; use --overwrite")
     differ = [key for key in options if before[key] != options[key]]
     if differ:
         raise InputError(f"--{differ[0]} {options[differ[0]]}: this run was attacked before with "
                          f"{shown(before[differ[0]])}; give the same, or --overwrite to start again")
-    return options, rows.fillna({"control": ""}).to_dict("records")
+    return options, rows.to_dict("records")
 
 
-def write_options(run: Run, options: dict) -> None:
-    """``attack.json``, before the first row and not sooner: an attack that is refused leaves none.
+def write_options(target: Target, options: dict) -> None:
+    """Write ``attack.json``. It comes just before the first rows, so a refused attack leaves no file.
 
-    Without ``attack.csv``, after a kill, it says nothing; an earlier summary would pass for this attack's.
+    The summary of an earlier attack is deleted first, since it would seem to belong to this one.
     """
-    (run.results / "attack_summary.csv").unlink(missing_ok=True)
-    write_whole(run.results / "attack.json",
+    (target.results / "attack_summary.csv").unlink(missing_ok=True)
+    write_whole(target.results / "attack.json",
                 lambda file: file.write((json.dumps(options, indent=2) + "\n").encode()))
 
 
-def write_rows(run: Run, rows: list[dict]) -> None:
-    """``attack.csv``, whole: an attack is in it entirely or not at all."""
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    write_whole(run.results / "attack.csv",
+def write_rows(target: Target, rows: list[dict]) -> None:
+    """Write ``attack.csv`` anew, so that an attack is in it with all its rows or not at all."""
+    table = pd.DataFrame(rows, columns=ATTACK_COLUMNS)
+    write_whole(target.results / "attack.csv",
                 lambda file: table.to_csv(file, index=False, float_format="%.6g"))
 
 
-def write_latents(run: Run, found: list[dict | None]) -> list[str]:
-    """``attack_latents.csv``, a row a round and client, earlier calls' included; what the new ones say."""
-    path, rows = run.results / "attack_latents.csv", list(filter(None, found))
+def write_latents(target: Target, found: list[dict | None]) -> list[str]:
+    """Add rows to ``attack_latents.csv``, which has one for each round and client; say in words what is new.
+
+    Raises:
+        InputError: the file is there and damaged.
+    """
+    path, rows = target.results / "attack_latents.csv", list(filter(None, found))
     if not rows:
         return []
     table = pd.DataFrame(rows)
@@ -186,35 +222,36 @@ def write_latents(run: Run, found: list[dict | None]) -> list[str]:
             raise InputError(f"{path} is damaged; remove it, or use --overwrite") from error
     table = table.drop_duplicates(["round", "client"], keep="last").sort_values(["round", "client"])
     write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.5g"))
-    return [f"round {row['round']} client {row['client']}: z tells at most {row['kl_nats']:.0f} nats of an "
-            f"image (sigma {row['sigma']:.3f}, SNR {row['snr_db']:.1f} dB); were images Gaussian, nobody who "
-            f"holds z could do better than a mean squared error of {row['mse_bound']:.2g}" for row in rows]
+    return [f"round {row['round']} client {row['client']}: z tells at most {row['kl_nats']:.0f} nats "
+            f"about an image (sigma {row['sigma']:.3f}, SNR {row['snr_db']:.1f} dB). For Gaussian images, no "
+            f"attack on z could have a mean squared error below {row['mse_bound']:.2g}" for row in rows]
 
 
-def outcome(rows: list[dict], unit: tuple) -> str:
-    """An attack's first choices in a few words."""
-    mine = [row for row in rows if tuple(row[c] for c in UNIT) == unit and row["restart"] == 0
-            and not row["control"]]
-    mean = {name: np.mean([row[name] for row in mine]) for name in FIGURES}
-    rank = np.median([row["nearest_rank"] for row in mine])
-    return (f"PSNR {mean['psnr']:.1f} dB, SSIM {mean['ssim']:.2f}, evaluator right "
-            f"{mean['evaluator_correct']:.0%}, median rank {rank:.0f}")
+def in_words(rows: list[dict], unit: Unit) -> str:
+    """An attack's verdict in one line: the word, then scores beside the controls that decide about it.
 
-
-def summarise(rows: list[dict], draws: int = 1000) -> pd.DataFrame:
-    """Means with 95 % bootstrap intervals over images, of an adversary's first choices and of controls."""
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    table = table[(table["restart"] == 0) | (table["control"] != "")]
-    found = []
-    for key, part in table.groupby(["adversary", "attack", "round", "control"], sort=False):
-        picks = rng(0, "bootstrap").integers(len(part), size=(draws, len(part)))
-        row = dict(zip(("adversary", "attack", "round", "control"), key, strict=True), n=len(part))
-        for name in FIGURES:
-            values = part[name].to_numpy(float)
-            low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
-            row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
-        found.append(row)
-    return pd.DataFrame(found)
+    The nearest public image knows the true one, so it is shown as a reference and decides nothing.
+    """
+    table, attack = pd.DataFrame(rows, columns=ATTACK_COLUMNS), ATTACKS[unit.attack]
+    first = table[(table["restart"] == 0) & (table["control"] == "")]
+    reference = table[table["control"] == "nearest_public"]
+    verdict = judge(table, attack)
+    parts = []
+    for metric in dict.fromkeys((*(one.metric for one in verdict.comparisons), *SHOWN)):
+        name, form = SHOWN[metric]
+        text = f"{name} {form.format(first[metric].mean())}"
+        for one in verdict.comparisons:
+            if one.metric == metric:
+                known = [(one.control, one.control_score)]
+                if attack.kind == "image":
+                    known.append(("nearest_public", reference[metric].mean()))
+                words = [f"{control.replace('_', ' ')} {form.format(score)}" for control, score in known]
+                text += f" ({', '.join(words)})"
+        parts.append(text)
+        if metric == "nearest_rank":
+            parts.append(f"median rank {first[metric].median():.0f}")
+    things = {"class": ("class", "classes"), "image": ("image", "images")}[attack.kind][verdict.count > 1]
+    return f"{verdict.word}{f' (only {verdict.count} {things})' * verdict.few}. {', '.join(parts)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The picture of an attack: one column an image; truth, reconstruction and controls below each other."""
+"""The picture of an attack: a column for each image, with truth, reconstruction and controls."""
 from pathlib import Path
 
 from torch import Tensor
@@ -6,10 +6,17 @@ from torch import Tensor
 from runs.pictures import plt
 from utils import write_whole
 
+MOST = 10   # images in a picture
 
-def grid(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str, most: int = 10) -> None:
-    """Draw the first ``most`` of each row's ``N x C x H x W``."""
-    count = min(most, len(labels))
+
+def grid(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str) -> None:
+    """Save the first images of each row as one picture.
+
+    Args:
+        rows: what a row shows, and its images, ``N x C x H x W`` in [0, 1].
+        labels: of the columns, ``N``.
+    """
+    count = min(MOST, len(labels))
     figure, axes = plt.subplots(len(rows), count, figsize=(2.2 + 0.9 * count, 0.6 + 0.95 * len(rows)),
                                 squeeze=False, layout="constrained")
     for line, (name, images) in zip(axes, rows.items(), strict=True):

@@ -1,5 +1,8 @@
-"""A run under attack: the images, who has which, the evaluator, and one attack's rows and picture."""
+"""Attacks on one run, one at a time: each gives rows of attack.csv and a picture."""
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -7,207 +10,286 @@ from torch import Tensor
 
 import datasets
 from attack import picture, scoring
-from attack.access import Run, Victim, hold
-from attack.attacks import ATTACKS, Adversary, Budget
+from attack.access import Holdings, Target, Victim, hold
+from attack.attacks import ATTACKS, Adversary, Budget, PublicImages
+from attack.tables import Unit
 from utils import InputError, rng, seed_torch
 
-COLUMNS = ["adversary", "attack", "round", "client", "label", "image", "restart", "mse", "psnr", "ssim",
-           "label_match", "evaluator_correct", "nearest_rank", "control"]
-UNIT = COLUMNS[:4]
-FIGURES = COLUMNS[7:13]
-PUBLIC = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # what would do as --public
-ENOUGH = 200      # public images; fewer are not worth training on
-POOL = 500        # of a client's images that a reconstruction is ranked among
+OTHER_DATA = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # suggested for --public
+MIN_PUBLIC = 200       # images; with fewer, training on them is no use
+MAX_CANDIDATES = 500   # images of the client, among which a true image is ranked
+CLIENT_LR = 0.1        # learning rate of the local epoch that the attack `epoch` observes and simulates
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The true images beside R x N reconstructions.
+
+    Attributes:
+        images: ``R x N x C x H x W``.
+        numbers: their numbers in the data set, ``R x N``.
+        rank: the true image's place, from 1, when images are sorted by distance from a reconstruction;
+            ``R x N``.
+    """
+
+    images: Tensor
+    numbers: Tensor
+    rank: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack handed in, or a control: N images, in R restarts of which the first is its own choice.
+
+    Attributes:
+        labels: of the true images, ``N``.
+        images: reconstructions, ``R x N x C x H x W``.
+        label_match: whether the adversary knew the label, ``R x N``, bool; see ``Scene.victims_label``.
+    """
+
+    labels: Tensor
+    images: Tensor
+    truth: Truth
+    label_match: Tensor
+
+
+FindTruth = Callable[[Tensor], Truth]   # reconstructions R x N x C x H x W -> the true images
 
 
 class Scene:
-    """A run under attack: the images, who has which, the evaluator, and the budget all have alike."""
+    """A run under attack: its images and who owns them, the evaluator, and the budget of every adversary.
 
-    def __init__(self, run: Run, args: Namespace):
-        self.run, self.args = run, args
-        self.train, self.test = run.owned()
+    Raises:
+        InputError: the run's partition is damaged, or the public images are too few or of another shape.
+    """
+
+    def __init__(self, target: Target, args: Namespace) -> None:
+        self.target, self.args = target, args
+        self.train, self.test = target.owned()
         self.public_data = self._public()
-        images, self.public_labels = (part[:args.public_images] for part in self.public_data)
-        self.public = as_floats(images)
         # NAME10k holds ten thousand of NAME's images (benchmarks/make_10k.py), so its classes are the same.
-        self.same_classes = args.public == "unowned" or (
-            args.public.removesuffix("10k") == run.options["dataset"].removesuffix("10k"))
-        self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, 0.1, args.scores)
+        same_classes = args.public == "unowned" or (
+            args.public.removesuffix("10k") == target.options["dataset"].removesuffix("10k"))
+        images, labels = self.public_data
+        self.public = PublicImages(as_floats(images[:args.public_images]), labels[:args.public_images],
+                                   self.of_classes if same_classes else None)
+        self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, CLIENT_LR,
+                             args.scores)
         seed_torch(args.seed, "evaluator")
-        unseen = torch.from_numpy(np.concatenate(self.test))
-        self.evaluator = scoring.evaluator(self.pixels(unseen), self.labels(unseen), run.data.num_classes)
-        self.adversaries: dict[tuple, Adversary] = {}   # what one has trained serves all its attacks
+        held_out = torch.from_numpy(np.concatenate(self.test))
+        self.evaluator = scoring.evaluator(self.pixels(held_out), self.labels(held_out),
+                                           target.data.num_classes)
+        self.adversaries: dict[tuple, Adversary] = {}   # the latest, so that it trains once only
 
-    def pixels(self, index: Tensor) -> Tensor:
-        """Image numbers -> ``N x C x H x W`` in [0, 1]."""
-        return as_floats(self.run.data.images[index.numpy()])
+    def pixels(self, numbers: Tensor) -> Tensor:
+        """Image numbers ``N`` -> ``N x C x H x W`` in [0, 1]."""
+        return as_floats(self.target.data.images[numbers.numpy()])
 
-    def labels(self, index: Tensor) -> Tensor:
-        return torch.from_numpy(self.run.data.labels[index.numpy()])
+    def labels(self, numbers: Tensor) -> Tensor:
+        """Image numbers ``N`` -> labels ``N``."""
+        return torch.from_numpy(self.target.data.labels[numbers.numpy()])
 
     def _public(self) -> tuple[np.ndarray, Tensor]:
-        """Images that no client has, neither to train nor to test on, in random order: uint8, and labels."""
-        data, name = self.run.data, self.args.public
+        """Images that no client has for training or testing, in random order: uint8, and their labels."""
+        data, name = self.target.data, self.args.public
         if name == "unowned":
             index = np.setdiff1d(np.arange(len(data.labels)), np.concatenate([*self.train, *self.test]))
             images, labels = data.images[index], data.labels[index]
         else:
             other = datasets.load(name, self.args.data_dir)
             if other.image_shape != data.image_shape or other.num_classes > data.num_classes:
-                raise InputError(f"--public {name}: images {other.image_shape}, {other.num_classes} classes, "
-                                 f"but the run's are {data.image_shape}, {data.num_classes} classes")
+                raise InputError(f"--public {name}: its images are {other.image_shape} in "
+                                 f"{other.num_classes} classes; the run's are {data.image_shape} in "
+                                 f"{data.num_classes} classes")
             ours = {image.tobytes() for image in data.images}
-            apart = np.array([image.tobytes() not in ours for image in other.images])
-            images, labels = other.images[apart], other.labels[apart]
-        if len(labels) < ENOUGH:
-            other = PUBLIC.get(self.run.options["dataset"], "NAME")
+            new = np.array([image.tobytes() not in ours for image in other.images])
+            images, labels = other.images[new], other.labels[new]
+        if len(labels) < MIN_PUBLIC:
+            suggested = OTHER_DATA.get(self.target.options["dataset"], "NAME")
             shape = " x ".join(map(str, data.image_shape))
-            raise InputError(f"--public {name}: only {len(labels)} images are not the clients' own; give "
-                             f"--public {other}, or the NAME of another data set of {shape} images")
+            raise InputError(f"--public {name}: only {len(labels)} of its images belong to no client, and "
+                             f"{MIN_PUBLIC} are needed; give --public {suggested}, or the NAME of another "
+                             f"data set of {shape} images")
         index = rng(self.args.seed, "public").permutation(len(labels))
         return images[index], torch.from_numpy(labels[index])
 
     def of_classes(self, classes: Tensor) -> Tensor:
-        """Public images of these classes alone, as an adversary would choose them who has seen the labels; of
-        all classes where they are too few."""
+        """Public images of these classes only, or of all classes if there are too few of them."""
         images, labels = self.public_data
         chosen = torch.isin(labels, classes).nonzero().flatten()[:self.args.public_images]
-        return self.public if len(chosen) < ENOUGH else as_floats(images[chosen.numpy()])
+        return self.public.images if len(chosen) < MIN_PUBLIC else as_floats(images[chosen.numpy()])
 
     def about(self) -> str:
-        """What the figures rest on."""
-        return (f"evaluator: right on {self.evaluator.accuracy:.1%} of images that neither it nor any victim "
-                f"has seen; public images: {len(self.public)} ({self.args.public})")
+        """One line about the evaluator and the public images."""
+        return (f"evaluator: right on {self.evaluator.accuracy:.1%} of held-out images that it was not "
+                f"trained on; public images: {len(self.public.images)} ({self.args.public})")
 
     def latents(self, round: int, client: int) -> dict | None:
-        """What z can tell of one of the client's images, and how near that lets anybody come."""
+        """The client's row of attack_latents.csv; None for a method without noise."""
         images = self.pixels(torch.from_numpy(self.train[client]))
-        noise = Victim(self.run, round, client).noise(images)
+        noise = Victim(self.target, round, client).noise(images)
         if noise is None:
             return None
         return {"round": round, "client": client, **noise,
                 "mse_bound": scoring.distortion_bound(images, noise["kl_nats"])}
 
     def adversary(self, name: str, round: int, client: int) -> Adversary:
-        """One adversary of one client in one round."""
+        """An adversary of one client in one round. A curious client is the one that follows the victim."""
         key = (name, round, client)
         if key not in self.adversaries:
-            run, holdings, query = self.run, None, None
-            own = (client + 1) % run.options["num_users"]
+            target, options = self.target, self.target.options
             if name == "prediction_api":
-                victim = Victim(run, round, client)
-                query = lambda x: victim.answers(x, self.budget.draws, self.budget.keep)   # noqa: E731
+                answers = partial(Victim(target, round, client).answers, draws=self.budget.draws,
+                                  keep=self.budget.top_scores)
+                holdings = Holdings(None, None, target.has_encoder, target.data.image_shape, query=answers)
             else:
-                holdings = hold(run, name, round, client, own)
-            seed_torch(run.options["seed"], "init")
-            start = run.network()
-            self.adversaries = {key: Adversary(holdings, query, start, self.public, self.public_labels,
-                                               self.of_classes if self.same_classes else None,
-                                               run.options.get("kl_weight") or 0.0, self.budget)}
+                holdings = hold(target, name, round, client, own=(client + 1) % options["num_users"])
+            seed_torch(options["seed"], "init")
+            start = target.network()
+            self.adversaries = {key: Adversary(holdings, start, self.public, options.get("kl_weight") or 0.0,
+                                               self.budget)}
         return self.adversaries[key]
 
     def classes(self, client: int) -> Tensor:
-        """The classes of a client's training images, but for those of which nobody held an image out: the
-        evaluator has never seen them, and there is nothing to rank the client's images among."""
-        held_out = self.run.data.labels[np.concatenate(self.test)]
-        return torch.from_numpy(np.intersect1d(self.run.data.labels[self.train[client]], held_out))
+        """The classes of a client's training images of which somebody held an image out.
 
-    def unfit(self, how: str, client: int) -> str | None:
-        """Why an attack on a client could not be scored, or None."""
-        if ATTACKS[how].observe is None and not len(self.classes(client)):
+        Without held-out images, the evaluator does not know a class, and nothing can be ranked among them.
+        """
+        held_out = self.target.data.labels[np.concatenate(self.test)]
+        return torch.from_numpy(np.intersect1d(self.target.data.labels[self.train[client]], held_out))
+
+    def unscorable(self, attack: str, client: int) -> str | None:
+        """Why an attack on a client could not be scored, in words; None if it can."""
+        if ATTACKS[attack].kind == "class" and not len(self.classes(client)):
             return f"nobody held out an image of client {client}'s classes"
         return None
 
-    def attack(self, who: str, how: str, round: int, client: int) -> list[dict]:
-        """One attack's rows, and its picture."""
-        adversary, attack = self.adversary(who, round, client), ATTACKS[how]
-        drawn = rng(self.args.seed, f"images {how}", client, round)
-        own = torch.from_numpy(drawn.permutation(self.train[client]))
-        seed_torch(self.args.seed, f"{who} {how}", client, round)
+    def attack(self, adversary: str, attack: str, round: int, client: int) -> list[dict]:
+        """Run one attack, draw its picture, and return its rows of attack.csv, and its controls'."""
+        unit = Unit(adversary, attack, round, client)
+        attacker = self.adversary(adversary, round, client)
+        seed_torch(self.args.seed, f"{adversary} {attack}", client, round)
+        attack_it = self._attack_classes if ATTACKS[attack].kind == "class" else self._attack_images
+        outcome, find_truth = attack_it(unit, attacker)
+        outcomes = {"": outcome, **self._controls(unit, outcome, find_truth)}
+        self._draw(unit, outcomes)
+        return [row for control, one in outcomes.items() for row in self.rows(unit, one, control)]
+
+    def _attack_classes(self, unit: Unit, adversary: Adversary) -> tuple[Outcome, FindTruth]:
+        """The true image beside a drawn class is the client's nearest of that class."""
+        labels = self.classes(unit.client)
+        images = finite(ATTACKS[unit.attack].solve(adversary, labels))
+
+        def find_truth(images: Tensor) -> Truth:
+            return self.nearest(images, labels, unit.client)
+        truth = find_truth(images)
+        match = self.victims_label(unit, images) == labels
+        return Outcome(labels, images, truth, match), find_truth
+
+    def _attack_images(self, unit: Unit, adversary: Adversary) -> tuple[Outcome, FindTruth]:
+        """Attack some of the client's training images, drawn at random."""
+        attack, client = ATTACKS[unit.attack], unit.client
+        drawn = rng(self.args.seed, f"images {unit.attack}", client, unit.round)
+        numbers = torch.from_numpy(drawn.permutation(self.train[client]))[:self.args.images]
+        true, labels = self.pixels(numbers), self.labels(numbers)
         if attack.observe is None:
-            labels = self.classes(client)
-            found = attack.solve(adversary, labels)
-            found = found.nan_to_num(0.5, 0.5, 0.5)   # of a model that is not finite
-            truth, image, rank = self.nearest(found, labels, client)
-            match = self.victims_label(round, client, found) == labels
+            raise ValueError(f"{unit.attack} observes no images")
+        observed = attack.observe(Victim(self.target, unit.round, client), true, labels, self.budget)
+        pool, is_true = self.pool(numbers, client)
+
+        def find_truth(images: Tensor) -> Truth:
+            rank = torch.stack([scoring.rank_of(one, pool, is_true) for one in images])
+            return Truth(true.expand(len(images), *true.shape), numbers.expand(len(images), -1), rank)
+        if attack.chooses:
+            likely, guessed = attack.solve(adversary, observed, pool)
+            images = pool[likely.nan_to_num(-torch.inf).argmax(1)][None]
+            truth = Truth(true[None], numbers[None], scoring.rank_by(-likely, is_true)[None])
         else:
-            image = own[:self.args.images]
-            truth, labels = self.pixels(image), self.labels(image)
-            seen = attack.observe(Victim(self.run, round, client), truth, labels, self.budget)
-            pool, target = self.pool(image, client)
-            if attack.chooses:
-                likely, guessed = attack.solve(adversary, seen, pool)
-                found = pool[likely.nan_to_num(-torch.inf).argmax(1)][None]
-                rank = scoring.rank_by(-likely, target)[None]
-            else:
-                found, guessed = attack.solve(adversary, seen, len(image))
-                found = found.nan_to_num(0.5, 0.5, 0.5)   # a gradient of 0 says nothing: grey is handed in
+            images, guessed = attack.solve(adversary, observed, len(numbers))
+            images = finite(images)
             if attack.unordered:
-                found = torch.stack([scoring.assigned(one, truth) for one in found])
-                right = torch.equal(guessed, labels.sort().values)
-                guessed = labels if right else torch.full_like(labels, -1)
-            match = (guessed == labels).expand(len(found), -1)
-            if not attack.chooses:
-                rank = torch.stack([scoring.rank_of(one, pool, target) for one in found])
-            truth, image = truth.expand(len(found), *truth.shape), image.expand(len(found), -1)
-        rows = []
-        for restart in range(len(found)):
-            rows += self.rows((who, how, round, client), found[restart], truth[restart], labels,
-                              image[restart], restart, match[restart], rank[restart], "")
-        controls = scoring.controls(self.public, self.public_labels, labels, truth[0])
-        for name, images in controls.items():
-            again = self.nearest(images[None], labels, client) if attack.observe is None else (
-                truth[:1], image[:1], scoring.rank_of(images, pool, target)[None])
-            match = self.victims_label(round, client, images[None])[0] == labels
-            rows += self.rows((who, how, round, client), images, again[0][0], labels, again[1][0], 0, match,
-                              again[2][0], name)
-        path = self.run.results / f"attack_{who}_{how}_round{round}_client{client}.png"
-        reference = "nearest of the client's" if attack.observe is None else "truth"
-        picture.grid(path, {reference: truth[0], how: found[0], **controls}, labels,
-                     f"{self.run.results.name}: {who}, round {round}")
+                images = torch.stack([scoring.in_order_of(true, one) for one in images])
+                all_known = torch.equal(guessed, labels.sort().values)
+                guessed = labels if all_known else torch.full_like(labels, -1)
+            truth = find_truth(images)
+        return Outcome(labels, images, truth, (guessed == labels).expand(len(images), -1)), find_truth
+
+    def _controls(self, unit: Unit, outcome: Outcome, find_truth: FindTruth) -> dict[str, Outcome]:
+        """What controls hand in, scored in the same way."""
+        labels, public = outcome.labels, self.public
+        controls = scoring.controls(public.images, public.labels, labels, outcome.truth.images[0])
+        return {name: Outcome(labels, images[None], find_truth(images[None]),
+                              self.victims_label(unit, images[None]) == labels)
+                for name, images in controls.items()}
+
+    def _draw(self, unit: Unit, outcomes: dict[str, Outcome]) -> None:
+        """Save the picture: the true images, the attack's first choices, and the controls."""
+        true = "nearest of the client's" if ATTACKS[unit.attack].kind == "class" else "truth"
+        rows = {true: outcomes[""].truth.images[0],
+                **{name or unit.attack: one.images[0] for name, one in outcomes.items()}}
+        name = f"attack_{unit.adversary}_{unit.attack}_round{unit.round}_client{unit.client}.png"
+        picture.grid(self.target.results / name, rows, outcomes[""].labels,
+                     f"{self.target.results.name}: {unit.adversary}, round {unit.round}")
+
+    def rows(self, unit: Unit, outcome: Outcome, control: str) -> list[dict]:
+        """Rows of attack.csv, one for each restart and image."""
+        rows, labels, truth = [], outcome.labels, outcome.truth
+        for restart, images in enumerate(outcome.images):
+            correct = self.evaluator.classes(images) == labels
+            columns = {"label": labels, "image": truth.numbers[restart],
+                       **scoring.similarity(images, truth.images[restart]),
+                       "label_match": outcome.label_match[restart].int(), "evaluator_correct": correct.int(),
+                       "nearest_rank": truth.rank[restart]}
+            rows += [{**unit._asdict(), "restart": restart, "control": control,
+                      **{name: values[i].item() for name, values in columns.items()}}
+                     for i in range(len(images))]
         return rows
 
-    def rows(self, unit: tuple, found: Tensor, truth: Tensor, labels: Tensor, image: Tensor, restart: int,
-             match: Tensor, rank: Tensor, control: str) -> list[dict]:
-        """One row a reconstruction."""
-        like = scoring.likeness(found, truth)
-        correct = self.evaluator.classes(found) == labels
-        columns = {"label": labels, "image": image, **like, "label_match": match.int(),
-                   "evaluator_correct": correct.int(), "nearest_rank": rank}
-        return [{**dict(zip(UNIT, unit, strict=True)), "restart": restart, "control": control,
-                 **{name: values[i].item() for name, values in columns.items()}} for i in range(len(found))]
-
     @torch.no_grad()
-    def victims_label(self, round: int, client: int, found: Tensor) -> Tensor:
-        """What the victim's own model says of reconstructions, ``R x N``."""
-        victim = Victim(self.run, round, client)
-        return torch.stack([victim.answers(one, self.budget.draws, 10**9).argmax(1) for one in found])
+    def victims_label(self, unit: Unit, images: Tensor) -> Tensor:
+        """The label that the victim's own model gives images ``R x N x C x H x W``: ``R x N``."""
+        victim = Victim(self.target, unit.round, unit.client)
+        return torch.stack([victim.answers(one, self.budget.draws, 10**9).argmax(1) for one in images])
 
-    def pool(self, image: Tensor, client: int) -> tuple[Tensor, Tensor]:
-        """The client's own images that true ones are ranked among, and which is which's: ``N x M`` bool."""
-        others = torch.from_numpy(np.setdiff1d(self.train[client], image.numpy())[:POOL])
-        pool = torch.cat([image, others])
-        return self.pixels(pool), pool[None, :] == image[:, None]
+    def pool(self, numbers: Tensor, client: int) -> tuple[Tensor, Tensor]:
+        """The client's own images that a true one is ranked among, and which of them is the true one.
 
-    def nearest(self, found: Tensor, labels: Tensor, client: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For class attacks, ``R x P``: the client's nearest training image of the class, its number, and
-        its rank among as many of the class that the client has not."""
-        truth, image, rank = (torch.stack(column) for column in zip(*(
-            self._nearest_of_class(found[:, p], int(label), client) for p, label in enumerate(labels)),
-            strict=True))
-        return truth.transpose(0, 1), image.transpose(0, 1), rank.transpose(0, 1)
+        Args:
+            numbers: of the N true images.
 
-    def _nearest_of_class(self, found: Tensor, label: int, client: int) -> tuple[Tensor, Tensor, Tensor]:
-        everyone = self.run.data.labels
-        own = self.train[client][everyone[self.train[client]] == label][:POOL]
-        unseen = np.concatenate(self.test)
-        unseen = unseen[everyone[unseen] == label]
-        size = min(len(own), len(unseen))
-        pool = torch.from_numpy(np.concatenate([own[:size], unseen[:size]]))
-        apart = scoring.distances(found, self.pixels(torch.from_numpy(own)))
-        image = torch.from_numpy(own)[apart.argmin(1)]
-        target = (torch.arange(len(pool)) < size).expand(len(found), -1)
-        return self.pixels(image), image, scoring.rank_of(found, self.pixels(pool), target)
+        Returns:
+            ``M x C x H x W``, and bool ``N x M``.
+        """
+        others = torch.from_numpy(np.setdiff1d(self.train[client], numbers.numpy())[:MAX_CANDIDATES])
+        pool = torch.cat([numbers, others])
+        return self.pixels(pool), pool[None, :] == numbers[:, None]
+
+    def nearest(self, images: Tensor, labels: Tensor, client: int) -> Truth:
+        """For drawn classes ``R x P x C x H x W``: the client's nearest training image of each class.
+
+        It is ranked among training images of the client and as many held-out ones of the class.
+        """
+        each = [self._nearest_of_class(images[:, p], int(label), client) for p, label in enumerate(labels)]
+        # The noise control takes the memory layout of these images, so another way to stack changes it.
+        return Truth(*(torch.stack(column).transpose(0, 1) for column in zip(*each, strict=True)))
+
+    def _nearest_of_class(self, images: Tensor, label: int, client: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images ``R x C x H x W`` -> the nearest training images of the class, their numbers and ranks."""
+        labels = self.target.data.labels
+        own = self.train[client][labels[self.train[client]] == label][:MAX_CANDIDATES]
+        held_out = np.concatenate(self.test)
+        held_out = held_out[labels[held_out] == label]
+        size = min(len(own), len(held_out))
+        pool = torch.from_numpy(np.concatenate([own[:size], held_out[:size]]))
+        distance = scoring.distances(images, self.pixels(torch.from_numpy(own)))
+        nearest = torch.from_numpy(own)[distance.argmin(1)]
+        is_own = (torch.arange(len(pool)) < size).expand(len(images), -1)
+        return self.pixels(nearest), nearest, scoring.rank_of(images, self.pixels(pool), is_own)
+
+
+def finite(images: Tensor) -> Tensor:
+    """Grey wherever a pixel is not a finite number: a gradient of 0, say, gives nothing to hand in."""
+    return images.nan_to_num(0.5, 0.5, 0.5)
 
 
 def as_floats(images: np.ndarray) -> Tensor:

@@ -1,6 +1,6 @@
-"""How good a reconstruction is, beside controls that know nothing of the victim, and what latents can tell.
+"""How good a reconstruction is, what controls would score, and what a latent can tell at most.
 
-Images are in [0, 1], so the data range of PSNR and SSIM is 1.
+Images are ``N x C x H x W`` in [0, 1], so the data range of PSNR and SSIM is 1.
 """
 from dataclasses import dataclass
 
@@ -10,62 +10,71 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from attack.learnt import fit
+from attack.learnt import fit, shape_of
 from models import CNN
 
-SMALLEST = 1e-10   # mean squared error that counts as none: 100 dB
+SMALLEST_MSE = 1e-10   # what is less counts as this, so that PSNR is at most 100 dB
 
 
-def likeness(found: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """``mse``, ``psnr`` in dB and ``ssim`` of each pair of ``N x C x H x W``."""
-    mse = (found - truth).double().square().mean((1, 2, 3)).clamp_min(SMALLEST)
+def similarity(found: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """``mse``, ``psnr`` in dB and ``ssim`` of each image and its true one, ``N`` each."""
+    mse = (found - truth).double().square().mean((1, 2, 3)).clamp_min(SMALLEST_MSE)
     ssim = structural_similarity_index_measure(found, truth, data_range=1.0, reduction="none")
+    assert isinstance(ssim, Tensor)   # it returns a tuple only when asked for more
     return {"mse": mse, "psnr": -10 * mse.log10(), "ssim": ssim.reshape(-1)}
 
 
 def distances(found: Tensor, pool: Tensor) -> Tensor:
-    """Mean squared error of each of ``N`` with each of ``M`` images: ``N x M``."""
+    """Mean squared error between each of N images and each of a pool of M: ``N x M``."""
     return torch.cdist(found.flatten(1), pool.flatten(1)).square() / found[0].numel()
 
 
-def assigned(found: Tensor, truth: Tensor) -> Tensor:
-    """``found`` in the order of ``truth`` that makes their squared error least (Hungarian method): a batch's
-    gradient says nothing of the order in it."""
+def in_order_of(truth: Tensor, found: Tensor) -> Tensor:
+    """``found`` in the order that makes its squared error to ``truth`` least (Hungarian method).
+
+    This is for attacks on a batch, since its gradient says nothing about the order of the images.
+    """
     rows, columns = linear_sum_assignment(distances(truth, found).numpy())
     return found[torch.from_numpy(columns[np.argsort(rows)])]
 
 
-def rank_of(found: Tensor, pool: Tensor, target: Tensor) -> Tensor:
-    """Among the pool by distance from each image, the place of the nearest target, from 1.
+def rank_of(found: Tensor, pool: Tensor, is_true: Tensor) -> Tensor:
+    """The rank of the true image when a pool is sorted by distance from each reconstruction: ``N``, from 1.
 
     Args:
-        target: ``N x M`` bool: which of the pool is (one of) the victim's.
+        pool: ``M x C x H x W``.
+        is_true: which images of the pool are true, ``N x M``, bool. Of several, the nearest counts.
     """
-    return rank_by(distances(found, pool), target)
+    return rank_by(distances(found, pool), is_true)
 
 
-def rank_by(apart: Tensor, target: Tensor) -> Tensor:
-    """``rank_of`` by any measure of how far each of the pool is, ``N x M``; what is not a number is last."""
-    apart = apart.nan_to_num(torch.inf)
-    nearest = apart.masked_fill(~target, torch.inf).min(1).values
-    return torch.where(nearest == torch.inf, apart.shape[1], (apart < nearest[:, None]).sum(1) + 1)
+def rank_by(distance: Tensor, is_true: Tensor) -> Tensor:
+    """``rank_of`` by any distance ``N x M``. A distance that is not a number comes last."""
+    distance = distance.nan_to_num(torch.inf)
+    nearest = distance.masked_fill(~is_true, torch.inf).min(1).values
+    return torch.where(nearest == torch.inf, distance.shape[1], (distance < nearest[:, None]).sum(1) + 1)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A classifier of images that the victim has never seen; ``accuracy`` on images new to it too."""
+    """A classifier that has nothing to do with the victim, trained on images that no client trained on.
+
+    Attributes:
+        accuracy: share right on further such images, which it was not trained on either.
+    """
 
     model: CNN
     accuracy: float
 
     @torch.no_grad()
     def classes(self, images: Tensor) -> Tensor:
+        """The class that it sees in each image, ``N``."""
         return self.model(images)[0].argmax(1)
 
 
 def evaluator(images: Tensor, labels: Tensor, num_classes: int, epochs: int = 12) -> Evaluator:
-    """Train an evaluator on nine tenths of held-out images and test it on the rest."""
-    model, cut = CNN(tuple(images.shape[1:]), num_classes), len(images) - len(images) // 10
+    """Train an evaluator on nine tenths of held-out images, and test it on the rest."""
+    model, cut = CNN(shape_of(images), num_classes), len(images) - len(images) // 10
     order = torch.randperm(len(images))
     train, test = order[:cut], order[cut:]
     fit(list(model.parameters()), lambda part: torch.nn.functional.cross_entropy(
@@ -76,8 +85,18 @@ def evaluator(images: Tensor, labels: Tensor, num_classes: int, epochs: int = 12
 
 
 def controls(public: Tensor, public_labels: Tensor, labels: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """What anybody could hand in for images of ``labels``: grey, noise, the public mean of the class, and the
-    public image that happens to be nearest the truth, which only a lucky guesser would pick."""
+    """What an adversary could hand in without any attack, by name (tables.py, ``CONTROLS``).
+
+    It is plain grey; noise; the mean of the public images of the label; and the public image that is nearest
+    the true one. That last one needs the true image, so only a very lucky guess would be as good.
+
+    Args:
+        public, public_labels: ``M x C x H x W`` and ``M``.
+        labels, truth: of the images under attack, ``N`` and ``N x C x H x W``.
+
+    Returns:
+        ``N x C x H x W`` each.
+    """
     means = torch.stack([public[public_labels == c].mean(0) if (public_labels == c).any() else public.mean(0)
                          for c in labels.tolist()])
     return {"grey": torch.full_like(truth, 0.5), "noise": torch.rand_like(truth), "class_mean": means,
@@ -85,22 +104,23 @@ def controls(public: Tensor, public_labels: Tensor, labels: Tensor, truth: Tenso
 
 
 def distortion_bound(images: Tensor, nats: float) -> float:
-    """The least mean squared error a pixel that anybody can reach who has been told ``nats`` of an image, if
-    images were Gaussian with these images' covariance: reverse water-filling (Cover and Thomas, 10.3.3).
+    """The least mean squared error that is possible for an adversary who knows ``nats`` about an image.
 
-    Real images are not Gaussian and can be told in fewer nats, so the bound holds under that assumption only.
+    It is an error per pixel, by reverse water-filling (Cover and Thomas, 10.3.3). It holds for Gaussian
+    images with the covariance of the given ones. Real images can be described in fewer nats, so for them it
+    is no bound.
 
     Args:
-        images: ``N x C x H x W``; with fewer images than pixels the missing directions count as variance 0.
-        nats: where they are no number, an encoder has overflowed, and nothing is known to bound anybody.
+        images: with fewer images than pixels, the directions that they do not span count as variance 0.
+        nats: not a number if an encoder has overflowed; then nothing is known, and the bound is 0.
     """
     flat = images.flatten(1).double()
     variances = torch.linalg.svdvals(flat - flat.mean(0)).square() / max(len(flat) - 1, 1)
     variances = variances[variances > 1e-12]
-    if not len(variances) or nats != nats:   # one image, or all alike: known before anything is told
+    if not len(variances) or nats != nats:   # one image, or all the same: no variance
         return 0.0
     low, high = 1e-15, float(variances.max())
-    for _ in range(200):   # the water level at which the rate is what was told
+    for _ in range(200):   # bisection for the water level at which the rate is ``nats``
         level = (low * high) ** 0.5
         rate = 0.5 * (variances / level).log().clamp_min(0).sum()
         low, high = (low, level) if rate < nats else (level, high)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attack import classes, mi_attack, scoring
-from attack.access import Holdings, hold, open_run
+from attack.access import Holdings, hold, open_target
 from attack.scene import Scene
 from utils import InputError, keep_freed_memory
 
@@ -70,7 +70,7 @@ def compare(argv: list[str] | None) -> None:
     """The table."""
     args = mi_attack.make_parser().parse(argv)
     art_miface()
-    run = open_run(args.run, args.results_dir, args.models_dir, args.data_dir)
+    run = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
     round, client = (args.rounds or run.rounds()[-1:])[0], args.clients[0]
     view, scene = hold(run, "curious_server", round, client), Scene(run, args)
     if view.head is None or view.split:
@@ -82,8 +82,8 @@ def compare(argv: list[str] | None) -> None:
         started = time.perf_counter()
         found = invert()
         took = time.perf_counter() - started
-        truth = scene.nearest(found[None], labels, client)[0][0]
-        like = scoring.likeness(found, truth)
+        truth = scene.nearest(found[None], labels, client).images[0]
+        like = scoring.similarity(found, truth)
         right = int((scene.evaluator.classes(found) == labels).sum())
         with torch.no_grad():
             p = view.logits(found).exp().gather(1, labels[:, None])

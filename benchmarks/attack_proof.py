@@ -43,11 +43,11 @@ class LeNet(nn.Module):
 def prove(name: str, head: nn.Module, solve, x: torch.Tensor, y: torch.Tensor, budget: attacks.Budget) -> str:
     """One line: median PSNR of the first choices, and how many labels were read off right."""
     started = time.perf_counter()
-    holdings = Holdings(head.eval(), None, False, SHAPE, stepped=head)
-    adversary = attacks.Adversary(holdings, None, head, x, y, lambda _: x, 0.0, budget)
+    holdings = Holdings(head.eval(), None, False, SHAPE, next_head=head)
+    adversary = attacks.Adversary(holdings, head, attacks.PublicImages(x, y, lambda _: x), 0.0, budget)
     seen = [gradients.gradient(head, x[i:i + 1], y[i:i + 1]) for i in range(len(x))]
     found, labels = solve(adversary, seen, len(x))
-    psnr = scoring.likeness(found[0], x)["psnr"]
+    psnr = scoring.similarity(found[0], x)["psnr"]
     return (f"{name:<28} median {psnr.median():5.1f} dB, quartiles {psnr.quantile(0.25):.1f} to "
             f"{psnr.quantile(0.75):.1f}; labels right {(labels == y).double().mean():.0%}; "
             f"{time.perf_counter() - started:.0f} s")

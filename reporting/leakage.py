@@ -1,132 +1,181 @@
-"""What attack/mi_attack.py found of a run, condensed: each adversary's strongest attack beside a control.
+"""What mi_attack.py found of a run, condensed to each adversary's strongest attacks beside a control.
 
-*Image* attacks observe something of single images; the strongest has the highest SSIM, and its leakage is
-that minus the best control's, mostly ``nearest_public``: the public image nearest the truth, which only a
-lucky guesser would pick. Over 0 it shows what no public image shows. Under 0 it may still tell which image it
-was: the true image's mean rank among the client's says so, where it is under every control's. That rank is
-the lowest that any image attack reached, those included that choose among candidates and make no image.
+An *image* attack observes something of single images. The strongest has the highest SSIM, and its leakage is
+this SSIM minus the best control's. The best control is mostly ``nearest_public``, the public image nearest
+the true one, which only a very lucky guess would find. So leakage above 0 means that the attack shows what no
+public image shows. An attack with less can still tell which image it was: then the true image's rank is lower
+than every control's. The rank given is the lowest mean rank of all image attacks, also of those that choose
+among candidates and make no image.
 
-*Class* attacks observe none, they draw a class; the strongest is recognised most often by the independent
-evaluator. It stands beside grey and noise, what a blank picture gets by chance, and not beside ``class_mean``
-and ``nearest_public``: those are real public images, recognised whatever the model tells. So a high share
-says that the model shows its classes, and nothing of the client's own images.
+A *class* attack draws a class. The strongest is the one whose images the independent evaluator recognises
+most often. The controls beside it are grey and noise, which are recognised by chance. Class means and public
+images are no controls here, since they are real and always recognised. A high share means that the model
+shows its classes. It says nothing about a client's own images.
+
+The word for an adversary (attack/verdict.py) compares with other controls: those that know nothing of the
+victim, so never with ``nearest_public``.
 """
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
 
 from attack.access import ADVERSARIES
 from attack.attacks import ATTACKS
+from attack.tables import BLANK_CONTROLS, CONTROLS, SUMMARY_COLUMNS, SUMMARY_KEY, SUMMARY_NUMBERS, read_attack
+from attack.verdict import WORDS, judge
 from methods import METHODS
 from parsing import shown
 from runs.configs import read_json
 from runs.pictures import matplotlib, plt
 
-KEY = ["adversary", "attack", "round", "control"]
-# attack/scene.py's, whose import takes seconds; a test compares them.
-FIGURES = ["mse", "psnr", "ssim", "label_match", "evaluator_correct", "nearest_rank"]
-NUMBERS = ["round", "n", *(name + end for name in FIGURES for end in ("", "_low", "_high"))]
-COLUMNS = [*KEY, *NUMBERS[1:]]
-BLANK = ("grey", "noise")
-CONTROLS = (*BLANK, "class_mean", "nearest_public")
-KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK)}   # judged by, beside which
+NUMBERS = ["round", *SUMMARY_NUMBERS]
+KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK_CONTROLS)}   # metric, beside which
 FOUND = ["adversary", "round", "kind", "attack", "n", "score", "low", "high", "control", "control_score",
-         "leakage", "psnr", "rank_attack", "rank", "control_rank", "budget"]
+         "leakage", "psnr", "rank_attack", "rank", "control_rank", "attacks", "budget", "word", "few"]
 NONE = pd.DataFrame(columns=FOUND)
-WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]
+WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]   # of summary.csv
 MARKERS = dict(zip(ADVERSARIES, itertools.cycle("osD^vP")))   # noqa: B905 - a cycle is endless
-COLOURS = dict(zip(METHODS, itertools.cycle(matplotlib.colormaps["tab10"].colors)))   # noqa: B905
-AXES = {"image": ("leakage", "leakage: SSIM over the best control's"),
+COLOURS = dict(zip(METHODS, itertools.cycle(plt.get_cmap("tab10")(range(10)).tolist())))   # noqa: B905
+AXES = {"image": ("leakage", "leakage: SSIM minus the best control's"),
         "class": ("score", "share recognised by the evaluator")}
 
 
+class Attacked(Protocol):
+    """The part of ``summary.Finished`` that is needed here."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def options(self) -> dict: ...
+    @property
+    def rounds(self) -> pd.DataFrame: ...
+    @property
+    def leaks(self) -> pd.DataFrame: ...
+
+
 def read(folder: Path) -> pd.DataFrame:
-    """A run's ``attack_summary.csv``, condensed; no rows where it was not attacked.
+    """A run's ``attack_summary.csv``, condensed, without words yet; no rows if the run was not attacked.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: it, or ``attack.json``, is not what mi_attack.py writes.
+        OSError, ValueError, KeyError, TypeError: it or ``attack.json`` is not what mi_attack.py writes.
     """
     path = folder / "attack_summary.csv"
     if not path.exists():
         return NONE
-    if not path.is_file():   # a pipe would be waited for
+    if not path.is_file():   # reading a pipe would wait for ever
         raise ValueError("no plain file")
     table = pd.read_csv(path, keep_default_na=False)
-    if list(table.columns) != COLUMNS:
+    if list(table.columns) != SUMMARY_COLUMNS:
         raise ValueError("its columns are not those of an attack")
     table[NUMBERS] = table[NUMBERS].apply(pd.to_numeric)
     if not len(table) or not np.isfinite(table[NUMBERS]).all(axis=None):
         raise ValueError("it has gaps")
     for column, known in (("adversary", ADVERSARIES), ("attack", ATTACKS)):
         if foreign := set(table[column]) - set(known):
-            raise ValueError(f"{column} {shown(foreign.pop())} is not this version's")
-    whole = table.groupby(KEY[:3])["control"].agg(sorted)
+            raise ValueError(f"{column} {shown(foreign.pop())} is unknown to this version")
+    whole = table.groupby(SUMMARY_KEY[:3])["control"].agg(sorted)
     if any(controls != sorted(["", *CONTROLS]) for controls in whole):
-        raise ValueError("an attack is not there once, with each control once")
+        raise ValueError("an attack does not have one row of its own and one of each control")
     if (table[["round", "n"]] < 1).any(axis=None) or (table[["round", "n"]] % 1).any(axis=None):
-        raise ValueError("a round or a number of images is none")
+        raise ValueError("a round or a number of images is not a whole number from 1")
     spent = read_json(folder / "attack.json")
     restarts, iterations, epochs, public = (
         shown(spent[name]) for name in ("restarts", "iterations", "train_epochs", "public"))
-    return condense(table).assign(budget=f"{restarts} x {iterations} iterations, {epochs} epochs, {public}")
+    budget = f"{restarts} x {iterations} iterations, {epochs} epochs, {public}"
+    return condense(table).assign(budget=budget, word=None, few=None)
+
+
+def with_words(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """``read``'s rows with the verdict on each adversary, from the run's ``attack.csv``, pooled over clients.
+
+    ``word`` is the word of the adversary's attack of the kind that is worst for the victim, and ``few`` tells
+    whether it rests on few images. Both stay None if there is no ``attack.csv``.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is not what mi_attack.py writes, or lacks attacks.
+    """
+    path = folder / "attack.csv"
+    if not len(found) or not path.exists():
+        return found
+    rows = read_attack(path)
+    if foreign := set(rows["attack"]) - set(ATTACKS):
+        raise ValueError(f"attack {shown(foreign.pop())} is unknown to this version")
+    rows["kind"] = [ATTACKS[name].kind for name in rows["attack"]]
+    words, few = [], []
+    for one in found.to_dict("records"):
+        same = rows[(rows["adversary"] == one["adversary"]) & (rows["round"] == one["round"])
+                    & (rows["kind"] == one["kind"])]
+        verdicts = {name: judge(part, ATTACKS[str(name)]) for name, part in same.groupby("attack")}
+        for name, count in one["attacks"].items():
+            if name not in verdicts or verdicts[name].count < count:
+                raise ValueError(f"it lacks rows of {name} by {one['adversary']} in round {one['round']}")
+        worst = min(verdicts.values(), key=lambda verdict: (WORDS.index(verdict.word), verdict.few))
+        words.append(worst.word)
+        few.append(worst.few)
+    return found.assign(word=words, few=few)
 
 
 def condense(table: pd.DataFrame) -> pd.DataFrame:
-    """One row an adversary, round and kind: the strongest attack and its best control."""
-    rows, kinds = [], ["class" if ATTACKS[name].observe is None else "image" for name in table["attack"]]
-    for (adversary, round, kind), part in table.assign(kind=kinds).groupby(["adversary", "round", "kind"],
-                                                                          sort=False):
-        judge, controls = KINDS[kind]
+    """One row for each adversary, round and kind: the strongest attack and its best control."""
+    rows, table = [], table.assign(kind=[ATTACKS[name].kind for name in table["attack"]])
+    for _, part in table.groupby(["adversary", "round", "kind"], sort=False):
+        adversary, round, kind = part[["adversary", "round", "kind"]].iloc[0]
+        metric, controls = KINDS[kind]
         own = part[part["control"] == ""]
         made = own[[not ATTACKS[name].chooses for name in own["attack"]]]
-        if not len(made):   # who only chooses among candidates has a rank, and no picture to judge
-            unjudged = (judge, f"{judge}_low", f"{judge}_high", "psnr")
-            made = own.head(1).assign(**dict.fromkeys(unjudged, np.nan))
-        best = made.iloc[int(made[judge].fillna(-1).argmax())]
-        lowest = own["nearest_rank"].min()
-        nearest = best if best["nearest_rank"] == lowest else own.loc[own["nearest_rank"].idxmin()]
-        beside = part[(part["attack"] == best["attack"]) & part["control"].isin(controls)]
-        guesses = part[(part["attack"] == nearest["attack"]) & part["control"].isin(controls)]
-        control = beside.loc[beside[judge].idxmax()]
+        if not len(made):   # one that only chooses among candidates has a rank, but no image to compare
+            unknown = (metric, f"{metric}_low", f"{metric}_high", "psnr")
+            made = own.head(1).assign(**dict.fromkeys(unknown, np.nan))
+        best = made.iloc[int(made[metric].fillna(-1).argmax())]
+        ranked = own.iloc[int(own["nearest_rank"].argmin())]
+        if best["nearest_rank"] == ranked["nearest_rank"]:
+            ranked = best
+        beside, guesses = (part[(part["attack"] == one["attack"]) & part["control"].isin(controls)]
+                           for one in (best, ranked))
+        control = beside.iloc[int(beside[metric].argmax())]
         rows.append({"adversary": adversary, "round": int(round), "kind": kind, "attack": best["attack"],
-                     "n": int(best["n"]), "score": best[judge], "low": best[f"{judge}_low"],
-                     "high": best[f"{judge}_high"], "control": control["control"],
-                     "control_score": control[judge], "leakage": best[judge] - control[judge],
-                     "psnr": best["psnr"], "rank_attack": nearest["attack"], "rank": nearest["nearest_rank"],
-                     "control_rank": guesses["nearest_rank"].min()})
+                     "n": int(best["n"]), "score": best[metric], "low": best[f"{metric}_low"],
+                     "high": best[f"{metric}_high"], "control": control["control"],
+                     "control_score": control[metric], "leakage": best[metric] - control[metric],
+                     "psnr": best["psnr"], "rank_attack": ranked["attack"], "rank": ranked["nearest_rank"],
+                     "control_rank": guesses["nearest_rank"].min(),
+                     "attacks": dict(zip(own["attack"], own["n"], strict=True))})
     return pd.DataFrame(rows)
 
 
 def latest(found: pd.DataFrame) -> pd.DataFrame:
-    """Each adversary's last round."""
+    """The rows of each adversary's last round."""
     return found[found["round"] == found.groupby("adversary")["round"].transform("max")]
 
 
 def pictures(found: pd.DataFrame) -> list[str]:
-    """Patterns of the names of the pictures of each adversary's strongest attacks in its last round."""
+    """Patterns that match the file names of the pictures of ``latest``'s attacks."""
     return [f"attack_{row['adversary']}_{row['attack']}_round{row['round']}_client*.png"
             for row in latest(found).to_dict("records")]
 
 
-def worst(found: pd.DataFrame) -> dict:
-    """A run's row of ``WORST``: the adversaries that did best in their last rounds."""
-    last, row = latest(found), dict.fromkeys(WORST)
+def worst(found: pd.DataFrame) -> dict[str, object]:
+    """A run's ``WORST``: what the best adversary of each kind found in its last round, or None."""
+    last, row = latest(found), dict[str, object](dict.fromkeys(WORST))
     for kind, (y, _) in AXES.items():
         part = last[(last["kind"] == kind) & last["score"].notna()]
         if len(part):
-            best = part.loc[part[y].idxmax()]
+            best = part.iloc[int(part[y].astype(float).argmax())]
             row[f"{kind}_attack"] = f"{best['adversary']} {best['attack']}"
             row |= ({"image_leakage": best["leakage"], "image_ssim": best["score"]} if kind == "image"
                     else {"class_right": best["score"]})
     return row
 
 
-def over_seeds(rows: list[dict]) -> dict:
-    """Means and standard deviations of ``WORST``, and how many of the seeds were attacked."""
+def over_seeds(rows: list[dict]) -> dict[str, object]:
+    """Means and standard deviations of ``WORST`` over seeds, and how many of the seeds were attacked."""
     table = pd.DataFrame(rows, columns=WORST)
-    found = {"seeds_attacked": int(table[["image_attack", "class_attack"]].notna().any(axis=1).sum()) or None}
+    attacked = int(table[["image_attack", "class_attack"]].notna().any(axis=1).sum())
+    found: dict[str, object] = {"seeds_attacked": attacked or None}
     for name in WORST:
         if name.endswith("attack"):
             found[name] = "; ".join(table[name].dropna().unique())
@@ -136,8 +185,37 @@ def over_seeds(rows: list[dict]) -> dict:
     return found
 
 
-def beside_utility(run) -> pd.DataFrame:
-    """A ``report.Finished``'s condensed rows, and the accuracy and KL of what was deployed by then."""
+class OverSeeds(NamedTuple):
+    """What leaks to an adversary in runs that differ in the seed.
+
+    Attributes:
+        word: the one of the runs' words that is worst for the victim; None if none is known.
+        having, attacked: how many runs have this word, and how many were attacked.
+        few: whether it rests on few images in each of the runs that have it.
+    """
+
+    word: str | None
+    having: int
+    attacked: int
+    few: bool
+
+
+def words_over_seeds(runs: Sequence[Attacked], adversary: str) -> dict[str, OverSeeds]:
+    """For each kind of attack that the adversary ran, what leaked in the last round that it attacked."""
+    found = {}
+    last = [latest(run.leaks) for run in runs]
+    rows = pd.concat([one[one["adversary"] == adversary] for one in last])
+    for kind in KINDS:
+        same = rows[rows["kind"] == kind]
+        if len(same):
+            word = next((word for word in WORDS if word in set(same["word"])), None)
+            having = same[same["word"] == word]
+            found[kind] = OverSeeds(word, len(having), len(same), bool(having["few"].all()))
+    return found
+
+
+def beside_utility(run: Attacked) -> pd.DataFrame:
+    """A run's condensed rows beside the accuracy and KL of what was deployed by the round of each."""
     deployed = run.rounds[run.rounds["stage"] == "deployed"].set_index("round")
     then = [deployed[deployed.index <= round] for round in run.leaks["round"]]
     utility = {name: [part[name].iloc[-1] if len(part) else np.nan for part in then]
@@ -147,14 +225,22 @@ def beside_utility(run) -> pd.DataFrame:
 
 
 def picture(rows: pd.DataFrame, kind: str, x: str) -> plt.Figure:
-    """A kind's leakage over ``accuracy``, a point an adversary of a run, or over ``round``, a line each."""
+    """Leakage of one kind, over ``accuracy`` or over ``round``.
+
+    Over accuracy, each adversary of a run is a point; over rounds, a line.
+
+    Args:
+        rows: of ``beside_utility``, of any runs.
+        x: ``accuracy`` or ``round``.
+    """
     figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     y, label = AXES[kind]
     rows = rows[(rows["kind"] == kind) & rows["score"].notna()].sort_values("round")
     shift = rows["control_score"] if y == "leakage" else 0
     rows = rows.assign(bottom=rows["low"] - shift, top=rows["high"] - shift)
-    for (_, adversary, method), part in rows.groupby(["run", "adversary", "method"], sort=False):
-        # The adversaries of a run stand at one accuracy: side by side they can be told apart.
+    for _, part in rows.groupby(["run", "adversary", "method"], sort=False):
+        adversary, method = part[["adversary", "method"]].iloc[0]
+        # All adversaries of a run have one accuracy, so their points are moved apart to be seen.
         aside = 4 * (list(MARKERS).index(adversary) - 1.5) if x == "accuracy" else 0
         moved = matplotlib.transforms.ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
         place = axes.transData + moved
@@ -165,7 +251,7 @@ def picture(rows: pd.DataFrame, kind: str, x: str) -> plt.Figure:
         hits = part[(part["rank"] < part["control_rank"]) & (kind == "image")]
         axes.plot(hits[x], hits[y], "o", markersize=11, markerfacecolor="none", markeredgecolor="black",
                   transform=place)
-        for end in ("bottom", "top"):   # what is drawn aside moves no axis of itself
+        for end in ("bottom", "top"):   # moved points do not extend the axes by themselves
             axes.update_datalim(part[[x, end]].to_numpy(float))
     _betas(axes, rows, y, x)
     axes.autoscale_view()
@@ -180,7 +266,7 @@ def picture(rows: pd.DataFrame, kind: str, x: str) -> plt.Figure:
 
 
 def _betas(axes: plt.Axes, rows: pd.DataFrame, y: str, x: str) -> None:
-    """Where a method's runs differ in beta, each run's: over its points, or right of its lines."""
+    """Write each run's beta over its points or right of its lines, where a method's runs differ in it."""
     several = rows.groupby("method")["beta"].transform("nunique") > 1
     for _, part in rows[several].groupby("run"):
         beta, last = f"β={part['beta'].iloc[0]:g}", part[part["round"] == part["round"].max()]
@@ -190,17 +276,17 @@ def _betas(axes: plt.Axes, rows: pd.DataFrame, y: str, x: str) -> None:
         else:
             axes.annotate(beta, (last[x].iloc[0], last[y].max()), fontsize=7, va="center", xytext=(8, 0),
                           textcoords="offset points")
-    if several.any():   # room for them
+    if several.any():   # room for the text
         axes.margins(x=0.05 if x == "accuracy" else 0.2, y=0.2)
 
 
 def _legend(figure: plt.Figure, rows: pd.DataFrame, kind: str) -> None:
-    """Below the axes: what shapes, colours and rings mean."""
+    """Explain shapes, colours and rings below the axes."""
     shapes = [plt.Line2D([], [], linestyle="", marker=mark, color="dimgrey", label=name.replace("_", " "))
               for name, mark in MARKERS.items() if name in set(rows["adversary"])]
     colours = [plt.Line2D([], [], linewidth=5, color=colour, label=name)
                for name, colour in COLOURS.items() if name in set(rows["method"])]
     ring = [plt.Line2D([], [], linestyle="", marker="o", markersize=11, markerfacecolor="none",
-                   markeredgecolor="black", label="rank under every control's")]
+                   markeredgecolor="black", label="rank below every control's")]
     ring *= int(kind == "image" and (rows["rank"] < rows["control_rank"]).any())
     figure.legend(handles=[*shapes, *colours, *ring], loc="outside lower center", ncols=3, fontsize=8.5)

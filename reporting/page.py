@@ -1,116 +1,207 @@
-"""The page of report.py: tables and pictures of runs as HTML that needs no other file.
+"""The page of report.py: tables and pictures of runs, as HTML that needs no other file.
 
-What stands in files may be anybody's, so text is HTML only where it is ``Markup``; Markup escapes whatever
-else is formatted into it, joined or added.
+Text from files may have been written by anybody. So only ``Markup`` is taken as HTML, and it escapes every
+other text that is formatted into it, joined or added.
 """
-import base64
-import io
 from pathlib import Path
 
 import pandas as pd
 from markupsafe import Markup
-from PIL import Image
 
+from attack.access import ADVERSARIES
+from attack.verdict import LEAKS
 from reporting import leakage
+from reporting.images import figure_image, image
+from reporting.summary import BASIC, RUN_METRICS, Finished, by_setting, unusual
 from runs.pictures import matplotlib, plt
 
-LARGEST = 8 * 2**20   # bytes of a picture: the page has to be loaded
 DASH = Markup("&ndash;")
-FIGURES = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "f1": "macro F1", "kl_nats": "KL, nats"}
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:1.2rem auto;max-width:76rem;padding:0 1rem;color:#1b1b1b}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
-table{border-collapse:collapse;white-space:nowrap}th,td{padding:.25rem .6rem;text-align:right}
-th:first-child,td:first-child,th:last-child,td:last-child{text-align:left}
-thead th{border-bottom:2px solid #888;white-space:normal;vertical-align:bottom}
-tbody tr:nth-child(even){background:#f4f6f8}code{font-size:.85em}td code{user-select:all}
+body{font:15px/1.45 system-ui,sans-serif;margin:1.2rem auto;max-width:76rem;padding:0 1rem;color:#1b1b1b;
+overflow-wrap:anywhere}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto;margin:.6rem 0}
+table{border-collapse:collapse;overflow-wrap:normal}th,td{padding:.25rem .6rem;text-align:right}
+td{white-space:nowrap;vertical-align:top}
+th:first-child,td:first-child,th:last-child,td:last-child,.text th,.text td{text-align:left}
+thead th{border-bottom:2px solid #888;vertical-align:bottom}.text td{white-space:normal}
+tbody tr:nth-child(even){background:#f4f6f8}
+code{font-size:.85em;white-space:normal;overflow-wrap:anywhere}td code{display:block;max-width:24rem}
+td details code{width:24rem;user-select:all}
 img{max-width:100%;height:auto;vertical-align:top}.mark{color:#a00;font-weight:600}
-.dense{font-size:.85em}details{margin:.4rem 0}
+.line{white-space:nowrap}.faint{color:#666}
+.text i{display:none}
+@media(max-width:40rem){.text thead{display:none}.text tr{display:block;padding:.4rem 0}
+.text td{display:block;padding:.1rem .4rem .1rem 10.5rem}
+.text i{display:inline-block;width:10rem;margin-left:-10rem;color:#666;font-style:normal}}
+.dense{font-size:.8em}.dense th,.dense td{padding:.25rem .35rem}
+.dense td small{display:block}.dense td:last-child{white-space:normal;min-width:9rem}
+details{margin:.4rem 0}td details{margin:0}summary{cursor:pointer}
 """
-ATTACKS = Markup("""
-<p><b>What attackers find</b> is each adversary's strongest attack in the last round it attacked,
-beside the accuracy and KL of what was deployed in that round; brackets are 95 % bootstrap intervals over
-images. <b>An attack that fails is an attack that failed, not a proof of privacy, and PSNR alone ranks
-nothing.</b> <i>Image attacks</i> observe something of single images, and the strongest has the highest SSIM.
-Leakage is that SSIM minus the best control's, mostly the public image nearest the truth, which only a lucky
-guesser would pick: over 0 an attack shows what no public image shows. Under 0 it may still tell which image
-it was: the rank is the true image's place, by distance, among up to 500 of the client's, 1 is a hit, and a
-ring marks a mean rank under every control's. <i>Class attacks</i> draw a class, and the strongest is
-recognised most often by an independent evaluator. They stand beside grey and noise, what a blank picture gets
-by chance, not beside class means and public images, which are real and trivially recognised: a high share
-says that a model shows its classes, and nothing of the client's images.""")
+HOW_TO_READ = Markup("""<details><summary>how to read this</summary>
+<p>A row is a setting: runs that differ only in the seed. Figures are means over clients, on held-out
+images, after the last round; &plusmn; is the standard deviation over seeds. <b>deployed</b> is the model
+that a method gives to its user; <b>trained</b> is the same model after a client's local training. The worst
+decile is the mean of the tenth of the clients with the lowest accuracy. KL is an upper bound, in nats, on
+what a latent tells about its image; a dash means that there is no bound.</details>
+""")
+WORDS_MEAN = Markup("""<details><summary>what the words mean</summary>
+<p>A word compares an adversary's attacks with controls that know nothing of the victim: plain grey, noise
+and, for single images, the mean public image of the class.
+<ul><li><b>leaks</b>: an attack is better than the best of these controls, beyond chance (95 % bootstrap
+interval of the difference, image by image). On <b>images</b>, the reconstruction is more similar to the
+true image (SSIM), or tells better which of the client's images it is (rank). On <b>classes</b>, an
+independent evaluator recognises drawn images of a class; that shows the model's classes, and nothing of a
+client's own images.
+<li><b>fails</b>: by every metric, a control is better beyond chance.
+<li><b>as a guess</b>: neither.</ul>
+<p>The word that is worst for the victim counts: of all attacks of an adversary in the last round that it
+attacked, and of all seeds. It is marked where it rests on fewer than six images or classes, which is too
+few to exclude chance. <b>An attack that fails is an attack that failed, not a proof of
+privacy.</b></details>
+""")
+ATTACKS_MEAN = Markup("""<details><summary>how to read these figures</summary>
+<p>A row has an adversary's strongest attacks in the last round that it attacked, beside the accuracy and
+the KL of what was deployed in that round. Brackets are 95 % bootstrap intervals over images.
+<p><b>An attack that fails is an attack that failed, not a proof of privacy, and PSNR alone ranks
+nothing.</b>
+<p><b>Image attacks</b> observe something of single images. The strongest has the highest SSIM. Its leakage
+is this SSIM minus the best control's, mostly that of the public image nearest the true one, which only a
+very lucky guess would find. Above 0, the attack shows what no public image shows. Below 0, it may still
+tell which image it was: the rank is the true image's place, by distance, among up to 500 of the client's
+images. Rank 1 is a hit. A ring in the picture marks a mean rank below every control's.
+<p><b>Class attacks</b> draw a class. The strongest is the one that an independent evaluator recognises most
+often. The controls are grey and noise, which are recognised by chance. Class means and public images are no
+controls here, since they are real and always recognised.</details>
+""")
 
 
-def page(table: pd.DataFrame, runs: list, others: dict[str, str]) -> str:
-    """The whole report as HTML: ``summarise``'s table, ``Finished`` runs, and why other folders are none."""
+def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> str:
+    """The whole report as HTML.
+
+    Args:
+        table: of ``summarise``.
+        runs: those in the table.
+        others: by name, why other folders are left out, or what of a run is.
+    """
+    end = Markup("; <a href='#others'>left out or incomplete: {}</a>").format(len(others)) if others else ""
+    settings = table.index.nunique()
     parts = [Markup("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
                     "content='width=device-width,initial-scale=1'><title>RVE-PFL runs</title>"
-                    "<style>{}</style><h1>RVE-PFL runs</h1>"
-                    "<p>{} finished; {} left out, at the end. Accuracy, F1 and KL are means over clients "
-                    "on held-out images, in the last round; &plusmn; is the deviation over seeds. "
-                    "<b>deployed</b> is what a method hands to its user, <b>trained</b> the same after a "
-                    "client's local training. A method's KL bounds what its latents tell about an image; a "
-                    "dash is no bound.").format(Markup(STYLE), len(runs), len(others))]
-    if any(len(run.leaks) for run in runs):
-        parts.append(ATTACKS)
+                    "<style>{}</style><h1>RVE-PFL runs</h1><p>{} finished runs in {} settings{}").format(
+                        Markup(STYLE), len(runs), settings, end)]
+    attacked = any(len(run.leaks) for run in runs)
     if len(table):
+        parts += [_glance(table, by_setting(runs), attacked), HOW_TO_READ]
+        parts += [WORDS_MEAN] * attacked
         for (dataset, partition), block in table.groupby(["dataset", "partition"], sort=False):
-            parts.append(Markup("<h2>{}, {}</h2>").format(dataset, partition))
-            parts.append(_table(block))
             here = [run for run in runs
                     if (run.options["dataset"], run.partition) == (dataset, partition)]
-            parts.append(_figure(_curves(here), f"deployed accuracy over rounds, {dataset}, {partition}"))
-            parts.append(_partition_picture(here))
-            parts += _attacks([run for run in here if len(run.leaks)])
+            parts += [Markup("<h2>{}, {}</h2>").format(dataset, partition), _table(block),
+                      figure_image(_curves(here), f"deployed accuracy over rounds, {dataset}, {partition}"),
+                      _partition_picture(here), *_attacks([run for run in here if len(run.leaks)])]
     if others:
-        parts += [Markup("<h2>Not in the tables</h2>"), _grid(["folder", "why"], sorted(others.items()))]
+        parts += [Markup("<h2 id=others>Left out or incomplete</h2>"),
+                  _grid(["folder", "why"], sorted(others.items()), "text")]
     return Markup("\n").join(parts) + "\n"
 
 
+def _glance(table: pd.DataFrame, runs: dict[str, list[Finished]], attacked: bool) -> Markup:
+    """One row for each setting: the accuracy of what is deployed and, if any run was attacked, what leaks."""
+    who = ADVERSARIES if attacked else ()
+    head = ["method", "data set", "partition", "deployed accuracy",
+            *(name.replace("_", " ").replace("api", "API") for name in who)]
+    deployed, rows = table[table["stage"] == "deployed"], []
+    for _, block in deployed.groupby(["dataset", "partition"], sort=False):
+        differing = _differing({str(setting): runs[str(setting)][0].options for setting in block.index})
+        for setting, row in block.iterrows():
+            method = Markup("<b>{}</b>{} <small>{}</small>").format(
+                row["method"], _protocol(row), differing[str(setting)])
+            words = [_words(leakage.words_over_seeds(runs[str(setting)], name)) for name in who]
+            accuracy = _spread(row["accuracy"], row["accuracy_std"], 4)
+            rows.append([method, row["dataset"], row["partition"], accuracy, *words])
+    return _grid(head, rows, "text")
+
+
+def _differing(settings: dict[str, dict]) -> dict[str, str]:
+    """Of each setting's options, by name, those that are not the default and not the same in all of them."""
+    elsewhere = (*BASIC, "seed", "resplit", "validate")   # shown in other columns, or as a mark
+    options = {setting: [name if value is True else f"{name} {value}"
+                         for name, value in unusual(one).items() if name not in elsewhere]
+               for setting, one in settings.items()}
+    common = set.intersection(*(set(one) for one in options.values()))
+    return {setting: ", ".join(text for text in one if text not in common)
+            for setting, one in options.items()}
+
+
+def _words(found: dict[str, leakage.OverSeeds]) -> Markup:
+    """What leaks to an adversary, a line for each kind of attack."""
+    if not found:
+        return Markup("<span class=faint>not attacked</span>")
+    lines = []
+    for kind, one in found.items():
+        remarks = [f"{one.having} of {one.attacked} seeds"] if one.having not in (0, one.attacked) else []
+        remarks += ["few"] if one.few and one.word else []
+        remark = Markup(" <small>({})</small>").format(", ".join(remarks)) if remarks else ""
+        lines.append(Markup("<span class=line><small>{}:</small> <span class={}>{}</span>{}</span>").format(
+            {"image": "images", "class": "classes"}[kind], "mark" if one.word == LEAKS else "plain",
+            one.word or "unknown", remark))
+    return Markup("<br>").join(lines)
+
+
+def _protocol(row: pd.Series) -> Markup:
+    """A mark for a protocol whose figures are not comparable with the usual one's."""
+    if row["protocol"] == "held-out":
+        return Markup()
+    return Markup(" <span class=mark>{}</span>").format(row["protocol"])
+
+
 def _table(block: pd.DataFrame) -> Markup:
-    head = ["method", "stage", "seeds", *FIGURES.values(), "seconds", "command"]
+    """All figures of settings of one data set and partition."""
+    head = ["method", "stage", "seeds", *RUN_METRICS.values(), "seconds", "command"]
     rows = []
-    for row in block.to_dict("records"):
-        mark = "" if row["protocol"] == "held-out" else Markup(" <span class=mark>{}</span>").format(
-            row["protocol"])
+    for _, row in block.iterrows():
         method = Markup("{}{} <small>{} clients, {}&times;{}</small>").format(
-            row["method"], mark, row["clients"], row["rounds"], row["local_ep"])
-        figures = [_spread(row[figure], row[f"{figure}_std"], 1 if figure == "kl_nats" else 4)
-                   for figure in FIGURES]
+            row["method"], _protocol(row), row["clients"], row["rounds"], row["local_ep"])
+        figures = [_spread(row[metric], row[f"{metric}_std"], 1 if metric == "kl_nats" else 4)
+                   for metric in RUN_METRICS]
+        command = Markup("<details><summary>show</summary><code>{}</code></details>").format(row["command"])
         rows.append([method, row["stage"], row["seeds"].replace(" ", ", "), *figures,
-                     f"{row['seconds']:.0f}", Markup("<code>{}</code>").format(row["command"])])
+                     f"{row['seconds']:.0f}", command])
     return _grid(head, rows)
 
 
-def _attacks(runs: list) -> list[Markup]:
-    """What attackers find of attacked runs: the table, leakage over utility and rounds, their pictures."""
+def _attacks(runs: list[Finished]) -> list[Markup]:
+    """What attacks on some runs found: a table, leakage over accuracy and over rounds, and their pictures."""
     if not runs:
         return []
     rows = pd.concat([leakage.beside_utility(run) for run in runs], ignore_index=True)
     last = pd.concat([leakage.latest(part) for _, part in rows.groupby("run", sort=False)])
-    parts = [Markup("<h3>What attackers find</h3><div class=dense>"), _attack_table(last), Markup("</div>")]
+    parts = [Markup("<h3>What attackers find</h3><div class=dense>"), _attack_table(last), Markup("</div>"),
+             ATTACKS_MEAN]
     if last["budget"].nunique() > 1:
-        parts.append(Markup("<p class=mark>These attacks had different budgets (last column): a difference "
-                            "between rows may be theirs."))
+        parts.append(Markup("<p class=mark>These attacks had different budgets (last column). That alone may "
+                            "be why rows differ."))
     several = rows[rows.groupby("run")["round"].transform("nunique") > 1]
     for x, shown in (("accuracy", last), ("round", several)):
         parts += [Markup("<p>")] + [
-            _figure(leakage.picture(shown, kind, x), f"leakage over {x}, {kind} attacks")
+            figure_image(leakage.picture(shown, kind, x), f"leakage over {x}, {kind} attacks")
             for kind in leakage.KINDS if kind in set(shown.loc[shown["score"].notna(), "kind"])]
     return parts + [_attack_pictures(run) for run in runs]
 
 
 def _attack_table(last: pd.DataFrame) -> Markup:
     head = ["method", "adversary", "round", "deployed accuracy", "KL, nats",
-            "image attack: SSIM", "best control", "PSNR, dB", "lowest mean rank", "best control's rank",
-            "class attack: evaluator right", "blank control", "budget"]
+            "image attack: verdict", "SSIM", "best control", "PSNR, dB", "lowest mean rank",
+            "best control's rank", "class attack: verdict", "evaluator right", "blank control", "budget"]
     rows, small = [], Markup("<small>{}</small> {}")
-    for (name, adversary), part in last.groupby(["run", "adversary"], sort=False):
+    for _, part in last.groupby(["run", "adversary"], sort=False):
         one, by_kind = part.iloc[0], {row["kind"]: row for row in part.to_dict("records")}
-        cells = [Markup("{} <small>{}</small>").format(one["method"], name), adversary, one["round"],
-                 _spread(one["accuracy"], float("nan"), 4), _spread(one["kl_nats"], float("nan"), 1)]
+        cells = [Markup("{} <small>{}</small>").format(one["method"], one["run"]), one["adversary"],
+                 one["round"], _spread(one["accuracy"], float("nan"), 4),
+                 _spread(one["kl_nats"], float("nan"), 1)]
         for kind in leakage.KINDS:
             row = by_kind.get(kind)
+            cells += [DASH if row is None else row["word"] or "unknown"]
             cells += [DASH] * 2 if row is None or row["score"] != row["score"] else [
                 small.format(row["attack"], f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"),
                 small.format(row["control"], f"{row['control_score']:.2f}")]
@@ -122,31 +213,43 @@ def _attack_table(last: pd.DataFrame) -> Markup:
     return _grid(head, rows)
 
 
-def _attack_pictures(run) -> Markup:
-    """The pictures of the attacks in the table: with all of them the page would be too heavy."""
-    images = [_image(picture, Path(name).stem) for name, picture in run.pictures.items()
+def _attack_pictures(run: Finished) -> Markup:
+    """The pictures of the attacks in the table; all pictures would make the page too large."""
+    images = [image(picture, Path(name).stem) for name, picture in run.pictures.items()
               if name != "partition.png"]
-    return Markup("<details><summary>these attacks on {} in pictures (its folder has the others')</summary>{}"
-                  "</details>").format(run.name, Markup().join(images)) if images else Markup()
+    if not images:
+        return Markup()
+    return Markup("<details><summary>these attacks on {} in pictures (its folder has those of all attacks)"
+                  "</summary>{}</details>").format(run.name, Markup().join(images))
 
 
-def _grid(head: list[str], rows: list) -> Markup:
-    """A table; cells are text, or HTML where they are Markup."""
-    def line(cell, cells):
+def _grid(head: list[str], rows: list, style: str = "") -> Markup:
+    """A table in a box that scrolls sideways; cells are text, or HTML if they are Markup.
+
+    Args:
+        style: ``text`` for cells that wrap; on a narrow screen each row becomes a block of its own.
+    """
+    def line(cell: str, cells: list) -> Markup:
         return Markup("<tr>{}</tr>").format(Markup().join(Markup(cell).format(one) for one in cells))
-    return Markup("<div class=wide><table><thead>{}</thead><tbody>{}</tbody></table></div>").format(
-        line("<th>{}</th>", head), Markup().join(line("<td>{}</td>", row) for row in rows))
+    if style == "text":
+        rows = [[Markup("<i>{}</i>{}").format(name, one) for name, one in zip(head, row, strict=True)]
+                for row in rows]
+    body = Markup().join(line("<td>{}</td>", row) for row in rows)
+    table = "<div class=wide><table class='{}'><thead>{}</thead><tbody>{}</tbody></table></div>"
+    return Markup(table).format(style, line("<th>{}</th>", head), body)
 
 
 def _spread(mean: float, std: float, digits: int) -> Markup:
+    """A mean and, unless it is not a number, a standard deviation; a dash if there is no mean."""
     if mean != mean:
         return DASH
     return Markup(f"{mean:.{digits}f}" + ("" if std != std else f" &plusmn; {std:.{digits}f}"))
 
 
-def _curves(runs: list) -> plt.Figure:
+def _curves(runs: list[Finished]) -> plt.Figure:
+    """Deployed accuracy over rounds, a line for each setting: the mean over seeds, and its deviation."""
     settings = dict.fromkeys(run.setting for run in runs)
-    legend_rows = -(-len(settings) // 3)   # below the axes, where many lines cover no curve
+    legend_rows = -(-len(settings) // 3)   # below the axes, so that it covers no curve
     figure, axes = plt.subplots(figsize=(7.5, 3.5 + 0.16 * legend_rows), layout="constrained")
     axes.set_prop_cycle(plt.cycler(linestyle=["-", "--", ":"]) * plt.rcParams["axes.prop_cycle"])
     for setting in settings:
@@ -165,39 +268,10 @@ def _curves(runs: list) -> plt.Figure:
     return figure
 
 
-def _figure(figure: plt.Figure, text: str) -> Markup:
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=110)
-    plt.close(figure)
-    return _image(held.getvalue(), text)
-
-
-def _image(picture: bytes, text: str) -> Markup:
-    return Markup("<img alt='{}' src='data:image/png;base64,{}'>").format(
-        text, base64.b64encode(picture).decode())
-
-
-def _partition_picture(runs: list) -> Markup:
+def _partition_picture(runs: list[Finished]) -> Markup:
+    """Who owns which classes, of the first run that has such a picture."""
     for run in runs:
         if "partition.png" in run.pictures:
             return Markup("<details><summary>who owns which classes (seed {})</summary>{}</details>").format(
-                run.options["seed"], _image(run.pictures["partition.png"], "images by client and class"))
+                run.options["seed"], image(run.pictures["partition.png"], "images by client and class"))
     return Markup()
-
-
-def png(path: Path) -> bytes:
-    """A picture that the page may hold.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no PNG, or too large.
-    """
-    if not path.is_file() or path.stat().st_size > LARGEST:
-        raise ValueError(f"no plain file of at most {LARGEST:,} bytes")
-    picture = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(picture), formats=["PNG"]) as image:
-            image.verify()
-    except Exception as error:   # damage can raise nearly anything, and so do far too many pixels
-        raise ValueError("no PNG, or a damaged one") from error
-    return picture

@@ -1,6 +1,7 @@
-"""Runs read from their folders; a row for each setting: means over seeds, and the command that makes them.
+"""Reads finished runs from their folders, and condenses them to one row for each setting.
 
-Options that only say where and how a run was made are left out of a setting and of its command.
+Runs with the same setting differ only in the seed, and in options that do not change the result, such as
+where files are kept. A setting's row has means over seeds, and the command that makes its first run.
 """
 import json
 import shlex
@@ -13,25 +14,34 @@ import pandas as pd
 from options import args_parser, make_parser
 from parsing import shown
 from reporting import leakage
-from reporting.page import FIGURES, png
+from reporting.images import png
 from runs import configs
 from runs.configs import EVALUATION_SPLIT
 from runs.run import CSV_COLUMNS
 from utils import InputError
 
-# Options that say where and how, not what: they part no settings and stand in no command.
-ASIDE_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
-                 "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack", "eval_every"}
-BASIC = ("dataset", "method", "partition")   # on which the defaults of others depend
+# Options that do not change the result: not part of a setting, and left out of its command, but for the seed.
+BOOKKEEPING_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
+                       "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack",
+                       "eval_every"}
+BASIC = ("dataset", "method", "partition")   # they decide the defaults of other options
 STAGES = ("deployed", "trained")
-NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "seed")   # of a config.json
-SHARES = ["accuracy", "accuracy_worst", "f1"]   # in every row of rounds.csv, from 0 to 1
+NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "seed")   # options that a config.json must have
+SHARES = ["accuracy", "accuracy_worst", "f1"]   # columns of rounds.csv, from 0 to 1
+RUN_METRICS = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "f1": "macro F1",
+               "kl_nats": "KL, nats"}   # columns of rounds.csv, and their names on the page
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run: its options, its protocol, ``rounds.csv``, what attackers found of it (leakage.py),
-    its pictures as PNG by name, and, of these last two, why they cannot be read."""
+    """One finished run.
+
+    Attributes:
+        rounds: its ``rounds.csv``.
+        leaks: what attacks on it found, condensed (leakage.py).
+        pictures: PNG files by name.
+        unread: why attacks or pictures are left out, in words; "" if nothing is.
+    """
 
     name: str
     protocol: str
@@ -43,13 +53,13 @@ class Finished:
 
     @property
     def setting(self) -> str:
-        """The same for runs that differ in the seed alone."""
-        kept = {key: value for key, value in self.options.items() if key not in ASIDE_OPTIONS}
+        """A text that is the same for runs that differ only in the seed."""
+        kept = {key: value for key, value in self.options.items() if key not in BOOKKEEPING_OPTIONS}
         return json.dumps([self.protocol, kept], sort_keys=True)
 
     @property
     def partition(self) -> str:
-        """Its partition in words."""
+        """The partition in words, such as `shards 2, unequal`."""
         extra = {"shards": self.options.get("classes_per_client"), "dirichlet": self.options.get("alpha")}
         unequal = ", unequal" if self.options.get("unequal") else ""
         value = extra.get(self.options["partition"])
@@ -57,7 +67,7 @@ class Finished:
 
 
 def read(folder: Path) -> Finished | str:
-    """A finished run, or why the folder is none."""
+    """The finished run in a folder, or why there is none, in words."""
     path = folder / "config.json"
     if not path.exists():
         return "not a run of this program: no config.json"
@@ -66,22 +76,26 @@ def read(folder: Path) -> Finished | str:
     except InputError as error:
         return str(error).removeprefix(f"{folder}/")
     options, protocol = config["options"], config["protocol"]
-    options.setdefault("aggregation", "mean")   # all there was when such runs were made
+    options.setdefault("aggregation", "mean")   # older versions had no other
     try:
         rounds = _rounds(folder / "rounds.csv", options["rounds"])
     except (OSError, ValueError, TypeError, OverflowError) as error:
         return f"rounds.csv is damaged ({one_line(error)})"
     if config["status"] != "finished":
         reached = int(rounds["round"].max()) if len(rounds) else 0
-        return f"unfinished: {reached} of {options['rounds']} rounds; go on with --resume"
+        return f"unfinished: {reached} of {options['rounds']} rounds; continue with --resume"
     final = rounds[(rounds["round"] == options["rounds"]) & (rounds["stage"] == "deployed")]
     if len(final) != 1:
-        return f"rounds.csv is damaged (round {options['rounds']} is missing or not there once)"
+        return f"rounds.csv is damaged (round {options['rounds']} is missing or there more than once)"
     leaks, pictures, faults = leakage.NONE, {}, []
     try:
         leaks = leakage.read(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         faults.append(f"attack_summary.csv or attack.json is damaged ({one_line(error)})")
+    try:
+        leaks = leakage.with_words(leaks, folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        faults.append(f"attack.csv is damaged ({one_line(error)})")
     for name in ("partition.png", *leakage.pictures(leaks)):
         for picture in sorted(folder.glob(name)):
             try:
@@ -93,67 +107,98 @@ def read(folder: Path) -> Finished | str:
 
 
 def _rounds(path: Path, asked: int) -> pd.DataFrame:
-    """A ``rounds.csv`` of at most that many rounds; ValueError if it is none."""
-    if path.exists() and not path.is_file():   # a pipe would be waited for
+    """Read ``rounds.csv``.
+
+    Args:
+        asked: the run's number of rounds.
+
+    Raises:
+        OSError, ValueError, TypeError, OverflowError: it is not what a run writes.
+    """
+    if path.exists() and not path.is_file():   # reading a pipe would wait for ever
         raise ValueError("no plain file")
     rounds = pd.read_csv(path)
     if list(rounds.columns) != CSV_COLUMNS["rounds.csv"]:
         raise ValueError("its columns are not those of a run")
-    numbers = [name for name in rounds if name not in ("stage", "split")]
+    numbers = [name for name in CSV_COLUMNS["rounds.csv"] if name not in ("stage", "split")]
     rounds[numbers] = rounds[numbers].apply(pd.to_numeric)
     if not (rounds["round"].between(1, asked).all() and (rounds["round"] % 1 == 0).all()
             and rounds[SHARES].apply(lambda column: column.between(0, 1)).all(axis=None)
             and rounds["seconds"].between(0, np.finfo(float).max).all()):
-        raise ValueError("it has gaps, or values that no run writes")
+        raise ValueError("it has gaps or impossible values")
     return rounds
 
 
 def command(options: dict) -> str:
-    """What makes a run, with no more flags than needed."""
-    parser, words = make_parser(), []
-    basic = [word for name in BASIC for word in (f"--{name}", options[name])]
-    usual = {**vars(args_parser(basic)), **{name: parser.get_default(name) for name in BASIC}}
-    for name in [action.dest for action in parser._actions]:
-        value = options.get(name)
-        unusual = value is not None and value is not False and value != usual.get(name)
-        if name == "seed" or (unusual and name not in ASIDE_OPTIONS):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    """The shortest command that makes a run with these options."""
+    words = []
+    for name, value in unusual(options).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join(["python", "RVE-PFL.py", *words])
 
 
-def summarise(runs: list[Finished]) -> pd.DataFrame:
-    """One row a setting and stage: means over seeds, and the standard deviation where there are several."""
-    rows = []
+def unusual(options: dict) -> dict[str, object]:
+    """Options by name that are not the default, and the seed; without bookkeeping ones."""
+    parser = make_parser()
+    basic = [word for name in BASIC for word in (f"--{name}", options[name])]
+    usual = {**vars(args_parser(basic)), **{name: parser.get_default(name) for name in BASIC}}
+    found = {}
+    for name in [action.dest for action in parser._actions]:
+        value = options.get(name)
+        differs = value is not None and value is not False and value != usual.get(name)
+        if name == "seed" or (differs and name not in BOOKKEEPING_OPTIONS):
+            found[name] = value
+    return found
+
+
+def by_setting(runs: list[Finished]) -> dict[str, list[Finished]]:
+    """Runs by ``setting``, one for each seed, in order of the seed.
+
+    Of several with the same seed, one that was attacked counts.
+    """
+    found = {}
     for setting in dict.fromkeys(run.setting for run in runs):
         same = sorted((run for run in runs if run.setting == setting), key=lambda run: len(run.leaks))
-        by_seed = {run.options["seed"]: run for run in same}   # one of each counts, an attacked one first
-        same = [by_seed[seed] for seed in sorted(by_seed)]
+        seeds = {run.options["seed"]: run for run in same}
+        found[setting] = [seeds[seed] for seed in sorted(seeds)]
+    return found
+
+
+def summarise(runs: list[Finished]) -> pd.DataFrame:
+    """The rows of summary.csv, one for each setting and stage: means and standard deviations over seeds.
+
+    The table's index is the setting.
+    """
+    rows, settings = list[dict](), []
+    for setting, same in by_setting(runs).items():
         options = same[0].options
         for stage in STAGES:
             last = pd.concat([_last(run, stage) for run in same])
-            if last.empty:   # nobody was sampled in the last round
+            if last.empty:   # no client trained in the last round
                 continue
             row = {"dataset": options["dataset"], "partition": same[0].partition,
                    "method": options["method"], "protocol": same[0].protocol, "clients": options["num_users"],
                    "rounds": options["rounds"], "local_ep": options["local_ep"], "stage": stage,
                    "seeds": " ".join(str(run.options["seed"]) for run in same)}
-            for figure in FIGURES:
-                row[figure], row[f"{figure}_std"] = last[figure].mean(), last[figure].std()
+            for metric in RUN_METRICS:
+                row[metric], row[f"{metric}_std"] = last[metric].mean(), last[metric].std()
             seconds = sum(run.rounds.drop_duplicates("round")["seconds"].sum() for run in same)
             leaks = [leakage.worst(run.leaks) for run in same if stage == "deployed"]
+            settings.append(setting)
             rows.append({**row, "seconds": seconds / len(same), "command": command(options),
                          **leakage.over_seeds(leaks)})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, index=settings)
     return table.sort_values(["dataset", "partition", "protocol", "rounds", "local_ep", "stage", "accuracy"],
                              ascending=[True] * 6 + [False]) if rows else table
 
 
 def _last(run: Finished, stage: str) -> pd.DataFrame:
+    """The run's last round on held-out images: one row of ``rounds.csv``, or none."""
     rounds = run.rounds
     return rounds[(rounds["round"] == run.options["rounds"]) & (rounds["stage"] == stage)
                   & (rounds["split"] == EVALUATION_SPLIT[run.protocol])]
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind."""
+    """The first line of an error's text, or its type if it has none."""
     return shown((str(error).splitlines() or [type(error).__name__])[0][:120])

@@ -1,4 +1,6 @@
 """Each attack recovers what theory says it must, on networks small enough for it to be certain."""
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,7 @@ def images(count):
 
 
 def psnr(found, truth):
-    return scoring.likeness(found, truth)["psnr"]
+    return scoring.similarity(found, truth)["psnr"]
 
 
 def test_the_gradient_is_autograds():
@@ -119,7 +121,7 @@ def test_a_simulated_epoch_gives_its_images_back():
     found, _ = gradients.invert(lambda z, t: gradients.epoch_update(head, z, t, 0.1, 1),
                                 {name: value[None] for name, value in seen.items()}, y[None],
                                 torch.rand(1, 1, 2, *SHAPE), 500, 1e-6, True)
-    assert (psnr(scoring.assigned(found[0, 0], x), x) > 20).all()
+    assert (psnr(scoring.in_order_of(x, found[0, 0]), x) > 20).all()
 
 
 class Client:
@@ -137,11 +139,23 @@ def test_a_batchs_gradient_gives_its_images_back():
     x, y = torch.tensor([0.8, 0.2]).reshape(2, 1, 1, 1).expand(2, *SHAPE).clone(), torch.tensor([2, 0])
     x[0, :, :4], x[1, :, :, :4] = 0.1, 0.9
     head, attack = Sigmoid(0.5), attacks.ATTACKS["batch"]
-    budget = attacks.Budget(restarts=2, iterations=300, epochs=1, draws=1, lr=0.1, keep=1)
-    holdings = Holdings(head, None, False, SHAPE, stepped=head)
-    adversary = attacks.Adversary(holdings, None, head, x, y, lambda _: x, 0.0, budget)
+    budget = attacks.Budget(restarts=2, iterations=300, epochs=1, draws=1, lr=0.1, top_scores=1)
+    holdings = Holdings(head, None, False, SHAPE, next_head=head)
+    adversary = attacks.Adversary(holdings, head, attacks.PublicImages(x, y, lambda _: x), 0.0, budget)
     found, labels = attack.solve(adversary, attack.observe(Client(head), x, y, budget), 2)
-    assert labels.tolist() == [0, 2] and (psnr(scoring.assigned(found[0], x), x) > 20).all()
+    assert labels.tolist() == [0, 2] and (psnr(scoring.in_order_of(x, found[0]), x) > 20).all()
+
+
+def test_a_row_is_all_that_a_new_attack_needs(monkeypatch):
+    """It says who can run it and what of a run it needs, in the words that a user is told."""
+    def never(target, adversary):
+        return f"{adversary} has no {target}"
+    row = attacks.Attack(None, None, ("stolen_model", "prediction_api"), "", needs=(lambda *_: None, never))
+    monkeypatch.setitem(attacks.ATTACKS, "new", row)
+    assert attacks.unfit("new", "curious_server", "luck") == "needs what this adversary does not have"
+    assert attacks.unfit("new", "stolen_model", "luck") == "stolen_model has no luck"
+    monkeypatch.setitem(attacks.ATTACKS, "new", dataclasses.replace(row, needs=()))
+    assert attacks.unfit("new", "stolen_model", "luck") is None
 
 
 def test_only_what_tells_no_order_is_scored_in_any_order():
@@ -225,7 +239,7 @@ def test_the_likelihood_of_a_candidate_is_that_of_its_posterior(kind):
     head = Classifier(SHAPE, 4).eval()
     encoder = (kind(SHAPE, 1.0) if kind is VariationalEncoder else kind(SHAPE)).eval()
     view, candidates = Holdings(head, encoder, True, SHAPE), images(5)
-    adversary = attacks.Adversary(view, None, head, candidates, None, None, 0.0, None)
+    adversary = attacks.Adversary(view, head, attacks.PublicImages(candidates, None), 0.0, None)
     with torch.no_grad():
         z = view.sample(candidates[:3])
         found, labels = attacks.likelihood_of_latent(adversary, z, candidates)
@@ -241,7 +255,7 @@ def test_likeness_is_what_others_compute():
     from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
     psnr, ssim = PeakSignalNoiseRatio(data_range=1.0), StructuralSimilarityIndexMeasure(data_range=1.0)
     x, y = torch.rand(3, 1, 28, 28), torch.rand(3, 1, 28, 28)
-    like = scoring.likeness(x, y)
+    like = scoring.similarity(x, y)
     for i in range(3):
         a, b = x[i:i + 1], y[i:i + 1]
         assert like["mse"][i].item() == pytest.approx(
@@ -253,7 +267,7 @@ def test_likeness_is_what_others_compute():
 def test_matching_is_by_assignment_not_greedy():
     truth = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
     found = torch.tensor([1.4, 0.9]).reshape(2, 1, 1, 1)   # both nearest to 1: only one may have it
-    assert scoring.assigned(found, truth).flatten().tolist() == pytest.approx([0.9, 1.4])
+    assert scoring.in_order_of(truth, found).flatten().tolist() == pytest.approx([0.9, 1.4])
 
 
 def test_the_rank_is_of_the_nearest_target():

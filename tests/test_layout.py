@@ -9,7 +9,7 @@ from conftest import ROOT
 FLOORS = [
     ["utils"],
     ["parsing", "engine.signals", "engine.ranks", "models", "sampling", "datasets", "metrics", "runs.csvs",
-     "runs.pictures", "attack.columns"],
+     "runs.pictures", "attack.tables"],
     ["server.mean"],
     ["server.robust", "server.privacy", "server.threat_aware"],
     ["server.rules"],
@@ -24,9 +24,10 @@ FLOORS = [
     ["RVE-PFL", "attack.gradients", "attack.learnt", "attack.picture"],
     ["attack.classes", "attack.scoring"],
     ["attack.attacks"],
-    ["attack.scene", "reporting.leakage"],
-    ["attack.mi_attack", "reporting.page"],
+    ["attack.scene", "attack.verdict", "reporting.images"],
+    ["attack.mi_attack", "reporting.leakage"],
     ["reporting.summary"],
+    ["reporting.page"],
     ["report"],
 ]
 PARTS = ("server", "engine", "runs", "attack", "reporting")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, _load
 
-from attack import mi_attack, scene
+from attack import tables
 from reporting import leakage, summary
 
 # adversary, attack, round -> (SSIM, evaluator right) of the attack, grey, noise, class mean, nearest public
@@ -36,7 +36,7 @@ def lines(attacks):
             lucky = 9 if attack == "latent_decoder" else 5
             rank = {"": 7, "grey": 90, "nearest_public": lucky}.get(control, 50)
             figures = {"ssim": ssim, "evaluator_correct": right, "psnr": 20 - round, "nearest_rank": rank}
-            for name in leakage.FIGURES:
+            for name in tables.METRICS:
                 value = figures.get(name, 0.5)
                 row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
             rows.append(row)
@@ -70,8 +70,9 @@ def runs(tmp_path_factory, make_place):
 
 
 def test_columns_are_those_that_the_attack_writes():
-    row = dict.fromkeys(scene.COLUMNS, 0) | {"control": "", "adversary": "stolen_model", "attack": "mi_face"}
-    assert list(mi_attack.summarise([row]).columns) == leakage.COLUMNS
+    row = dict.fromkeys(tables.ATTACK_COLUMNS, 0) | {"control": "", "adversary": "stolen_model",
+                                                   "attack": "mi_face"}
+    assert list(tables.summarise([row]).columns) == leakage.SUMMARY_COLUMNS
 
 
 def test_the_strongest_attack_beside_the_best_control():
@@ -110,14 +111,129 @@ def test_the_worst_adversary_in_the_last_rounds():
     assert leakage.worst(leakage.condense(pd.DataFrame(lines(EARLY))))["class_right"] is None
 
 
+def images(folder, attacks, rank=5):
+    """Leave an ``attack.csv``: eight images, whose SSIM and share right are ``attacks``' as in the summary,
+    and whose rank is ``rank`` of the attack and 5 of the controls."""
+    rows = []
+    for (adversary, attack, round), scores in attacks.items():
+        for control, (ssim, right) in zip(("", *tables.CONTROLS), scores, strict=True):
+            rows += [{**dict.fromkeys(tables.METRICS, 0.5), "adversary": adversary, "attack": attack,
+                      "round": round, "client": 0, "label": i, "image": i, "restart": 0, "ssim": ssim,
+                      "evaluator_correct": int(i < 8 * right), "nearest_rank": 5 if control else rank,
+                      "control": control}
+                     for i in range(8)]
+    pd.DataFrame(rows, columns=tables.ATTACK_COLUMNS).to_csv(folder / "attack.csv", index=False)
+
+
+BLURRED = {key: [(0.3, 1) if "latent_decoder" in key else scores[0], *scores[1:]]
+           for key, scores in LAST.items()}
+WORSE = {key: [(0.05, 0), *scores[1:]] for key, scores in LAST.items()}
+
+
+@pytest.fixture
+def worded(runs, tmp_path):
+    """The folders ``one`` and ``two``, seeds of one setting, with an ``attack.csv``; and ``calm``."""
+    for name, attacks in (("one", {**EARLY, **LAST}), ("two", BLURRED)):
+        images(shutil.copytree(runs / name, tmp_path / name), attacks)
+    shutil.copytree(runs / "calm", tmp_path / "calm")
+    return tmp_path
+
+
+def test_words_are_those_of_the_worst_attack_in_a_round(worded):
+    """In round 2 of ``one``, latent_search and latent_decoder both leak; the service's decoder is better than
+    a class mean too, and mi_strong is recognised more often than a blank picture."""
+    found = summary.read(worded / "one")
+    assert not found.unread and not found.leaks["few"].any()
+    assert found.leaks.set_index(["adversary", "round", "kind"])["word"].to_dict() == {
+        ("stolen_model", 1, "image"): "leaks", ("stolen_model", 2, "image"): "leaks",
+        ("stolen_model", 2, "class"): "leaks", ("prediction_api", 2, "image"): "leaks"}
+    images(worded / "one", {**EARLY, **WORSE})
+    again = summary.read(worded / "one").leaks.set_index(["adversary", "round", "kind"])["word"]
+    assert again["stolen_model", 1, "image"] == "leaks"   # the early attack is as it was
+    assert again["stolen_model", 2, "image"] == "as a guess"   # SSIM is worse, the rank is level
+    assert again["stolen_model", 2, "class"] == "as a guess"   # never recognised, but noise hardly ever
+    images(worded / "one", WORSE, rank=9)
+    with pytest.raises(ValueError, match="lacks rows of latent_decoder by stolen_model in round 1"):
+        leakage.with_words(leakage.read(worded / "one"), worded / "one")
+    images(worded / "one", {**EARLY, **WORSE}, rank=9)
+    again = summary.read(worded / "one").leaks.set_index(["adversary", "round", "kind"])["word"]
+    assert again["stolen_model", 2, "image"] == "fails"
+
+
+def test_words_over_seeds(worded):
+    """The decoder is under the class mean in ``two``, but latent_search leaks in both."""
+    one, two = (summary.read(worded / name) for name in ("one", "two"))
+    assert leakage.words_over_seeds([one, two], "stolen_model")["image"] == ("leaks", 2, 2, False)
+    images(worded / "two", WORSE)
+    both = [one, summary.read(worded / "two"), summary.read(worded / "calm")]
+    assert leakage.words_over_seeds(both, "stolen_model") == {
+        "image": ("leaks", 1, 2, False), "class": ("leaks", 1, 2, False)}
+    assert leakage.words_over_seeds(both, "curious_client") == {}
+
+
+@pytest.mark.parametrize("harm, reason", [
+    (lambda text: "", "No columns"), (lambda text: text.split("\n")[0] + "\n", "numbers"),
+    (lambda text: text.replace("psnr", "snr"), "psnr"),
+    (lambda text: text.replace(",0.6,", ",high,"), "numbers"),
+    (lambda text: text.replace(",0.6,", ",,"), "gaps"),
+    (lambda text: text.replace("noise", "music"), "once"),
+    (lambda text: text.replace("mi_face", "mi_mask"), "mi_mask"),
+    (lambda text: text.replace("prediction_api", "curious_server"), "prediction_api in round 2"),
+    (lambda text: "".join(text.splitlines(keepends=True)[:81]), "lacks rows of latent_decoder"),   # cut short
+    (lambda text: re.sub("stolen_model,mi_face.*\\n", "", text), "lacks rows of mi_face"),
+    (lambda text: re.sub(".*,7,0,.*\\n", "", text), "lacks rows of")])
+def test_a_damaged_attack_csv_says_why_and_what_else_was_found_stays(report, worded, harm, reason):
+    path = worded / "one" / "attack.csv"
+    path.write_text(harm(path.read_text()))
+    found = summary.read(worded / "one")
+    assert len(found.leaks) == 4 and found.leaks["word"].isna().all()
+    assert "attack.csv is damaged" in found.unread and reason in found.unread
+    assert report.main(["--results_dir", str(worded)]) == 0   # the other seed's word is known
+    assert "attack.csv is damaged" in (worded / "report.html").read_text()
+
+
+def glance(folder):
+    """The first table of a page: cells by row, their tags taken out and spaces made one."""
+    text = (folder / "report.html").read_text()
+    table = text[text.index("<tbody>"):text.index("</tbody>")]
+    table = re.sub("<i>.*?</i>", "", table)   # the heads once more, which only narrow screens show
+    return [[" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in row.split("<td>")[1:]]
+            for row in table.split("<tr>")[1:]]
+
+
+def test_the_page_opens_with_what_leaks_to_whom(report, worded):
+    images(worded / "two", WORSE)
+    assert report.main(["--results_dir", str(worded)]) == 0
+    rows = {row[0].split()[0]: row for row in glance(worded)}
+    assert set(rows) == {"rve_pfl", "fedavg"}
+    assert rows["fedavg"][4:] == ["not attacked"] * 4
+    assert rows["rve_pfl"][4:] == [   # in the order of ADVERSARIES
+        "not attacked", "images: leaks (1 of 2 seeds) classes: leaks (1 of 2 seeds)",
+        "images: leaks (1 of 2 seeds)", "not attacked"]
+    deployed = pd.read_csv(worded / "summary.csv").query("stage == 'deployed' and method == 'rve_pfl'")
+    assert rows["rve_pfl"][3].split()[0] == f"{deployed['accuracy'].item():.4f}"
+    few = pd.read_csv(worded / "one" / "attack.csv", keep_default_na=False)
+    few[few["image"] < 3].to_csv(worded / "one" / "attack.csv", index=False)
+    whole = pd.read_csv(worded / "one" / "attack_summary.csv", keep_default_na=False)
+    whole.assign(n=3).to_csv(worded / "one" / "attack_summary.csv", index=False)
+    (worded / "two" / "attack.csv").unlink()
+    assert report.main(["--results_dir", str(worded)]) == 0
+    rows = {row[0].split()[0]: row for row in glance(worded)}
+    assert rows["rve_pfl"][6] == "images: leaks (1 of 2 seeds, few)"
+    (worded / "one" / "attack.csv").unlink()
+    assert report.main(["--results_dir", str(worded)]) == 0
+    rows = {row[0].split()[0]: row for row in glance(worded)}
+    assert rows["rve_pfl"][6] == "images: unknown"
+
+
 @pytest.mark.parametrize("harm, reason", [
     (lambda text: "", "No columns"), (lambda text: text.split("\n")[0] + "\n", "gaps"),
     (lambda text: text.replace("psnr", "snr"), "columns"),
     (lambda text: text[:200], "columns"),
     (lambda text: text.replace(",0.6,", ",,"), "gaps"),
     (lambda text: text.replace(",0.6,", ",high,"), "high"),
-    (lambda text: text.replace("noise", "music"), "each control once"),
-    (lambda text: text + text.split("\n")[1] + "\n", "once"),
+    (lambda text: text.replace("noise", "music"), "one of each control"),
+    (lambda text: text + text.split("\n")[1] + "\n", "one of each control"),
     (lambda text: text.replace("prediction_api", "neighbour"), "neighbour")])
 def test_a_damaged_attack_says_why_and_the_run_stays(report, runs, tmp_path, harm, reason):
     folder = shutil.copytree(runs / "one", tmp_path / "one")
@@ -214,3 +330,9 @@ def test_a_page_without_attacks_says_nothing_of_them(report, runs, tmp_path):
     assert report.main(["--results_dir", str(tmp_path)]) == 0
     text = (tmp_path / "report.html").read_text()
     assert "fedavg" in text and "attack" not in text
+
+
+def test_rows_say_which_options_differ_and_no_others(report, worded, runs):
+    shutil.copytree(runs / "beta", worded / "beta")
+    assert report.main(["--results_dir", str(worded)]) == 0
+    assert sorted(row[0] for row in glance(worded)) == ["fedavg", "rve_pfl", "rve_pfl kl_weight 0.01"]

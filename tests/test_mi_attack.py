@@ -1,6 +1,7 @@
 """The attack's command line: what it reads, writes, resumes and refuses."""
 import dataclasses
 import json
+import re
 import sys
 import threading
 
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from attack import access, learnt, mi_attack, scene, scoring
+from attack import access, learnt, mi_attack, scene, scoring, tables
 from attack.attacks import ATTACKS
 
 QUICK = ["--images", 2, "--restarts", 2, "--iterations", 3, "--train_epochs", 1, "--draws", 2]
@@ -81,12 +82,12 @@ def expected(method):
 def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, method):
     assert trained.attack(method, "--overwrite") == 0
     table = trained.csv(method)
-    assert list(table.columns) == scene.COLUMNS
+    assert list(table.columns) == tables.ATTACK_COLUMNS
     assert set(zip(table["adversary"], table["attack"], strict=True)) == expected(method)
     folder = trained.place.folder / "results" / method
     for (who, how), part in table.groupby(["adversary", "attack"]):
         found = part[part["control"] == ""]
-        count = 4 if ATTACKS[how].observe is None else 2   # the client's classes, or --images
+        count = 4 if ATTACKS[how].kind == "class" else 2   # the client's classes, or --images
         count = min(count, found.groupby("restart").size().max())
         restarts = 1 if how in ("mi_face", "latent_decoder", "latent_likelihood", "score_decoder") else 2
         assert len(found) == count * restarts
@@ -119,7 +120,7 @@ def test_images_are_those_of_the_client(trained):
     ("curious_client", {"client_1.pt"})])
 def test_an_adversary_opens_its_own_files_only(trained, adversary, allowed):
     """What it knows; what a victim does in front of it is computed from the victim's file, by ``Victim``."""
-    run = mi_attack.open_run("rve_pfl", *(trained.place.folder / name for name in
+    run = mi_attack.open_target("rve_pfl", *(trained.place.folder / name for name in
                                           ("results", "models", "data")))
     opened.clear()
     watching.set()
@@ -244,6 +245,8 @@ def test_what_z_can_tell_stands_beside_the_attacks(trained, capsys):
     assert (found >= table.set_index("round")["mse_bound"]).all()   # no attack on z beats the bound
     said = capsys.readouterr().out
     assert "round 2 client 0: z tells at most" in said
+    word = "(leaks|as a guess|fails) [(]only 2 images[)][.] SSIM"
+    assert re.search(f"^stolen_model latent_decoder round 2 client 0: {word}.* s[)]$", said, re.MULTILINE)
     path.write_text("round\n1\n")
     assert "attack_latents.csv is damaged" in trained.refuses(capsys, "rve_pfl", *quick, "--rounds", 2)
     assert trained.attack("rve_pfl", *quick, "--overwrite", "--rounds", 2) == 0
@@ -283,7 +286,7 @@ def test_who_steals_a_protected_client_has_what_it_trained(trained, method, flag
     """Before the clip and the noise that its upload got."""
     place = trained.place
     assert place.main("--method", method, "--run_name", method, "--rounds", 1, *flags, "--overwrite") == 0
-    run = mi_attack.open_run(method, *(place.folder / name for name in ("results", "models", "data")))
+    run = mi_attack.open_target(method, *(place.folder / name for name in ("results", "models", "data")))
     upload = run.shared(1)["uploads"][0]
     private = torch.load(run.file(1, "client_0.pt"), weights_only=True)
     stolen = access.hold(run, "stolen_model", 1, 0).head.state_dict()
@@ -436,7 +439,7 @@ def test_who_did_not_train_has_the_head_just_aggregated(trained):
     place = trained.place
     flags = ("--rounds", 2, "--frac", 0.5, "--save_rounds", 1, "--overwrite")
     assert place.main("--run_name", "half", *flags) == 0
-    run = mi_attack.open_run("half", *(place.folder / name for name in ("results", "models", "data")))
+    run = mi_attack.open_target("half", *(place.folder / name for name in ("results", "models", "data")))
     idle, = {0, 1} - run.shared(1)["uploads"].keys()
     stolen = access.hold(run, "stolen_model", 1, idle).head.state_dict()
     assert all(torch.equal(value, run.sent_next(1)[f"classifier.{name}"]) for name, value in stolen.items())

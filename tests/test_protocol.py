@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attack import mi_attack, scene, scoring
+from attack import mi_attack, scene, scoring, tables
 from attack.access import Holdings
-from attack.attacks import ATTACKS, Adversary, Budget
+from attack.attacks import ATTACKS, Adversary, Budget, PublicImages
 from methods import METHODS
 from runs.checkpoint import load_checked
 from server.mean import Judgement, Round, Setting
@@ -365,7 +365,7 @@ class Attacked(Ran):
 
     def scene(self, run, *flags):
         args = mi_attack.make_parser().parse(self.argv(run, *flags))
-        return scene.Scene(mi_attack.open_run(run, args.results_dir, args.models_dir, args.data_dir), args)
+        return scene.Scene(mi_attack.open_target(run, args.results_dir, args.models_dir, args.data_dir), args)
 
     def public(self, name="public"):
         """Its images that no client of ``tiny`` has, as floats, and their labels."""
@@ -395,10 +395,12 @@ def noted(monkeypatch):
     """Each call of ``Scene.rows``: what was found, the image numbers, the label, the control, the rows."""
     calls, rows = [], scene.Scene.rows
 
-    def noting(self, unit, found, truth, labels, image, restart, match, rank, control):
-        out = rows(self, unit, found, truth, labels, image, restart, match, rank, control)
-        calls.append(SimpleNamespace(unit=unit, found=found, image=image, labels=labels, control=control,
-                                     rows=out, evaluator=self.evaluator))
+    def noting(self, unit, outcome, control):
+        out = rows(self, unit, outcome, control)
+        assert len(outcome.images) == 1   # with --restarts 1
+        calls.append(SimpleNamespace(unit=unit, found=outcome.images[0], image=outcome.truth.numbers[0],
+                                     labels=outcome.labels, control=control, rows=out,
+                                     evaluator=self.evaluator))
         return out
     monkeypatch.setattr(scene.Scene, "rows", noting)
     return calls
@@ -414,7 +416,7 @@ def test_the_evaluator_and_the_adversaries_know_no_private_image(attacked, tiny_
         made, results = attacked.scene("rve_pfl", "--public", "apart"), {}
         results["evaluator"] = torch.cat([p.flatten() for p in made.evaluator.model.parameters()])
         results["accuracy"] = torch.tensor(made.evaluator.accuracy)
-        results["public"] = made.public
+        results["public"] = made.public.images
         for who, how, seen in (("stolen_model", "latent_decoder", torch.linspace(-1, 1, 192).reshape(3, 64)),
                                ("stolen_model", "mi_prior", None), ("curious_client", "mi_strong", None),
                                ("curious_server", "mi_strong", None), ("curious_server", "mi_prior", None),
@@ -445,7 +447,7 @@ def as_bytes(images):
 
 
 def test_public_images_of_another_data_set_are_nobodys(attacked):
-    found = as_bytes(attacked.scene("fedavg").public)
+    found = as_bytes(attacked.scene("fedavg").public.images)
     assert len(found) == 200 and not found & as_bytes(attacked.images)   # of 240, 40 are tiny's own
 
 
@@ -461,7 +463,7 @@ def test_unowned_images_are_neither_trained_nor_tested_on(make_place, tmp_path, 
     parts = np.load(place.results / "partition.npz")
     owned = np.concatenate([parts[name] for name in parts.files])
     pooled = np.concatenate([images, tiny_arrays["test_images"]])
-    found = as_bytes(Attacked(place).scene("run", "--public", "unowned").public)
+    found = as_bytes(Attacked(place).scene("run", "--public", "unowned").public.images)
     assert len(found) >= 200
     assert found == as_bytes(np.delete(pooled, owned, 0)) and not found & as_bytes(pooled[owned])
 
@@ -547,7 +549,8 @@ def test_answers_are_those_of_the_model_the_victim_trained(attacked, monkeypatch
 
 def test_a_service_answers_by_draws_of_z(attacked):
     """--draws of them, their probabilities averaged, and not from the mean of z."""
-    query = attacked.scene("rve_pfl", "--scores", 4, "--draws", 1000).adversary("prediction_api", 2, 1).query
+    made = attacked.scene("rve_pfl", "--scores", 4, "--draws", 1000)
+    query = made.adversary("prediction_api", 2, 1).holdings.query
     model = {**attacked.file("rve_pfl", 2, "client_1.pt")["parameters"],
              **attacked.file("rve_pfl", 2, "shared.pt")["uploads"][1]}
     x, mean = attacked.pixels(range(20)), {**model, "encoder.logvar.bias": torch.full((64,), -80.0)}
@@ -600,8 +603,8 @@ def test_labels_are_told_from_an_epoch_of_two_steps():
     head, y = METHODS["fedavg"].build((1, 8, 8), 4, {}).classifier.eval(), torch.tensor([1, 1, 1, 0])
     x, budget = torch.rand(4, 1, 8, 8), Budget(1, 1, 1, 1, 0.01, 4)
     victim = SimpleNamespace(update=lambda x, y, change: change(head, x, y))
-    holdings = Holdings(head, None, False, (1, 8, 8), stepped=head)
-    adversary = Adversary(holdings, None, head, x, y, lambda _: x, 0.0, budget)
+    holdings = Holdings(head, None, False, (1, 8, 8), next_head=head)
+    adversary = Adversary(holdings, head, PublicImages(x, y, lambda _: x), 0.0, budget)
     for attack in (ATTACKS["epoch"], ATTACKS["batch"]):
         _, labels = attack.solve(adversary, attack.observe(victim, x, y, budget), 4)
         assert labels.tolist() == [0, 1, 1, 1]
@@ -609,10 +612,10 @@ def test_labels_are_told_from_an_epoch_of_two_steps():
 
 def test_intervals_are_95_percent_ones_of_first_choices():
     values = np.random.default_rng(0).normal(5, 2, 400)
-    rows = [{**dict.fromkeys(scene.COLUMNS, 0.0), "adversary": "stolen_model", "attack": "mi_face",
+    rows = [{**dict.fromkeys(tables.ATTACK_COLUMNS, 0.0), "adversary": "stolen_model", "attack": "mi_face",
              "control": "", "mse": value, "restart": restart} for value in values for restart in (0, 1)
             if restart == 0 or value > 5]
-    table = mi_attack.summarise(rows)
+    table = tables.summarise(rows)
     assert len(table) == 1 and table["n"].item() == 400
     assert table["mse"].item() == pytest.approx(values.mean())
     half = 1.96 * values.std() / 20

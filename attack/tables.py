@@ -1,0 +1,71 @@
+"""The tables that an attack writes: the names of their columns, how attack.csv is read, and its summary."""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from utils import rng
+
+
+class Unit(NamedTuple):
+    """One attack by one adversary on one client after one round: the first columns of attack.csv."""
+
+    adversary: str
+    attack: str
+    round: int
+    client: int
+
+
+METRICS = ["mse", "psnr", "ssim", "label_match", "evaluator_correct", "nearest_rank"]
+ATTACK_COLUMNS = [*Unit._fields, "label", "image", "restart", *METRICS, "control"]
+WHOLE_NUMBERS = ["round", "client", "label", "image", "restart"]   # columns of attack.csv
+SUMMARY_KEY = ["adversary", "attack", "round", "control"]
+SUMMARY_NUMBERS = ["n", *(name + end for name in METRICS for end in ("", "_low", "_high"))]
+SUMMARY_COLUMNS = [*SUMMARY_KEY, *SUMMARY_NUMBERS]
+BLANK_CONTROLS = ("grey", "noise")               # show no class
+BLIND_CONTROLS = (*BLANK_CONTROLS, "class_mean")   # know nothing of the victim's images
+CONTROLS = (*BLIND_CONTROLS, "nearest_public")     # this one knows the true image
+
+
+def read_attack(path: Path) -> pd.DataFrame:
+    """An ``attack.csv``: one row for each reconstruction, whose ``control`` is "", and for each control.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, KeyError: it is not what mi_attack.py writes.
+    """
+    if path.exists() and not path.is_file():   # reading a pipe would wait for ever
+        raise ValueError("no plain file")
+    rows = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"control": str})[ATTACK_COLUMNS]
+    whole = {rows[name].dtype.kind for name in WHOLE_NUMBERS}
+    if whole != {"i"} or not {rows[name].dtype.kind for name in METRICS} <= {"i", "f"}:
+        raise ValueError("a column holds something else than numbers")
+    return rows.fillna({"control": ""})
+
+
+def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a mean over images. Its draws are seeded, so it is always the same."""
+    picks = rng(0, "bootstrap").integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def summarise(rows: Sequence[dict]) -> pd.DataFrame:
+    """Means over images with 95 % bootstrap intervals: of each attack's first choices, and of each control.
+
+    Args:
+        rows: as in attack.csv.
+    """
+    table = pd.DataFrame(rows, columns=ATTACK_COLUMNS)
+    table = table[(table["restart"] == 0) | (table["control"] != "")]
+    found = []
+    for key, part in table.groupby(SUMMARY_KEY, sort=False):
+        row: dict[str, object] = {**dict(zip(SUMMARY_KEY, key, strict=True)), "n": len(part)}
+        for name in METRICS:
+            values = part[name].to_numpy(float)
+            low, high = interval(values)
+            row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
+        found.append(row)
+    return pd.DataFrame(found)
