@@ -1,1 +1,1 @@
-"""Model inversion of a trained run. attacks.py has the table of attacks, access.py what adversaries have."""
+"""Model inversion of a trained run. Open attacks.py for the table, access.py for who holds what."""
