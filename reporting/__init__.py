@@ -1,1 +1,1 @@
-"""The report on all runs: summary.py reads them, leakage.py what attacks found, page.py makes the HTML."""
+"""The page of all runs. Open it for what report.html shows, and how it is worked out."""
