@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,17 +23,17 @@ import sampling
 from engine.graphed import GraphedTrainer
 from engine.ranks import PeerLost, Ranks
 from engine.signals import Interrupted, Interrupts, steady_output
-from engine.stacked import stack_size
+from engine.stacked import stack_size, train_each
 from methods import METHODS
 from metrics import over_clients
 from models import Classifier
 from options import args_parser
-from runs.checkpoint import borrowed_encoders
+from runs.checkpoint import borrowed_encoders, finished_source
 from runs.run import Progress, Run, open_run
 from server.malicious import MaliciousClients
-from server.mean import Round, Server, Setting, State, Verdict
+from server.mean import Aggregated, Round, Server, Setting, State
 from server.rules import RULES
-from update import Diverged, Private, Trainer, Training
+from update import Diverged, Private, Trained, Trainer, Training
 from utils import (
     InputError,
     choose_device,
@@ -89,6 +90,8 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         "precision": str(trainer.training.dtype), "parameters": trainer.method.count(trainer.model),
         "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}}
     server = make_server(args, trainer, splits)
+    if args.encoders_from and not args.resume:   # before anything of this run is written
+        finished_source(args)
     malicious = MaliciousClients(args.malicious_behaviour, args.malicious_frac, args.num_users, args.seed)
     with open_run(config, Private(private), head, dict(server.memory), ranks) as run:
         if not run.finished:
@@ -149,7 +152,7 @@ def make_server(args: Namespace, trainer: Trainer, splits: list) -> Server:
         seed=args.seed, clients=args.num_users, frac=args.frac, rounds=args.rounds,
         smallest=min(len(train) for train, _ in splits), epsilon=args.epsilon, delta=args.delta,
         clip=args.clip, exposures=args.exposures, noise_multiplier=args.noise_multiplier,
-        tolerate=args.tolerate, network=network)
+        tolerate=args.tolerate, network=network, options=vars(args))
     return (trainer.method.server or RULES[args.aggregation].server)(setting)
 
 
@@ -186,16 +189,15 @@ class Federation:
         """Whether a round is evaluated."""
         return number % self.args.eval_every == 0 or number == self.args.rounds
 
-    def train(self, number: int, asked: list[int], splits: list, run: Run) -> tuple[dict[int, State], list[dict]]:
-        """Local training of the clients asked: their uploads, and rows of ``clients.csv``, both on the first rank.
+    def train(self, number: int, asked: list[int], sent: State, splits: list,
+              run: Run) -> tuple[dict[int, State], list[dict]]:
+        """Local training of the clients asked: their uploads and rows of ``clients.csv``, on the first rank.
 
         A client whose loss does not stay finite uploads nothing, and its encoder stays as it was.
         """
         uploads, rows = {}, {}
         mine = {k: splits[k][0] for k in self.ranks.mine(asked)}
-        stack = self.args.stack or stack_size(self.trainer.labels.device, self.args.local_bs)
-        for k, outcome in self.malicious.train_each(self.trainer, number, mine, run.progress.head,
-                                                    run.private.get, stack):
+        for k, outcome in self._train_each(number, mine, sent, run):
             if isinstance(outcome, Diverged):
                 run.say(f"warning: {outcome}; this client's round is dropped")
                 continue
@@ -211,10 +213,20 @@ class Federation:
             raise InputError(f"round {number}: no client's loss stayed finite; start again with a smaller --lr")
         return uploads, list(itertools.chain(*self.ranks.gather(rows).values()))
 
-    def aggregate(self, round: Round) -> Verdict:
+    def _train_each(self, number: int, indices: dict[int, np.ndarray], sent: State,
+                    run: Run) -> Iterator[tuple[int, Trained | Diverged]]:
+        """``update.one_by_one``, stacked where that is faster, malicious clients last and as they behave."""
+        stack = self.args.stack or stack_size(self.trainer.labels.device, self.args.local_bs)
+        for trainer, own in self.malicious.groups(self.trainer, indices):
+            for k, outcome in train_each(trainer, number, own, sent, run.private.get, stack):
+                if isinstance(outcome, Trained):
+                    outcome = self.malicious.retrained(trainer, k, number, len(own[k]), outcome)
+                yield k, outcome
+
+    def aggregate(self, round: Round) -> Aggregated:
         """What the server makes of a round, on the first rank; elsewhere the new head alone."""
-        verdict = self.server(round) if self.ranks.first else Verdict(round.sent, {}, [])
-        return verdict._replace(head=self.ranks.share(verdict.head))
+        aggregated = self.server(round) if self.ranks.first else Aggregated(round.sent, {}, [])
+        return aggregated._replace(head=self.ranks.share(aggregated.head))
 
     def evaluate(self, number: int, head: State, splits: list, run: Run) -> list[dict]:
         """Rows of ``clients.csv`` for every client with the head just aggregated, on the first rank."""
@@ -224,14 +236,14 @@ class Federation:
                       self.trainer.evaluate(k, number, splits[k][1], head, run.private.get(k)))
             for k in mine}).values())
 
-    def record(self, round: Round, verdict: Verdict, rows: list[dict], seconds: float, run: Run) -> None:
+    def record(self, round: Round, aggregated: Aggregated, rows: list[dict], seconds: float, run: Run) -> None:
         """Write a round's CSV rows and, if one is due, a checkpoint."""
         bad = self.malicious.members
         honest = [row for row in rows if row["client"] not in bad] or rows
         means = [{"round": round.number, **mean, "seconds": seconds} for mean in over_clients(honest)]
         server = [{"round": round.number, **row, "malicious": int(row["client"] in bad)}
-                  for row in verdict.rows] if verdict.head else []   # nothing travels with some methods
-        progress = Progress(round.number, verdict.head, round.sent, verdict.uploads,
+                  for row in aggregated.rows] if self.trainer.method.travels is not None else []
+        progress = Progress(round.number, aggregated.head, round.sent, aggregated.uploads,
                             memory=dict(self.server.memory))
         run.end_round(progress, self.server.facts,
                       {"clients.csv": rows, "rounds.csv": means, "server.csv": server})
@@ -249,19 +261,19 @@ def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
         started, sent = time.monotonic(), run.progress.head
         splits = federation.splits_in(number)
 
-        # Each client asked trains its encoder and the head that it was sent, and uploads the head alone.
+        # Each client asked trains, and uploads what travels: with RVE-PFL the head, while its encoder stays.
         asked = federation.sample(number)
-        uploads, trained = federation.train(number, asked, splits, run)
+        uploads, trained = federation.train(number, asked, sent, splits, run)
         sizes = {k: len(splits[k][0]) for k in asked}
 
         # Malicious clients forge their uploads; the server weighs all uploads and aggregates them.
         arrived = federation.malicious.forge(Round(number, sent, uploads, sizes), federation.server)
-        verdict = federation.aggregate(arrived)
+        aggregated = federation.aggregate(arrived)
 
-        # Every client's own encoder is evaluated with the new head.
-        deployed = federation.evaluate(number, verdict.head, splits, run)
+        # Every client is evaluated with the new head, behind its own encoder if it has one.
+        deployed = federation.evaluate(number, aggregated.head, splits, run)
         with interrupts.held():
-            federation.record(arrived, verdict, trained + deployed, time.monotonic() - started, run)
+            federation.record(arrived, aggregated, trained + deployed, time.monotonic() - started, run)
 
 
 if __name__ == "__main__":

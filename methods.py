@@ -21,8 +21,8 @@ from server.rules import RULES
 LR = Option("lr", "learning rate [eta]", float, within=(TINY, 1e3), group="federated")
 HEAD_LR = Option("head_lr", "the shared head's learning rate as a multiple of --lr", float, unread=1.0,
                  within=(0, 1e3), group="federated")
-AUGMENT = Option("augment", "of training images, drawn anew in every epoch: mirror half of them; also shift them "
-                 "by up to 4 pixels", choices=("none", "flip", "flip+shift"), group="data")
+AUGMENT = Option("augment", "how training images are changed, anew in every epoch: half of them mirrored; also "
+                 "shifted by up to 4 pixels", choices=("none", "flip", "flip+shift"), group="data")
 INIT_LOGVAR = Option("init_logvar", "bias of the encoder's log variance at the start", float,
                      within=(-30, 10), group="model")
 EVAL_SAMPLES = Option("eval_samples", "draws of z averaged in a prediction", int, unread=1, within=(1, 1000),
@@ -62,7 +62,7 @@ class Step:
         images: ``N x C x H x W`` in [0, 1].
         output: what the network said of them.
         sent: what the client received at the start of the round, on the device that trains.
-        options: the values of the options in the method's row, by name.
+        options: all options of the run, by name.
     """
 
     model: nn.Module

@@ -54,7 +54,7 @@ def common() -> list[Option]:
                group="federated"),
         Option("lr_warmup", "share of a round's steps over which lr rises from 0, since a client's optimiser "
                "starts anew", float, 0.2, within=(0, 1), group="federated"),
-        Option("momentum", "of --optimizer sgd", float, 0.0, within=(0, 0.9999), group="federated"),
+        Option("momentum", "momentum of --optimizer sgd", float, 0.0, within=(0, 0.9999), group="federated"),
 
         Option("method", f"what is trained: {rows(METHODS)}", default="rve_pfl", choices=METHODS, group="model"),
 
@@ -65,7 +65,7 @@ def common() -> list[Option]:
         Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1)),
         Option("device", "auto, cpu, cuda or cuda:N", default="auto",
                pattern=(r"auto|cpu|cuda(:\d{1,3})?", "choose from auto, cpu, cuda, cuda:N")),
-        Option("precision", "of convolutions and matrix products; auto: bf16 where the chip has it",
+        Option("precision", "precision of convolutions and matrix products; auto: bf16 where the chip has it",
                default="auto", choices=("auto", "fp32", "bf16")),
         Option("stack", "clients trained at a time as one stacked model (if not given: 1 on a CPU; on a GPU as "
                "many as make 500 images a step)", int, within=(1, 10_000)),
@@ -94,22 +94,33 @@ def of_rows(table: dict) -> list[Option]:
 
 
 def read_by(option: Option, table: dict) -> str:
-    """For ``--help``: who reads an option, and its default where that is one value for all of them."""
-    names = readers(option, table)
-    values = list(dict.fromkeys(value for name in names for values in (
-        table[name].reads, *getattr(table[name], "by_dataset", {}).values(),
-        *getattr(table[name], "by_partition", {}).values()) for key, value in values.items() if key is option))
-    said = [] if len(names) == len(table) else [", ".join(names)]
-    if len(values) > 1:
-        said.append("default by data set, partition and method: " + ", ".join(map(str, values)))
-    elif values != [None]:
-        said.append(f"default: {values[0]}")
+    """For ``--help``: who reads an option, and its default, or whose default is which."""
+    names, others = readers(option, table), [name for name in table if option not in table[name].reads]
+    said = [] if not others else [f"all but {', '.join(others)}" if len(others) < 3 else ", ".join(names)]
+    tuned = any(option in values for name in names for field in ("by_dataset", "by_partition")
+                for values in getattr(table[name], field, {}).values())
+    by_value: dict[object, list[str]] = {}
+    for name in names:
+        by_value.setdefault(table[name].reads[option], []).append(name)
+    by_value.pop(None, None)
+    if tuned:
+        said.append("default by data set, partition and method: docs/options.md")
+    elif len(by_value) == 1 and sum(map(len, by_value.values())) == len(names):
+        said.append(f"default: {next(iter(by_value))}")
+    elif by_value:
+        usual = max(by_value, key=lambda value: len(by_value[value]))
+        alone = len(by_value[usual]) > 2
+        said.append("default: " + ", ".join(
+            [f"{value} with {', '.join(who)}" for value, who in by_value.items() if not (alone and value == usual)]
+            + [f"else {usual}"] * alone))
     return f" ({'; '.join(said)})" if said else ""
 
 
 def make_parser() -> Parser:
     """The options, by group."""
-    parser = Parser("RVE-PFL.py", __doc__.splitlines()[0])
+    parser = Parser("RVE-PFL.py", "Train RVE-PFL, or a method it is compared with, over simulated clients.")
+    for heading in ("data", "federated", "model", "server", "privacy", "run"):
+        parser.heading(heading)
     for option in common():
         parser.add(option)
     for table in (METHODS, RULES):
@@ -133,17 +144,24 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
     _fill(parser, args, ALPHA, args.partition == "dirichlet", 0.1, partition)
     if fault := misfit(args, method):
         parser.error(fault)
-    _fill(parser, args, MALICIOUS_BEHAVIOUR, args.malicious_frac > 0, "label_flip", "--malicious_frac 0")
+    if args.malicious_behaviour and not args.malicious_frac:
+        parser.error(f"--malicious_behaviour {args.malicious_behaviour}: nobody is malicious; give "
+                     "--malicious_frac, or leave it out")
+    _fill(parser, args, MALICIOUS_BEHAVIOUR, args.malicious_frac > 0, "label_flip", "")
     if method.settle and (fault := method.settle(args)):
         parser.error(fault)
     for option in of_rows(METHODS):
         is_read = option in method.reads
         default = method.default(option, args.dataset, args.partition) if is_read else None
         _fill(parser, args, option, is_read, default, f"--method {args.method}")
+    if fault := parser.fault(vars(args)) or misfit(args, method):   # of defaults that rows were given
+        parser.error(fault)
     rule = RULES[args.aggregation]
     for option in of_rows(RULES):
         _fill(parser, args, option, option in rule.reads, rule.reads.get(option),
               f"--aggregation {args.aggregation}")
+    if fault := parser.fault(vars(args)):
+        parser.error(fault)
     if args.run_name is None:
         marks = [mark for mark in ("resplit", "validate") if getattr(args, mark)]
         args.run_name = "-".join([args.dataset, args.partition, args.method, f"seed{args.seed}", *marks])
@@ -180,7 +198,8 @@ def misfit(args: argparse.Namespace, method: Method) -> str | None:
         return (f"--aggregation {args.aggregation}: weights or rules that follow the uploads break the privacy "
                 f"accounting of --method {args.method}; leave it out")
     if method.travels is None and args.malicious_frac:
-        return f"--malicious_frac: nothing travels with --method {args.method}; leave it out"
+        return (f"--malicious_frac {args.malicious_frac:g}: nothing travels with --method {args.method}; leave it "
+                "out")
     for name, table in (("malicious_behaviour", BEHAVIOURS), ("aggregation", RULES)):
         row = table.get(getattr(args, name))
         if row is not None and row.whole_head and method.travels is not None and not method.shares_whole_head:

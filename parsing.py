@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ SYNONYMS = {
     "dtype": "precision", "data": "dataset", "output_dir": "results_dir", "save_dir": "models_dir",
     "checkpoint_dir": "models_dir", "name": "run_name", "exp_name": "run_name", "run": "run_name",
 }
-ALIKE = 0.75   # of difflib's ratio; what is less alike (--learning_rate, --tolerate) means something else
+ALIKE = 0.75   # least difflib ratio for a suggestion; below it flags mean different things
 
 
 @dataclass(frozen=True, eq=False)   # compared and hashed by identity: rows use options as keys
@@ -70,6 +70,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but for those that say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.choices and list(action.choices) == action.default:
+            return f"{action.help} (default: all)"
         says_nothing = action.default is None or action.default is False or action.default == []
         return action.help if says_nothing else super()._get_help_string(action)
 
@@ -86,18 +88,22 @@ class Parser(argparse.ArgumentParser):
         said_elsewhere = os.environ.get("RANK", "0") != "0"   # by the first of torchrun's processes
         self.exit(2, None if said_elsewhere else f"{self.prog}: error: {message}\n")
 
+    def heading(self, name: str) -> argparse._ArgumentGroup:
+        """A heading of ``--help``; they stand in the order in which they are first asked for."""
+        if name not in self._headings:
+            self._headings[name] = self.add_argument_group(name)
+        return self._headings[name]
+
     def add(self, option: Option, help_suffix: str = "") -> None:
         """Take an option in, under its group's heading."""
-        if option.group not in self._headings:
-            self._headings[option.group] = self.add_argument_group(option.group)
         self.options[option.name] = option
         flags = [f"--{name}" for name in (option.name, option.alias) if name]
         text = (option.help + help_suffix).replace("%", "%%")
         if option.kind is bool:
-            self._headings[option.group].add_argument(*flags, action="store_true", help=text)
+            self.heading(option.group).add_argument(*flags, action="store_true", help=text)
             return
-        self._headings[option.group].add_argument(
-            *flags, type=option.kind, default=option.default, nargs="+" if option.several else None,
+        self.heading(option.group).add_argument(
+            *flags, type=_converter(option.kind), default=option.default, nargs="+" if option.several else None,
             choices=None if option.choices is None else tuple(option.choices), required=option.required,
             metavar=option.metavar, help=text)
 
@@ -135,6 +141,16 @@ class Parser(argparse.ArgumentParser):
                 if why := _fault_of(option, one):
                     return f"--{name} {shown(one)}: {why}"
         return None
+
+
+def _converter(kind: type) -> Callable[[str], object]:
+    """A type for argparse whose error says what a value must be."""
+    def convert(text: str) -> object:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{shown(text)}: must be {KINDS[kind][1]}") from None
+    return convert
 
 
 def _fault_of(option: Option, value: object) -> str | None:

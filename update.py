@@ -1,5 +1,5 @@
 """One client's round: local training and evaluation."""
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ class Training:
         augment: ``none``, ``flip`` or ``flip+shift`` of the training images, drawn anew each time.
         dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
         freezes_private: what stays with a client is not trained.
-        options: all options of the run by name, for a method's own loss.
+        options: all options of the run by name, for a method with options of its own.
     """
 
     seed: int
@@ -139,8 +139,7 @@ class Trainer:
         seed_torch(how.seed, "train", client, round)
         self._load(sent, private)
         self.model.train()
-        optimizer, steps = self.make_optimizer(dict(self.model.named_parameters())), private.steps
-        received = self.received(sent)
+        steps, (optimizer, received) = private.steps, self.prepare(sent)
         orders = rng(how.seed, "order", client, round)   # the same on every device
         for _ in range(how.epochs):
             tally = Tally()
@@ -193,10 +192,11 @@ class Trainer:
             whole = whole + self.method.loss(Step(self.model, images, output, sent, self.training.options))
         return whole, loss
 
-    def received(self, sent: State) -> State:
-        """What was sent, on the device that trains, if the method's own loss may ask for it."""
-        return {} if self.method.loss is None else {
+    def prepare(self, sent: State) -> tuple[torch.optim.Optimizer, State]:
+        """A client's new optimiser, and what was sent, on the device that trains, for the method's own loss."""
+        received = {} if self.method.loss is None else {
             name: value.to(self.labels.device) for name, value in sent.items()}
+        return self.make_optimizer(dict(self.model.named_parameters())), received
 
     def autocast(self) -> torch.autocast:
         """The precision of convolutions and matrix products, as a context."""
@@ -273,3 +273,19 @@ class Trainer:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+
+def one_by_one(trainer: Trainer, number: int, indices: dict[int, np.ndarray], sent: State,
+               private: Callable[[int], Private]) -> Iterator[tuple[int, Trained | Diverged]]:
+    """Train clients one after another; what comes out of each.
+
+    Args:
+        number: of the round.
+        indices: client -> its training images, for all that train in this round.
+        private: client -> what stays with it.
+    """
+    for k, own in indices.items():
+        try:
+            yield k, trainer.train(k, number, own, sent, private(k))
+        except Diverged as error:
+            yield k, error

@@ -30,7 +30,8 @@ from methods import METHODS
 from models import as_image, kl_to_standard_normal, reparameterise
 from runs import configs
 from runs.checkpoint import checked_head, load_checked, read_private, read_shared
-from update import Private, State
+from server.mean import State
+from update import Private
 from utils import InputError
 
 Query = Callable[[Tensor], Tensor]   # images N x C x H x W -> probabilities N x num_classes

@@ -14,7 +14,7 @@ from attack import classes, gradients, learnt
 from attack.access import Holdings, Target, Victim, held, posterior_in_parts
 from methods import METHODS
 from models import FlattenHWC, as_image
-from update import State
+from server.mean import State
 
 flatten = FlattenHWC()
 

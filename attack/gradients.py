@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from update import State
+from server.mean import State
 
 
 def loss_of(head: nn.Module) -> Callable[[State, Tensor, Tensor], Tensor]:

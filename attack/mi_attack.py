@@ -46,8 +46,9 @@ def make_parser() -> Parser:
     parser = Parser("mi_attack.py", __doc__.splitlines()[0])
     for option in (
             Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
-            Option("adversary", "who attacks", default=list(ADVERSARIES), choices=ADVERSARIES, several=True),
-            Option("attack", "how", default=list(ATTACKS), choices=ATTACKS, several=True),
+            Option("adversary", "the adversaries", default=list(ADVERSARIES), choices=ADVERSARIES, several=True),
+            Option("attack", "the attacks, as far as they fit an adversary and the method", default=list(ATTACKS),
+                   choices=ATTACKS, several=True),
             Option("clients", "numbers of the victims", int, [0], within=(0, HUGE), several=True),
             Option("rounds", "attack the checkpoints of these rounds (the latest if not given)", int,
                    within=(1, HUGE), several=True),

@@ -5,6 +5,7 @@
 One process of one thread, one of two, and two of one, by turns; a figure is the median over the rounds of all
 turns but their first, evaluation and files included. Images are random: only their shape matters here.
 """
+import argparse
 import os
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ def seconds(folder: Path, processes: int, threads: int) -> list[float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     drawn, took, count = np.random.default_rng(1), {(1, 1): [], (1, 2): [], (2, 1): []}, CLIENTS * IMAGES
     with tempfile.TemporaryDirectory() as name:
         np.savez(Path(name) / "drawn.npz", train_labels=drawn.integers(0, 10, count - 1),

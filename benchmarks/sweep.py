@@ -45,6 +45,8 @@ def sweep(args, clients: int) -> None:
 
 
 def main() -> None:
+    if "--" not in sys.argv:   # also --help
+        sys.exit(__doc__)
     keep_freed_memory()
     cut = sys.argv.index("--")
     clients, common = int(sys.argv[1]), sys.argv[2:cut]

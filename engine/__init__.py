@@ -1,1 +1,1 @@
-"""How training runs, never what it computes: stacks, CUDA graphs, processes, signals. Open it for speed."""
+"""How training runs: stacks, CUDA graphs, processes, signals; the method is the same. Open it for speed."""

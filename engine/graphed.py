@@ -59,41 +59,40 @@ class Static:
 
 @dataclass
 class GraphedTrainer(Trainer):
-    """``Trainer`` with full batches' steps replayed; ``capture`` turns a step into its replay."""
+    """``Trainer`` with full batches' steps replayed; ``capture`` turns a step into its replay.
+
+    A copy of it with other labels, as malicious clients train with, captures its step anew.
+    """
 
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None = cuda_graph
     _static: Static | None = field(default=None, init=False)
     _replays: dict[float, Replay] = field(default_factory=dict, init=False)   # by beta
 
-    def make_optimizer(self, parameters: State) -> torch.optim.Optimizer:
-        """The one optimiser of the working model, set back to its start; a new one for other parameters."""
-        if next(iter(parameters.values())) is not next(self.model.parameters()):   # a stack's
-            return super().make_optimizer(parameters)
+    def prepare(self, sent: State) -> tuple[torch.optim.Optimizer, State]:
+        """``Trainer.prepare`` at the same addresses in every round: the one optimiser, set back to its start, and
+        what was sent, copied to where it was sent before."""
         if self._static is None:
-            optimizer, device = super().make_optimizer(parameters), self.labels.device
-            for group in optimizer.param_groups:
-                group["lr"] = torch.zeros((), device=device)
-                if "capturable" in group:
-                    group["capturable"] = device.type == "cuda"
-            batch = torch.zeros(self.training.batch_size, dtype=torch.int64, device=device)
-            self._static = Static(optimizer, batch)
+            self._static = self._first(*super().prepare(sent))
+            return self._static.optimizer, self._static.sent
         for tensor in self._static.moments():
             tensor.zero_()
-        return self._static.optimizer
+        for name, place in self._static.sent.items():
+            place.copy_(sent[name])
+        return self._static.optimizer, self._static.sent
 
-    def received(self, sent: State) -> State:
-        """``Trainer.received``, always at the same address."""
-        found = super().received(sent)
-        if self._static is None:
-            return found
-        for name, value in found.items():
-            self._static.sent.setdefault(name, torch.empty_like(value)).copy_(value)
-        return self._static.sent
+    def _first(self, optimizer: torch.optim.Optimizer, received: State) -> Static:
+        """What the first round makes, ready to be captured."""
+        device = self.labels.device
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros((), device=device)
+            if "capturable" in group:
+                group["capturable"] = device.type == "cuda"
+        batch = torch.zeros(self.training.batch_size, dtype=torch.int64, device=device)
+        return Static(optimizer, batch, {name: value.clone() for name, value in received.items()})
 
     def _step(self, optimizer: torch.optim.Optimizer, round: int, batch: Tensor, sent: State) -> Noted:
         static = self._static
-        if (self.capture is None or static is None or optimizer is not static.optimizer
-                or len(batch) < self.training.batch_size):
+        if self.capture is None or static is None or len(batch) < self.training.batch_size:
             return super()._step(optimizer, round, batch, sent)
         static.batch.copy_(batch)
         beta = self.training.beta(round)

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 from metrics import Tally
 from models import Output
 from server.mean import State
-from update import Diverged, Private, Trained, Trainer
+from update import Diverged, Private, Trained, Trainer, one_by_one
 from utils import rng, seed_torch
 
 FULL = 500   # images a step that keep a GPU busy
@@ -29,20 +29,12 @@ def stack_size(device: torch.device, batch_size: int) -> int:
 
 def train_each(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
                private: Callable[[int], Private], most: int) -> Iterator[tuple[int, Trained | Diverged]]:
-    """Train clients one after another, or up to ``most`` at a time; what comes out of each.
+    """``update.one_by_one``, or up to ``most`` clients at a time.
 
-    A method with a loss of its own, which looks into the model, is trained one client after another.
-
-    Args:
-        indices: client -> its training images, for all that train in this round.
-        private: client -> what stays with it.
+    A method with a loss of its own, which looks into the model, is always trained one client after another.
     """
     if most == 1 or trainer.method.loss is not None:
-        for k, own in indices.items():
-            try:
-                yield k, trainer.train(k, round, own, sent, private(k))
-            except Diverged as error:
-                yield k, error
+        yield from one_by_one(trainer, round, indices, sent, private)
         return
     alike: dict[tuple[int, int], dict[int, Private]] = {}   # by steps a round and steps made
     for k, own in indices.items():
@@ -80,7 +72,7 @@ def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: S
     parameters = {name: torch.stack([state[name] for state in states]).to(device).requires_grad_()
                   for name in states[0]}   # S x ...
     optimizer, before = trainer.make_optimizer(parameters), next(iter(privates.values())).steps
-    steps, most = before, max(map(len, indices.values()))   # as many batches for all
+    steps, largest = before, max(map(len, indices.values()))   # as many batches for all
     orders = {k: rng(how.seed, "order", k, round) for k in indices}
     trainer.model.train()
     gradient = vmap(grad(_objective(trainer, round), has_aux=True), randomness="different")
@@ -89,7 +81,7 @@ def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: S
         numbers, counts = _batches({k: orders[k].permutation(own) for k, own in indices.items()},
                                    how.batch_size)
         for batch, counted in zip(numbers.to(device), counts.to(device), strict=True):   # S x B each
-            trainer.set_lr(optimizer, steps, steps - before, most)
+            trainer.set_lr(optimizer, steps, steps - before, largest)
             images = trainer.augmented(batch.flatten()).unflatten(0, batch.shape)   # S x B x C x H x W
             labels = trainer.labels[batch]
             values = {name: value.detach() for name, value in parameters.items()}

@@ -17,7 +17,7 @@ from reporting import leakage
 from reporting.images import png
 from runs import configs
 from runs.configs import EVALUATION_SPLIT
-from runs.run import CSV_COLUMNS
+from runs.run import csv_columns
 from utils import InputError
 
 # Options that do not change the result: not part of a setting, and left out of its command, but for the seed.
@@ -118,9 +118,9 @@ def _rounds(path: Path, asked: int) -> pd.DataFrame:
     if path.exists() and not path.is_file():   # reading a pipe would wait for ever
         raise ValueError("no plain file")
     rounds = pd.read_csv(path)
-    if list(rounds.columns) != CSV_COLUMNS["rounds.csv"]:
+    if list(rounds.columns) != csv_columns()["rounds.csv"]:
         raise ValueError("its columns are not those of a run")
-    numbers = [name for name in CSV_COLUMNS["rounds.csv"] if name not in ("stage", "split")]
+    numbers = [name for name in csv_columns()["rounds.csv"] if name not in ("stage", "split")]
     rounds[numbers] = rounds[numbers].apply(pd.to_numeric)
     if not (rounds["round"].between(1, asked).all() and (rounds["round"] % 1 == 0).all()
             and rounds[SHARES].apply(lambda column: column.between(0, 1)).all(axis=None)

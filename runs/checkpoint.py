@@ -17,8 +17,8 @@ from typing import Any, TypeGuard
 import torch
 
 from runs import configs
-from server.mean import is_finite
-from update import Private, State
+from server.mean import State, is_finite
+from update import Private
 from utils import InputError, write_whole
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
@@ -115,8 +115,8 @@ class PrivateStore:
     """What stays with each client between its turns.
 
     It is kept on the GPU that trains, up to half of what is free there; then in memory, up to MEMORY bytes; then
-    in files. What is ``put`` counts after ``commit`` only, so that an interrupted round changes nobody. A file is
-    never written twice, so that a checkpoint can hard-link it instead of copying it.
+    in files. ``put`` takes effect at ``commit``, so an interrupted round changes no client. A file is never
+    written twice, so that a checkpoint can hard-link it instead of copying it.
     """
 
     def __init__(self, folder: Path, initial: Private, memory: int = MEMORY):
@@ -206,12 +206,11 @@ def read_private(path: Path, expected: State, travels: State | None = None) -> P
     return Private(**found)
 
 
-def borrowed_encoders(args: Namespace, clients: Iterable[int],
-                      expected: State) -> Iterator[tuple[int, Private]]:
-    """Each client's private parameters at the end of the run that ``--encoders_from`` names.
+def finished_source(args: Namespace) -> Path:
+    """The last checkpoint of the run that ``--encoders_from`` names.
 
     Raises:
-        InputError: there is no such run, or its clients are not this one's.
+        InputError: there is no such run, it is not finished, or its clients are not this one's.
     """
     name = args.encoders_from
     path = args.results_dir / name / "config.json"
@@ -228,10 +227,20 @@ def borrowed_encoders(args: Namespace, clients: Iterable[int],
     if differ or not finished:
         why = f"its --{differ[0]} is {theirs.get(differ[0])}" if differ else "it is not finished"
         raise InputError(f"--encoders_from {name}: {why}; give a finished run of the same clients and images")
-    folder = args.models_dir / name / f"round_{theirs['rounds']}"
+    return args.models_dir / name / f"round_{theirs['rounds']}"
+
+
+def borrowed_encoders(args: Namespace, clients: Iterable[int],
+                      expected: State) -> Iterator[tuple[int, Private]]:
+    """Each client's private parameters at the end of the run that ``--encoders_from`` names.
+
+    Raises:
+        InputError: as ``finished_source``, or a checkpoint is damaged.
+    """
+    folder = finished_source(args)
     for k in clients:
         try:
             found = read_private(folder / f"client_{k}.pt", expected)
         except InputError as error:
-            raise InputError(f"--encoders_from {name}: {error}") from error
+            raise InputError(f"--encoders_from {args.encoders_from}: {error}") from error
         yield k, Private(found.parameters)

@@ -36,19 +36,24 @@ from runs.checkpoint import (
 )
 from runs.configs import EVALUATION_SPLIT
 from runs.csvs import append_csv, cut_csv
-from update import Private, State
+from server.mean import State
+from server.rules import RULES
+from update import Private
 from utils import InputError, write_whole
 
-CSV_COLUMNS = {
-    "clients.csv": ["round", "client", "stage", "split", "n", *METRICS],
-    "rounds.csv": ["round", "stage", "split", "loss", "accuracy", "accuracy_std", "accuracy_worst",
-                   *METRICS[2:], "seconds"],
-    "server.csv": ["round", "client", "n", "norm_ratio", "cosine", "probe", "lookalike", "trust",
-                   "weight", "malicious"],
-}
 # Options that do not change a run's numbers, and so may differ when it is resumed.
 MAY_DIFFER = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "data_dir",
         "results_dir", "models_dir"}
+
+
+def csv_columns() -> dict[str, list[str]]:
+    """The columns of each CSV; ``server.csv`` has those of every rule, empty where another rule ran."""
+    of_rules = dict.fromkeys(name for rule in RULES.values() for name in rule.columns)
+    return {
+        "clients.csv": ["round", "client", "stage", "split", "n", *METRICS],
+        "rounds.csv": ["round", "stage", "split", "loss", "accuracy", "accuracy_std", "accuracy_worst",
+                       *METRICS[2:], "seconds"],
+        "server.csv": ["round", "client", "n", *of_rules, "weight", "malicious"]}
 
 
 @dataclass
@@ -178,7 +183,8 @@ class Run:
         """Record a round: CSV rows, the server's facts, private parameters, a checkpoint if one is due."""
         if self.ranks.first:
             self.note(facts)
-            progress.csv_bytes = {name: append_csv(self.results / name, CSV_COLUMNS[name], added)
+            columns = csv_columns()
+            progress.csv_bytes = {name: append_csv(self.results / name, columns[name], added)
                                   for name, added in rows.items()}
         self.bar.n = progress.round   # exact again after the sum of the clients' shares
         held_out = {row["stage"]: row for row in rows["rounds.csv"] if row["split"] == self.evaluation_split}
@@ -237,8 +243,11 @@ class Run:
         last = self.rounds()
         last = last[(last["round"] == last["round"].max()) & (last["split"] == self.evaluation_split)]
         shown = last[["stage", "accuracy", "accuracy_std", "accuracy_worst", "f1", "kl_nats"]]
+        options = self.config["options"]
+        everybody = options["frac"] == 1 and not options["malicious_frac"]
+        who = f"{self.clients} clients" if everybody else "honest clients (trained: those that trained)"
         return (f"\n{self._title()}\nround {last['round'].max()}, split {self.evaluation_split}, means over "
-                f"{self.clients} clients:\n{shown.to_string(index=False, na_rep='-', float_format='%.4f')}\n"
+                f"{who}:\n{shown.to_string(index=False, na_rep='-', float_format='%.4f')}\n"
                 f"results:     {self.results}\ncheckpoints: {self.models}")
 
     def _title(self) -> str:
@@ -323,7 +332,7 @@ class Run:
                                      memory=server["memory"])
         if self.ranks.first:   # only now: if the checkpoint is refused, nothing has changed
             self.write_config()
-            for name, columns in CSV_COLUMNS.items():
+            for name, columns in csv_columns().items():
                 cut_csv(self.results / name, columns, csv_bytes.get(name))
 
     def _is_ours(self, server: dict, round: int) -> bool:
@@ -331,7 +340,7 @@ class Run:
         return (server.keys() == {"round", "head", "csv_bytes", "memory"}
                 and is_whole(server["round"]) and server["round"] == round
                 and same_layout(server["head"], self.progress.head)
-                and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == CSV_COLUMNS.keys()
+                and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == csv_columns().keys()
                 and all(map(is_whole, server["csv_bytes"].values()))
                 and same_memory(server["memory"], self.progress.memory))
 

@@ -4,7 +4,7 @@ A behaviour knows what its adversary could know: its own data and updates and, w
 so (ALIE, IPM, mimic, sign flip), everybody's updates. All malicious clients of a run behave alike. A new
 behaviour is one row of BEHAVIOURS and its function.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from engine.stacked import train_each
 from models import Classifier
 from server.mean import Round, Server, State, is_finite, moved, updates_of
 from server.robust import round_down
-from update import Diverged, Private, Trained, Trainer
+from update import Trained, Trainer
 from utils import rng, torch_rng
 
 
@@ -100,13 +99,13 @@ def adaptive(known: Knowledge, trusted: float = 0.9, steps: int = 12) -> Tensor:
     return known.own + low * against
 
 
-def invented_inputs(trainer: Trainer, client: int, round: int, images: int, head: State) -> State:
+def invented_inputs(trainer: Trainer, client: int, number: int, images: int, head: State) -> State:
     """A head trained on mislabelled inputs that the head itself made (after PoisonGAN, Zhang et al. 2021).
 
     The inputs are made by gradient ascent from noise, for each class in turn, and labelled as the next class. The
     ascent stands for PoisonGAN's generator, since the head's input may be a latent here.
     """
-    drawn, device = torch_rng(trainer.training.seed, "invent", client, round), trainer.labels.device
+    drawn, device = torch_rng(trainer.training.seed, "invent", client, number), trainer.labels.device
     network = trainer.model.classifier.eval()
     assert isinstance(network, Classifier)
     state = {name.removeprefix("classifier."): value.to(device, copy=True).requires_grad_()
@@ -185,19 +184,24 @@ class MaliciousClients:
         count = round_down(frac * clients)
         self.members = frozenset(rng(seed, "malicious").permutation(clients)[:count].tolist())
 
-    def train_each(self, trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
-                   private: Callable[[int], Private], stack: int) -> Iterator[tuple[int, Trained | Diverged]]:
-        """``engine.stacked.train_each``, with what the malicious clients do to labels and to their heads."""
-        yield from train_each(trainer, round, {k: own for k, own in indices.items() if k not in self.members},
-                              sent, private, stack)
+    def groups(self, trainer: Trainer,
+               indices: dict[int, np.ndarray]) -> list[tuple[Trainer, dict[int, np.ndarray]]]:
+        """The clients that train, honest and malicious apart, and with which trainer: malicious ones may have
+        other labels."""
+        honest = {k: own for k, own in indices.items() if k not in self.members}
         bad = {k: own for k, own in indices.items() if k in self.members}
-        if bad and self.behaviour.relabel:
-            trainer = replace(trainer, labels=self.behaviour.relabel(trainer.labels, trainer.num_classes))
-        for k, outcome in train_each(trainer, round, bad, sent, private, stack):
-            if self.behaviour.retrain and isinstance(outcome, Trained):
-                head = self.behaviour.retrain(trainer, k, round, len(indices[k]), outcome.upload)
-                outcome = outcome._replace(upload=head)
-            yield k, outcome
+        if not bad:
+            return [(trainer, honest)]
+        liar = trainer if self.behaviour.relabel is None else replace(
+            trainer, labels=self.behaviour.relabel(trainer.labels, trainer.num_classes))
+        return [(trainer, honest), (liar, bad)]
+
+    def retrained(self, trainer: Trainer, client: int, number: int, images: int, trained: Trained) -> Trained:
+        """What a client has after its training; a malicious one may train its head on."""
+        if client not in self.members or self.behaviour.retrain is None:
+            return trained
+        return trained._replace(
+            upload=self.behaviour.retrain(trainer, client, number, images, trained.upload))
 
     def forge(self, round: Round, server: Server) -> Round:
         """The round as it reaches the server: uploads and sizes after the malicious clients' turn."""

@@ -1,8 +1,10 @@
 """The server: how the clients' uploads become the next head.
 
 A server is called once a round. It sees the uploads (``receive``), judges each (``judge``) and combines them
-(``combine``). FedAvg's weighted mean is here; the other servers override one or two of these steps.
+(``combine``). FedAvg's weighted mean is here. The other servers override some of these steps, or add to the call
+before and after them.
 """
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,7 +65,8 @@ class Setting:
         exposures: how often NbAFL counts an upload as seen.
         noise_multiplier: noise in units of the clip, or None to find it from ``epsilon``.
         tolerate: share of the uploads that a robust rule is told may be malicious.
-        network: the head's layers, whose parameters uploads replace, for a server that questions heads.
+        network: the head's layers; a server that questions an upload puts its parameters into them.
+        options: all options of the run by name, for a rule or a server with options of its own.
     """
 
     seed: int = 1
@@ -78,12 +81,13 @@ class Setting:
     noise_multiplier: float | None = None
     tolerate: float = 0.3
     network: Classifier | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def required(value: T | None) -> T:
-    """A part of the setting that a server cannot do without."""
+    """A part of the setting, or of a judgement, that a server cannot do without."""
     if value is None:
-        raise ValueError("the setting lacks what this server needs")
+        raise ValueError("a part that this server needs is missing")
     return value
 
 
@@ -123,7 +127,7 @@ class Judgement:
     fallback: bool = False
 
 
-class Verdict(NamedTuple):
+class Aggregated(NamedTuple):
     """What comes out of a round.
 
     Args:
@@ -157,14 +161,14 @@ class Server:
         """What ``config.json`` says of it."""
         return {}
 
-    def __call__(self, round: Round) -> Verdict:
+    def __call__(self, round: Round) -> Aggregated:
         """Aggregate a round, and remember what the next one needs."""
         seen = replace(round, uploads=self.receive(round))
         usable = only_finite(seen)
         judgement = self.judge(usable)
         head = self.combine(usable, judgement)
         self.memory = judgement.memory
-        return Verdict(head, seen.uploads, report(usable, judgement))
+        return Aggregated(head, seen.uploads, report(usable, judgement))
 
     def receive(self, round: Round) -> dict[int, State]:
         """What the server sees of the uploads, after whatever clients do to protect them."""
@@ -176,9 +180,10 @@ class Server:
 
     def combine(self, round: Round, judgement: Judgement) -> State:
         """The next head, from finite uploads in the clients' order; the one sent where there are none."""
-        if not round.uploads or judgement.weights is None:
+        if not round.uploads:
             return round.sent
-        return weighted_mean(list(round.uploads.values()), list(judgement.weights.values()))
+        weights = required(judgement.weights)   # a server without weights combines by itself
+        return weighted_mean(list(round.uploads.values()), [weights[k] for k in round.uploads])
 
     def trust(self, round: Round) -> dict[int, float]:
         """How far the server would trust each upload, from 0 to 1: what an adaptive adversary asks itself."""

@@ -9,7 +9,7 @@ import statistics
 import torch
 from torch import Tensor
 
-from server.mean import Judgement, Round, Server, Setting, State, Verdict, is_finite, required
+from server.mean import Aggregated, Judgement, Round, Server, Setting, State, is_finite, required
 from utils import InputError, rng, torch_rng
 
 
@@ -64,17 +64,17 @@ class NbAFL(Server):
     @property
     def facts(self) -> dict[str, object]:
         """C and both sigmas once C is known, and what epsilon is worth."""
-        s, known = self.setting, {}
+        s, found = self.setting, {}
         if "clip" in self.memory:
             uplink, downlink = self._sigmas()
-            known = {"clip": self.memory["clip"], "sigma_uplink": uplink, "sigma_downlink": downlink}
+            found = {"clip": self.memory["clip"], "sigma_uplink": uplink, "sigma_downlink": downlink}
         return {"epsilon_nominal": s.epsilon, "delta": s.delta, "exposures": s.exposures,
-                "smallest": s.smallest, **known,
+                "smallest": s.smallest, **found,
                 "clip_from": "median norm of round 1's uploads" if s.clip is None else "--clip",
                 "why_nominal": "the classical Gaussian mechanism's formula holds for epsilon under 1 only, "
                                "and 2C/m does not bound what several local epochs can change"}
 
-    def __call__(self, round: Round) -> Verdict:
+    def __call__(self, round: Round) -> Aggregated:
         """As ``Server``; C is the median norm of the first uploads where it is not given."""
         norms = [norm(upload) for upload in round.uploads.values() if is_finite(upload)]
         if "clip" not in self.memory and norms:
@@ -170,14 +170,14 @@ class AdaptiveClientDP(ClientDP):
                 f"clipping bits of {self.expected:g} clients a round; it needs --num_users {needed} or more "
                 f"at --frac {setting.frac:g}, a larger --epsilon, or --method client_dp")
 
-    def __call__(self, round: Round) -> Verdict:
+    def __call__(self, round: Round) -> Aggregated:
         """As ``ClientDP``, then move C by the centred bits of the finite updates."""
         norms = [norm(difference(upload, round.sent)) for upload in round.uploads.values() if is_finite(upload)]
         centred = sum((value <= self.memory["clip"]) - 0.5 for value in norms)
-        verdict = super().__call__(round)
+        aggregated = super().__call__(round)
         drawn = rng(self.setting.seed, "clipping bits", round=round.number).normal(0, self.sigma_bits)
         self.memory["clip"] *= math.exp(-0.2 * (centred + drawn) / self.expected)
-        return verdict
+        return aggregated
 
     def sum_multiplier(self) -> float:
         """``z_D``."""

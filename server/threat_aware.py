@@ -56,8 +56,8 @@ class ThreatAware(Server):
         clients = list(round.uploads)
         if not clients:
             return Judgement({}, self.remembered(round, {}, fallback=False))
-        known = self.memory["seen"][clients] > 0
-        before = torch.where(known, self.memory["trust"][clients], 1.0).double()
+        met = self.memory["seen"][clients] > 0
+        before = torch.where(met, self.memory["trust"][clients], 1.0).double()
         updates = updates_of(round.sent, list(round.uploads.values()))
         ratio, clip = lengths(updates)
         gram = (updates.mul_(clip.float()[:, None]) @ updates.T).double()   # clipped, from here on
@@ -66,7 +66,7 @@ class ThreatAware(Server):
         # If nobody is trusted any more, all begin anew: there would be no mean to compare with.
         prior = before if any_trust(before * first) else torch.ones_like(before)
         weight = prior * first
-        for _ in range(2):   # the second look is not blurred by what the first distrusts
+        for _ in range(2):   # the second pass leaves out what the first distrusted
             cosine = against_others(gram, weight)
             mean = moved(round.sent, weight.float() @ updates / weight.sum().clamp_min(1e-12))
             forgotten = self.forgotten(round, mean, ratio.clamp(1, LONG))
@@ -75,7 +75,7 @@ class ThreatAware(Server):
             if torch.equal(weight, prior * now) or not any_trust(prior * now):
                 break
             weight = prior * now
-        trust = torch.where(known, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
+        trust = torch.where(met, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
         weights = weigh(torch.tensor([round.sizes[k] for k in clients]).double(), clip, trust)
         columns = {"norm_ratio": ratio, "cosine": cosine, "probe": forgotten, "lookalike": similarity,
                    "trust": trust}
@@ -114,20 +114,20 @@ class ThreatAware(Server):
         probes, labels = self.probes(round.number, mean)
 
         @torch.no_grad()
-        def known(head: State) -> Tensor:
+        def log_probabilities(head: State) -> Tensor:
             logs = self.ask(head, probes).log_softmax(1).gather(1, labels[:, None])
             return logs.view(PROBES, -1).mean(0)
-        base = known(mean)
-        lost = torch.stack([base - known(upload) for upload in round.uploads.values()])   # K x classes
+        base = log_probabilities(mean)
+        lost = torch.stack([base - log_probabilities(upload) for upload in round.uploads.values()])   # K x classes
         lost = lost.double().nan_to_num(nan=1e9, posinf=1e9) / length[:, None]
         most = lost.max(1).values
         apart = most - lost.median(1).values
         return torch.maximum(apart / (FORGETS * apart.median().clamp_min(LEAST)),
                              most / (FORGETS_ALL * most.median().clamp_min(LEAST)))
 
-    def probes(self, round: int, mean: State) -> tuple[Tensor, Tensor]:
+    def probes(self, number: int, mean: State) -> tuple[Tensor, Tensor]:
         """Inputs that the head takes for each class in turn, ``N x C x H x W``, and those classes, ``N``."""
-        draw = torch_rng(self.setting.seed, "probes", round=round)
+        draw = torch_rng(self.setting.seed, "probes", round=number)
         labels = torch.arange(self.network.output.out_features).repeat(PROBES)
         x = torch.randn(len(labels), *self.network.input_shape, generator=draw)
         x = x.to(memory_format=torch.channels_last).requires_grad_()   # half the time of a question

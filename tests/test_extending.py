@@ -11,8 +11,10 @@ from attack import mi_attack
 from attack.attacks import ATTACKS
 from methods import METHODS
 from options import make_parser
+from parsing import Option
 from server.malicious import BEHAVIOURS
-from server.rules import RULES
+from server.mean import Judgement, Server
+from server.rules import RULES, Rule
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.S)
 
@@ -20,11 +22,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").rea
 @pytest.fixture
 def extended():
     """The page's rows in the tables, for one test."""
-    before = [(table, dict(table)) for table in (METHODS, RULES, BEHAVIOURS, ATTACKS)]
-    names = {}
+    before, names = [(table, dict(table)) for table in (METHODS, RULES, BEHAVIOURS, ATTACKS)], {}
+    for (table, _), own in zip(before, ("fedprox", "clipped_mean", "turned", "nearest_latent"), strict=True):
+        table.pop(own, None)   # in the copy of somebody who followed the page
+    sizes = [len(table) for table, _ in before]
     for block in BLOCKS:
         exec(compile(block, "docs/extending.md", "exec"), names)
-    assert all(len(table) == len(old) + 1 for table, old in before)   # a row each
+    assert [len(table) for table, _ in before] == [size + 1 for size in sizes]   # a row each
     yield names
     for table, old in before:
         table.clear()
@@ -84,3 +88,20 @@ def test_an_attack_of_ones_own_is_scored(extended, place, tiny_arrays, capsys):
     table = pd.read_csv(place.results / "attack.csv", keep_default_na=False)
     own = table[table["control"] == ""]
     assert set(own["attack"]) == {"nearest_latent"} and len(own) == 2
+
+
+def test_a_rule_with_an_option_and_a_column_of_its_own(place):
+    class Shortest(Server):
+        def judge(self, round):
+            share = self.setting.options["keep"]
+            return Judgement({k: share + k for k in round.uploads}, self.memory,
+                             {k: {"length": float(k)} for k in round.uploads})
+    keep = Option("keep", "share that is kept", float, within=(0, 1), group="server")
+    RULES["shortest"] = Rule("the shortest", Shortest, {keep: 0.5}, columns=("length",))
+    try:
+        assert place.main("--aggregation", "shortest", "--keep", 0.25, "--rounds", 1) == 0
+        table = pd.read_csv(place.results / "server.csv")
+        assert table["length"].tolist() == [0, 1]
+        assert table["weight"].tolist() == pytest.approx([0.25 / 1.5, 1.25 / 1.5])
+    finally:
+        del RULES["shortest"]

@@ -72,3 +72,18 @@ def test_what_the_driver_picks(driver, place):
     args = driver.args_parser(place.argv())
     data = driver.datasets.load("tiny", args.data_dir)
     assert type(driver.make_trainer(args, data, torch.device("cpu"))) is driver.Trainer
+
+
+def test_a_loss_that_looks_at_what_was_sent_sees_this_rounds(tiny_arrays):
+    """FedProx's, with another head each round: what a captured step reads is overwritten, not replaced."""
+    def proximal(step):
+        now = dict(step.model.named_parameters())
+        return 50 * sum((now[name] - value).square().sum() for name, value in step.sent.items())
+    plain, head, private = make(tiny_arrays, "fedavg", lr_decay=0.0)
+    plain.method = dataclasses.replace(plain.method, loss=proximal)
+    replayed, captures, _ = graphed(plain)
+    for round in (1, 2, 3):
+        sent = {name: value + 0.1 * round for name, value in head.items()}
+        expected, found = (client.train(0, round, FIRST, sent, private) for client in (plain, replayed))
+        assert all(torch.allclose(found.upload[name], value, atol=1e-5) for name, value in expected.upload.items())
+    assert len(captures) == 1

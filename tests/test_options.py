@@ -1,5 +1,6 @@
 """Options: ranges, contradictions, errors of one line; each is read, and each flag in the README is real."""
 import argparse
+import dataclasses
 import re
 
 import pytest
@@ -114,6 +115,33 @@ def test_what_depends_on_the_data_set_is_filled_in():
     assert (plain.lr, *rates) == (1e-3, 3e-3, 0.1)
     mixed = {m: args_parser(["--method", m, "--partition", "iid"]).lr for m in ("nbafl", "dropout", "local")}
     assert mixed == {"nbafl": 3e-3, "dropout": 3e-3, "local": 1e-3}
+
+
+def test_help_says_who_reads_an_option_and_its_default():
+    text = " ".join(make_parser().format_help().split())
+    assert "[beta] (rve_pfl, local; default: 1e-05)" in text
+    assert "default: 8.0 with" not in text and "None" not in text
+    assert "(all but local; default: threat with rve_pfl, else mean)" in text
+    assert re.search(r"--exposures EXPOSURES how often NbAFL .* \(nbafl; default: 1\)", text)
+
+
+def test_delta_depends_on_the_clients():
+    assert args_parser(["--method", "client_dp", "--num_users", "100"]).delta == pytest.approx(100**-1.1)
+    assert args_parser(["--method", "client_dp", "--num_users", "2"]).delta == 0.1
+
+
+@pytest.mark.parametrize("method, option, value, said", [
+    ("fedavg", "lr", -1.0, "--lr -1.0: must be between"), ("fedavg", "lr", "abc", "--lr abc: must be a number"),
+    ("fedavg", "aggregation", "nosuch", "--aggregation nosuch: choose from"),
+    ("nbafl", "aggregation", "threat", "accounting"), ("fedper", "aggregation", "threat", "whole head")])
+def test_a_rows_edited_default_is_checked_too(monkeypatch, capsys, method, option, value, said):
+    row = METHODS[method]
+    reads = {key: value if key.name == option else old for key, old in row.reads.items()}
+    monkeypatch.setitem(METHODS, method, dataclasses.replace(row, reads=reads, by_dataset={}, by_partition={}))
+    with pytest.raises(SystemExit, match="2"):
+        args_parser(["--method", method])
+    line, = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_marked_protocols_have_marked_names():

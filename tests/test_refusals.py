@@ -12,7 +12,7 @@ import torch
 
 from runs import checkpoint
 from runs.checkpoint import load_checked
-from runs.run import CSV_COLUMNS
+from runs.run import csv_columns
 from utils import write_whole
 
 
@@ -308,6 +308,8 @@ def test_a_client_that_diverges_is_left_out_and_the_others_go_on(place, driver, 
     monkeypatch.setattr(driver.Trainer, "train", broken)
     assert place.main() == 0
     assert "client 1, round 2" in capsys.readouterr().err
+    steps = [torch.load(place.models / "round_3" / f"client_{k}.pt", weights_only=True)["steps"] for k in (0, 1)]
+    assert steps[1] == steps[0] * 2 / 3   # its own encoder went on from the round before
     server = pd.read_csv(place.results / "server.csv").set_index(["round", "client"])
     assert server.loc[(2, 1), "weight"] == 0 and server.loc[(2, 0), "weight"] == 1
     clients = pd.read_csv(place.results / "clients.csv")
@@ -319,4 +321,10 @@ def test_when_every_client_diverges_the_run_stops(place, capsys):
     assert place.main("--lr", 1000, "--local_ep", 5) == 2
     err = capsys.readouterr().err
     assert "client 0, round 1" in err and "smaller --lr" in err
-    assert place.clients_csv() == (",".join(CSV_COLUMNS["clients.csv"]) + "\n").encode()
+    assert place.clients_csv() == (",".join(csv_columns()["clients.csv"]) + "\n").encode()
+
+
+def test_a_misspelt_source_of_encoders_leaves_nothing_behind(place, capsys):
+    assert "no finished run" in place.refuses(capsys, "--encoders_from", "tpyo")
+    assert not (place.results / "config.json").exists()
+    assert place.main() == 0

@@ -31,11 +31,12 @@ def test_each_method_from_the_command_line(place, method):
     assert "deployed" in out and str(place.results) in out and str(place.models) in out
     clients = pd.read_csv(place.results / "clients.csv")
     assert len(clients) == 2 * 2 * 3 and clients["accuracy"].between(0, 1).all()
-    assert clients["kl_nats"].notna().all() == (method in ("rve_pfl", "local"))
+    assert clients["kl_nats"].notna().all() == METHODS[method].network.variational
     shared = load_checked(place.models / "round_2" / "shared.pt")
     private = load_checked(place.models / "round_2" / "client_0.pt")["parameters"]
-    assert bool(shared["uploads"][0]) == (method != "local")
-    assert bool(private) == (METHODS[method].network.has_encoder or method in ("fedper", "ressfl"))
+    whole = METHODS[method].build((1, 8, 8), 4, {"init_logvar": 0.0}).state_dict()
+    assert bool(shared["uploads"][0]) == (METHODS[method].travels is not None)
+    assert bool(private) == bool(METHODS[method].shared_and_private(whole)[1])
 
 
 def test_the_files_of_a_run(place):
@@ -277,3 +278,13 @@ def test_config_says_what_the_noise_is(place):
     facts = json.loads((place.results / "config.json").read_text())["server"]
     assert facts["epsilon_nominal"] == 60 and facts["why_nominal"]
     assert facts["clip"] > 0 and facts["sigma_uplink"] > 0
+
+
+def test_the_last_round_is_evaluated_whatever_eval_every(place):
+    assert place.main("--rounds", 3, "--eval_every", 2) == 0
+    assert set(pd.read_csv(place.results / "rounds.csv")["round"]) == {2, 3}
+
+
+def test_the_table_says_whose_means_it_shows(place, capsys):
+    assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.25) == 0
+    assert "means over honest clients (trained: those that trained)" in capsys.readouterr().out

@@ -102,3 +102,22 @@ def test_clients_of_a_stack_draw_for_themselves(tiny_arrays, name):
     found = outcomes(client, 2, head, private, {0: np.arange(64), 1: np.arange(64, 128)})
     one, other = (found[k][0]["classifier.output.weight"] for k in (0, 1))
     assert not torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_method_with_a_loss_of_its_own_is_never_stacked(tiny_arrays):
+    results = []
+    for most in (1, 8):
+        client, head, private = make(tiny_arrays, "ressfl")
+        results.append(outcomes(client, most, head, private))
+    assert all(torch.equal(results[0][k].upload[n], results[1][k].upload[n]) for k in INDICES
+               for n in results[0][k].upload)
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_frozen_encoders_stay_also_in_a_stack(tiny_arrays, most):
+    client, head, private = make(tiny_arrays, freezes_private=True)
+    found = outcomes(client, most, head, private)
+    for trained in found.values():
+        kept = trained.private.parameters
+        assert all(torch.equal(value, private.parameters[name]) for name, value in kept.items())
+        assert any(not torch.equal(value, head[name]) for name, value in trained.upload.items())

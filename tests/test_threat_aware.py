@@ -1,4 +1,5 @@
 """The server's threat model: what its weights see, and rules and behaviours end to end."""
+import copy
 import math
 import shutil
 
@@ -279,8 +280,60 @@ def test_heads_alone_on_borrowed_encoders(place, capsys):
     ("--method client_dp --aggregation krum", "accounting"),
     ("--method local --malicious_frac 0.2", "nothing travels"),
     ("--method local --aggregation mean", "read"), ("--method fedper --aggregation threat", "whole head"),
-    ("--malicious_behaviour nan", "--malicious_frac 0"), ("--method fedavg --encoders_from x", "read"),
+    ("--malicious_behaviour nan", "nobody is malicious"), ("--method fedavg --encoders_from x", "read"),
     ("--tolerate 0.2", "--aggregation threat does not read"),
     ("--malicious_frac 2", "between"), ("--malicious_behaviour nun", "choose from")])
 def test_refusals(place, capsys, flags, said):
     assert said in place.refuses(capsys, *flags.split())
+
+
+def test_gan_poisoners_heads_mistake_the_inputs_they_made(place):
+    """What they upload is not what an honest client would, and takes made inputs for the next class."""
+    heads = {}
+    for behaviour in ("passive", "gan_poison"):
+        assert place.main("--num_users", 4, "--rounds", 1, "--local_ep", 5, "--malicious_frac", 0.25,
+                          "--malicious_behaviour", behaviour, "--aggregation", "mean", "--overwrite") == 0
+        heads[behaviour] = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)["uploads"]
+    bad, = MaliciousClients("gan_poison", 0.25, 4, seed=1).members
+    head, asked = Classifier((1, 8, 8), 4).eval(), {}
+    for name in ("passive", "gan_poison"):
+        head.load_state_dict({key.removeprefix("classifier."): value for key, value in heads[name][bad].items()})
+        asked[name] = copy.deepcopy(head)
+    labels = torch.arange(4).repeat(8)
+    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = torch.optim.Adam([x], 0.1)
+    for _ in range(20):   # inputs that the honest head takes for each class
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(asked["passive"](x), labels).backward()
+        optimizer.step()
+    with torch.no_grad():
+        honest, poisoned = (torch.nn.functional.cross_entropy(asked[name](x), (labels + 1) % 4).item()
+                            for name in ("passive", "gan_poison"))
+    assert poisoned < 0.8 * honest
+    assert all(torch.equal(heads["passive"][k][n], heads["gan_poison"][k][n])
+               for k in range(4) if k != bad for n in heads["passive"][k])
+
+
+def test_the_adaptive_keep_the_trust_of_every_one_of_them(network, crowd):
+    """Two of them: it is the lower trust that has to stay up."""
+    sent, honest, _ = crowd
+    made = MaliciousClients("adaptive", 0.2, 10, seed=1)
+    arrived = made.forge(Round(1, sent, honest, sizes(honest)), server(network))
+    trust = server(network).trust(arrived)
+    assert min(trust[k] for k in made.members) >= 0.9
+    assert any(not torch.equal(arrived.uploads[k][n], honest[k][n]) for k in made.members for n in sent)
+
+
+@pytest.mark.parametrize("behaviour", ["gaussian", "sybil"])
+def test_forged_noise_is_drawn_anew_each_round_and_by_seed(network, crowd, behaviour):
+    sent, honest, _ = crowd
+
+    def forged(number, seed):
+        made = MaliciousClients(behaviour, 0.2, 10, seed=1)
+        made.seed = seed
+        bad = min(made.members)
+        return made.forge(Round(number, sent, honest, sizes(honest)), server(network)).uploads[bad]
+    first, again, later, other = forged(1, 1), forged(1, 1), forged(2, 1), forged(1, 2)
+    name = "classifier.output.weight"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], later[name]) and not torch.equal(first[name], other[name])

@@ -21,7 +21,7 @@ def make(tiny_arrays, name="rve_pfl", **changes):
                 "eval_samples": 4, "augment": "none", "dtype": torch.float32, **changes}
     client = Trainer(model, method, torch.from_numpy(tiny_arrays["train_images"]),
                      torch.from_numpy(tiny_arrays["train_labels"]).long(), 4,
-                     Training(**settings, options={"loss_weight": 0.3}))
+                     Training(**settings, options={option.name: value for option, value in method.reads.items()}))
     head, private = client.shared_and_private(client.state())
     return client, head, Private(private)
 
