@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attack import classes, gradients, learnt
+from attack import classes, gradients, learnt, newton
 from attack.access import Holdings, Target, Victim, held, posterior_in_parts
 from methods import METHODS
 from models import FlattenHWC, as_image
@@ -199,6 +199,15 @@ def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[T
     return adversary.decode_inputs(found, labels), labels
 
 
+def gauss_newton(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """The head's input by ``newton.head_input``, exact where it converges."""
+    holdings, budget = adversary.holdings, adversary.budget
+    found = newton.head_input(held(holdings.next_head), observed, holdings.image_shape,
+                              hops=max(1, budget.iterations // 40), copies=budget.restarts)
+    labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
+    return adversary.decode_inputs(found[None], labels), labels
+
+
 def invert_update(adversary: Adversary, observed: list[State], count: int,
                   steps: int) -> tuple[Tensor, Tensor]:
     """``gradients.invert`` on what ``observe_update`` gives, by simulating the same steps."""
@@ -348,6 +357,7 @@ ATTACKS = {
     "dlg": Attack(dlg, observe_gradients, SERVER, "Zhu et al. 2019, arXiv 1906.08935", HEAD),
     "cosine_tv": Attack(cosine_tv, observe_gradients, SERVER, "Geiping et al. 2020, arXiv 2003.14053", HEAD),
     "analytic": Attack(analytic, observe_gradients, SERVER, "Phong et al. 2018, then a search", HEAD),
+    "gauss_newton": Attack(gauss_newton, observe_gradients, SERVER, "exact where it converges", HEAD),
     "batch": Attack(partial(invert_update, steps=1), partial(observe_update, steps=1), SERVER,
                     "cosine_tv, of the mean gradient of several images", HEAD, unordered=True),
     "epoch": Attack(partial(invert_update, steps=2), partial(observe_update, steps=2), SERVER,

@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import mean_squared_error
 from torch import nn
 
-from attack import attacks, classes, gradients, learnt, scoring
+from attack import attacks, classes, gradients, learnt, newton, scoring
 from attack.access import Holdings
 from models import Classifier, Encoder, VariationalEncoder, as_image
 from utils import seed_torch
@@ -304,3 +304,52 @@ def test_no_decoder_beats_the_bound_on_gaussian_images():
     decode = learnt.latent_decoder(mean, torch.full_like(mean, 2 * np.log(sigma)), x[:3000], 20)
     error = (decode(x[3000:].flatten(1) + sigma * torch.randn(1000, 64)) - x[3000:]).square().mean().item()
     assert error > scoring.distortion_bound(x, nats)
+
+
+def trained_head(shape, classes=5):
+    """A head that tells patterns apart, so that its filters are not those of its start."""
+    torch.manual_seed(0)
+    head, patterns = Classifier(shape, classes).eval(), torch.randn(classes, *shape)
+    optimizer = torch.optim.Adam(head.parameters(), 1e-3)
+    for _ in range(40):
+        y = torch.arange(classes).repeat(6)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(patterns[y] + torch.randn(len(y), *shape)), y).backward()
+        optimizer.step()
+    return head.requires_grad_(False)
+
+
+@pytest.mark.parametrize("shape, least", [((1, 12, 12), 0.99), ((3, 8, 8), 0.7)])
+def test_gauss_newton_finds_latents(shape, least):
+    """Inputs with no smoothness and no bounds, of a scale that it has to find out: exactly; with three channels,
+    which leave a third of the equations an unknown, only some exactly."""
+    head = trained_head(shape)
+    z = 2.3 * torch.randn(4, *shape) + 0.1
+    observed = [gradients.gradient(head, one[None], torch.tensor([k])) for k, one in enumerate(z)]
+    found = newton.head_input(head, observed, shape, hops=6, copies=3)
+    cosine = torch.cosine_similarity(found.flatten(1), z.flatten(1), dim=1)
+    assert cosine.mean() > least and cosine.max() > 0.999
+
+
+def test_gauss_newtons_equations_hold_at_the_truth_alone():
+    head, shape = trained_head((1, 8, 8)), (1, 8, 8)
+    z = torch.randn(3, *shape)
+    observed = [gradients.gradient(head, one[None], torch.tensor([1])) for one in z]
+    before, dense = newton.layers_before_dense(head)
+    slope = torch.stack([one[f"features.{dense}.bias"] for one in observed]) @ head.features[dense].weight
+    problem = newton.Problem(before, "3.weight", before(z), slope,
+                             torch.stack([one["features.3.weight"].flatten() for one in observed]))
+    for with_routed in (False, True):
+        residual = problem.residuals(torch.arange(3), with_routed)
+        assert residual(z).abs().max() < 1e-5 and residual(z + 0.3 * torch.randn_like(z)).abs().max() > 1e-2
+    swapped = problem.residuals(torch.tensor([1, 0, 2]), True)
+    assert swapped(z[[1, 0, 2]]).abs().max() < 1e-5 and swapped(z).abs().max() > 1e-2
+
+
+def test_gauss_newton_solves_least_squares_in_one_step():
+    torch.manual_seed(1)
+    matrix, goal = torch.randn(20, 6), torch.randn(3, 20)
+    found, error = newton.gauss_newton(lambda x: x.flatten(1) @ matrix.T - goal, torch.zeros(3, 1, 2, 3), 30)
+    expected = torch.linalg.lstsq(matrix, goal.T).solution.T
+    assert torch.allclose(found.flatten(1), expected, atol=1e-3)
+    assert torch.allclose(error, (expected @ matrix.T - goal).square().sum(1), rtol=1e-3)

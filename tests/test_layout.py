@@ -21,7 +21,7 @@ FLOORS = [
     ["runs.checkpoint"],
     ["runs.run", "attack.access"],
     ["RVE-PFL", "attack.gradients", "attack.learnt", "attack.picture"],
-    ["attack.classes", "attack.scoring"],
+    ["attack.classes", "attack.newton", "attack.scoring"],
     ["attack.attacks"],
     ["attack.scene", "attack.verdict", "reporting.images"],
     ["attack.mi_attack", "reporting.leakage"],

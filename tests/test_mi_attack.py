@@ -67,7 +67,7 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
 def expected(method):
     """What fits, by hand."""
     classes = {"mi_face", "mi_strong", "mi_prior"}
-    steps = {"dlg", "cosine_tv", "analytic", "batch", "epoch"}
+    steps = {"dlg", "cosine_tv", "analytic", "gauss_newton", "batch", "epoch"}
     latent = {"latent_decoder", "latent_search", "latent_likelihood"}
     server = {"rve_pfl": classes | steps, "fedavg": classes | steps, "lg_fedavg": classes | steps,
               "local": set(), "fedper": set()}[method]

@@ -1,0 +1,185 @@
+"""The head's input from one image's gradient, by Gauss-Newton: exact where it converges.
+
+The input of the head's first dense layer, and the loss's derivative with respect to it, follow from the gradient
+without error (``gradients.dense_input``). Both are functions of the head's input x through the convolutions f:
+f(x) itself, and the gradient of the last convolution's weights, in which that derivative is routed back through
+the max pools. Together they are some twenty thousand equations for the 784 unknowns of MNIST. At the
+solution they are well conditioned; the difficulty is to come near it. Three things do that:
+
+- a start by ridge regression from f(x) to x, fitted to inputs that the adversary draws itself;
+- the gradient of the last convolution beside the features, since it says which pixel each max pool chose;
+- random steps away from where a search got stuck, kept where they end at a lower error.
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+
+from attack.gradients import dense_input
+from server.mean import State
+
+DONE = 1e-6                 # squared error of all equations at which an input counts as found
+DRAWN, RIDGE = 16_384, 1e-2   # inputs that the start's regression is fitted to; its penalty, relative
+SHAKES = (0.2, 0.4, 0.6)    # sizes of random steps, in standard deviations of the input
+SPREADS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)   # standard deviations that an input may have
+
+
+def layers_before_dense(head: nn.Module) -> tuple[nn.Sequential, int]:
+    """A head's layers up to its first dense layer, and that layer's place in ``features``."""
+    layers = list(head.get_submodule("features").children())
+    dense = next(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
+    return nn.Sequential(*layers[:dense]), dense
+
+
+def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, int], hops: int,
+               copies: int) -> Tensor:
+    """The inputs of a head behind P gradients, of one image each.
+
+    Args:
+        observed: a gradient of the head's parameters for each image.
+        shape: ``(C, H, W)`` of an input.
+        hops: how often those that are not yet found are shaken and searched again.
+        copies: how many shaken copies of each are tried at a time.
+
+    Returns:
+        ``P x C x H x W``; no value is clamped, since an input may be a latent.
+    """
+    before, dense = layers_before_dense(head)
+    weight = head.get_parameter(f"features.{dense}.weight").detach()
+    features = torch.stack([dense_input(one, f"features.{dense}") for one in observed])
+    slope = torch.stack([one[f"features.{dense}.bias"] for one in observed]) @ weight   # of the loss by features
+    last = [i for i, layer in enumerate(before) if isinstance(layer, nn.Conv2d)][-1]
+    routed = torch.stack([one[f"features.{last}.weight"].flatten() for one in observed])
+    problem = Problem(before, f"{last}.weight", features, slope, routed)
+    with torch.no_grad():
+        found = ridge_start(before, features, shape)
+    every = torch.arange(len(found))
+    found, error = search(problem, every, found, 40)
+    for _ in range(hops):
+        todo = every[error > DONE]
+        if not len(todo):
+            break
+        start = found[todo].repeat(copies, 1, 1, 1)
+        size = torch.tensor(SHAKES)[torch.arange(copies) % len(SHAKES)].repeat_interleave(len(todo))
+        spread = start.flatten(1).std(1)
+        start = start + (size * spread)[:, None, None, None] * torch.randn_like(start)
+        tried, value = search(problem, todo.repeat(copies), start, 15)
+        value, best = value.view(copies, -1).min(0)
+        better = value < error[todo]
+        tried = tried.unflatten(0, (copies, -1))[best, torch.arange(len(todo))]
+        found[todo[better]], error[todo[better]] = tried[better], value[better]
+    return found
+
+
+class Problem:
+    """P inputs to be found.
+
+    Args:
+        before: the layers before the dense one.
+        convolution: name of the last convolution's weights among them.
+        features: what they make of each input, ``P x D``.
+        slope: the loss's derivative with respect to the features, ``P x D``.
+        routed: the gradient of the convolution's weights, ``P x W``.
+    """
+
+    def __init__(self, before: nn.Sequential, convolution: str, features: Tensor, slope: Tensor, routed: Tensor):
+        self.before, self.convolution = before, convolution
+        self.features, self.slope, self.routed = features, slope, routed
+
+    def residuals(self, which: Tensor, with_routed: bool) -> Callable[[Tensor], Tensor]:
+        """Of inputs for the problems ``which``: ``N x C x H x W -> N x E``, 0 where an input is right.
+
+        Features, and gradients of the convolution if asked for, are divided by their norm: both count alike.
+        """
+        goal, slope = self.features[which], self.slope[which]
+        size = goal.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        if not with_routed:
+            return lambda x: (self.before(x) - goal) / size
+        routed = self.routed[which]
+        routed_size = routed.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        weights = {self.convolution: self.before.get_parameter(self.convolution).detach()}
+
+        def of_one(x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+            made, *pulls = vjp(lambda w: functional_call(self.before, w, (x[None],))[0], weights)
+            return made, pulls[0](slope)[0][self.convolution].flatten()
+
+        def residual(x: Tensor) -> Tensor:
+            made, gradient = vmap(of_one)(x, slope)
+            return torch.cat([(made - goal) / size, (gradient - routed) / routed_size], 1)
+        return residual
+
+
+def search(problem: Problem, which: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Gauss-Newton with all equations. Near a solution the features alone lead to it exactly, and quickly.
+
+    Returns:
+        The inputs, and the squared error of all equations, ``N``.
+    """
+    every = problem.residuals(which, with_routed=True)
+    x, error = gauss_newton(every, start, steps)
+    near, _ = gauss_newton(problem.residuals(which, with_routed=False), x, 15)
+    with torch.no_grad():
+        value = every(near).square().sum(1)
+    better = value < error
+    return torch.where(better[:, None, None, None], near, x), torch.where(better, value, error)
+
+
+def gauss_newton(residuals: Callable[[Tensor], Tensor], start: Tensor, steps: int,
+                 inner: int = 20) -> tuple[Tensor, Tensor]:
+    """Levenberg and Marquardt's method on N independent problems; a step is taken where it lowers the error.
+
+    The equations of a step are solved by conjugate gradients, so that no Jacobian is ever formed.
+
+    Args:
+        residuals: ``N x C x H x W -> N x E``.
+        steps: of Gauss-Newton, each with ``inner`` steps of conjugate gradients.
+
+    Returns:
+        The inputs, and the squared norms of their residuals, ``N``.
+    """
+    def each(value: Tensor) -> Tensor:
+        return value[:, None, None, None]
+
+    x, damping = start.detach().clone(), torch.full((len(start),), 1e-2)
+    with torch.no_grad():
+        error = residuals(x).square().sum(1)
+    # The mean squared singular value, from one random direction: the unit of the damping.
+    scale = jvp(residuals, (x,), (torch.randn_like(x),))[1].square().sum(1) / x[0].numel()
+    for _ in range(steps):
+        value, *pulls = vjp(residuals, x)
+        pull = pulls[0]
+        step, left = torch.zeros_like(x), pull(value)[0]
+        direction, size = left, left.flatten(1).square().sum(1)
+        for _ in range(inner):
+            curved = pull(jvp(residuals, (x,), (direction,))[1])[0] + each(damping * scale) * direction
+            length = size / (direction * curved).flatten(1).sum(1).clamp_min(1e-30)
+            step, left = step + each(length) * direction, left - each(length) * curved
+            size, before = left.flatten(1).square().sum(1), size
+            direction = left + each(size / before.clamp_min(1e-30)) * direction
+        with torch.no_grad():
+            tried = x - step
+            value = residuals(tried).square().sum(1)
+        better = value < error
+        x, error = torch.where(each(better), tried, x), torch.where(better, value, error)
+        damping = torch.where(better, damping / 3, damping * 4).clamp(1e-6, 1e6)
+    return x, error
+
+
+def ridge_start(before: nn.Sequential, features: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """A first guess of the inputs: ridge regression from features to inputs drawn from a normal distribution.
+
+    Its standard deviation is the one of SPREADS whose features have about the norm of those observed.
+    """
+    def of(inputs: Tensor) -> Tensor:
+        return torch.cat([before(part) for part in inputs.split(512)])
+    norm, unit = features.norm(dim=1).median(), torch.randn(256, *shape)
+    spread = min(SPREADS, key=lambda s: abs(float(of(s * unit).norm(dim=1).median() / norm) - 1))
+    drawn = spread * torch.randn(DRAWN, *shape)
+    seen = of(drawn)
+    centre = seen.mean(0)
+    square, cross = (seen - centre).T @ (seen - centre), (seen - centre).T @ drawn.flatten(1)
+    penalty = RIDGE * square.diagonal().mean() * torch.eye(len(square))
+    found = (features - centre) @ torch.linalg.solve(square + penalty, cross)
+    # Regression shrinks; what it finds gets the spread that inputs have.
+    return (found * (spread / found.std().clamp_min(1e-12))).unflatten(1, shape)

@@ -1,0 +1,139 @@
+"""What is missing when a picture is not found: four rungs of what an adversary knows of the encoder.
+
+    python benchmarks/ladder.py --run mnist10k-shards-rve_pfl-seed1 --public mnist --other fmnist
+
+Whoever holds a latent z needs the encoder to turn it into a picture. The rungs, from most to least:
+
+- own: the victim's encoder, stolen;
+- private: an encoder trained by the adversary on the client's own images. No adversary has these: an upper bound;
+- public: one trained on other images of the client's classes (--public);
+- other: one trained on another data set (--other).
+
+Each decodes z as observed (one draw), and z as recovered from the head's gradient of that image
+(attack/newton.py). Decoders are trained on --public images, in the last rung on --other. Writes
+results/<run>/ladder.csv.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from _path import ROOT
+from torch import Tensor
+
+import datasets
+from attack import gradients, learnt, newton, scoring
+from attack.access import Holdings, Target, Victim, held, hold, open_target, posterior_in_parts
+from attack.scene import as_floats
+from models import FlattenHWC
+from utils import InputError, keep_freed_memory, rng, seed_torch, write_whole
+
+CANDIDATES = 500   # of the client's images that a true one is ranked among
+flatten = FlattenHWC()
+
+
+def public_images(target: Target, name: str, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Images of another data set that the run does not have, and their labels: ``N x C x H x W``, ``N``."""
+    data = datasets.load(name, args.data_dir)
+    ours = {image.tobytes() for image in target.data.images}
+    new = np.flatnonzero([image.tobytes() not in ours for image in data.images])
+    chosen = rng(args.seed, "public").permutation(new)
+    return as_floats(data.images[chosen]), torch.from_numpy(data.labels[chosen])
+
+
+def shadow(view: Holdings, target: Target, images: tuple[Tensor, Tensor], args: argparse.Namespace) -> Holdings:
+    """An encoder that the adversary trains on images, from the start that all clients had."""
+    seed_torch(target.options["seed"], "init")
+    return learnt.shadow_encoder(view, target.network(), *images, args.train_epochs,
+                                 target.options.get("kl_weight") or 0.0)
+
+
+def scores(found: Tensor, truth: Tensor, pool: Tensor) -> dict[str, float]:
+    """PSNR, SSIM, the true image's median rank in the pool, whose first images are the true ones, and the share
+    that is first."""
+    like = scoring.similarity(found.clamp(0, 1), truth)
+    rank = scoring.rank_of(found, pool, torch.eye(len(truth), len(pool), dtype=torch.bool))
+    return {"psnr": like["psnr"].mean().item(), "ssim": like["ssim"].mean().item(),
+            "median_rank": rank.double().median().item(), "identified": (rank == 1).double().mean().item()}
+
+
+def climb(target: Target, round: int, client: int, args: argparse.Namespace) -> list[dict]:
+    """The rows of one client in one round."""
+    seed_torch(args.seed, "ladder", client, round)
+    victim, own = Victim(target, round, client), target.owned()[0][client]
+    drawn = rng(args.seed, "images ladder", client, round).permutation(own)
+    pool = as_floats(target.data.images[drawn[:CANDIDATES]])
+    labels = torch.from_numpy(target.data.labels[drawn[:args.images]])
+    truth = pool[:args.images]
+    server, thief = (hold(target, who, round, client) for who in ("curious_server", "stolen_model"))
+    # What the server sees: each image's own gradient at the head sent next. The z behind it is noted for scoring.
+    behind: list[Tensor] = []
+
+    def noted(head: torch.nn.Module, z: Tensor, y: Tensor) -> dict[str, Tensor]:
+        behind.append(z)
+        return gradients.gradient(head, z, y)
+    observed = [victim.update(truth[i:i + 1], labels[i:i + 1], noted) for i in range(len(truth))]
+    z = torch.cat(behind)
+    recovered = newton.head_input(held(server.next_head), observed, target.data.image_shape, args.hops, 3)
+    cosine = torch.cosine_similarity(recovered.flatten(1), z.flatten(1), dim=1)
+    public = public_images(target, args.public, args)
+    same = torch.isin(public[1], torch.from_numpy(np.unique(target.data.labels[own]))).nonzero().flatten()
+    same = same[:args.public_images]
+    other = tuple(part[:args.public_images] for part in public_images(target, args.other, args))
+    mine = as_floats(target.data.images[own]), torch.from_numpy(target.data.labels[own])
+    chosen = public[0][same], public[1][same]
+    rungs = {"own": (lambda: thief, chosen), "private": (lambda: shadow(server, target, mine, args), chosen),
+             "public": (lambda: shadow(server, target, chosen, args), chosen),
+             "other": (lambda: shadow(server, target, other, args), other)}
+    rows = []
+    for rung, (encoder, images) in rungs.items():
+        mu, logvar = posterior_in_parts(encoder(), images[0])
+        decode = learnt.latent_decoder(mu, logvar, images[0], args.train_epochs)
+        for latent, seen in (("observed", z), ("recovered", recovered)):
+            rows.append({"round": round, "client": client, "rung": rung, "latent": latent, "images": len(truth),
+                         "cosine": 1.0 if seen is z else cosine.mean().item(),
+                         "cosine_min": 1.0 if seen is z else cosine.min().item(),
+                         **scores(decode(flatten(seen)), truth, pool)})
+            print("  ".join(f"{value:.3g}" if isinstance(value, float) else str(value)
+                            for value in rows[-1].values()), flush=True)
+    mean = torch.stack([chosen[0][chosen[1] == label].mean(0) for label in labels])
+    rows.append({"round": round, "client": client, "rung": "class mean", "latent": "", "images": len(truth),
+                 **scores(mean, truth, pool)})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", required=True, help="a run of a method with an encoder")
+    parser.add_argument("--clients", type=int, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=int, nargs="+", help="the latest if not given")
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--hops", type=int, default=7, help="of attack/newton.py")
+    parser.add_argument("--train_epochs", type=int, default=8)
+    parser.add_argument("--public", default="mnist")
+    parser.add_argument("--other", default="fmnist")
+    parser.add_argument("--public_images", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1)
+    for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
+        parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
+    args = parser.parse_args()
+    keep_freed_memory()
+    try:
+        target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+        if not target.has_encoder:
+            raise InputError(f"--run {args.run}: its method has no encoder, and so no ladder")
+        rows = [row for round in args.rounds or target.rounds()[-1:] for client in args.clients
+                for row in climb(target, round, client, args)]
+    except InputError as error:
+        print(f"ladder.py: error: {error}", file=sys.stderr)
+        return 2
+    table = pd.DataFrame(rows)
+    write_whole(target.results / "ladder.csv", lambda file: table.to_csv(file, index=False, float_format="%.4g"))
+    print(table.to_string(index=False, float_format="%.3f", na_rep=""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
