@@ -20,7 +20,7 @@ FLOORS = [
     ["runs.configs"],
     ["runs.checkpoint"],
     ["runs.run", "attack.access"],
-    ["RVE-PFL", "attack.gradients", "attack.learnt", "attack.picture"],
+    ["RVE-PFL", "attack.gradients", "attack.learnt", "attack.picture", "attack.uploads"],
     ["attack.classes", "attack.newton", "attack.scoring"],
     ["attack.attacks"],
     ["attack.scene", "attack.verdict", "reporting.images"],
