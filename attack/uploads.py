@@ -4,6 +4,7 @@ An image pulls the last layer's bias and weights up in its own class and down in
 the cross-entropy is ``p - onehot``. Whatever the optimiser and the number of steps, a class that a client does not
 have is only ever pulled down (after Wainakh et al. 2021, arXiv 2105.09369, who count labels behind one gradient).
 """
+import torch
 from torch import Tensor
 
 from server.mean import State

@@ -3,9 +3,9 @@
     python benchmarks/which_classes.py --runs mnist10k-shards-rve_pfl-seed1 ...
 
 One row for each run and each round with a checkpoint. AUC: classes that a client has against those that it has
-not. Exact: the share of clients whose set of classes is found without knowing how many they are; a guess that knows
-the number is right for one client in 45 with two classes of ten. Rank correlation: between the scores and the
-numbers of images, over the classes that a client has, where they are at least three.
+not. Exact: the share of clients whose set of classes is found without knowing how many they are. A guess that
+knows the number is right for one client in 45 with two classes of ten. Rank correlation: between the scores and
+the numbers of images, over the classes that a client has, where they are at least three.
 """
 import argparse
 import sys
