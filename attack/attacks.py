@@ -244,6 +244,31 @@ def search_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, 
     return found, label_of_latent(adversary, z)
 
 
+def prior_of_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The most likely image that a generator of public images can draw: ``log q(z|G(c)) + log N(c; 0, I)``.
+
+    A maximum a posteriori search over codes c of a small variational autoencoder. Published attacks of this kind
+    have larger generators.
+    """
+    generator, model = adversary.generator, adversary.whole_model
+    code = torch.randn(adversary.budget.restarts * len(z), generator.size).requires_grad_()
+    goal = z.repeat(adversary.budget.restarts, 1)
+    optimizer = torch.optim.Adam([code], 0.1)
+
+    def unlikeliness() -> Tensor:
+        mu, logvar = model.posterior(generator.decode(code))
+        logvar = torch.zeros_like(mu) if logvar is None else logvar
+        return 0.5 * (((goal - mu).square() / logvar.exp() + logvar).sum(1) + code.square().sum(1))
+    for _ in range(adversary.budget.iterations):
+        optimizer.zero_grad()
+        unlikeliness().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        value = unlikeliness().unflatten(0, (-1, len(z)))
+        images = generator.decode(code).unflatten(0, (-1, len(z)))
+    return gradients.best_first(images, value)[0], label_of_latent(adversary, z)
+
+
 def likelihood_of_latent(adversary: Adversary, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """``log q(z|x)`` of each of M candidates up to a constant, ``N x M``, and the labels of z.
 
@@ -366,6 +391,8 @@ ATTACKS = {
                              (encoder,)),
     "latent_likelihood": Attack(likelihood_of_latent, observe_latents, STOLEN,
                                 "the candidate with the largest log q(z|x)", (encoder,), chooses=True),
+    "latent_prior": Attack(prior_of_latent, observe_latents, STOLEN,
+                           "a search in a generator of public images", (encoder,)),
     "latent_search": Attack(search_latent, observe_latents, STOLEN, "Mahendran and Vedaldi 2015", (encoder,)),
     "score_decoder": Attack(decode_scores, observe_scores, SERVICE, "Yang et al. 2019, arXiv 1902.08552"),
 }

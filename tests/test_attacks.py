@@ -1,5 +1,6 @@
 """Each attack recovers what theory says it must, on networks small enough for it to be certain."""
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -319,8 +320,8 @@ def trained_head(shape, classes=5):
     return head.requires_grad_(False)
 
 
-@pytest.mark.parametrize("shape, least", [((1, 12, 12), 0.99), ((3, 8, 8), 0.7)])
-def test_gauss_newton_finds_latents(shape, least):
+@pytest.mark.parametrize("shape, exactly", [((1, 12, 12), 3), ((3, 8, 8), 1)])
+def test_gauss_newton_finds_latents(shape, exactly):
     """Inputs with no smoothness and no bounds, of a scale that it has to find out: exactly; with three channels,
     which leave a third of the equations an unknown, only some exactly."""
     head = trained_head(shape)
@@ -328,7 +329,7 @@ def test_gauss_newton_finds_latents(shape, least):
     observed = [gradients.gradient(head, one[None], torch.tensor([k])) for k, one in enumerate(z)]
     found = newton.head_input(head, observed, shape, hops=6, copies=3)
     cosine = torch.cosine_similarity(found.flatten(1), z.flatten(1), dim=1)
-    assert cosine.mean() > least and cosine.max() > 0.999
+    assert (cosine > 0.999).sum() >= exactly and cosine.mean() > 0.7
 
 
 def test_gauss_newtons_equations_hold_at_the_truth_alone():
@@ -353,3 +354,25 @@ def test_gauss_newton_solves_least_squares_in_one_step():
     expected = torch.linalg.lstsq(matrix, goal.T).solution.T
     assert torch.allclose(found.flatten(1), expected, atol=1e-3)
     assert torch.allclose(error, (expected @ matrix.T - goal).square().sum(1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [VariationalEncoder, Encoder])
+def test_a_search_in_a_generator_finds_an_image_that_it_can_draw(kind):
+    """A generator of two numbers: the image is found, and the likelier restart comes first."""
+    head, directions = Classifier(SHAPE, 4).eval(), torch.randn(2, 64)
+    encoder = (kind(SHAPE, -6.0) if kind is VariationalEncoder else kind(SHAPE)).eval().requires_grad_(False)
+    public, budget = attacks.PublicImages(images(5), None), attacks.Budget(4, 200, 1, 1, 0.1, 4)
+    adversary = attacks.Adversary(Holdings(head, encoder, True, SHAPE), head, public, 0.0, budget)
+
+    def decode(code):
+        return (code @ directions).sigmoid().unflatten(1, SHAPE)
+    adversary.__dict__["generator"] = SimpleNamespace(size=2, decode=decode)   # in place of one that is trained
+    truth = decode(torch.tensor([[0.5, -0.4], [-0.3, 0.6], [0.1, 0.1]]))
+    z = adversary.whole_model.posterior(truth)[0].detach()
+    found, labels = attacks.prior_of_latent(adversary, z, 3)
+    assert found.shape == (4, 3, *SHAPE) and torch.equal(labels, head(as_image(z, SHAPE)).argmax(1))
+    errors = (found - truth).square().mean((2, 3, 4))
+    blank = (decode(torch.zeros(3, 2)) - truth).square().mean((1, 2, 3))
+    # Without noise the likelihood has a variance of 1, and the prior of codes pulls harder than z.
+    assert (errors[0] < (0.05 if kind is VariationalEncoder else 1.0) * blank).all()
+    assert (errors[0] <= errors[-1] + 1e-6).all()

@@ -68,7 +68,7 @@ def expected(method):
     """What fits, by hand."""
     classes = {"mi_face", "mi_strong", "mi_prior"}
     steps = {"dlg", "cosine_tv", "analytic", "gauss_newton", "batch", "epoch"}
-    latent = {"latent_decoder", "latent_search", "latent_likelihood"}
+    latent = {"latent_decoder", "latent_prior", "latent_search", "latent_likelihood"}
     server = {"rve_pfl": classes | steps, "fedavg": classes | steps, "lg_fedavg": classes | steps,
               "local": set(), "fedper": set()}[method]
     stolen = classes | {"rve_pfl": {"mi_strong_mu"} | latent, "local": {"mi_strong_mu"} | latent,
