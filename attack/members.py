@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attack import learnt
-from attack.access import Holdings, Target, Victim, hold
+from attack.access import Holdings, Target, Victim, held, hold, posterior_in_parts
 from attack.attacks import shared_head, whole_head
 from attack.scene import MIN_PUBLIC, as_floats, same_classes, unowned_images
 from attack.tables import Unit
-from models import Network
-from utils import seed_torch
+from models import Network, as_image, reparameterise
+from utils import choose_precision, seed_torch
 
 Answer = Callable[[Tensor], Tensor]   # images N x C x H x W -> log-probabilities N x num_classes
 NOBODY = -1         # no client's number: it uploads nothing, and ``hold`` gives the head that was sent
@@ -58,6 +58,12 @@ def asked(target: Target, client: int) -> Asked | None:
                  np.arange(len(numbers)) < len(members))
 
 
+def fast() -> torch.autocast:
+    """Training as clients train by default: in bfloat16 where the chip multiplies it."""
+    precision = choose_precision("auto", torch.device("cpu"))
+    return torch.autocast("cpu", precision, enabled=precision != torch.float32)
+
+
 class Adversary:
     """What an adversary can do about one client after one round. Its references are trained once.
 
@@ -85,7 +91,7 @@ class Adversary:
 
     def epochs(self, round: int) -> int:
         """Of training on public images: as many as a client has trained by then, unless told otherwise."""
-        return self.args.train_epochs or round * self.target.options["local_ep"]
+        return self.args.train_epochs or round * self.target.options.get("local_ep", 1)
 
     def start(self) -> Network:
         """The network with the weights that all clients start from."""
@@ -120,7 +126,9 @@ class Adversary:
             output = network(images[chosen[part]])
             kl = 0.0 if output.kl is None else self.kl_weight * output.kl.mean()
             return F.cross_entropy(output.logits, labels[chosen[part]]) + kl
-        learnt.fit(list(network.parameters()), loss, len(chosen), self.epochs(self.round))
+        with fast():
+            learnt.fit(list(network.parameters()), loss, len(chosen), self.epochs(self.round),
+                       batch=self.target.options.get("local_bs", 128))
         return network.eval().requires_grad_(False)
 
 
@@ -194,18 +202,34 @@ def fedmia(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Te
     the victim's is standardised by their mean and deviation. A score is the mean over rounds. Behind an encoder,
     the server puts one before all heads of a round: a shadow encoder, trained with the head that it had sent.
     """
-    scores, target, args = [], adversary.target, adversary.args
+    scores, target = [], adversary.target
     for r in uploaded(target, adversary.rounds, adversary.client):
-        encoder = shadow(adversary, r, labels) if target.has_encoder else None
-
-        def surprise(client: int, r: int = r, encoder: nn.Module | None = encoder) -> Tensor:
-            head = hold(target, "curious_server", r, client).head
-            model = Holdings(head, encoder, target.has_encoder, target.data.image_shape)
-            seed_torch(args.seed, "fedmia", adversary.client, r)   # every head is shown the same draws of z
-            return -F.logsigmoid(confidence(partial(model.logits, draws=args.draws), images, labels))
-        others = torch.stack([surprise(k) for k in target.shared(r)["uploads"] if k != adversary.client])
-        scores.append((others.mean(0) - surprise(adversary.client)) / others.std(0).clamp_min(1e-12))
+        inputs = images[:, None]
+        if target.has_encoder:
+            encoded = Holdings(None, shadow(adversary, r, labels), True, target.data.image_shape)
+            inputs = latents(encoded, images, adversary.args.draws)
+        heads = {k: held(hold(target, "curious_server", r, k).head) for k in target.shared(r)["uploads"]}
+        losses = {k: -F.logsigmoid(confidence(partial(mean_answer, head), inputs, labels))
+                  for k, head in heads.items()}
+        own = losses.pop(adversary.client)
+        others = torch.stack(list(losses.values()))
+        scores.append((others.mean(0) - own) / others.std(0).clamp_min(1e-12))
     return torch.stack(scores).mean(0)
+
+
+@torch.no_grad()
+def latents(encoded: Holdings, images: Tensor, draws: int) -> Tensor:
+    """Draws of z for each image, in its shape, ``N x draws x C x H x W``; one where there is no noise."""
+    mu, logvar = posterior_in_parts(encoded, images)
+    z = mu[:, None] if logvar is None else reparameterise(
+        *(part[:, None].expand(-1, draws, -1) for part in (mu, logvar)))
+    return as_image(z, encoded.image_shape).unflatten(0, z.shape[:2])
+
+
+def mean_answer(head: nn.Module, inputs: Tensor) -> Tensor:
+    """Inputs of a head, S an image, ``N x S x C x H x W`` -> averaged log-probabilities ``N x num_classes``."""
+    each = head(inputs.flatten(0, 1)).log_softmax(1).unflatten(0, inputs.shape[:2])
+    return each.logsumexp(1) - float(np.log(inputs.shape[1]))
 
 
 def shadow(adversary: Adversary, round: int, labels: Tensor) -> nn.Module | None:
@@ -213,7 +237,9 @@ def shadow(adversary: Adversary, round: int, labels: Tensor) -> nn.Module | None
     sent = hold(adversary.target, "curious_server", round, NOBODY)
     start, (public, known) = adversary.start(), adversary.public_of(labels)
     seed_torch(adversary.args.seed, "shadow", adversary.client, round)
-    return learnt.shadow_encoder(sent, start, public, known, adversary.epochs(round), adversary.kl_weight).encoder
+    with fast():
+        return learnt.shadow_encoder(sent, start, public, known, adversary.epochs(round),
+                                     adversary.kl_weight).encoder
 
 
 def uploaded(target: Target, rounds: list[int], client: int) -> list[int]:
