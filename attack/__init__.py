@@ -1,1 +1,1 @@
-"""Model inversion of a trained run. Open attacks.py for the table, access.py for who holds what."""
+"""Attacks on a trained run. Open attacks.py for inversion, members.py for membership, access.py for who holds what."""

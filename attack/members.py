@@ -237,9 +237,7 @@ def shadow(adversary: Adversary, round: int, labels: Tensor) -> nn.Module | None
     sent = hold(adversary.target, "curious_server", round, NOBODY)
     start, (public, known) = adversary.start(), adversary.public_of(labels)
     seed_torch(adversary.args.seed, "shadow", adversary.client, round)
-    with fast():
-        return learnt.shadow_encoder(sent, start, public, known, adversary.epochs(round),
-                                     adversary.kl_weight).encoder
+    return learnt.shadow_encoder(sent, start, public, known, adversary.epochs(round), adversary.kl_weight).encoder
 
 
 def uploaded(target: Target, rounds: list[int], client: int) -> list[int]:

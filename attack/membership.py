@@ -134,8 +134,11 @@ def attack(adversary: Adversary, unit: Unit) -> dict:
     assert images is not None   # or it was not planned
     seed_torch(adversary.args.seed, f"{unit.adversary} {unit.attack}", unit.client, unit.round)
     scores = ATTACKS[unit.attack].score(unit.adversary, adversary, images.images, images.labels)
+    if not scores.isfinite().all():   # a row would look like a guess
+        raise InputError(f"{unit.adversary} {unit.attack} round {unit.round} client {unit.client}: scores that "
+                         "are not numbers, of a model that diverged; try another --train_epochs")
     return {**unit._asdict(), "members": int(images.member.sum()), "non_members": int((~images.member).sum()),
-            **measure(scores.nan_to_num(0.0).numpy(), images.labels.numpy(), images.member)}
+            **measure(scores.numpy(), images.labels.numpy(), images.member)}
 
 
 def read(target: Target) -> pd.DataFrame:

@@ -210,9 +210,9 @@ def test_rmia_by_hand(trained, monkeypatch):
     target = trained.target("fedavg")
     args = Namespace(scaling=0.5, gamma=1.0, draws=1)
     adversary = members.Adversary(target, args, [2], 2, 0)
-    z, x = torch.arange(8.0).reshape(8, 1, 1, 1), torch.tensor([100.0, 101.0]).reshape(2, 1, 1, 1)
-    victim = {0: 0.2, 1: 0.9, 100: 0.6, 101: 0.9}
-    reference = {0: 0.4, 1: 0.8, 100: 0.2, 101: 0.9}
+    z, x = torch.arange(8.0).reshape(8, 1, 1, 1), torch.tensor([100.0, 101.0, 102.0]).reshape(3, 1, 1, 1)
+    victim = {0: 0.2, 1: 0.9, 100: 0.6, 101: 0.9, 102: 0.69}
+    reference = {0: 0.4, 1: 0.8, 100: 0.2, 101: 0.9, 102: 0.5}
     monkeypatch.setattr(adversary, "public_of", lambda labels: (z, torch.zeros(8, dtype=torch.long)))
     monkeypatch.setattr(adversary, "references", lambda images, labels, count: ["low", "high"])
     monkeypatch.setitem(members.MODELS, "stolen_model", lambda adversary: "victim")
@@ -227,13 +227,13 @@ def test_rmia_by_hand(trained, monkeypatch):
     def usual(p):
         return (1.5 * p + 0.5) / 2
     ratio = {one: victim[one] / usual(reference[one]) for one in victim}
-    expected = [np.mean([ratio[one] >= args.gamma * ratio[other] for other in (0, 1)]) for one in (100, 101)]
-    assert expected == [1.0, 0.5]   # 101 is easy for everybody
-    labels = torch.zeros(2, dtype=torch.long)
+    expected = [np.mean([ratio[one] >= args.gamma * ratio[other] for other in (0, 1)]) for one in (100, 101, 102)]
+    assert expected == [1.0, 0.5, 1.0]   # 101 is easy for everybody; with a = 0, 102 would be, too
+    labels = torch.zeros(3, dtype=torch.long)
     assert members.rmia("stolen_model", adversary, x, labels).tolist() == expected
     args.gamma = 2.0
-    expected = [np.mean([ratio[one] >= 2 * ratio[other] for other in (0, 1)]) for one in (100, 101)]
-    assert members.rmia("stolen_model", adversary, x, labels).tolist() == expected != [1.0, 0.5]
+    expected = [np.mean([ratio[one] >= 2 * ratio[other] for other in (0, 1)]) for one in (100, 101, 102)]
+    assert members.rmia("stolen_model", adversary, x, labels).tolist() == expected != [1.0, 0.5, 1.0]
 
 
 def test_no_reference_has_seen_the_images_it_is_compared_on(trained, monkeypatch):
@@ -316,7 +316,7 @@ def test_a_second_call_replaces_its_rows_and_keeps_others(trained):
 
 
 def test_the_same_seed_gives_the_same_rows(trained):
-    flags = ("--adversary", "stolen_model", "curious_server", "--attack", "rmia", "fedmia", "--train_epochs", 1)
+    flags = ("--adversary", "stolen_model", "curious_server", "--train_epochs", 1)
     assert trained.attack("rve_pfl", *flags) == 0
     first = trained.csv("rve_pfl")
     assert trained.attack("rve_pfl", *flags) == 0
@@ -362,3 +362,10 @@ def test_damaged_files_are_one_line_and_change_nothing(trained, capsys):
 
 def test_no_public_images_are_needed_where_nothing_is_trained(trained):
     assert trained.attack("fedavg", "--attack", "loss", "fedmia", "--public", "unowned") == 0
+
+
+def test_scores_that_are_not_numbers_are_no_guess(trained, capsys, monkeypatch):
+    monkeypatch.setattr(members, "confidence", lambda answer, x, y: torch.full((len(x),), torch.nan).double())
+    assert "not numbers" in trained.refuses(capsys, "lg_fedavg", "--adversary", "curious_server", "--rounds", 1)
+    path = trained.place.folder / "results" / "lg_fedavg" / "membership.csv"
+    assert not path.exists() or 1 not in set(trained.csv("lg_fedavg")["round"])
