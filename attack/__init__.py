@@ -1,1 +1,1 @@
-"""Model inversion of a trained run. Open attacks.py for the table, access.py for who holds what."""
+"""Attacks on a trained run. Open attacks.py and members.py for the tables, access.py for who holds what."""

@@ -3,6 +3,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,13 +67,10 @@ class Scene:
     def __init__(self, target: Target, args: Namespace) -> None:
         self.target, self.args = target, args
         self.train, self.test = target.owned()
-        self.public_data = self._public()
-        # NAME10k holds ten thousand of NAME's images (benchmarks/make_10k.py), so its classes are the same.
-        same_classes = args.public == "unowned" or (
-            args.public.removesuffix("10k") == target.options["dataset"].removesuffix("10k"))
+        self.public_data = unowned_images(target, args.public, args.data_dir, args.seed)
         images, labels = self.public_data
         self.public = PublicImages(as_floats(images[:args.public_images]), labels[:args.public_images],
-                                   self.of_classes if same_classes else None)
+                                   self.of_classes if same_classes(target, args.public) else None)
         self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, CLIENT_LR,
                              args.scores)
         seed_torch(args.seed, "evaluator")
@@ -88,30 +86,6 @@ class Scene:
     def labels(self, numbers: Tensor) -> Tensor:
         """Image numbers ``N`` -> labels ``N``."""
         return torch.from_numpy(self.target.data.labels[numbers.numpy()])
-
-    def _public(self) -> tuple[np.ndarray, Tensor]:
-        """Images that no client has for training or testing, in random order: uint8, and their labels."""
-        data, name = self.target.data, self.args.public
-        if name == "unowned":
-            index = np.setdiff1d(np.arange(len(data.labels)), np.concatenate([*self.train, *self.test]))
-            images, labels = data.images[index], data.labels[index]
-        else:
-            other = datasets.load(name, self.args.data_dir)
-            if other.image_shape != data.image_shape or other.num_classes > data.num_classes:
-                raise InputError(f"--public {name}: its images are {other.image_shape} in "
-                                 f"{other.num_classes} classes; the run's are {data.image_shape} in "
-                                 f"{data.num_classes} classes")
-            ours = {image.tobytes() for image in data.images}
-            new = np.array([image.tobytes() not in ours for image in other.images])
-            images, labels = other.images[new], other.labels[new]
-        if len(labels) < MIN_PUBLIC:
-            suggested = OTHER_DATA.get(self.target.options["dataset"], "NAME")
-            shape = " x ".join(map(str, data.image_shape))
-            raise InputError(f"--public {name}: only {len(labels)} of its images belong to no client, and "
-                             f"{MIN_PUBLIC} are needed; give --public {suggested}, or the NAME of another "
-                             f"data set of {shape} images")
-        index = rng(self.args.seed, "public").permutation(len(labels))
-        return images[index], torch.from_numpy(labels[index])
 
     def of_classes(self, classes: Tensor) -> Tensor:
         """Public images of these classes only, or of all classes if there are too few of them."""
@@ -285,6 +259,47 @@ class Scene:
         nearest = torch.from_numpy(own)[distance.argmin(1)]
         is_own = (torch.arange(len(pool)) < size).expand(len(images), -1)
         return self.pixels(nearest), nearest, scoring.rank_of(images, self.pixels(pool), is_own)
+
+
+def same_classes(target: Target, public: str) -> bool:
+    """Whether the public images of a name show the classes of the run's data set.
+
+    NAME10k holds ten thousand of NAME's images (benchmarks/make_10k.py), so its classes are the same.
+    """
+    return public == "unowned" or public.removesuffix("10k") == target.options["dataset"].removesuffix("10k")
+
+
+def unowned_images(target: Target, name: str, data_dir: Path, seed: int) -> tuple[np.ndarray, Tensor]:
+    """Images that no client has for training or testing, in random order: uint8, and their labels.
+
+    Args:
+        name: as of ``--public``.
+
+    Raises:
+        InputError: there are too few, or they are of another shape.
+    """
+    data = target.data
+    if name == "unowned":
+        train, test = target.owned()
+        index = np.setdiff1d(np.arange(len(data.labels)), np.concatenate([*train, *test]))
+        images, labels = data.images[index], data.labels[index]
+    else:
+        other = datasets.load(name, data_dir)
+        if other.image_shape != data.image_shape or other.num_classes > data.num_classes:
+            raise InputError(f"--public {name}: its images are {other.image_shape} in "
+                             f"{other.num_classes} classes; the run's are {data.image_shape} in "
+                             f"{data.num_classes} classes")
+        ours = {image.tobytes() for image in data.images}
+        new = np.array([image.tobytes() not in ours for image in other.images])
+        images, labels = other.images[new], other.labels[new]
+    if len(labels) < MIN_PUBLIC:
+        suggested = OTHER_DATA.get(target.options["dataset"], "NAME")
+        shape = " x ".join(map(str, data.image_shape))
+        raise InputError(f"--public {name}: only {len(labels)} of its images belong to no client, and "
+                         f"{MIN_PUBLIC} are needed; give --public {suggested}, or the NAME of another "
+                         f"data set of {shape} images")
+    index = rng(seed, "public").permutation(len(labels))
+    return images[index], torch.from_numpy(labels[index])
 
 
 def finite(images: Tensor) -> Tensor:

@@ -311,7 +311,7 @@ class Run:
     def _scraps(self) -> list[Path]:
         """What a killed process left half done. Nobody else trains here (the lock), but somebody may attack."""
         return [self.models / ".private", *self.models.glob(".round_*"),
-                *(p for p in self.results.glob(".*.tmp") if not p.name.startswith(".attack"))]
+                *(p for p in self.results.glob(".*.tmp") if not p.name.startswith((".attack", ".membership")))]
 
     def _restore(self) -> None:
         """Go back to the latest checkpoint, or to the start: load it, and cut the CSVs to its length."""

@@ -9,7 +9,7 @@ from conftest import ROOT
 FLOORS = [
     ["utils"],
     ["parsing", "engine.signals", "engine.ranks", "models", "sampling", "datasets", "metrics", "runs.csvs",
-     "runs.pictures", "attack.tables"],
+     "runs.pictures", "attack.tables", "attack.roc"],
     ["server.mean"],
     ["server.robust", "server.privacy", "server.threat_aware"],
     ["server.rules"],
@@ -24,8 +24,8 @@ FLOORS = [
     ["attack.classes", "attack.newton", "attack.scoring"],
     ["attack.attacks"],
     ["attack.scene", "attack.verdict", "reporting.images"],
-    ["attack.mi_attack", "reporting.leakage"],
-    ["reporting.summary"],
+    ["attack.mi_attack", "attack.members", "reporting.leakage"],
+    ["attack.membership", "reporting.summary"],
     ["reporting.page"],
     ["report"],
 ]

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 import options
 import parsing
-from attack import mi_attack
+from attack import membership, mi_attack
 from methods import METHODS
 from options import args_parser, make_parser, of_rows, readers
 
@@ -77,7 +77,7 @@ def test_only_options_of_the_program_at_hand_are_suggested(words, meant, capsys)
 
 
 def test_synonyms_lead_to_real_options():
-    parsers = (make_parser(), mi_attack.make_parser())
+    parsers = (make_parser(), mi_attack.make_parser(), membership.make_parser())
     declared = {flag for parser in parsers for flag in parser._option_string_actions}
     assert {f"--{name}" for name in parsing.SYNONYMS.values()} <= declared
 
@@ -178,7 +178,7 @@ def test_every_option_is_read(place, driver, monkeypatch):
 
 
 def test_documented_flags_exist():
-    parsers = (make_parser(), mi_attack.make_parser())
+    parsers = (make_parser(), mi_attack.make_parser(), membership.make_parser())
     declared = {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
     text = "".join(path.read_text() for path in (
         ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *ROOT.glob("docs/*.md")))
