@@ -89,7 +89,8 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, meth
         found = part[part["control"] == ""]
         count = 4 if ATTACKS[how].kind == "class" else 2   # the client's classes, or --images
         count = min(count, found.groupby("restart").size().max())
-        restarts = 1 if how in ("mi_face", "latent_decoder", "latent_likelihood", "score_decoder") else 2
+        restarts = 1 if how in ("mi_face", "gauss_newton", "latent_decoder", "latent_likelihood",
+                                "score_decoder") else 2
         assert len(found) == count * restarts
         assert part["control"].value_counts().drop("").to_dict() == dict.fromkeys(
             ("grey", "noise", "class_mean", "nearest_public"), count)

@@ -182,6 +182,11 @@ def test_documented_flags_exist():
     declared = {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
     text = "".join(path.read_text() for path in (
         ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *ROOT.glob("docs/*.md")))
+    scripts = r"benchmarks/(\w+\.py)([^`\n]*)"   # which may have options of their own
+    for script, words in re.findall(scripts, text):
+        own = set(re.findall(r'"(--[a-z][a-z_]+)"', (ROOT / "benchmarks" / script).read_text()))
+        assert set(re.findall(r"--[a-z][a-z_]+", words)) <= own | declared, (script, words)
+    text = re.sub(scripts, "", text)
     ours = re.sub(r"pip install[^\n]*|python -m venv[^\n]*|torchrun [^\n]*RVE-PFL.py", "", text)
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", ours))
     assert len(flags) > 5 and flags <= declared, flags - declared
