@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project,
 import pandas as pd
 
 from attack.access import Target, Victim, hold, open_target
+from attack.command import chosen_rounds, exit_status, folder_options, public_options, service_options
 from attack.members import ATTACKS, MODELS, Adversary, asked, needs_public, unfit
-from attack.mi_attack import chosen_rounds
 from attack.roc import FALSE_POSITIVE_RATES, measure
 from attack.tables import Unit
-from engine.signals import Interrupted, Interrupts, steady_output
-from parsing import HUGE, NAME, Option, Parser
-from utils import ROOT, InputError, keep_freed_memory, remove_leftovers, seed_torch, write_whole
+from engine.signals import steady_output
+from parsing import HUGE, Option, Parser
+from utils import InputError, keep_freed_memory, remove_leftovers, seed_torch, write_whole
 
 ADVERSARIES = ("curious_server", *MODELS)
 METRICS = ("auc", *(f"tpr_at_fpr_{rate:g}" for rate in FALSE_POSITIVE_RATES))
@@ -52,16 +52,7 @@ def make_parser() -> Parser:
                    within=(0, 1)),
             Option("gamma", "`rmia` counts a public image if the ratio is so many times its own", float, 1.0,
                    within=(1, 1000)),
-            Option("draws", "draws of z that an answer of the model is averaged over", int, 8, within=(1, 1000)),
-            Option("scores", "how many of the largest class scores the prediction service tells", int, 3,
-                   within=(1, HUGE)),
-            Option("public", "images that adversaries train on: `unowned`, the images of the run's data set that "
-                   "no client has, or the NAME of another data set with images of the same shape",
-                   default="unowned", pattern=NAME),
-            Option("public_images", "an adversary uses at most so many of them", int, 4000, within=(200, HUGE)),
-            Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1)),
-            *(Option(name, "as in RVE-PFL.py", Path, ROOT / where) for name, where in (
-                ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")))):
+            *service_options(8), *public_options(4000), *folder_options()):
         parser.add(replace(option, group="attack"))
     return parser
 
@@ -69,18 +60,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit status."""
     args = make_parser().parse(argv)
-    try:
-        with Interrupts():
-            attack_all(args)
-        return 0
-    except InputError as error:
-        line, status = f"membership.py: error: {error}", 2
-    except OSError as error:
-        line, status = f"membership.py: error: {error.filename or 'a file'}: {error.strerror or error}", 2
-    except Interrupted:
-        line, status = "interrupted; the rows printed are saved", 130
-    print(line, file=sys.stderr)
-    return status
+    return exit_status("membership.py", lambda: attack_all(args), "interrupted; the rows printed are saved")
 
 
 def attack_all(args: Namespace) -> None:

@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from attack.access import ADVERSARIES, Target, Victim, open_target
 from attack.attacks import ATTACKS, unfit
+from attack.command import chosen_rounds, exit_status, folder_options, public_options, service_options
 from attack.scene import MAX_CANDIDATES, Scene
 from attack.tables import ATTACK_COLUMNS, Unit, read_attack, summarise
 from attack.verdict import judge
-from engine.signals import Interrupted, Interrupts, steady_output
-from parsing import HUGE, NAME, Option, Parser, shown
+from engine.signals import steady_output
+from parsing import HUGE, Option, Parser, shown
 from runs.configs import read_json
-from utils import ROOT, InputError, keep_freed_memory, remove_leftovers, write_whole
+from utils import InputError, keep_freed_memory, remove_leftovers, write_whole
 
 SCOPE_OPTIONS = ("adversary", "attack", "clients", "rounds")   # choose attacks, and do not change them
 PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
@@ -57,18 +58,9 @@ def make_parser() -> Parser:
             Option("restarts", "how often a search starts anew", int, 3, within=(1, 1000)),
             Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),
             Option("train_epochs", "epochs of training on public images", int, 20, within=(1, HUGE)),
-            Option("draws", "draws of z that an answer of the model is averaged over", int, 32, within=(1, 1000)),
-            Option("scores", "how many of the largest class scores the prediction service tells", int, 3,
-                   within=(1, HUGE)),
-            Option("public", "images that adversaries train on: `unowned`, the images of the run's data set that "
-                   "no client has, or the NAME of another data set with images of the same shape",
-                   default="unowned", pattern=NAME),
-            Option("public_images", "an adversary trains on at most so many of them", int, 10_000,
-                   within=(200, HUGE)),
-            Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1)),
+            *service_options(32), *public_options(10_000),
             Option("overwrite", "delete what earlier attacks on this run found", bool, False),
-            *(Option(name, "as in RVE-PFL.py", Path, ROOT / where) for name, where in (
-                ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")))):
+            *folder_options()):
         parser.add(replace(option, group="attack"))
     return parser
 
@@ -76,18 +68,8 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit status."""
     args = make_parser().parse(argv)
-    try:
-        with Interrupts():
-            attack_all(args)
-        return 0
-    except InputError as error:
-        line, status = f"mi_attack.py: error: {error}", 2
-    except OSError as error:
-        line, status = f"mi_attack.py: error: {error.filename or 'a file'}: {error.strerror or error}", 2
-    except Interrupted:
-        line, status = "interrupted; the same command goes on where it stopped", 130
-    print(line, file=sys.stderr)
-    return status
+    return exit_status("mi_attack.py", lambda: attack_all(args),
+                       "interrupted; the same command goes on where it stopped")
 
 
 def attack_all(args: Namespace) -> None:
@@ -114,19 +96,6 @@ def attack_all(args: Namespace) -> None:
         (r, k) for r in rounds for k in args.clients)])
     print("", scene.about(), *latents, sep="\n")
     print(f"results:     {target.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
-
-
-def chosen_rounds(target: Target, args: Namespace) -> list[int]:
-    """The rounds to attack; InputError if a checkpoint or a client of the command line does not exist."""
-    rounds = args.rounds or target.rounds()[-1:]
-    if not rounds:
-        raise InputError(f"--run {args.run}: {target.models} holds no checkpoint yet")
-    last = target.options["num_users"] - 1
-    if max(args.clients) > last:
-        raise InputError(f"--clients {max(args.clients)}: the run's clients are 0 to {last}")
-    for r in rounds:
-        target.file(r, "shared.pt")
-    return rounds
 
 
 def planned(scene: Scene, args: Namespace, rounds: list[int]) -> list[Unit]:

@@ -1,6 +1,4 @@
 """Membership inference: its measures, its controls in both directions, and its command line."""
-import sys
-import threading
 from argparse import Namespace
 
 import numpy as np
@@ -8,20 +6,11 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
+from test_mi_attack import guard, opened, watching  # noqa: F401 - guard is a fixture
 
 from attack import access, members, membership, roc
 
 KEY = ["adversary", "attack", "round", "client"]
-opened, watching = [], threading.Event()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def guard():
-    """Notes each file opened while ``watching`` is set."""
-    def note(event, arguments):
-        if watching.is_set() and event == "open" and isinstance(arguments[0], str):
-            opened.append(arguments[0])
-    sys.addaudithook(note)
 
 
 class Trained:
