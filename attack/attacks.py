@@ -373,6 +373,8 @@ class Attack:
 WHITE_BOX = ("curious_server", "stolen_model", "curious_client")
 SERVER, STOLEN, SERVICE = ("curious_server",), ("stolen_model",), ("prediction_api",)
 HEAD = (shared_head, other_client, whole_head)
+# In the order in which they run. An adversary's attacks share what the first of them trained, so a new row goes
+# behind those of its adversary: before them it would change what they find.
 ATTACKS = {
     "mi_face": Attack(mi_face, None, WHITE_BOX, "Fredrikson et al. 2015", HEAD),
     "mi_strong": Attack(mi_strong, None, WHITE_BOX, "margin, total variation, restarts", HEAD),
@@ -382,11 +384,11 @@ ATTACKS = {
     "dlg": Attack(dlg, observe_gradients, SERVER, "Zhu et al. 2019, arXiv 1906.08935", HEAD),
     "cosine_tv": Attack(cosine_tv, observe_gradients, SERVER, "Geiping et al. 2020, arXiv 2003.14053", HEAD),
     "analytic": Attack(analytic, observe_gradients, SERVER, "Phong et al. 2018, then a search", HEAD),
-    "gauss_newton": Attack(gauss_newton, observe_gradients, SERVER, "exact where it converges", HEAD),
     "batch": Attack(partial(invert_update, steps=1), partial(observe_update, steps=1), SERVER,
                     "cosine_tv, of the mean gradient of several images", HEAD, unordered=True),
     "epoch": Attack(partial(invert_update, steps=2), partial(observe_update, steps=2), SERVER,
                     "a local epoch simulated, after Geiping et al.", HEAD, unordered=True),
+    "gauss_newton": Attack(gauss_newton, observe_gradients, SERVER, "exact where it converges", HEAD),
     "latent_decoder": Attack(decode_latent, observe_latents, STOLEN, "a decoder trained on public images",
                              (encoder,)),
     "latent_likelihood": Attack(likelihood_of_latent, observe_latents, STOLEN,
