@@ -16,6 +16,7 @@ from methods import METHODS
 from models import FlattenHWC, as_image
 from server.mean import State
 
+PRIOR_STEPS = 600   # of training, at least, before a generator draws what looks like its images
 flatten = FlattenHWC()
 
 
@@ -37,13 +38,13 @@ class PublicImages:
 
     Attributes:
         images, labels: ``N x C x H x W`` in [0, 1], and ``N``.
-        of_classes: labels -> public images of these classes only; None if the public images show other
-            classes than the victim's.
+        of_classes: labels -> public images of these classes only, and their labels; None if the public images
+            show other classes than the victim's.
     """
 
     images: Tensor
     labels: Tensor
-    of_classes: Callable[[Tensor], Tensor] | None = None
+    of_classes: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 class Adversary:
@@ -72,14 +73,18 @@ class Adversary:
         """``Holdings.posterior`` of many images, by the victim's encoder or by the shadow encoder."""
         return posterior_in_parts(self.whole_model, images)
 
+    def public_of(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Public images of these labels' classes if possible, else all: ``M x C x H x W``, and their labels."""
+        choose = self.public.of_classes
+        return (self.public.images, self.public.labels) if choose is None else choose(labels.unique())
+
     def train_decoder(self, learn: Callable[..., learnt.Decode], labels: Tensor) -> learnt.Decode:
         """A decoder from latents to images, trained on public images, of these labels' classes if possible.
 
         Args:
             learn: ``learnt.decoder`` or another function with its arguments.
         """
-        choose = self.public.of_classes
-        images = self.public.images if choose is None else choose(labels.unique())
+        images, _ = self.public_of(labels)
         return learn(*self.posterior(images), images, self.budget.epochs)
 
     @cached_property
@@ -208,6 +213,19 @@ def gauss_newton(adversary: Adversary, observed: list[State], count: int) -> tup
     return adversary.decode_inputs(found[None], labels), labels
 
 
+def aligned(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """``newton.head_input``, then a decoder behind a shadow encoder that is aligned with the latents found."""
+    holdings, budget = adversary.holdings, adversary.budget
+    found = flatten(newton.head_input(held(holdings.next_head), observed, holdings.image_shape,
+                                      hops=max(1, budget.iterations // 40), copies=budget.restarts))
+    labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
+    images, classes = adversary.public_of(labels)
+    shadow = learnt.shadow_encoder(holdings, adversary.start, images, classes, budget.epochs, adversary.kl_weight,
+                                   learnt.moments_apart(found, labels))
+    decode = learnt.latent_decoder(*posterior_in_parts(shadow, images), images, budget.epochs)
+    return decode(found)[None], labels
+
+
 def invert_update(adversary: Adversary, observed: list[State], count: int,
                   steps: int) -> tuple[Tensor, Tensor]:
     """``gradients.invert`` on what ``observe_update`` gives, by simulating the same steps."""
@@ -245,15 +263,20 @@ def search_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, 
 
 
 def prior_of_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The most likely image that a generator of public images can draw: ``log q(z|G(c)) + log N(c; 0, I)``.
+    """The most likely image that a generator can draw: the largest ``log q(z|G(c)) + log N(c; 0, I)``.
 
-    A maximum a posteriori search over codes c of a small variational autoencoder. Published attacks of this kind
-    have larger generators.
+    The generator learns public images of the classes that z shows. The search over its codes c starts at the
+    picture that ``decode_latent`` makes: from a random code it ends far from the image.
     """
-    generator, model = adversary.generator, adversary.whole_model
-    code = torch.randn(adversary.budget.restarts * len(z), generator.size).requires_grad_()
+    (rough,), labels = decode_latent(adversary, z, count)
+    model, (images, _) = adversary.whole_model, adversary.public_of(labels)
+    generator = learnt.generator(images, max(adversary.budget.epochs, -(-PRIOR_STEPS // learnt.steps(images))))
+    code = generator.encode(rough)[:, :generator.size].repeat(adversary.budget.restarts, 1)
+    code[len(z):] += 0.5 * torch.randn_like(code[len(z):])   # the first restart is the decoder's own picture
+    code.requires_grad_()
     goal = z.repeat(adversary.budget.restarts, 1)
-    optimizer = torch.optim.Adam([code], 0.1)
+    optimizer = torch.optim.Adam([code], 0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, adversary.budget.iterations)
 
     def unlikeliness() -> Tensor:
         mu, logvar = model.posterior(generator.decode(code))
@@ -263,10 +286,11 @@ def prior_of_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor
         optimizer.zero_grad()
         unlikeliness().sum().backward()
         optimizer.step()
+        schedule.step()
     with torch.no_grad():
         value = unlikeliness().unflatten(0, (-1, len(z)))
         images = generator.decode(code).unflatten(0, (-1, len(z)))
-    return gradients.best_first(images, value)[0], label_of_latent(adversary, z)
+    return gradients.best_first(images, value)[0], labels
 
 
 def likelihood_of_latent(adversary: Adversary, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -389,6 +413,9 @@ ATTACKS = {
     "epoch": Attack(partial(invert_update, steps=2), partial(observe_update, steps=2), SERVER,
                     "a local epoch simulated, after Geiping et al.", HEAD, unordered=True),
     "gauss_newton": Attack(gauss_newton, observe_gradients, SERVER, "exact where it converges", HEAD),
+    "aligned": Attack(aligned, observe_gradients, SERVER,
+                      "gauss_newton, and a shadow encoder with the moments of its latents, after Xu et al. 2024",
+                      (*HEAD, encoder)),
     "latent_decoder": Attack(decode_latent, observe_latents, STOLEN, "a decoder trained on public images",
                              (encoder,)),
     "latent_likelihood": Attack(likelihood_of_latent, observe_latents, STOLEN,

@@ -9,11 +9,20 @@ from attack.access import Holdings, held
 from models import as_image, kl_to_standard_normal, reparameterise
 
 Loss = Callable[[Tensor], Tensor]     # indices of a batch -> mean loss
+Apart = Callable[[Tensor, Tensor], Tensor]   # latents N x D, labels N -> how far from what they should be
 Decode = Callable[[Tensor], Tensor]   # codes M x D -> images M x C x H x W
 
 
+BATCH = 128
+
+
+def steps(images: Tensor, batch: int = BATCH) -> int:
+    """Steps in an epoch of ``fit`` over ``N x C x H x W``."""
+    return -(-len(images) // batch)
+
+
 def fit(parameters: list[Tensor], loss: Loss, count: int, epochs: int, lr: float = 1e-3,
-        batch: int = 128) -> None:
+        batch: int = BATCH) -> None:
     """Minimise a loss over ``count`` examples by Adam, with a learning rate that falls to 0."""
     optimizer = torch.optim.Adam(parameters, lr)
     steps = epochs * -(-count // batch)
@@ -28,7 +37,7 @@ def fit(parameters: list[Tensor], loss: Loss, count: int, epochs: int, lr: float
 
 
 def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels: Tensor, epochs: int,
-                   kl_weight: float) -> Holdings:
+                   kl_weight: float, apart: Apart | None = None) -> Holdings:
     """Train an encoder on public images in front of the frozen head, as a client trains its own.
 
     Args:
@@ -36,6 +45,7 @@ def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels:
         start: the network with the weights that all clients start from. They are no secret.
         images, labels: public ones, ``N x C x H x W`` and ``N``.
         kl_weight: of the KL term in a client's loss.
+        apart: added to the loss, for an encoder whose latents shall be like given ones (``moments_apart``).
 
     Returns:
         Holdings with the head and the new encoder.
@@ -46,13 +56,49 @@ def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels:
 
     def loss(part: Tensor) -> Tensor:
         found = encoder(images[part])
-        z, kl = (found, 0.0) if not isinstance(found, tuple) else (
+        z, kl = (found, torch.zeros(())) if not isinstance(found, tuple) else (
             reparameterise(*found), kl_to_standard_normal(*found).mean())
-        return F.cross_entropy(head(as_image(z, holdings.image_shape)), labels[part]) + kl_weight * kl
-    fit(list(encoder.parameters()), loss, len(images), epochs)
+        value = F.cross_entropy(head(as_image(z, holdings.image_shape)), labels[part]) + kl_weight * kl
+        return value if apart is None else value + apart(z, labels[part])
+    batch = BATCH if apart is None else 2 * BATCH   # moments need many images of each class
+    fit(list(encoder.parameters()), loss, len(images), epochs, batch=batch)
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
     return Holdings(head, encoder.eval(), True, holdings.image_shape)
+
+
+def moments_apart(seen: Tensor, classes: Tensor) -> Apart:
+    """How far latents are from some of the victim's, by each class's mean, standard deviation and covariance.
+
+    Latents of a class have these in common whichever images they are of, so no image has to be known. It is in
+    the spirit of FORA (Xu et al., CVPR 2024, arXiv 2405.04115), which aligns by a discriminator and kernel means.
+
+    Args:
+        seen, classes: the victim's latents, ``M x D``, and their labels, ``M``. A class with a single latent is
+            left out.
+
+    Returns:
+        Latents ``N x D`` and labels ``N`` -> a number, 0 where the moments are the same; in units of the spread of
+        those seen. A class with fewer than two latents in the batch adds nothing.
+    """
+    unit = seen.std().clamp_min(1e-12)
+
+    def moments(z: Tensor) -> list[Tensor]:
+        centred = (z - z.mean(0)) / unit
+        covariance = centred.T @ centred / (len(z) - 1)
+        # Most entries of the D x D are near 0, so their mean square is small beside the other two.
+        return [z.mean(0) / unit, covariance.diagonal().clamp_min(1e-12).sqrt(), 10 * covariance]
+
+    goals = {c: moments(seen[classes == c]) for c in classes.unique().tolist() if (classes == c).sum() > 1}
+
+    def apart(z: Tensor, labels: Tensor) -> Tensor:
+        value = z.new_zeros(())
+        for c, goal in goals.items():
+            if (labels == c).sum() > 1:
+                value = value + sum((one - other).square().mean()
+                                    for one, other in zip(moments(z[labels == c]), goal, strict=True))
+        return value
+    return apart
 
 
 class Decoder(nn.Module):

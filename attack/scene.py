@@ -87,11 +87,13 @@ class Scene:
         """Image numbers ``N`` -> labels ``N``."""
         return torch.from_numpy(self.target.data.labels[numbers.numpy()])
 
-    def of_classes(self, classes: Tensor) -> Tensor:
-        """Public images of these classes only, or of all classes if there are too few of them."""
+    def of_classes(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Public images of these classes only, and their labels; of all classes if there are too few of them."""
         images, labels = self.public_data
         chosen = torch.isin(labels, classes).nonzero().flatten()[:self.args.public_images]
-        return self.public.images if len(chosen) < MIN_PUBLIC else as_floats(images[chosen.numpy()])
+        if len(chosen) < MIN_PUBLIC:
+            return self.public.images, self.public.labels
+        return as_floats(images[chosen.numpy()]), labels[chosen]
 
     def about(self) -> str:
         """One line about the evaluator and the public images."""

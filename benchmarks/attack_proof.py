@@ -44,7 +44,7 @@ def prove(name: str, head: nn.Module, solve, x: torch.Tensor, y: torch.Tensor, b
     """One line: median PSNR of the first choices, and how many labels were read off right."""
     started = time.perf_counter()
     holdings = Holdings(head.eval(), None, False, SHAPE, next_head=head)
-    adversary = attacks.Adversary(holdings, head, attacks.PublicImages(x, y, lambda _: x), 0.0, budget)
+    adversary = attacks.Adversary(holdings, head, attacks.PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
     seen = [gradients.gradient(head, x[i:i + 1], y[i:i + 1]) for i in range(len(x))]
     found, labels = solve(adversary, seen, len(x))
     psnr = scoring.similarity(found[0], x)["psnr"]

@@ -6,7 +6,10 @@ Whoever holds a latent z needs the encoder to turn it into a picture. The rungs,
 
 - own: the victim's encoder, stolen;
 - private: an encoder trained by the adversary on the client's own images. No adversary has these: an upper bound;
-- public: one trained on other images of the client's classes (--public);
+- aligned many: one trained on other images of the client's classes (--public) until its latents have the moments
+  of the latents of --seen of the client's images, as observed: if the server saw so many;
+- aligned: the same with the moments of no more than the latents that are decoded;
+- public: the same without moments;
 - other: one trained on another data set (--other).
 
 Each decodes z as observed (one draw), and z as recovered from the head's gradient of that image
@@ -15,6 +18,7 @@ results/<run>/ladder.csv.
 """
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +47,17 @@ def public_images(target: Target, name: str, args: argparse.Namespace) -> tuple[
     return as_floats(data.images[chosen]), torch.from_numpy(data.labels[chosen])
 
 
-def shadow(view: Holdings, target: Target, images: tuple[Tensor, Tensor], args: argparse.Namespace) -> Holdings:
-    """An encoder that the adversary trains on images, from the start that all clients had."""
+def shadow(view: Holdings, target: Target, images: tuple[Tensor, Tensor], args: argparse.Namespace,
+           like: tuple[Tensor, Tensor] | None = None) -> Holdings:
+    """An encoder that the adversary trains on images, from the start that all clients had.
+
+    Args:
+        like: latents ``M x ...`` of the victim, and their labels, whose moments it shall have.
+    """
+    apart = learnt.moments_apart(flatten(like[0]), like[1]) if like else None
     seed_torch(target.options["seed"], "init")
     return learnt.shadow_encoder(view, target.network(), *images, args.train_epochs,
-                                 target.options.get("kl_weight") or 0.0)
+                                 target.options.get("kl_weight") or 0.0, apart)
 
 
 def scores(found: Tensor, truth: Tensor, pool: Tensor) -> dict[str, float]:
@@ -57,6 +67,11 @@ def scores(found: Tensor, truth: Tensor, pool: Tensor) -> dict[str, float]:
     rank = scoring.rank_of(found, pool, torch.eye(len(truth), len(pool), dtype=torch.bool))
     return {"psnr": like["psnr"].mean().item(), "ssim": like["ssim"].mean().item(),
             "median_rank": rank.double().median().item(), "identified": (rank == 1).double().mean().item()}
+
+
+def decoder_behind(encoder: Holdings, images: Tensor, args: argparse.Namespace) -> learnt.Decode:
+    """A decoder of the encoder's latents, trained on images."""
+    return learnt.latent_decoder(*posterior_in_parts(encoder, images), images, args.train_epochs)
 
 
 def climb(target: Target, round: int, client: int, args: argparse.Namespace) -> list[dict]:
@@ -84,14 +99,24 @@ def climb(target: Target, round: int, client: int, args: argparse.Namespace) -> 
     other = tuple(part[:args.public_images] for part in public_images(target, args.other, args))
     mine = as_floats(target.data.images[own]), torch.from_numpy(target.data.labels[own])
     chosen = public[0][same], public[1][same]
-    rungs = {"own": (lambda: thief, chosen), "private": (lambda: shadow(server, target, mine, args), chosen),
-             "public": (lambda: shadow(server, target, chosen, args), chosen),
-             "other": (lambda: shadow(server, target, other, args), other)}
-    rows = []
-    for rung, (encoder, images) in rungs.items():
-        mu, logvar = posterior_in_parts(encoder(), images[0])
-        decode = learnt.latent_decoder(mu, logvar, images[0], args.train_epochs)
-        for latent, seen in (("observed", z), ("recovered", recovered)):
+    many = drawn[-args.seen:]   # mostly other images than those attacked
+    many_z = torch.cat([victim.head_input(as_floats(target.data.images[part]))
+                        for part in np.split(many, range(256, len(many), 256))])
+    many_like = many_z, torch.from_numpy(target.data.labels[many])
+
+    def trained(images: tuple[Tensor, Tensor], like: tuple[Tensor, Tensor] | None = None) -> learnt.Decode:
+        return decoder_behind(shadow(server, target, images, args, like), images[0], args)
+    rungs: dict[str, Callable[[], learnt.Decode]] = {
+        "own": lambda: decoder_behind(thief, chosen[0], args),
+        "private": lambda: decoder_behind(shadow(server, target, mine, args), chosen[0], args),
+        "aligned many": lambda: trained(chosen, many_like), "aligned": lambda: trained(chosen, (z, labels)),
+        "public": lambda: trained(chosen), "other": lambda: trained(other)}
+    latents, rows = {"observed": z, "recovered": recovered}, []
+    for rung, make in rungs.items():
+        decode = make()
+        for latent, seen in latents.items():
+            if rung == "aligned":
+                decode = trained(chosen, (seen, labels))
             rows.append({"round": round, "client": client, "rung": rung, "latent": latent, "images": len(truth),
                          "cosine": 1.0 if seen is z else cosine.mean().item(),
                          "cosine_min": 1.0 if seen is z else cosine.min().item(),
@@ -110,6 +135,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, nargs="+", help="the latest if not given")
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--seen", type=int, default=500, help="latents behind the rung `aligned many`")
     parser.add_argument("--hops", type=int, default=7, help="of attack/newton.py")
     parser.add_argument("--train_epochs", type=int, default=8)
     parser.add_argument("--public", default="mnist")

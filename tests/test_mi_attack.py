@@ -67,9 +67,9 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
 def expected(method):
     """What fits, by hand."""
     classes = {"mi_face", "mi_strong", "mi_prior"}
-    steps = {"dlg", "cosine_tv", "analytic", "gauss_newton", "batch", "epoch"}
+    steps = {"dlg", "cosine_tv", "analytic", "gauss_newton", "aligned", "batch", "epoch"}
     latent = {"latent_decoder", "latent_prior", "latent_search", "latent_likelihood"}
-    server = {"rve_pfl": classes | steps, "fedavg": classes | steps, "lg_fedavg": classes | steps,
+    server = {"rve_pfl": classes | steps, "fedavg": classes | steps - {"aligned"}, "lg_fedavg": classes | steps,
               "local": set(), "fedper": set()}[method]
     stolen = classes | {"rve_pfl": {"mi_strong_mu"} | latent, "local": {"mi_strong_mu"} | latent,
                         "lg_fedavg": latent}.get(method, set())
@@ -89,7 +89,7 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, meth
         found = part[part["control"] == ""]
         count = 4 if ATTACKS[how].kind == "class" else 2   # the client's classes, or --images
         count = min(count, found.groupby("restart").size().max())
-        restarts = 1 if how in ("mi_face", "gauss_newton", "latent_decoder", "latent_likelihood",
+        restarts = 1 if how in ("mi_face", "gauss_newton", "aligned", "latent_decoder", "latent_likelihood",
                                 "score_decoder") else 2
         assert len(found) == count * restarts
         assert part["control"].value_counts().drop("").to_dict() == dict.fromkeys(

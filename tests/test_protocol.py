@@ -604,7 +604,7 @@ def test_labels_are_told_from_an_epoch_of_two_steps():
     x, budget = torch.rand(4, 1, 8, 8), Budget(1, 1, 1, 1, 0.01, 4)
     victim = SimpleNamespace(update=lambda x, y, change: change(head, x, y))
     holdings = Holdings(head, None, False, (1, 8, 8), next_head=head)
-    adversary = Adversary(holdings, head, PublicImages(x, y, lambda _: x), 0.0, budget)
+    adversary = Adversary(holdings, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
     for attack in (ATTACKS["epoch"], ATTACKS["batch"]):
         _, labels = attack.solve(adversary, attack.observe(victim, x, y, budget), 4)
         assert labels.tolist() == [0, 1, 1, 1]
