@@ -220,6 +220,9 @@ def in_words(rows: list[dict], unit: Unit) -> str:
         parts.append(text)
         if metric == "nearest_rank":
             parts.append(f"median rank {first[metric].median():.0f}")
+            if attack.kind == "image":
+                parts.append(f"identified {first['identified'].sum():.0f} of {len(first)} (a guess: "
+                             f"{first['guess'].sum():.1f})")
     things = {"class": ("class", "classes"), "image": ("image", "images")}[attack.kind][verdict.count > 1]
     return f"{verdict.word}{f' (only {verdict.count} {things})' * verdict.few}. {', '.join(parts)}"
 

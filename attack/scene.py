@@ -1,7 +1,7 @@
 """Attacks on one run, one at a time: each gives rows of attack.csv and a picture."""
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +31,13 @@ class Truth:
         numbers: their numbers in the data set, ``R x N``.
         rank: the true image's place, from 1, when images are sorted by distance from a reconstruction;
             ``R x N``.
+        guess: the share of these images that count as true: how often a guess has rank 1; ``R x N``.
     """
 
     images: Tensor
     numbers: Tensor
     rank: Tensor
+    guess: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Scene:
         self.evaluator = scoring.evaluator(self.pixels(held_out), self.labels(held_out),
                                            target.data.num_classes)
         self.adversaries: dict[tuple, Adversary] = {}   # the latest, so that it trains once only
+        self.features: dict[int, tuple[Tensor, Tensor]] = {}   # of the client attacked last
 
     def pixels(self, numbers: Tensor) -> Tensor:
         """Image numbers ``N`` -> ``N x C x H x W`` in [0, 1]."""
@@ -175,11 +178,12 @@ class Scene:
 
         def find_truth(images: Tensor) -> Truth:
             rank = torch.stack([scoring.rank_of(one, pool, is_true) for one in images])
-            return Truth(true.expand(len(images), *true.shape), numbers.expand(len(images), -1), rank)
+            return Truth(true.expand(len(images), *true.shape), numbers.expand(len(images), -1), rank,
+                         torch.full_like(rank, 1 / len(pool), dtype=torch.double))
         if attack.chooses:
             likely, guessed = attack.solve(adversary, observed, pool)
             images = pool[likely.nan_to_num(-torch.inf).argmax(1)][None]
-            truth = Truth(true[None], numbers[None], scoring.rank_by(-likely, is_true)[None])
+            truth = replace(find_truth(images), rank=scoring.rank_by(-likely, is_true)[None])
         else:
             images, guessed = attack.solve(adversary, observed, len(numbers))
             images = finite(images)
@@ -212,14 +216,25 @@ class Scene:
         rows, labels, truth = [], outcome.labels, outcome.truth
         for restart, images in enumerate(outcome.images):
             correct = self.evaluator.classes(images) == labels
+            found, true = (self.evaluator.features(part) for part in (images, truth.images[restart]))
             columns = {"label": labels, "image": truth.numbers[restart],
                        **scoring.similarity(images, truth.images[restart]),
                        "label_match": outcome.label_match[restart].int(), "evaluator_correct": correct.int(),
-                       "nearest_rank": truth.rank[restart]}
+                       "nearest_rank": truth.rank[restart],
+                       **scoring.feature_distances(found, true, labels, *self.own_features(unit.client)),
+                       "identified": (truth.rank[restart] == 1).int(), "guess": truth.guess[restart]}
             rows += [{**unit._asdict(), "restart": restart, "control": control,
                       **{name: values[i].item() for name, values in columns.items()}}
                      for i in range(len(images))]
         return rows
+
+    def own_features(self, client: int) -> tuple[Tensor, Tensor]:
+        """The evaluator's features of a client's training images, ``M x D``, and their labels ``M``."""
+        if client not in self.features:
+            own = torch.from_numpy(self.train[client])
+            parts = [self.evaluator.features(self.pixels(part)) for part in own.split(256)]
+            self.features = {client: (torch.cat(parts), self.labels(own))}
+        return self.features[client]
 
     @torch.no_grad()
     def victims_label(self, unit: Unit, images: Tensor) -> Tensor:
@@ -249,8 +264,8 @@ class Scene:
         # The noise control takes the memory layout of these images, so another way to stack changes it.
         return Truth(*(torch.stack(column).transpose(0, 1) for column in zip(*each, strict=True)))
 
-    def _nearest_of_class(self, images: Tensor, label: int, client: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images ``R x C x H x W`` -> the nearest training images of the class, their numbers and ranks."""
+    def _nearest_of_class(self, images: Tensor, label: int, client: int) -> tuple[Tensor, ...]:
+        """Images ``R x C x H x W`` -> ``Truth``'s four, ``R x ...``: the nearest training images of the class."""
         labels = self.target.data.labels
         own = self.train[client][labels[self.train[client]] == label][:MAX_CANDIDATES]
         held_out = np.concatenate(self.test)
@@ -260,7 +275,8 @@ class Scene:
         distance = scoring.distances(images, self.pixels(torch.from_numpy(own)))
         nearest = torch.from_numpy(own)[distance.argmin(1)]
         is_own = (torch.arange(len(pool)) < size).expand(len(images), -1)
-        return self.pixels(nearest), nearest, scoring.rank_of(images, self.pixels(pool), is_own)
+        return (self.pixels(nearest), nearest, scoring.rank_of(images, self.pixels(pool), is_own),
+                is_own.double().mean(1))
 
 
 def same_classes(target: Target, public: str) -> bool:

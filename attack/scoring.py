@@ -55,6 +55,26 @@ def rank_by(distance: Tensor, is_true: Tensor) -> Tensor:
     return torch.where(nearest == torch.inf, distance.shape[1], (distance < nearest[:, None]).sum(1) + 1)
 
 
+def feature_distances(found: Tensor, truth: Tensor, labels: Tensor, own: Tensor,
+                      own_labels: Tensor) -> dict[str, Tensor]:
+    """Euclidean distances of N images from true ones in an evaluator's features.
+
+    Args:
+        found, truth: features of the images and of the true ones, ``N x D``.
+        labels: of the true images, ``N``.
+        own, own_labels: features of the victim's training images, ``M x D``, and their labels, ``M``.
+
+    Returns:
+        ``feature_distance``, from the true image; ``knn_distance``, from the nearest training image of the label
+        (Zhang et al. 2020, arXiv 1911.07135), NaN if there is none. ``N`` each.
+    """
+    other = own_labels[None, :] != labels[:, None]
+    distance = torch.cdist(found, own, compute_mode="donot_use_mm_for_euclid_dist")   # by products, 0 is not found
+    nearest = distance.masked_fill(other, torch.inf).min(1).values
+    return {"feature_distance": (found - truth).norm(dim=1),
+            "knn_distance": nearest.masked_fill(nearest == torch.inf, torch.nan)}
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """A classifier that has nothing to do with the victim, trained on images that no client trained on.
@@ -70,6 +90,11 @@ class Evaluator:
     def classes(self, images: Tensor) -> Tensor:
         """The class that it sees in each image, ``N``."""
         return self.model(images)[0].argmax(1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The inputs of its last layer, ``N x D``. Images of a kind are near each other there."""
+        return torch.cat([self.model.classifier.features(part) for part in images.split(256)])
 
 
 def evaluator(images: Tensor, labels: Tensor, num_classes: int, epochs: int = 12) -> Evaluator:

@@ -19,11 +19,14 @@ class Unit(NamedTuple):
 
 
 METRICS = ["mse", "psnr", "ssim", "label_match", "evaluator_correct", "nearest_rank"]
-ATTACK_COLUMNS = [*Unit._fields, "label", "image", "restart", *METRICS, "control"]
+NEWER_METRICS = ["feature_distance", "knn_distance", "identified", "guess"]   # files of older versions lack them
+OLDER_COLUMNS = [*Unit._fields, "label", "image", "restart", *METRICS, "control"]
+ATTACK_COLUMNS = [*OLDER_COLUMNS, *NEWER_METRICS]
 WHOLE_NUMBERS = ["round", "client", "label", "image", "restart"]   # columns of attack.csv
 SUMMARY_KEY = ["adversary", "attack", "round", "control"]
-SUMMARY_NUMBERS = ["n", *(name + end for name in METRICS for end in ("", "_low", "_high"))]
+SUMMARY_NUMBERS = ["n", *(name + end for name in (*METRICS, *NEWER_METRICS) for end in ("", "_low", "_high"))]
 SUMMARY_COLUMNS = [*SUMMARY_KEY, *SUMMARY_NUMBERS]
+OLDER_SUMMARY = SUMMARY_COLUMNS[:-3 * len(NEWER_METRICS)]
 BLANK_CONTROLS = ("grey", "noise")               # show no class
 BLIND_CONTROLS = (*BLANK_CONTROLS, "class_mean")   # know nothing of the victim's images
 CONTROLS = (*BLIND_CONTROLS, "nearest_public")     # this one knows the true image
@@ -32,17 +35,30 @@ CONTROLS = (*BLIND_CONTROLS, "nearest_public")     # this one knows the true ima
 def read_attack(path: Path) -> pd.DataFrame:
     """An ``attack.csv``: one row for each reconstruction, whose ``control`` is "", and for each control.
 
+    In rows of an older version, ``NEWER_METRICS`` are NaN.
+
     Raises:
         OSError: it cannot be read.
         ValueError, KeyError: it is not what mi_attack.py writes.
     """
     if path.exists() and not path.is_file():   # reading a pipe would wait for ever
         raise ValueError("no plain file")
-    rows = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"control": str})[ATTACK_COLUMNS]
+    rows = with_newer(pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"control": str}),
+                      ATTACK_COLUMNS, OLDER_COLUMNS)
     whole = {rows[name].dtype.kind for name in WHOLE_NUMBERS}
-    if whole != {"i"} or not {rows[name].dtype.kind for name in METRICS} <= {"i", "f"}:
+    if whole != {"i"} or not {rows[name].dtype.kind for name in (*METRICS, *NEWER_METRICS)} <= {"i", "f"}:
         raise ValueError("a column holds something else than numbers")
     return rows.fillna({"control": ""})
+
+
+def with_newer(table: pd.DataFrame, columns: list[str], older: list[str]) -> pd.DataFrame:
+    """A table as it is written today, from one that has today's columns or only an older version's.
+
+    Raises:
+        KeyError: it has neither.
+    """
+    known = columns if set(columns) <= set(table.columns) else older
+    return table[known].reindex(columns=columns)
 
 
 def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
@@ -63,9 +79,9 @@ def summarise(rows: Sequence[dict]) -> pd.DataFrame:
     found = []
     for key, part in table.groupby(SUMMARY_KEY, sort=False):
         row: dict[str, object] = {**dict(zip(SUMMARY_KEY, key, strict=True)), "n": len(part)}
-        for name in METRICS:
+        for name in (*METRICS, *NEWER_METRICS):
             values = part[name].to_numpy(float)
-            low, high = interval(values)
+            low, high = interval(values)   # NaN where rows of an older version are among them
             row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
         found.append(row)
     return pd.DataFrame(found)

@@ -25,7 +25,16 @@ import pandas as pd
 
 from attack.access import ADVERSARIES
 from attack.attacks import ATTACKS
-from attack.tables import BLANK_CONTROLS, CONTROLS, SUMMARY_COLUMNS, SUMMARY_KEY, SUMMARY_NUMBERS, read_attack
+from attack.tables import (
+    BLANK_CONTROLS,
+    CONTROLS,
+    OLDER_SUMMARY,
+    SUMMARY_COLUMNS,
+    SUMMARY_KEY,
+    SUMMARY_NUMBERS,
+    read_attack,
+    with_newer,
+)
 from attack.verdict import WORDS, judge
 from methods import METHODS
 from parsing import shown
@@ -33,6 +42,7 @@ from runs.configs import read_json
 from runs.pictures import matplotlib, plt
 
 NUMBERS = ["round", *SUMMARY_NUMBERS]
+COMPLETE = [name for name in NUMBERS if name in OLDER_SUMMARY]   # without gaps in any version
 KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK_CONTROLS)}   # metric, beside which
 FOUND = ["adversary", "round", "kind", "attack", "n", "score", "low", "high", "control", "control_score",
          "leakage", "psnr", "rank_attack", "rank", "control_rank", "attacks", "budget", "word", "few"]
@@ -69,10 +79,11 @@ def read(folder: Path) -> pd.DataFrame:
     if not path.is_file():   # reading a pipe would wait for ever
         raise ValueError("no plain file")
     table = pd.read_csv(path, keep_default_na=False)
-    if list(table.columns) != SUMMARY_COLUMNS:
+    if list(table.columns) not in (SUMMARY_COLUMNS, OLDER_SUMMARY):
         raise ValueError("its columns are not those of an attack")
+    table = with_newer(table, SUMMARY_COLUMNS, OLDER_SUMMARY)
     table[NUMBERS] = table[NUMBERS].apply(pd.to_numeric)
-    if not len(table) or not np.isfinite(table[NUMBERS]).all(axis=None):
+    if not len(table) or not np.isfinite(table[COMPLETE]).all(axis=None):
         raise ValueError("it has gaps")
     for column, known in (("adversary", ADVERSARIES), ("attack", ATTACKS)):
         if foreign := set(table[column]) - set(known):

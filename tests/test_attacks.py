@@ -11,7 +11,7 @@ from torch import nn
 
 from attack import attacks, classes, gradients, learnt, newton, scoring
 from attack.access import Holdings
-from models import Classifier, Encoder, VariationalEncoder, as_image
+from models import CNN, Classifier, Encoder, VariationalEncoder, as_image
 from utils import seed_torch
 
 SHAPE = (1, 8, 8)
@@ -251,6 +251,24 @@ def test_the_likelihood_of_a_candidate_is_that_of_its_posterior(kind):
         assert torch.equal(labels, head(as_image(z, SHAPE)).argmax(1))
     found, expected = ((value - value[:, :1]).float() for value in (found, expected))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_distances_in_features_by_hand():
+    found, truth = torch.tensor([[0.0, 0.0], [3.0, 0.0]]), torch.tensor([[3.0, 4.0], [3.0, 1.0]])
+    own = torch.tensor([[0.0, 1.0], [0.0, 2.0], [5.0, 0.0]])
+    known = scoring.feature_distances(found, truth, torch.tensor([1, 1]), own, torch.tensor([0, 1, 1]))
+    assert known["feature_distance"].tolist() == [5, 1]
+    assert known["knn_distance"].tolist() == [2, 2]   # the nearest one is of another class
+    alone = scoring.feature_distances(found, truth, torch.tensor([0, 3]), own, torch.tensor([0, 1, 1]))
+    assert alone["knn_distance"].tolist()[0] == 1 and alone["knn_distance"].isnan().tolist() == [False, True]
+
+
+def test_features_are_what_the_evaluators_last_layer_takes():
+    """Without dropout, in parts."""
+    made = scoring.Evaluator(CNN(SHAPE, 4).eval(), 1.0)
+    x = images(300)
+    assert torch.equal(made.model.classifier.output(made.features(x)).argmax(1), made.classes(x))
+    assert torch.equal(made.features(x), made.features(x))
 
 
 def test_likeness_is_what_others_compute():

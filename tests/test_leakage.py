@@ -27,7 +27,7 @@ def report():
     return _load("report", ROOT / "report.py")
 
 
-def lines(attacks):
+def lines(attacks, metrics=(*tables.METRICS, *tables.NEWER_METRICS)):
     """The rows of an attack_summary.csv."""
     rows = []
     for (adversary, attack, round), scores in attacks.items():
@@ -36,7 +36,7 @@ def lines(attacks):
             lucky = 9 if attack == "latent_decoder" else 5
             rank = {"": 7, "grey": 90, "nearest_public": lucky}.get(control, 50)
             figures = {"ssim": ssim, "evaluator_correct": right, "psnr": 20 - round, "nearest_rank": rank}
-            for name in tables.METRICS:
+            for name in metrics:
                 value = figures.get(name, 0.5)
                 row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
             rows.append(row)
@@ -67,6 +67,22 @@ def runs(tmp_path_factory, make_place):
     text = (folder / "torn" / "attack_summary.csv").read_text()
     (folder / "torn" / "attack_summary.csv").write_text(text.replace("mi_face", "mi_<b>"))
     return folder
+
+
+def test_a_summary_of_an_older_version_is_read(tmp_path):
+    """It has fewer metrics, and says the same."""
+    attack = {"restarts": 3, "iterations": 20, "train_epochs": 2, "public": "unowned"}
+    (tmp_path / "attack.json").write_text(json.dumps(attack))
+    found = []
+    for metrics in (tables.METRICS, [*tables.METRICS, *tables.NEWER_METRICS]):
+        table = pd.DataFrame(lines(LAST, metrics))
+        table.to_csv(tmp_path / "attack_summary.csv", index=False)
+        found.append(leakage.read(tmp_path))
+    assert list(pd.DataFrame(lines(LAST, tables.METRICS)).columns) == tables.OLDER_SUMMARY
+    pd.testing.assert_frame_equal(*found)
+    table.drop(columns="ssim_low").to_csv(tmp_path / "attack_summary.csv", index=False)
+    with pytest.raises(ValueError, match="columns"):
+        leakage.read(tmp_path)
 
 
 def test_columns_are_those_that_the_attack_writes():

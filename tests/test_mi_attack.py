@@ -205,6 +205,43 @@ def test_an_attack_of_an_older_version_is_not_gone_on_with(trained, capsys):
     assert "older version" in line and "--overwrite" in line
 
 
+def test_rows_of_an_older_version_are_gone_on_with(trained, capsys):
+    """Its attack.csv lacks the newer columns: its rows stay as they are, and new ones have all."""
+    assert trained.attack("lg_fedavg", "--overwrite", "--attack", "latent_likelihood") == 0
+    path = trained.place.folder / "results" / "lg_fedavg" / "attack.csv"
+    pd.read_csv(path, keep_default_na=False, dtype=str)[tables.OLDER_COLUMNS].to_csv(path, index=False)
+    before = path.read_text().splitlines()
+    assert trained.attack("lg_fedavg", "--attack", "latent_likelihood", "latent_decoder") == 0
+    after = trained.csv("lg_fedavg")
+    assert list(after.columns) == tables.ATTACK_COLUMNS
+    old = after["attack"] == "latent_likelihood"
+    assert (after.loc[old, tables.NEWER_METRICS] == "").all(axis=None)
+    assert (after.loc[~old, tables.NEWER_METRICS] != "").all(axis=None)
+    assert [line.removesuffix(",,,,") for line in path.read_text().splitlines()[1:len(before)]] == before[1:]
+    summary = trained.csv("lg_fedavg", "attack_summary.csv").set_index(["attack", "control"])
+    assert summary.loc[("latent_likelihood", ""), "identified"] == ""
+    assert float(summary.loc[("latent_decoder", ""), "guess"]) > 0
+    text = path.read_text()
+    path.write_text(text.replace(",mse,", ",mess,"))
+    assert "damaged" in trained.refuses(capsys, "lg_fedavg", "--attack", "latent_likelihood")
+
+
+def test_scores_fit_together(trained):
+    """What is found is no nearer to the true image than to the nearest of its class, itself one of these."""
+    assert trained.attack("lg_fedavg", "--overwrite", "--adversary", "stolen_model", "--attack", "latent_decoder",
+                          "latent_likelihood", "mi_face") == 0
+    table = trained.csv("lg_fedavg").astype({"feature_distance": float, "knn_distance": float, "guess": float})
+    assert (table["knn_distance"] <= table["feature_distance"] + 1e-4).all()
+    assert (table["identified"] == (table["nearest_rank"] == 1)).all()
+    chosen = table[(table["attack"] == "latent_likelihood") & (table["control"] == "")]
+    chosen = chosen[chosen["identified"] == 1]
+    assert len(chosen) and chosen["feature_distance"].max() < 1e-3   # the true image itself
+    own = len(np.load(trained.place.folder / "results" / "lg_fedavg" / "partition.npz")["train_0"])
+    of_class = table["attack"] == "mi_face"
+    assert np.allclose(table.loc[~of_class, "guess"], 1 / own, rtol=1e-4)
+    assert (table.loc[of_class, "guess"] == 0.5).all()   # as many of the client's own as held-out ones
+
+
 def test_damaged_and_foreign_files(trained, capsys, tmp_path):
     place = trained.place
     assert "no runs" in trained.refuses(capsys, "rve_pfl", "--results_dir", str(tmp_path))

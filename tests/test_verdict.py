@@ -5,7 +5,7 @@ import pytest
 
 from attack import mi_attack
 from attack.attacks import ATTACKS
-from attack.tables import ATTACK_COLUMNS, CONTROLS, METRICS, Unit, read_attack
+from attack.tables import ATTACK_COLUMNS, CONTROLS, METRICS, NEWER_METRICS, Unit, read_attack
 from attack.verdict import FAILS, GUESS, LEAKS, judge
 
 # By name: of an attack (""), and of each control, SSIM and rank of eight images, or who is recognised.
@@ -18,7 +18,7 @@ def rows(ssim=None, rank=None, right=None, attack="latent_decoder", count=8):
     for control in ("", *CONTROLS):
         table = pd.DataFrame({**Unit("stolen_model", attack, 2, 0)._asdict(), "label": range(count),
                               "image": range(40, 40 + count), "restart": 0, **dict.fromkeys(METRICS, 0.0),
-                              "control": control})
+                              "control": control, **dict.fromkeys(NEWER_METRICS, 0.0)})
         for metric, values in (("ssim", ssim), ("nearest_rank", rank), ("evaluator_correct", right)):
             table[metric] = np.broadcast_to((values or {}).get(control, 0.0), count)
         made.append(table[ATTACK_COLUMNS])
@@ -102,11 +102,12 @@ def test_what_is_written_is_read(tmp_path):
 def test_the_line_that_is_printed():
     table = rows({"": 0.75, "class_mean": 0.51, "nearest_public": 0.82},
                  {"": [1, 1, 1, 1, 2, 2, 2, 30], "class_mean": 114, "grey": 300, "noise": 300,
-                  "nearest_public": 2}, {"": 1})
+                  "nearest_public": 2}, {"": 1}).assign(guess=1 / 500)
+    table.loc[:3, "identified"] = 1
     unit = Unit("stolen_model", "latent_decoder", 2, 0)
     assert mi_attack.in_words(table.to_dict("records"), unit) == (
         "leaks. SSIM 0.75 (class mean 0.51, nearest public 0.82), mean rank 5 (class mean 114, nearest "
-        "public 2), median rank 2, PSNR 0.0 dB, evaluator right 100%")
+        "public 2), median rank 2, identified 4 of 8 (a guess: 0.0), PSNR 0.0 dB, evaluator right 100%")
     table = rows(right={"": [1, 0], "noise": [0, 1]}, attack="mi_face", count=2)
     said = mi_attack.in_words(table.to_dict("records"), unit._replace(attack="mi_face"))
     assert said.startswith("as a guess (only 2 classes). evaluator right 50% (noise 50%), SSIM 0.00, mean")
