@@ -245,7 +245,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
     target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
     sends = METHODS[target.options["method"]].shared_and_private(target.network().state_dict())[0]
     if target.has_encoder or len(sends) < len(target.network().state_dict()):
-        raise InputError(f"--run {args.run}: only a method that sends its whole model, from the image on, is attacked")
+        raise InputError(f"--run {args.run}: only a method that sends its whole model is attacked")
     if target.options["augment"] != "none":
         raise InputError(f"--run {args.run}: its images are changed in training (--augment)")
     if not 0 <= args.client < target.options["num_users"]:
