@@ -1,13 +1,14 @@
 """Images apart: the inputs of a dense layer behind one gradient of several images.
 
 The gradient of a dense layer's weights is ``sum_i d_i f_i^T``, and of its biases ``sum_i d_i``. This is a matrix
-of rank B, where f_i is the layer's input for image i, with a 1 appended. Its row space holds every f_i, and all their
-mixtures. What tells them apart: inputs behind a ReLU are never negative and often exactly 0, and mixtures rarely
-are. So they are corners of a polytope, {v in the row space : v >= 0, last entry 1}; linear programs find corners.
+of rank B, where f_i is the layer's input for image i, with a 1 appended. Its row space holds every f_i, and all
+their mixtures. What tells them apart: inputs behind a ReLU are never negative and often exactly 0, and mixtures
+rarely are. So an f_i is often a corner of {v in the row space : v >= 0, last entry 1}. Linear programs find
+them.
 
 Dropout behind the layer only changes d_i, which is not used. SPEAR (Dimitrov et al. 2024, arXiv 2403.03945) parts
-the images by zeros of d_i instead. That was tried and lost: at the start, images of one class have nearly the same
-d_i, so that differences of them have more zeros than they have themselves.
+the images by zeros of d_i instead. A prototype of that found eight images, but not sixteen: many mixtures had more
+zeros than the images themselves. Why was not examined; images of one class may have nearly the same d_i.
 """
 import time
 

@@ -43,7 +43,8 @@ def test_without_art_its_comparison_says_so_in_one_line(script, monkeypatch, cap
 def test_real_uploads_of_a_tiny_run(script, place, capsys):
     """One image, one step; and a run or a number that it cannot attack, in one line."""
     assert place.main("--method", "fedavg", "--rounds", 1) == 0
-    folders = [word for name in ("results", "models", "data") for word in (f"--{name}_dir", str(place.folder / name))]
+    folders = [word for name in ("results", "models", "data")
+               for word in (f"--{name}_dir", str(place.folder / name))]
     few = ["--images", "1", "--epochs", "1", "--optimizers", "adam", "--iterations", "3", "--simulations", "1"]
     main = script("real_uploads").main
     assert main(["--run", "run", *folders, *few, "--csv", str(place.folder / "out.csv")]) == 0
