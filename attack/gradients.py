@@ -14,6 +14,8 @@ from torch.func import functional_call, grad, vmap
 
 from server.mean import State
 
+BETA1, BETA2 = 0.9, 0.999   # of Adam, PyTorch's own
+
 
 def loss_of(head: nn.Module) -> Callable[[State, Tensor, Tensor], Tensor]:
     """A function ``(parameters, inputs, labels) -> mean cross-entropy``; labels may be probabilities."""
@@ -40,6 +42,33 @@ def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -
         slope = grad(loss_of(head))(now, part, labels)
         now = {name: value - lr * slope[name] for name, value in now.items()}
         total = {name: value + slope[name] for name, value in total.items()}
+    return total
+
+
+def adam_update(head: nn.Module, x: Tensor, y: Tensor, rates: list[float], batch: int, eps: float = 1e-7) -> State:
+    """``sent - upload`` of a client that trains by Adam (Kingma and Ba 2015, arXiv 1412.6980), without dropout.
+
+    It is differentiable in ``x``: the steps are unrolled. Every epoch takes the images in the order given.
+
+    Args:
+        x, y: inputs ``B x C x H x W`` and labels ``B``.
+        rates: the learning rate of each step.
+        batch: images in a step.
+        eps: Adam's, which ``update.py`` sets to 1e-7.
+    """
+    sent = {name: p.detach() for name, p in head.named_parameters()}
+    total = {name: torch.zeros_like(value) for name, value in sent.items()}
+    first, second = dict(total), dict(total)
+    parts = list(zip(x.split(batch), y.split(batch), strict=True))
+    for step, rate in enumerate(rates, 1):
+        now = {name: value - total[name] for name, value in sent.items()}
+        slope = grad(loss_of(head))(now, *parts[(step - 1) % len(parts)])
+        for name, value in slope.items():
+            first[name] = BETA1 * first[name] + (1 - BETA1) * value
+            second[name] = BETA2 * second[name] + (1 - BETA2) * value.square()
+            # The root has no slope at 0, where a dead unit's gradient is.
+            root = ((second[name] / (1 - BETA2 ** step)).clamp_min(1e-30)).sqrt()
+            total[name] = total[name] + rate * first[name] / (1 - BETA1 ** step) / (root + eps)
     return total
 
 

@@ -38,3 +38,19 @@ def test_without_art_its_comparison_says_so_in_one_line(script, monkeypatch, cap
     assert script("art_miface").main(["--run", "any"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "pip install --target" in lines[0]
+
+
+def test_real_uploads_of_a_tiny_run(script, place, capsys):
+    """One image, one step; and a run or a number that it cannot attack, in one line."""
+    assert place.main("--method", "fedavg", "--rounds", 1) == 0
+    folders = [word for name in ("results", "models", "data")
+               for word in (f"--{name}_dir", str(place.folder / name))]
+    few = ["--images", "1", "--epochs", "1", "--optimizers", "adam", "--iterations", "3", "--simulations", "1"]
+    main = script("real_uploads").main
+    assert main(["--run", "run", *folders, *few, "--csv", str(place.folder / "out.csv")]) == 0
+    assert len((place.folder / "out.csv").read_text().splitlines()) == 3
+    capsys.readouterr()
+    for wrong in (["--run", "none"], ["--run", "run", "--images", "100000"], ["--run", "run", "--client", "9"],
+                  ["--run", "run", "--epochs", "0"], ["--run", "run", "--rounds", "7"]):
+        assert main([*folders, *wrong]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1

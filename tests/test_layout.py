@@ -20,7 +20,7 @@ FLOORS = [
     ["runs.configs"],
     ["runs.checkpoint"],
     ["runs.run", "attack.access"],
-    ["RVE-PFL", "attack.gradients", "attack.learnt", "attack.picture", "attack.uploads",
+    ["RVE-PFL", "attack.gradients", "attack.learnt", "attack.picture", "attack.uploads", "attack.split",
      "attack.command"],
     ["attack.classes", "attack.newton", "attack.scoring"],
     ["attack.attacks"],

@@ -1,10 +1,16 @@
-"""Classes read off an upload: by hand, and on a trained run whose partition is known."""
+"""What an upload says: classes, gradients behind Adam's steps, images; where the truth is known."""
+import copy
+
 import numpy as np
 import pytest
 import torch
 
+from attack import gradients, split, uploads
 from attack.uploads import BIAS, WEIGHT, class_scores, owned_classes
+from methods import METHODS
 from runs.checkpoint import load_checked
+from update import Private, Trainer, Training
+from utils import rng, seed_torch
 
 
 def test_scores_by_hand():
@@ -30,3 +36,99 @@ def test_a_trained_runs_uploads_name_their_classes(place, tiny_arrays, method):
             has = np.isin(np.arange(4), labels[parts[f"train_{k}"]])
             scores = class_scores(shared["sent"], upload).numpy()
             assert has.sum() == 2 and scores[has].min() > scores[~has].max()
+
+
+def test_the_simulated_adam_is_the_clients_own(tiny_arrays):
+    """Warm-up, decay, five steps and two batches an epoch: what the Trainer uploads, to rounding."""
+    options = {"lr": 3e-3, "head_lr": 0.5, "lr_decay": 1e-2, "lr_warmup": 0.5}
+    trainer, sent, own, head = client_of(tiny_arrays, epochs=3, batch=3, **options)
+    upload = trainer.train(0, 2, own, sent, Private({}, 7)).upload
+    rates = uploads.rates(options, 3, len(own), 3, 7)
+    x, y = images_of(tiny_arrays, own)
+    orders = rng(1, "order", 0, 2)
+    order = torch.from_numpy(np.concatenate([orders.permutation(len(own)) for _ in range(3)]))
+    # One order an epoch: the unrolled steps take the batches of all three epochs in turn.
+    made = gradients.adam_update(head, x[order], y[order], rates, 3)
+    assert len(rates) == 6 and len(set(rates)) > 3
+    for name, value in made.items():
+        moved = sent[f"classifier.{name}"] - upload[f"classifier.{name}"]
+        torch.testing.assert_close(value, moved, atol=2e-6, rtol=2e-3)
+
+
+@pytest.mark.parametrize("step, steps", [(0, 1), (0, 3), (1, 3), (2, 3)])
+def test_adams_step_gives_the_gradient_back(step, steps):
+    """A gradient in one of the steps, by PyTorch's own optimiser."""
+    start = 0.02 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    gradient = torch.logspace(-9, -3, 1000) * torch.where(torch.arange(1000) % 2 == 0, 1.0, -1.0)
+    value = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.Adam([value], 1e-3, eps=1e-7)
+    rates = [1e-3, 2e-3, 5e-4][:steps]
+    for k, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        value.grad = gradient if k == step else torch.zeros_like(gradient)
+        optimizer.step()
+    found, error = uploads.AdamStep(rates, step).gradient(start, value.detach())
+    sure = error < 0.1
+    relative = (found / gradient - 1).abs()
+    middling = sure & (gradient.abs() > 1e-7)   # smaller ones move a parameter by little more than its rounding
+    assert sure.double().mean() > 0.8 and relative[middling].max() < 0.15 and relative[middling].median() < 0.01
+
+
+def test_a_large_gradient_is_not_claimed_to_be_known():
+    start, value = torch.full((3,), 0.5), torch.full((3,), 0.5) - 1e-3
+    assert (uploads.AdamStep([1e-3]).gradient(start, value)[1] > 0.5).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_images_are_parted_in_a_dense_layers_gradient(count):
+    draw = torch.Generator().manual_seed(count)
+    truth = torch.randn(count, 300, generator=draw).clamp_min(0).double()
+    slopes = torch.randn(count, 40, generator=draw).double()
+    gradient = torch.cat([slopes.T @ truth, slopes.sum(0)[:, None]], 1)
+    error = torch.where(torch.rand(gradient.shape, generator=draw) < 0.02, 1.0, 0.0)
+    found = split.inputs(torch.where(error == 1, 7.0, gradient), error, count, 60)
+    cosine = torch.nn.functional.normalize(truth.float()) @ torch.nn.functional.normalize(found).T
+    assert found.shape == truth.shape and cosine.max(1).values.min() > 0.99
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_one_image_is_recovered_from_a_real_upload(tiny_arrays, optimizer):
+    """With dropout: its features from the upload, and the image from its features."""
+    options = {"lr": 1e-3 if optimizer == "adam" else 0.1, "head_lr": 1.0, "lr_decay": 0.0, "lr_warmup": 0.2}
+    trainer, sent, own, head = client_of(tiny_arrays, epochs=1, batch=32, optimizer=optimizer, **options)
+    upload = trainer.train(0, 1, own[:1], sent, Private({})).upload
+    parts = []
+    for kind in ("weight", "bias"):
+        before, after = (state[f"classifier.features.7.{kind}"] for state in (sent, upload))
+        parts.append(uploads.AdamStep([1e-3]).gradient(before, after) if optimizer == "adam" else
+                     ((before - after).double(), torch.zeros(before.shape)))
+    gradient, error = (torch.cat([parts[0][i], parts[1][i][:, None]], 1) for i in (0, 1))
+    found = split.inputs(gradient, error, 1, 60)
+    x, _ = images_of(tiny_arrays, own[:1])
+    features = head.features[:7](x)
+    assert torch.cosine_similarity(found, features) > 0.995
+    seed_torch(1, "test")
+    start = torch.rand(5, 1, *x.shape[1:])
+    picture, _ = gradients.from_features(head.features[:7], found, start, 400, 0.0, True)
+    assert (picture[0] - x).square().mean() < 0.03 < (0.5 - x).square().mean() / 3
+
+
+def client_of(arrays, epochs, batch, optimizer="adam", **options):
+    """A client of ``fedavg`` with six images, the head as sent, and that head without gradients."""
+    seed_torch(1, "init")
+    method = METHODS["fedavg"]
+    model = method.build((1, 8, 8), 4, {})
+    if epochs > 1:
+        model.classifier.features[9].p = 0.0   # the simulation knows no dropout
+    training = Training(seed=1, epochs=epochs, batch_size=batch, optimizer=optimizer, momentum=0.0, kl_weight=0.0,
+                        kl_warmup=0, eval_samples=1, augment="none", dtype=torch.float32, **options)
+    trainer = Trainer(model, method, torch.from_numpy(arrays["train_images"]),
+                      torch.from_numpy(arrays["train_labels"]).long(), 4, training)
+    sent = trainer.shared_and_private(trainer.state())[0]
+    head = copy.deepcopy(model.classifier).requires_grad_(False).eval()
+    return trainer, sent, np.arange(6), head
+
+
+def images_of(arrays, indices):
+    x = torch.from_numpy(arrays["train_images"][indices]).permute(0, 3, 1, 2).float() / 255
+    return x, torch.from_numpy(arrays["train_labels"][indices]).long()
