@@ -73,7 +73,7 @@ def compare(argv: list[str] | None) -> None:
     run = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
     round, client = (args.rounds or run.rounds()[-1:])[0], args.clients[0]
     view, scene = hold(run, "curious_server", round, client), Scene(run, args)
-    if view.head is None or view.split:
+    if view.head is None or view.has_encoder:
         raise InputError(f"--run {args.run}: its server cannot go from images to classes; give a fedavg run")
     labels = scene.labels(torch.from_numpy(scene.train[client])).unique()
     print(f"{scene.about()}\n"
