@@ -14,6 +14,7 @@ Decode = Callable[[Tensor], Tensor]   # codes M x D -> images M x C x H x W
 
 
 BATCH = 128
+ALIGNED_STEPS = 128   # of training, at least, before an encoder's moments are those of the victim
 
 
 def steps(images: Tensor, batch: int = BATCH) -> int:
@@ -60,7 +61,10 @@ def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels:
             reparameterise(*found), kl_to_standard_normal(*found).mean())
         value = F.cross_entropy(head(as_image(z, holdings.image_shape)), labels[part]) + kl_weight * kl
         return value if apart is None else value + apart(z, labels[part])
-    batch = BATCH if apart is None else 2 * BATCH   # moments need many images of each class
+    batch = BATCH
+    if apart is not None:   # moments need many images of each class, and time
+        batch *= 2
+        epochs = max(epochs, -(-ALIGNED_STEPS // steps(images, batch)))
     fit(list(encoder.parameters()), loss, len(images), epochs, batch=batch)
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
