@@ -33,7 +33,7 @@ from runs.run import Progress, Run, open_run
 from server.malicious import MaliciousClients
 from server.mean import Aggregated, Round, Server, Setting, State
 from server.rules import RULES
-from update import Diverged, Private, Trained, Trainer, Training
+from update import Diverged, Private, Trained, Trainer, training_of
 from utils import (
     InputError,
     choose_device,
@@ -132,12 +132,8 @@ def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) 
     model = method.build(data.image_shape, data.num_classes, vars(args))
     if args.encoders_from:   # spares the backward pass; its learning rate is 0 besides
         model.encoder.requires_grad_(False)
-    training = Training(
-        seed=args.seed, epochs=args.local_ep, batch_size=args.local_bs, optimizer=args.optimizer, lr=args.lr,
-        head_lr=args.head_lr, lr_decay=args.lr_decay, lr_warmup=args.lr_warmup, momentum=args.momentum,
-        kl_weight=args.kl_weight, kl_warmup=args.kl_warmup, eval_samples=args.eval_samples,
-        augment=args.augment, dtype=choose_precision(args.precision, device),
-        freezes_private=bool(args.encoders_from), options=vars(args))
+    training = training_of(vars(args), choose_precision(args.precision, device),
+                           freezes_private=bool(args.encoders_from))
     kind = GraphedTrainer if device.type == "cuda" else Trainer
     return kind(model.to(device).to(memory_format=torch.channels_last), method,
                 torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).to(device),

@@ -1,6 +1,6 @@
 """One client's round: local training and evaluation."""
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +96,14 @@ class Training:
     def beta(self, round: int) -> float:
         """``kl_weight``, or the part of it that its warm-up has reached."""
         return self.kl_weight * min(1.0, (round - 1) / self.kl_warmup if self.kl_warmup else 1.0)
+
+
+def training_of(options: Mapping[str, Any], dtype: torch.dtype, **changes: Any) -> Training:
+    """How clients train by a run's options (options.py), but for ``changes``."""
+    same = ("seed", "optimizer", "lr", "head_lr", "lr_decay", "lr_warmup", "momentum", "kl_weight", "kl_warmup",
+            "eval_samples", "augment")
+    return replace(Training(epochs=options["local_ep"], batch_size=options["local_bs"], dtype=dtype,
+                            options=options, **{name: options[name] for name in same}), **changes)
 
 
 def reflect(index: Tensor, side: int) -> Tensor:

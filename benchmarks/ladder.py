@@ -10,6 +10,8 @@ Whoever holds a latent z needs the encoder to turn it into a picture. The rungs,
   of the latents of --seen of the client's images, as observed: if the server saw so many;
 - aligned: the same with the moments of no more than the latents that are decoded;
 - public: the same without moments;
+- replayed: one trained as the client trains, on as many of these images, through the heads that were sent in all
+  rounds with a checkpoint;
 - other: one trained on another data set (--other).
 
 Each decodes z as observed (one draw), and z as recovered from the head's gradient of that image
@@ -31,7 +33,9 @@ import datasets
 from attack import gradients, learnt, newton, scoring
 from attack.access import Holdings, Target, Victim, held, hold, open_target, posterior_in_parts
 from attack.scene import as_floats
+from methods import METHODS
 from models import FlattenHWC
+from update import Private, Trainer, training_of
 from utils import InputError, keep_freed_memory, rng, seed_torch, write_whole
 
 CANDIDATES = 500   # of the client's images that a true one is ranked among
@@ -67,6 +71,22 @@ def scores(found: Tensor, truth: Tensor, pool: Tensor) -> dict[str, float]:
     rank = scoring.rank_of(found, pool, torch.eye(len(truth), len(pool), dtype=torch.bool))
     return {"psnr": like["psnr"].mean().item(), "ssim": like["ssim"].mean().item(),
             "median_rank": rank.double().median().item(), "identified": (rank == 1).double().mean().item()}
+
+
+def replayed(view: Holdings, target: Target, round: int, images: tuple[Tensor, Tensor], count: int) -> Holdings:
+    """An encoder by the client's own training on ``count`` of the images, from the start that all clients had."""
+    options, method = target.options, METHODS[target.options["method"]]
+    seed_torch(options["seed"], "init")
+    pixels = (255 * images[0]).round().byte().permute(0, 2, 3, 1)
+    trainer = Trainer(target.network(), method, pixels, images[1], target.data.num_classes,
+                      training_of(options, torch.float32))
+    private = Private(trainer.shared_and_private(trainer.state())[1])
+    for number in (r for r in target.rounds() if r <= round):
+        private = trainer.train(0, number, np.arange(min(count, len(pixels))), target.shared(number)["sent"],
+                                private).private
+    trainer.model.load_state_dict(private.parameters, strict=False)
+    encoder = trainer.model.get_submodule("encoder").eval().requires_grad_(False)
+    return Holdings(view.head, encoder, True, view.image_shape)
 
 
 def decoder_behind(encoder: Holdings, images: Tensor, args: argparse.Namespace) -> learnt.Decode:
@@ -110,12 +130,14 @@ def climb(target: Target, round: int, client: int, args: argparse.Namespace) -> 
         "own": lambda: decoder_behind(thief, chosen[0], args),
         "private": lambda: decoder_behind(shadow(server, target, mine, args), chosen[0], args),
         "aligned many": lambda: trained(chosen, many_like), "aligned": lambda: trained(chosen, (z, labels)),
-        "public": lambda: trained(chosen), "other": lambda: trained(other)}
+        "public": lambda: trained(chosen),
+        "replayed": lambda: decoder_behind(replayed(server, target, round, chosen, len(own)), chosen[0], args),
+        "other": lambda: trained(other)}
     latents, rows = {"observed": z, "recovered": recovered}, []
     for rung, make in rungs.items():
         decode = make()
         for latent, seen in latents.items():
-            if rung == "aligned":
+            if rung == "aligned" and seen is recovered:
                 decode = trained(chosen, (seen, labels))
             rows.append({"round": round, "client": client, "rung": rung, "latent": latent, "images": len(truth),
                          "cosine": 1.0 if seen is z else cosine.mean().item(),

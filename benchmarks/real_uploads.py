@@ -31,7 +31,7 @@ from attack.access import Target, open_target
 from attack.scene import as_floats
 from methods import METHODS
 from server.mean import State
-from update import Private, Trainer, Training
+from update import Private, Trainer, training_of
 from utils import InputError, keep_freed_memory, rng, seed_torch
 
 CANDIDATES = 500   # of the client's images that a true one is ranked among
@@ -180,11 +180,8 @@ def client(target: Target, case: Case, args: argparse.Namespace) -> Trainer:
     for part in network.modules():
         if isinstance(part, nn.Dropout) and not case.dropout:
             part.p = 0.0
-    training = Training(
-        seed=options["seed"], epochs=case.epochs, batch_size=args.local_bs, optimizer=case.optimizer,
-        lr=options["lr"], head_lr=options["head_lr"], lr_decay=options["lr_decay"],
-        lr_warmup=options["lr_warmup"], momentum=options["momentum"], kl_weight=0.0, kl_warmup=0, eval_samples=1,
-        augment=options["augment"], dtype=DTYPES[args.precision], options=options)
+    training = training_of(options, DTYPES[args.precision], epochs=case.epochs, batch_size=args.local_bs,
+                           optimizer=case.optimizer)
     return Trainer(network.to(memory_format=torch.channels_last), METHODS[options["method"]],
                    torch.from_numpy(target.data.images), torch.from_numpy(target.data.labels).long(),
                    target.data.num_classes, training)
