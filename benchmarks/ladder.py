@@ -151,7 +151,7 @@ def climb(target: Target, round: int, client: int, args: argparse.Namespace) -> 
     return rows
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, help="a run of a method with an encoder")
     parser.add_argument("--clients", type=int, nargs="+", default=[0])
@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     keep_freed_memory()
     try:
         target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)

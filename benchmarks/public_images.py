@@ -58,7 +58,7 @@ def attacked(args: argparse.Namespace, count: int, there: int) -> pd.DataFrame:
     return found.loc[order].reset_index().assign(run=args.run, public_images=count)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, help="a run of a method with an encoder")
     parser.add_argument("--public", default="mnist")
@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="write the table there, too")
     for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         there = available(args)
         table = pd.concat([attacked(args, count, there) for count in args.counts])

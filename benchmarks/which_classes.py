@@ -46,13 +46,13 @@ def rows_of(name: str, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", nargs="+", required=True)
     parser.add_argument("--csv", type=Path, help="write the table there, too")
     for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         table = pd.DataFrame([row for name in args.runs for row in rows_of(name, args)])
     except InputError as error:

@@ -2,6 +2,8 @@
 import importlib
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -54,3 +56,53 @@ def test_real_uploads_of_a_tiny_run(script, place, capsys):
                   ["--run", "run", "--epochs", "0"], ["--run", "run", "--rounds", "7"]):
         assert main([*folders, *wrong]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def tiny_run(place, tiny_arrays):
+    """A method -> the flags that name a run of it, on the data set `tiny10k`; beside it `tiny`, for the public."""
+    def train(method):
+        other = {name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()}
+        data = place.folder / "data"
+        np.savez(data / "tiny10k.npz", **tiny_arrays)
+        np.savez(data / "tiny.npz", **{name: np.concatenate([other[name]] * 3) for name in other})
+        assert place.main("--method", method, "--dataset", "tiny10k", "--rounds", 2, "--save_rounds", 1) == 0
+        return ["--run", "run", *(word for name in ("results", "models", "data")
+                                  for word in (f"--{name}_dir", str(place.folder / name)))]
+    return train
+
+
+def test_the_ladder_has_all_its_rungs(script, place, tiny_run):
+    flags = tiny_run("rve_pfl")
+    assert script("ladder").main([*flags, "--public", "tiny", "--other", "tiny", "--images", "2", "--hops", "1",
+                                  "--train_epochs", "1", "--seen", "40"]) == 0
+    table = pd.read_csv(place.results / "ladder.csv")
+    assert list(dict.fromkeys(table["rung"])) == [
+        "own", "private", "aligned many", "aligned", "public", "replayed", "other", "class mean"]
+    assert set(table["latent"].dropna()) == {"observed", "recovered"} and np.isfinite(table["ssim"]).all()
+
+
+def test_more_public_images(script, place, tiny_run):
+    flags = tiny_run("lg_fedavg")
+    table = place.folder / "public.csv"
+    assert script("public_images").main([*flags, "--public", "tiny", "--counts", "200", "300", "--images", "2",
+                                         "--iterations", "2", "--steps", "4", "--csv", str(table)]) == 0
+    found = pd.read_csv(table)
+    assert set(found["public_images"]) == {200, 300} and {"latent_decoder", "class_mean"} <= set(found["attack"])
+    assert not list(place.results.glob("attack*"))   # the run's own results are as they were
+
+
+def test_the_published_settings_beside_ours(script, place, tiny_run, capsys):
+    flags = tiny_run("fedavg")
+    main = script("inverting_gradients").main
+    assert main([*flags, "--public", "tiny", "--images", "2", "--iterations", "8"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]] == [
+        "published", "cosine_tv", "analytic", "gauss_newton"]
+
+
+@pytest.mark.parametrize("name, flag", [("ladder", "--run"), ("public_images", "--run"),
+                                        ("which_classes", "--runs"), ("inverting_gradients", "--run")])
+def test_a_run_that_is_not_there_is_one_line(script, name, flag, tmp_path, capsys):
+    assert script(name).main([flag, "none", "--results_dir", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{name}.py: error: ")
