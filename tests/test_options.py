@@ -182,7 +182,7 @@ def test_documented_flags_exist():
     declared = {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
     text = "".join(path.read_text() for path in (
         ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *ROOT.glob("docs/*.md")))
-    scripts = r"benchmarks/(\w+\.py)([^`\n]*)"   # which may have options of their own
+    scripts = r"benchmarks/(\w+\.py)((?:\\\n|[^`\n])*)"   # which may have options of their own
     for script, words in re.findall(scripts, text):
         own = set(re.findall(r'"(--[a-z][a-z_]+)"', (ROOT / "benchmarks" / script).read_text()))
         assert set(re.findall(r"--[a-z][a-z_]+", words)) <= own | declared, (script, words)
