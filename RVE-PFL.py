@@ -13,7 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,7 +82,8 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         data = datasets.load(args.dataset, args.data_dir)
     owned, splits = deal(args, data.labels)
     trainer = make_trainer(args, data, device)
-    head, private = trainer.shared_and_private(trainer.state())
+    warm = replace(trainer, method=trainer.method.in_round(1, vars(args))) if args.warm_rounds else trainer
+    head, private = warm.shared_and_private(trainer.state())
     protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
     config = {
         "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
@@ -102,7 +103,8 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
                     run.private.put(k, encoder)
                 run.private.commit()
             try:
-                federate(Federation(args, trainer, server, malicious, owned, splits, ranks), run, interrupts)
+                who = (warm, trainer), server, malicious
+                federate(Federation(args, *who, owned, splits, ranks), run, interrupts)
                 with interrupts.held():
                     run.finish()
             except (Interrupted, InputError):
@@ -157,28 +159,42 @@ class Federation:
     """Everyone who takes part in a run, as this process knows them.
 
     Args:
+        trainers: of the first ``--warm_rounds``, in which the whole network travels, and of the others.
         owned: what each client owns.
         splits: what each client trains on, and what is held out.
     """
 
     args: Namespace
-    trainer: Trainer
+    trainers: tuple[Trainer, Trainer]
     server: Server
     malicious: MaliciousClients
     owned: list
     splits: list
     ranks: Ranks
 
+    def trainer(self, number: int) -> Trainer:
+        """Who trains in a round."""
+        return self.trainers[number > self.args.warm_rounds]
+
+    def send(self, number: int, run: Run) -> State:
+        """What clients receive in a round. In the first after the warm ones, they keep the rest as their own."""
+        if number != self.args.warm_rounds + 1 or number == 1:
+            return run.progress.head
+        head, kept = self.trainer(number).method.shared_and_private(run.progress.head)
+        run.private.start_from(kept)
+        return head
+
     def sample(self, number: int) -> list[int]:
         """The clients that are asked to train in a round."""
-        return sampling.sample_clients(self.args.num_users, self.args.frac,
-                                       rng(self.args.seed, "sample", round=number), self.trainer.method.poisson)
+        draw = rng(self.args.seed, "sample", round=number)
+        poisson = self.trainer(number).method.poisson
+        return sampling.sample_clients(self.args.num_users, self.args.frac, draw, poisson)
 
     def splits_in(self, number: int) -> list:
         """Each client's (training, held-out) images in a round: the same in all, but for ``--resplit``."""
         if not self.args.resplit:
             return self.splits
-        return sampling.split_all(self.owned, self.trainer.labels.cpu().numpy(), HELD_OUT, self.args.seed,
+        return sampling.split_all(self.owned, self.trainer(number).labels.cpu().numpy(), HELD_OUT, self.args.seed,
                                   "resplit", number)
 
     def evaluates(self, number: int) -> bool:
@@ -200,7 +216,7 @@ class Federation:
             uploads[k] = outcome.upload
             run.private.put(k, outcome.private)
             if self.evaluates(number):
-                held_out = self.trainer.evaluate(k, number, splits[k][1], outcome.upload, outcome.private)
+                held_out = self.trainer(number).evaluate(k, number, splits[k][1], outcome.upload, outcome.private)
                 rows[k] = [row_of(number, k, "trained", "train", outcome.metrics),
                            row_of(number, k, "trained", run.evaluation_split, held_out)]
             run.advance(number, k, len(mine), outcome.metrics["accuracy"])
@@ -212,8 +228,8 @@ class Federation:
     def _train_each(self, number: int, indices: dict[int, np.ndarray], sent: State,
                     run: Run) -> Iterator[tuple[int, Trained | Diverged]]:
         """``update.one_by_one``, stacked where that is faster, malicious clients last and as they behave."""
-        stack = self.args.stack or stack_size(self.trainer.labels.device, self.args.local_bs)
-        for trainer, own in self.malicious.groups(self.trainer, indices):
+        stack = self.args.stack or stack_size(self.trainer(number).labels.device, self.args.local_bs)
+        for trainer, own in self.malicious.groups(self.trainer(number), indices):
             for k, outcome in train_each(trainer, number, own, sent, run.private.get, stack):
                 if isinstance(outcome, Trained):
                     outcome = self.malicious.retrained(trainer, k, number, len(own[k]), outcome)
@@ -229,7 +245,7 @@ class Federation:
         mine = self.ranks.mine(range(self.args.num_users)) if self.evaluates(number) else []
         return list(self.ranks.gather({
             k: row_of(number, k, "deployed", run.evaluation_split,
-                      self.trainer.evaluate(k, number, splits[k][1], head, run.private.get(k)))
+                      self.trainer(number).evaluate(k, number, splits[k][1], head, run.private.get(k)))
             for k in mine}).values())
 
     def record(self, round: Round, aggregated: Aggregated, rows: list[dict], seconds: float, run: Run) -> None:
@@ -238,7 +254,7 @@ class Federation:
         honest = [row for row in rows if row["client"] not in bad] or rows
         means = [{"round": round.number, **mean, "seconds": seconds} for mean in over_clients(honest)]
         server = [{"round": round.number, **row, "malicious": int(row["client"] in bad)}
-                  for row in aggregated.rows] if self.trainer.method.travels is not None else []
+                  for row in aggregated.rows] if self.trainer(round.number).method.travels else []
         progress = Progress(round.number, aggregated.head, round.sent, aggregated.uploads,
                             memory=dict(self.server.memory))
         run.end_round(progress, self.server.facts,
@@ -254,7 +270,7 @@ def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
     """The rounds of RVE-PFL, and of all that it is compared with (Issa et al. 2024)."""
     federation.server.memory.update(run.progress.memory)
     for number in range(run.progress.round + 1, federation.args.rounds + 1):
-        started, sent = time.monotonic(), run.progress.head
+        started, sent = time.monotonic(), federation.send(number, run)
         splits = federation.splits_in(number)
 
         # Each client asked trains, and uploads what travels: with RVE-PFL the head, while its encoder stays.

@@ -6,7 +6,7 @@ to all methods. How the defaults were chosen: docs/options.md.
 """
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ KL_WEIGHT = Option("kl_weight", "weight of the KL term, summed over z [beta]", f
                    within=(0, 1e6), group="privacy")
 KL_WARMUP = Option("kl_warmup", "rounds over which beta rises from 0", int, unread=0, within=(0, HUGE),
                    group="privacy")
+PRIOR = Option("prior", "what KL is taken to: normal is N(0, I), as published; class is a Gaussian for each "
+               "class, learned with the encoder and as private", unread="normal", choices=("normal", "class"),
+               group="privacy")
+WARM_ROUNDS = Option("warm_rounds", "first rounds in which the whole network travels, before the method's own "
+                     "rule", int, unread=0, within=(0, HUGE), group="federated")
 EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; of the whole run with client-level DP, "
                  "whose noise it decides (8 if neither it nor --noise_multiplier is given)", float,
                  within=(TINY, 1e6), group="privacy")
@@ -80,8 +85,8 @@ class Method:
         about: a few words.
         source: where it was published.
         network: what a client trains.
-        travels: the prefix of the parameters that leave a client: ``classifier.`` is the head, and all of the
-            plain CNN; None: nothing leaves.
+        travels: prefixes of the parameters that leave a client: ``classifier.`` is the head, and all of the plain
+            CNN; none where nothing leaves.
         reads: the options that it reads besides those of all methods, with their defaults.
         by_dataset, by_partition: other defaults for a data set or a partition; the partition's win.
         server: its own server, where it has one; ``--aggregation`` must then be ``mean``.
@@ -93,7 +98,7 @@ class Method:
     about: str
     source: str
     network: type[models.Network]
-    travels: str | None
+    travels: tuple[str, ...]
     reads: Values
     by_dataset: Mapping[str, Values] = field(default_factory=dict)
     by_partition: Mapping[str, Values] = field(default_factory=dict)
@@ -112,7 +117,15 @@ class Method:
     @property
     def shares_whole_head(self) -> bool:
         """Whether every parameter of the head travels."""
-        return self.travels is not None and "classifier.".startswith(self.travels)
+        return bool(self.travels) and "classifier.".startswith(self.travels)
+
+    def in_round(self, number: int, options: Mapping[str, Any]) -> "Method":
+        """The row that holds in a round: everything travels in the first ``warm_rounds``.
+
+        Args:
+            options: the run's, by name.
+        """
+        return replace(self, travels=("",)) if number <= (options.get("warm_rounds") or 0) else self
 
     @property
     def protects(self) -> bool:
@@ -121,8 +134,7 @@ class Method:
 
     def shared_and_private(self, state: State) -> tuple[State, State]:
         """A state dict -> what travels, and what stays with the client."""
-        shared = {name: value for name, value in state.items()
-                  if self.travels is not None and name.startswith(self.travels)}
+        shared = {name: value for name, value in state.items() if name.startswith(self.travels)}
         return shared, {name: value for name, value in state.items() if name not in shared}
 
     def count(self, model: nn.Module) -> dict[str, int]:
@@ -138,9 +150,10 @@ class Method:
         """The network at its start; draws from PyTorch's generator.
 
         Args:
-            options: the run's, of which the network takes those that it names.
+            options: the run's, of which the network takes those that it names; an older run lacks newer ones.
         """
-        return self.network(image_shape, num_classes, **{name: options[name] for name in self.network.options})
+        chosen = {name: options[name] for name in self.network.options if name in options}
+        return self.network(image_shape, num_classes, **chosen)
 
 
 def client_dp_budget(args: Namespace) -> str | None:
@@ -162,9 +175,11 @@ def inner_attacker(step: Step) -> Tensor:
 
 TRAINING = {LR: 1e-3, AUGMENT: "none", AGGREGATION: "mean"}
 PRIVATE_ENCODER = {**TRAINING, HEAD_LR: 0.1}
-VARIATIONAL = {**PRIVATE_ENCODER, KL_WEIGHT: 1e-5, KL_WARMUP: 0, INIT_LOGVAR: -2.0, EVAL_SAMPLES: 8}
+VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", KL_WEIGHT: 1e-5, KL_WARMUP: 0, INIT_LOGVAR: -2.0,
+               EVAL_SAMPLES: 8}
 CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER: None}
 
+HEAD = ("classifier.",)   # of the comparison CNN, this is all of it
 ON_CIFAR = {"cifar": {AUGMENT: "flip+shift"}}
 # The CNN fits less than encoder and head together, and clients of all classes pull it less apart.
 CNN_ON_CIFAR = {"cifar": {AUGMENT: "flip", LR: 3e-3}}
@@ -172,35 +187,38 @@ CNN_ON_MIXED = dict.fromkeys(("dirichlet", "iid"), {LR: 3e-3})
 
 METHODS = {
     "rve_pfl": Method(
-        "the paper", "Issa et al. 2024, doi 10.1109/TIFS.2024.3368879", models.RVE, "classifier.",
-        {**VARIATIONAL, AGGREGATION: "threat", ENCODERS_FROM: None}, ON_CIFAR),
+        "the paper", "Issa et al. 2024, doi 10.1109/TIFS.2024.3368879", models.RVE, HEAD,
+        {**VARIATIONAL, AGGREGATION: "threat", ENCODERS_FROM: None, WARM_ROUNDS: 0}, ON_CIFAR),
     "lg_fedavg": Method(
         "its deterministic control", "Liang et al. 2020, arXiv 2001.01523", models.EncoderClassifier,
-        "classifier.", {**PRIVATE_ENCODER, ENCODERS_FROM: None}, ON_CIFAR),
+        HEAD, {**PRIVATE_ENCODER, ENCODERS_FROM: None, WARM_ROUNDS: 0}, ON_CIFAR),
     "local": Method(
-        "RVE-PFL's model, nothing shared: the honest floor", "", models.RVE, None,
+        "RVE-PFL's model, nothing shared: the honest floor", "", models.RVE, (),
         {option: value for option, value in VARIATIONAL.items() if option is not AGGREGATION}, ON_CIFAR),
     "fedavg": Method(
-        "everything shared", "McMahan et al. 2017, arXiv 1602.05629", models.CNN, "classifier.", TRAINING,
+        "everything shared", "McMahan et al. 2017, arXiv 1602.05629", models.CNN, HEAD, TRAINING,
         CNN_ON_CIFAR, CNN_ON_MIXED),
     "fedper": Method(
         "a private last layer", "Arivazhagan et al. 2019, arXiv 1912.00818", models.CNN,
-        "classifier.features.", {**TRAINING, LR: 3e-3}, CNN_ON_CIFAR, CNN_ON_MIXED),
+        ("classifier.features.",), {**TRAINING, LR: 3e-3}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "nbafl": Method(
-        "noise before aggregation", "Wei et al. 2020, arXiv 1911.00222", models.CNN, "classifier.",
+        "noise before aggregation", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
         {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}, CNN_ON_CIFAR, CNN_ON_MIXED,
         server=NbAFL),
     "client_dp": Method(
-        "client-level DP", "McMahan et al. 2018, arXiv 1710.06963", models.CNN, "classifier.", CLIENT_DP,
+        "client-level DP", "McMahan et al. 2018, arXiv 1710.06963", models.CNN, HEAD, CLIENT_DP,
         CNN_ON_CIFAR, CNN_ON_MIXED, server=ClientDP, poisson=True, settle=client_dp_budget),
     "client_dp_adaptive": Method(
         "client-level DP, its clip following the median", "Andrew et al. 2021, arXiv 1905.03871", models.CNN,
-        "classifier.", CLIENT_DP, CNN_ON_CIFAR, CNN_ON_MIXED, server=AdaptiveClientDP, poisson=True,
+        HEAD, CLIENT_DP, CNN_ON_CIFAR, CNN_ON_MIXED, server=AdaptiveClientDP, poisson=True,
         settle=client_dp_budget),
     "dropout": Method(
-        "a dropout before the last layer", "Zheng 2021, arXiv 2108.11106", models.DropoutCNN, "classifier.",
+        "a dropout before the last layer", "Zheng 2021, arXiv 2108.11106", models.DropoutCNN, HEAD,
         TRAINING, CNN_ON_CIFAR, CNN_ON_MIXED),
     "ressfl": Method(
-        "trained against an inner inverter", "after Li et al. 2022, CVPR", models.ResSFL, "classifier.",
+        "trained against an inner inverter", "after Li et al. 2022, CVPR", models.ResSFL, HEAD,
         {**TRAINING, LOSS_WEIGHT: 0.3}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=inner_attacker),
+    "rve_pfl_trunk": Method(
+        "RVE-PFL whose encoders share all but mu and logvar", "", models.RVE, (*HEAD, "encoder.trunk."),
+        {**VARIATIONAL, ENCODERS_FROM: None, WARM_ROUNDS: 0}, ON_CIFAR),
 }

@@ -44,15 +44,20 @@ class Network(nn.Module):
     options: tuple[str, ...] = ()
     classifier: nn.Module
 
-    def forward(self, x: Tensor) -> Output:
-        """``N x C x H x W`` -> what training needs to know of them."""
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
+        """``N x C x H x W`` -> what training needs to know of them.
+
+        Args:
+            y: labels ``N``, for a network whose KL depends on them (``ClassPrior``).
+        """
         raise NotImplementedError
 
-    def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, Tensor | None]:
+    def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``N x C x H x W`` -> class probabilities ``N x num_classes``, and KL in nats ``N``, or None.
 
         Args:
             draws: of z, whose predictions are averaged.
+            y: labels ``N``, which only KL may depend on; without them such a KL is None.
         """
         raise NotImplementedError
 
@@ -163,8 +168,36 @@ def reparameterise(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
-    """``KL(N(mu, sigma^2) || N(0, I))`` in nats, summed over z: ``N x D -> N`` (ibid., appendix B)."""
+    """``KL(N(mu, sigma^2) || N(0, I))`` in nats, summed over z: ``N x D -> N`` (ibid., appendix B).
+
+    Its mean over a client's images bounds what a draw of z tells about the image: ``I(x; z) <= E KL``.
+    """
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+
+
+class ClassPrior(nn.Module):
+    """``p(z|y) = N(m_y, diag(s_y^2))``: a Gaussian for each class, learned with the encoder.
+
+    The means and variances are parameters of the client, and never leave it. A draw of z may then tell the class
+    at no cost: ``I(x; z) = I(y; z) + I(x; z|y) <= H(y) + E KL(q(z|x) || p(z|y))``, since the class is a function
+    of the image. If the priors were shared, the server would see each class's mean latent, which the head's
+    weights tell it nearly as well, and no more of a single image.
+
+    Args:
+        num_classes: how many classes.
+        size: of z. All classes start as N(0, I).
+    """
+
+    def __init__(self, num_classes: int, size: int):
+        super().__init__()
+        self.mu = nn.Parameter(torch.zeros(num_classes, size))
+        self.logvar = nn.Parameter(torch.zeros(num_classes, size))
+
+    def kl(self, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
+        """``KL(N(mu, sigma^2) || N(m_y, s_y^2))`` in nats, summed over z: ``N x D``, labels ``N`` -> ``N``."""
+        prior = self.logvar[y]
+        distance = ((mu - self.mu[y]).square() + logvar.exp()) * torch.exp(-prior)
+        return 0.5 * (distance - 1 - logvar + prior).sum(1)
 
 
 class CNN(Network):
@@ -176,10 +209,10 @@ class CNN(Network):
         super().__init__()
         self.classifier = Classifier(image_shape, num_classes)
 
-    def forward(self, x: Tensor) -> Output:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
         return Output(self.classifier(x))
 
-    def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, None]:
+    def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, None]:
         return self.classifier(x).softmax(1), None
 
 
@@ -211,7 +244,7 @@ class ResSFL(CNN):
             nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, channels, 3, padding=1), nn.Sigmoid())
         initialise(self)
 
-    def forward(self, x: Tensor) -> Output:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
         features = self.classifier.features[:4](x)
         return Output(self.classifier.output(self.classifier.features[4:](features)).float(), None, features)
 
@@ -246,31 +279,46 @@ class EncoderClassifier(Network):
         self.encoder = Encoder(image_shape)
         self.classifier = Classifier(image_shape, num_classes)
 
-    def forward(self, x: Tensor) -> Output:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
         return Output(self.classifier(as_image(self.encoder(x), self.image_shape)))
 
-    def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, None]:
+    def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, None]:
         return self(x).logits.softmax(1), None
 
 
 class RVE(Network):
-    """RVE-PFL's model: private variational encoder and shared head."""
+    """RVE-PFL's model: private variational encoder and shared head.
 
-    has_encoder, variational, options = True, True, ("init_logvar",)
+    Args:
+        image_shape: ``(C, H, W)``.
+        num_classes: how many classes.
+        init_logvar: as in ``VariationalEncoder``.
+        prior: what KL is taken to: ``normal`` is N(0, I), as published; ``class`` a ``ClassPrior``.
+    """
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float):
+    has_encoder, variational, options = True, True, ("init_logvar", "prior")
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float,
+                 prior: str = "normal"):
         super().__init__()
         self.image_shape = image_shape
         self.encoder = VariationalEncoder(image_shape, init_logvar)
         self.classifier = Classifier(image_shape, num_classes)
+        self.prior = ClassPrior(num_classes, self.encoder.mu.out_features) if prior == "class" else None
 
-    def forward(self, x: Tensor) -> Output:
+    def kl(self, mu: Tensor, logvar: Tensor, y: Tensor | None) -> Tensor | None:
+        """Nats from posterior to prior, ``N x D`` and labels ``N`` -> ``N``; None if labels are missing."""
+        if self.prior is None:
+            return kl_to_standard_normal(mu, logvar)
+        return None if y is None else self.prior.kl(mu, logvar, y)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
         """Logits from one draw of z, and KL."""
         mu, logvar = self.encoder(x)
         logits = self.classifier(as_image(reparameterise(mu, logvar), self.image_shape))
-        return Output(logits, kl_to_standard_normal(mu, logvar))
+        return Output(logits, self.kl(mu, logvar, y))
 
-    def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``p(y|x) = E_q[p(y|z)]`` over ``draws`` draws, ``N x num_classes``, and KL in nats, ``N``.
 
         The encoder runs once; only the head, a tenth of the arithmetic, runs for every draw.
@@ -278,4 +326,4 @@ class RVE(Network):
         mu, logvar = self.encoder(x)
         z = reparameterise(mu.expand(draws, *mu.shape), logvar.expand(draws, *mu.shape))  # S x N x D
         probabilities = self.classifier(as_image(z, self.image_shape)).softmax(1)
-        return probabilities.unflatten(0, (draws, -1)).mean(0), kl_to_standard_normal(mu, logvar)
+        return probabilities.unflatten(0, (draws, -1)).mean(0), self.kl(mu, logvar, y)

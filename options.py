@@ -186,7 +186,10 @@ def contradiction(args: argparse.Namespace) -> str | None:
                 "--optimizer sgd")
     if args.save_rounds and max(args.save_rounds) > args.rounds:
         return f"--save_rounds {max(args.save_rounds)}: there are only --rounds {args.rounds}"
-    for first, second in (("resume", "overwrite"), ("resplit", "validate")):
+    if args.warm_rounds is not None and args.warm_rounds >= args.rounds:
+        return (f"--warm_rounds {args.warm_rounds}: none of --rounds {args.rounds} would be left for the method's "
+                "own rule; give fewer")
+    for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("warm_rounds", "encoders_from")):
         if getattr(args, first) and getattr(args, second):
             return f"--{first} and --{second} contradict each other; leave one out"
     return None
@@ -197,12 +200,12 @@ def misfit(args: argparse.Namespace, method: Method) -> str | None:
     if method.server is not None and args.aggregation not in (None, "mean"):
         return (f"--aggregation {args.aggregation}: weights or rules that follow the uploads break the privacy "
                 f"accounting of --method {args.method}; leave it out")
-    if method.travels is None and args.malicious_frac:
+    if not method.travels and args.malicious_frac:
         return (f"--malicious_frac {args.malicious_frac:g}: nothing travels with --method {args.method}; leave it "
                 "out")
     for name, table in (("malicious_behaviour", BEHAVIOURS), ("aggregation", RULES)):
         row = table.get(getattr(args, name))
-        if row is not None and row.whole_head and method.travels is not None and not method.shares_whole_head:
+        if row is not None and row.whole_head and method.travels and not method.shares_whole_head:
             return (f"--{name} {getattr(args, name)}: needs the whole head, of which --method {args.method} keeps "
                     "a part private; choose another")
     return None

@@ -177,15 +177,16 @@ class Trainer:
         self.model.eval()
         tally = Tally()
         for batch in torch.from_numpy(indices).to(self.labels.device).split(512):
+            labels = self.labels[batch]   # for the metrics alone
             with self.autocast():
-                probabilities, kl = self.model.predict(self._pixels(batch), self.training.eval_samples)
-            loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), self.labels[batch], reduction="none")
-            tally.add(loss, kl, probabilities, self.labels[batch])
+                probabilities, kl = self.model.predict(self._pixels(batch), self.training.eval_samples, labels)
+            loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), labels, reduction="none")
+            tally.add(loss, kl, probabilities, labels)
         return tally.result(self.num_classes)
 
     def objective(self, images: Tensor, output: Output, labels: Tensor, round: int,
                   sent: State) -> tuple[Tensor, Tensor]:
-        """``CE(head(z), y) + beta KL(q(z|x) || N(0, I)) + the method's own loss``, and the cross-entropy alone.
+        """``CE(head(z), y) + beta KL(q(z|x) || prior) + the method's own loss``, and the cross-entropy alone.
 
         Args:
             images: ``N x C x H x W``.
@@ -216,9 +217,9 @@ class Trainer:
         """One step on a batch of image numbers -> loss and KL an image, logits."""
         optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            images = self.augmented(batch)
-            output = self.model(images)
-            objective, loss = self.objective(images, output, self.labels[batch], round, sent)
+            images, labels = self.augmented(batch), self.labels[batch]
+            output = self.model(images, labels)
+            objective, loss = self.objective(images, output, labels, round, sent)
         objective.mean().backward()
         optimizer.step()
         return loss, output.kl, output.logits

@@ -123,7 +123,7 @@ class Adversary:
         chosen = torch.randperm(len(images))[:count]
 
         def loss(part: Tensor) -> Tensor:
-            output = network(images[chosen[part]])
+            output = network(images[chosen[part]], labels[chosen[part]])
             kl = 0.0 if output.kl is None else self.kl_weight * output.kl.mean()
             return F.cross_entropy(output.logits, labels[chosen[part]]) + kl
         with fast():

@@ -108,7 +108,7 @@ def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: S
 def _objective(trainer: Trainer, round: int) -> Callable:
     """One client's objective, of its parameters and one batch, for ``vmap`` to spread over the stack."""
     def objective(parameters: State, images: Tensor, labels: Tensor, counted: Tensor):
-        output = functional_call(trainer.model, parameters, (images,))
+        output = functional_call(trainer.model, parameters, (images, labels))
         whole, loss = trainer.objective(images, output, labels, round, {})
         kl = () if output.kl is None else (output.kl,)   # vmap returns tensors only
         return (whole * counted).sum() / counted.sum(), (loss, output.logits, *kl)

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -117,12 +118,17 @@ class PrivateStore:
     It is kept on the GPU that trains, up to half of what is free there; then in memory, up to MEMORY bytes; then
     in files. ``put`` takes effect at ``commit``, so an interrupted round changes no client. A file is never
     written twice, so that a checkpoint can hard-link it instead of copying it.
+
+    Attributes:
+        base: what a client has of parameters that it never trained as its own: what travelled in the warm rounds.
     """
 
     def __init__(self, folder: Path, initial: Private, memory: int = MEMORY):
         self.folder, self.initial = folder, initial
         self.kept: dict[int, Private | Path] = {}
         self.new: dict[int, Private | Path] = {}
+        self.base: State = {}
+        self.new_base: State | None = None
         self.serial = 0
         self.free = {"cpu": memory}   # bytes left, by the kind of device
         if initial.kind == "cuda":
@@ -131,13 +137,20 @@ class PrivateStore:
     def get(self, client: int) -> Private:
         """The client's latest; a client that has never trained has what all started from."""
         entry = self.new.get(client, self.kept.get(client, self.initial))
-        return read_private(entry, self.initial.parameters) if isinstance(entry, Path) else entry
+        base = self.base if self.new_base is None else self.new_base
+        if isinstance(entry, Path):
+            return read_private(entry, base or self.initial.parameters)
+        return entry if entry.parameters or not base else replace(entry, parameters=base)
+
+    def start_from(self, base: State) -> None:
+        """From this round on, clients that have trained nothing of their own yet have this."""
+        self.new_base = base
 
     def put(self, client: int, private: Private) -> None:
         """Remember for this round."""
         entry: Private | Path = private
         size = private.nbytes
-        if private.kind == "cuda" and size <= self.free["cuda"]:
+        if private.kind == "cuda" and size <= self.free.get("cuda", 0):
             self.free["cuda"] -= size
         elif size <= self.free["cpu"]:
             self.free["cpu"] -= size
@@ -157,12 +170,16 @@ class PrivateStore:
             elif old is not None:
                 self.free[old.kind] += old.nbytes
         self.new = {}
+        self.base, self.new_base = self.base if self.new_base is None else self.new_base, None
 
     def export(self, clients: Iterable[int], folder: Path) -> None:
         """Write ``client_<k>.pt`` for each of the clients, as of the last commit."""
         first: dict[int, Path] = {}   # where an entry was written: clients that never trained share one
         for k in clients:
             entry, target = self.kept.get(k, self.initial), folder / f"client_{k}.pt"
+            if isinstance(entry, Private) and self.base and not entry.parameters:
+                write_private(target, replace(entry, parameters=self.base))
+                continue
             if isinstance(entry, Private) and id(entry) not in first:
                 first[id(entry)] = target
                 write_private(target, entry)

@@ -22,7 +22,9 @@ import torch
 from tqdm import tqdm
 
 from engine.ranks import Ranks
+from methods import METHODS
 from metrics import METRICS
+from options import of_rows
 from runs import configs, pictures
 from runs.checkpoint import (
     PrivateStore,
@@ -214,7 +216,7 @@ class Run:
             shared = {"round": now.round, "protocol": self.config["protocol"],
                       "sent": now.sent, "uploads": now.uploads}
             server = {"round": now.round, "head": now.head, "csv_bytes": now.csv_bytes,
-                      "memory": now.memory}
+                      "memory": now.memory, **({"warm": self.private.base} if self.private.base else {})}
             write_whole(partial / "shared.pt", lambda file: torch.save(shared, file))
             write_whole(partial / "server.pt", lambda file: torch.save(server, file))
             partial.rename(target)
@@ -293,6 +295,7 @@ class Run:
                 "finished; use --overwrite to replace it or another --run_name" if finished else
                 "there, unfinished; use --resume to go on, --overwrite to start again"))
         now = json.loads(json.dumps(self.config["options"], default=str))
+        before = {**{option.name: option.unread for option in of_rows(METHODS)}, **before}   # of an older version
         differ = [key for key in now if key not in MAY_DIFFER and now[key] != before.get(key)]
         if differ:
             raise InputError(f"--resume: run {name} was started with --{differ[0]} {before.get(differ[0])}, "
@@ -317,15 +320,17 @@ class Run:
         """Go back to the latest checkpoint, or to the start: load it, and cut the CSVs to its length."""
         found, csv_bytes = self.ranks.share(max(self._checkpoints(), default=0)), {}
         if found:
-            folder, start = self.models / f"round_{found}", self.progress
+            folder = self.models / f"round_{found}"
             server = load_checked(folder / "server.pt")
             if not self._is_ours(server, found):
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
-            head = checked_head(server["head"], start.head, folder / "server.pt")
-            shared = read_shared(folder / "shared.pt", start.head, self.clients)
+            travels, stays = self._layout(found)
+            head = checked_head(server["head"], travels, folder / "server.pt")
+            shared = read_shared(folder / "shared.pt", travels, self.clients)
+            if "warm" in server:
+                self.private.start_from(checked_head(server["warm"], stays, folder / "server.pt"))
             for k in self.ranks.mine(range(self.clients)):
-                self.private.put(k, read_private(folder / f"client_{k}.pt", self.private.initial.parameters,
-                                                 start.head))
+                self.private.put(k, read_private(folder / f"client_{k}.pt", stays, travels))
             self.private.commit()
             csv_bytes = server["csv_bytes"]
             self.progress = Progress(found, head, shared["sent"], shared["uploads"],
@@ -335,11 +340,18 @@ class Run:
             for name, columns in csv_columns().items():
                 cut_csv(self.results / name, columns, csv_bytes.get(name))
 
+    def _layout(self, round: int) -> tuple[State, State]:
+        """State dicts like what travels in a round, and like what stays with a client after it."""
+        options = self.config["options"]
+        row = METHODS[options["method"]].in_round(round, options)
+        return row.shared_and_private({**self.progress.head, **self.private.initial.parameters})
+
     def _is_ours(self, server: dict, round: int) -> bool:
         """Whether a ``server.pt`` is what this run would have written after that round."""
-        return (server.keys() == {"round", "head", "csv_bytes", "memory"}
+        warm = {"warm"} if 0 < (self.config["options"].get("warm_rounds") or 0) < round else set()
+        return (server.keys() == {"round", "head", "csv_bytes", "memory"} | warm
                 and is_whole(server["round"]) and server["round"] == round
-                and same_layout(server["head"], self.progress.head)
+                and same_layout(server["head"], self._layout(round)[0])
                 and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == csv_columns().keys()
                 and all(map(is_whole, server["csv_bytes"].values()))
                 and same_memory(server["memory"], self.progress.memory))

@@ -109,7 +109,7 @@ def invented_inputs(trainer: Trainer, client: int, number: int, images: int, hea
     network = trainer.model.classifier.eval()
     assert isinstance(network, Classifier)
     state = {name.removeprefix("classifier."): value.to(device, copy=True).requires_grad_()
-             for name, value in head.items()}
+             for name, value in head.items() if name.startswith("classifier.")}
     count = min(images, trainer.training.batch_size)
     labels = (torch.arange(count) % trainer.num_classes).to(device)
     x = torch.randn(count, *network.input_shape, generator=drawn).to(device).requires_grad_()
@@ -121,7 +121,7 @@ def invented_inputs(trainer: Trainer, client: int, number: int, images: int, hea
             optimizer.zero_grad()
             F.cross_entropy(functional_call(network, state, (x,)), wanted).backward()
             optimizer.step()
-    return {f"classifier.{name}": value.detach().cpu() for name, value in state.items()}
+    return {**head, **{f"classifier.{name}": value.detach().cpu() for name, value in state.items()}}
 
 
 def flipped(labels: Tensor, num_classes: int) -> Tensor:

@@ -140,7 +140,8 @@ class ThreatAware(Server):
 
     def ask(self, head: State, x: Tensor) -> Tensor:
         """A head's logits."""
-        layers = {name.removeprefix("classifier."): value for name, value in head.items()}
+        layers = {name.removeprefix("classifier."): value for name, value in head.items()
+                  if name.startswith("classifier.")}   # parts of an encoder may travel, too
         return functional_call(self.network, layers, (x,))
 
 
