@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
+APART = 0.5    # standard deviation of the class priors' means at the start
 
 
 class Output(NamedTuple):
@@ -190,7 +191,7 @@ class ClassPrior(nn.Module):
 
     def __init__(self, num_classes: int, size: int):
         super().__init__()
-        self.mu = nn.Parameter(torch.zeros(num_classes, size))
+        self.mu = nn.Parameter(APART * torch.randn(num_classes, size))
         self.logvar = nn.Parameter(torch.zeros(num_classes, size))
 
     def kl(self, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:

@@ -17,22 +17,23 @@ step with the encoder just stored and with the head just aggregated, which the s
 knows this head, so it matches the gradient on exactly these weights.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import datasets
-from methods import METHODS
-from models import as_image, kl_to_standard_normal, reparameterise
+from methods import METHODS, Method
+from models import RVE, Network, as_image, reparameterise
 from runs import configs
 from runs.checkpoint import checked_head, load_checked, read_private, read_shared
 from server.mean import State
 from update import Private
-from utils import InputError
+from utils import InputError, seed_torch
 
 Query = Callable[[Tensor], Tensor]   # images N x C x H x W -> probabilities N x num_classes
 Part = TypeVar("Part")
@@ -58,7 +59,7 @@ class Target:
         """Whether an encoder stands before the head, so that the head's input is a latent z."""
         return hasattr(self.network(), "encoder")
 
-    def network(self) -> nn.Module:
+    def network(self) -> Network:
         """The method's network with fresh weights.
 
         They are drawn from PyTorch's generator, so another number of calls changes every later draw.
@@ -82,8 +83,28 @@ class Target:
 
     def shared(self, round: int) -> dict:
         """``shared.pt``: ``sent``, the head that clients started from, and ``uploads``, theirs by client."""
-        travels = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())[0]
+        travels = self.row(round).shared_and_private(self.network().state_dict())[0]
         return read_shared(self.file(round, "shared.pt"), travels, self.options["num_users"])
+
+    def row(self, round: int) -> Method:
+        """The row of METHODS that held in a round."""
+        return METHODS[self.options["method"]].in_round(round, self.options)
+
+    def start(self, round: int) -> Network:
+        """The network that every client's own part began with: the seeded start, or what the warm rounds left.
+
+        It is no secret of any client: all of it was sent to all of them.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        seed_torch(self.options["seed"], "init")
+        network = self.network()
+        if 0 < (self.options.get("warm_rounds") or 0) < round:
+            path = self.file(round, "server.pt")
+            stays = self.row(round).shared_and_private(network.state_dict())[1]
+            network.load_state_dict(checked_head(load_checked(path).get("warm"), stays, path), strict=False)
+        return network
 
     def sent_next(self, round: int) -> State:
         """The head in ``server.pt``: aggregated at the end of the round, and sent at the start of the next.
@@ -92,12 +113,12 @@ class Target:
             InputError: the file is damaged, or of another method.
         """
         path = self.file(round, "server.pt")
-        travels = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())[0]
+        travels = self.row(round).shared_and_private(self.network().state_dict())[0]
         return checked_head(load_checked(path).get("head"), travels, path)
 
     def private(self, round: int, client: int) -> Private:
         """``client_<k>.pt``: what never left the client."""
-        travels, stays = METHODS[self.options["method"]].shared_and_private(self.network().state_dict())
+        travels, stays = self.row(round).shared_and_private(self.network().state_dict())
         return read_private(self.file(round, f"client_{client}.pt"), stays, travels)
 
     def own_head(self, round: int, client: int, private: Private) -> State:
@@ -160,7 +181,9 @@ class Holdings:
         encoder: image -> z, or -> mean and log variance of z. It is the victim's, or a curious client's own.
         has_encoder: whether the head's input is z. True also for an adversary that has no encoder itself.
         next_head: the head that the curious server sends next, on which it observes a gradient.
+        next_trunk: the encoder's trunk that it sends next, where that travels.
         query: the prediction service.
+        known: the parts of the victim's encoder that travelled, by name, where not all of it is held.
     """
 
     head: nn.Module | None
@@ -169,10 +192,12 @@ class Holdings:
     image_shape: tuple[int, int, int]
     next_head: nn.Module | None = None
     query: Query | None = None
+    known: State = field(default_factory=dict)
+    next_trunk: nn.Module | None = None
 
     def __post_init__(self) -> None:
         """Channels last makes max pooling of a large batch about fifteen times as fast."""
-        for part in filter(None, (self.head, self.encoder, self.next_head)):
+        for part in filter(None, (self.head, self.encoder, self.next_head, self.next_trunk)):
             part.to(memory_format=torch.channels_last)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -238,15 +263,19 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
     whole = all(name in parameters for name in network.state_dict() if name.startswith("classifier."))
     network.load_state_dict(parameters, strict=False)
     network.requires_grad_(False)
-    next_head = None
+    next_head = next_trunk = None
     if adversary == "curious_server" and whole:
-        following = target.network().requires_grad_(False)
-        following.load_state_dict(target.sent_next(round), strict=False)
+        following, sent_next = target.network().requires_grad_(False), target.sent_next(round)
+        following.load_state_dict(sent_next, strict=False)
         next_head = following.get_submodule("classifier")
-    has_encoder = target.has_encoder
-    encoder = network.get_submodule("encoder") if has_encoder and adversary != "curious_server" else None
-    return Holdings(network.get_submodule("classifier") if whole else None, encoder, has_encoder,
-                    target.data.image_shape, next_head)
+        if "encoder.trunk.0.weight" in sent_next:
+            next_trunk = following.get_submodule("encoder.trunk")
+    parts = {name.removeprefix("encoder.") for name in network.state_dict() if name.startswith("encoder.")}
+    known = {name: parameters[f"encoder.{name}"] for name in parts if f"encoder.{name}" in parameters}
+    encoder = network.get_submodule("encoder") if known and known.keys() == parts else None
+    return Holdings(network.get_submodule("classifier") if whole else None, encoder, target.has_encoder,
+                    target.data.image_shape, next_head, known={} if encoder is not None else known,
+                    next_trunk=next_trunk)
 
 
 def posterior_in_parts(holdings: Holdings, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -265,9 +294,13 @@ class Victim:
         private = target.private(round, client)
         self.private, self.own = private.parameters, target.own_head(round, client, private)
 
-    def _holdings(self, shared: State) -> Holdings:
+    def _network(self, shared: State) -> Network:
         network = self.target.network()
         network.load_state_dict({**shared, **self.private})
+        return network
+
+    def _holdings(self, shared: State) -> Holdings:
+        network = self._network(shared)
         return Holdings(network.get_submodule("classifier"), getattr(network, "encoder", None),
                         self.target.has_encoder, self.target.data.image_shape)
 
@@ -278,13 +311,17 @@ class Victim:
         return as_image(holdings.sample(x), holdings.image_shape) if self.target.has_encoder else x
 
     @torch.no_grad()
-    def noise(self, x: Tensor) -> dict[str, float] | None:
+    def noise(self, x: Tensor, y: Tensor) -> dict[str, float] | None:
         """How much of images ``N x C x H x W`` the noise on z leaves; None for a method without noise.
 
+        Args:
+            y: their labels, ``N``.
+
         Returns:
-            Means over the images: ``kl_nats``, an upper bound on what one draw of z tells about an image, in
-            nats; ``sigma``, the noise's standard deviation; ``snr_db``, in dB, the variance of mu over images
-            divided by that of the noise.
+            Means over the images: ``kl_nats``, to the prior; ``sigma``, the noise's standard deviation;
+            ``snr_db``, in dB, the variance of mu over images divided by that of the noise; ``bound_nats``, an
+            upper bound on what one draw of z tells about an image: the KL, and with a prior for each class also
+            the entropy of the labels (``models.ClassPrior``).
         """
         if not self.target.has_encoder:
             return None
@@ -292,9 +329,14 @@ class Victim:
         mu, logvar = posterior_in_parts(holdings, x)
         if logvar is None:
             return None
-        return {"kl_nats": kl_to_standard_normal(mu, logvar).mean().item(),
+        network = self._network(self.own)
+        assert isinstance(network, RVE)
+        shares = y.bincount() / len(y)
+        kl = found.mean().item() if (found := network.kl(mu, logvar, y)) is not None else float("nan")
+        return {"kl_nats": kl,
                 "sigma": (0.5 * logvar).exp().mean().item(),
-                "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item()}
+                "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item(),
+                "bound_nats": kl + (0.0 if network.prior is None else torch.special.entr(shares).sum().item())}
 
     def update(self, x: Tensor, y: Tensor, change: Callable[[nn.Module, Tensor, Tensor], State]) -> State:
         """What the server observes of the client's next step, or epoch, on images ``x`` with labels ``y``.
@@ -304,7 +346,24 @@ class Victim:
         Args:
             change: head, its input, labels -> a gradient or an update, by parameter name.
         """
-        return change(held(self._holdings(self.sent_next).head), self.head_input(x), y)
+        holdings = self._holdings(self.sent_next)
+        with torch.no_grad():
+            z = as_image(holdings.sample(x), holdings.image_shape) if self.target.has_encoder else x
+        return change(held(holdings.head), z, y)
+
+    def trunk_gradient(self, x: Tensor, y: Tensor) -> State:
+        """The gradient that the server observes of an encoder's trunk, where that travels: by parameter name.
+
+        It is of the client's next step on images ``x`` with labels ``y``, without dropout, as in ``update``.
+        """
+        network = self._network(self.sent_next)
+        trunk = network.get_submodule("encoder.trunk")
+        output = network(x, y)
+        value = F.cross_entropy(output.logits, y)
+        if output.kl is not None:
+            value = value + (self.target.options.get("kl_weight") or 0.0) * output.kl.mean()
+        names, parameters = zip(*trunk.named_parameters(prefix="trunk"), strict=True)
+        return dict(zip(names, torch.autograd.grad(value, parameters), strict=True))
 
     @torch.no_grad()
     def answers(self, x: Tensor, draws: int, keep: int) -> Tensor:

@@ -204,6 +204,24 @@ def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[T
     return adversary.decode_inputs(found, labels), labels
 
 
+def observe_trunk(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
+    """The gradient of each image alone, of an encoder's trunk and of the head."""
+    heads = observe_gradients(victim, x, y, budget)
+    return [{**head, **victim.trunk_gradient(x[i:i + 1], y[i:i + 1])} for i, head in enumerate(heads)]
+
+
+def trunk_analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """``analytic``, through an encoder's trunk that travels: its input is the image itself."""
+    trunk = held(adversary.holdings.next_trunk)
+    layers = list(trunk.children())
+    dense = next(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
+    recovered = torch.stack([gradients.dense_input(one, f"trunk.{dense}") for one in observed])
+    found, _ = gradients.from_features(nn.Sequential(*layers[:dense]), recovered,
+                                       adversary.random_images(len(observed)), adversary.budget.iterations, 1e-4,
+                                       True, lr=0.1)
+    return found, torch.cat([gradients.labels_of(one, 1) for one in observed])
+
+
 def gauss_newton(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """The head's input by ``newton.head_input``, exact where it converges."""
     holdings, budget = adversary.holdings, adversary.budget
@@ -352,6 +370,11 @@ def encoder(target: Target, adversary: str) -> str | None:
     return None if target.has_encoder else "this method has no latents"
 
 
+def shared_trunk(target: Target, adversary: str) -> str | None:
+    """The encoder's trunk travels."""
+    return None if "encoder.trunk.0.weight" in travels(target) else "no trunk of an encoder travels"
+
+
 def noise(target: Target, adversary: str) -> str | None:
     """The latents have noise."""
     return None if METHODS[target.options["method"]].network.variational else "this method's encoder has no noise"
@@ -416,6 +439,8 @@ ATTACKS = {
     "aligned": Attack(aligned, observe_gradients, SERVER,
                       "gauss_newton, and a shadow encoder with the moments of its latents, after Xu et al. 2024",
                       (*HEAD, encoder)),
+    "trunk_analytic": Attack(trunk_analytic, observe_trunk, SERVER, "analytic, through a trunk that is shared",
+                             (shared_head, shared_trunk)),
     "latent_decoder": Attack(decode_latent, observe_latents, STOLEN, "a decoder trained on public images",
                              (encoder,)),
     "latent_likelihood": Attack(likelihood_of_latent, observe_latents, STOLEN,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attack.access import Holdings, held
-from models import as_image, kl_to_standard_normal, reparameterise
+from models import RVE, as_image, kl_to_standard_normal, reparameterise
 
 Loss = Callable[[Tensor], Tensor]     # indices of a batch -> mean loss
 Apart = Callable[[Tensor, Tensor], Tensor]   # latents N x D, labels N -> how far from what they should be
@@ -42,7 +42,7 @@ def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels:
     """Train an encoder on public images in front of the frozen head, as a client trains its own.
 
     Args:
-        holdings: gives the head.
+        holdings: gives the head, and the parts of the victim's encoder that travelled, which are kept as they are.
         start: the network with the weights that all clients start from. They are no secret.
         images, labels: public ones, ``N x C x H x W`` and ``N``.
         kl_weight: of the KL term in a client's loss.
@@ -52,23 +52,34 @@ def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels:
         Holdings with the head and the new encoder.
     """
     encoder, head = start.get_submodule("encoder").train(), held(holdings.head)
-    for parameter in encoder.parameters():
+    encoder.load_state_dict(holdings.known, strict=False)
+    own: list[Tensor] = [parameter for name, parameter in start.named_parameters()
+           if not name.startswith("classifier.") and name.removeprefix("encoder.") not in holdings.known]
+    for parameter in own:
         parameter.requires_grad_(True)
 
     def loss(part: Tensor) -> Tensor:
         found = encoder(images[part])
-        z, kl = (found, torch.zeros(())) if not isinstance(found, tuple) else (
-            reparameterise(*found), kl_to_standard_normal(*found).mean())
+        z, kl = found, torch.zeros(())
+        if isinstance(found, tuple):
+            mu, logvar = found
+            z, kl = reparameterise(mu, logvar), kl_of(start, mu, logvar, labels[part]).mean()
         value = F.cross_entropy(head(as_image(z, holdings.image_shape)), labels[part]) + kl_weight * kl
         return value if apart is None else value + apart(z, labels[part])
     batch = BATCH
     if apart is not None:   # moments need many images of each class, and time
         batch *= 2
         epochs = max(epochs, -(-ALIGNED_STEPS // steps(images, batch)))
-    fit(list(encoder.parameters()), loss, len(images), epochs, batch=batch)
-    for parameter in encoder.parameters():
+    fit(own, loss, len(images), epochs, batch=batch)
+    for parameter in own:
         parameter.requires_grad_(False)
     return Holdings(head, encoder.eval(), True, holdings.image_shape)
+
+
+def kl_of(network: nn.Module, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
+    """KL of posteriors ``N x D`` to the network's prior, ``N``; to N(0, I) if it has none of its own."""
+    found = network.kl(mu, logvar, y) if isinstance(network, RVE) else None
+    return kl_to_standard_normal(mu, logvar) if found is None else found
 
 
 def moments_apart(seen: Tensor, classes: Tensor) -> Apart:

@@ -95,10 +95,7 @@ class Adversary:
 
     def start(self) -> Network:
         """The network with the weights that all clients start from."""
-        seed_torch(self.target.options["seed"], "init")
-        network = self.target.network()
-        assert isinstance(network, Network)
-        return network
+        return self.target.start(self.round)
 
     @property
     def kl_weight(self) -> float:

@@ -187,12 +187,15 @@ def write_latents(target: Target, found: list[dict | None]) -> list[str]:
     table = pd.DataFrame(rows)
     if path.exists():
         try:
-            table = pd.concat([pd.read_csv(path)[list(table)].apply(pd.to_numeric), table])
+            older = pd.read_csv(path)
+            if "bound_nats" not in older:   # of a version in which KL was to N(0, I) alone
+                older["bound_nats"] = older["kl_nats"]
+            table = pd.concat([older[list(table)].apply(pd.to_numeric), table])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged; remove it, or use --overwrite") from error
     table = table.drop_duplicates(["round", "client"], keep="last").sort_values(["round", "client"])
     write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.5g"))
-    return [f"round {row['round']} client {row['client']}: z tells at most {row['kl_nats']:.0f} nats "
+    return [f"round {row['round']} client {row['client']}: z tells at most {row['bound_nats']:.0f} nats "
             f"about an image (sigma {row['sigma']:.3f}, SNR {row['snr_db']:.1f} dB). For Gaussian images, no "
             f"attack on z could have a mean squared error below {row['mse_bound']:.2g}" for row in rows]
 

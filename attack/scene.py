@@ -106,11 +106,13 @@ class Scene:
     def latents(self, round: int, client: int) -> dict | None:
         """The client's row of attack_latents.csv; None for a method without noise."""
         images = self.pixels(torch.from_numpy(self.train[client]))
-        noise = Victim(self.target, round, client).noise(images)
+        labels = self.labels(torch.from_numpy(self.train[client]))
+        noise = Victim(self.target, round, client).noise(images, labels)
         if noise is None:
             return None
-        return {"round": round, "client": client, **noise,
-                "mse_bound": scoring.distortion_bound(images, noise["kl_nats"])}
+        bound = noise.pop("bound_nats")
+        return {"round": round, "client": client, **noise, "mse_bound": scoring.distortion_bound(images, bound),
+                "bound_nats": bound}
 
     def adversary(self, name: str, round: int, client: int) -> Adversary:
         """An adversary of one client in one round. A curious client is the one that follows the victim."""
@@ -123,8 +125,7 @@ class Scene:
                 holdings = Holdings(None, None, target.has_encoder, target.data.image_shape, query=answers)
             else:
                 holdings = hold(target, name, round, client, own=(client + 1) % options["num_users"])
-            seed_torch(options["seed"], "init")
-            start = target.network()
+            start = target.start(round)
             self.adversaries = {key: Adversary(holdings, start, self.public, options.get("kl_weight") or 0.0,
                                                self.budget)}
         return self.adversaries[key]

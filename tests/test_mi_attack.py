@@ -285,6 +285,10 @@ def test_what_z_can_tell_stands_beside_the_attacks(trained, capsys):
     assert "round 2 client 0: z tells at most" in said
     word = "(leaks|as a guess|fails) [(]only 2 images[)][.] SSIM"
     assert re.search(f"^stolen_model latent_decoder round 2 client 0: {word}.* s[)]$", said, re.MULTILINE)
+    table.drop(columns="bound_nats").to_csv(path, index=False)   # of an older version
+    assert trained.attack("rve_pfl", *quick, "--rounds", 2) == 0
+    table = trained.csv("rve_pfl", "attack_latents.csv")
+    assert len(table) == 2 and (table["bound_nats"] == table["kl_nats"]).all()   # to N(0, I)
     path.write_text("round\n1\n")
     assert "attack_latents.csv is damaged" in trained.refuses(capsys, "rve_pfl", *quick, "--rounds", 2)
     assert trained.attack("rve_pfl", *quick, "--overwrite", "--rounds", 2) == 0

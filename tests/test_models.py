@@ -8,6 +8,7 @@ from models import (
     CNN,
     RVE,
     Classifier,
+    ClassPrior,
     DropoutCNN,
     EncoderClassifier,
     FlattenHWC,
@@ -142,3 +143,41 @@ def test_features_that_can_be_inverted_cost():
     model.zero_grad()
     loss.mean().backward()
     assert model.classifier.features[0].weight.grad.abs().sum() > 0
+
+
+def test_kl_to_a_class_prior_is_that_of_two_normals():
+    torch.manual_seed(0)
+    prior = ClassPrior(3, 50)
+    with torch.no_grad():
+        prior.logvar.normal_()
+    mu, logvar, y = torch.randn(6, 50), torch.randn(6, 50), torch.tensor([0, 2, 1, 1, 0, 2])
+    expected = kl_divergence(Normal(mu, (0.5 * logvar).exp()),
+                             Normal(prior.mu[y], (0.5 * prior.logvar[y]).exp())).sum(1)
+    assert torch.allclose(prior.kl(mu, logvar, y), expected, rtol=1e-5)
+    assert torch.allclose(prior.kl(prior.mu[y], prior.logvar[y], y), torch.zeros(6), atol=1e-4)
+
+
+def test_a_class_prior_learns_its_classes_moments():
+    """Its optimum is each class's mean and, around it, the mean square of mu plus the variance, by hand."""
+    torch.manual_seed(0)
+    prior = ClassPrior(2, 4)
+    mu, logvar, y = torch.randn(40, 4) + 3, torch.randn(40, 4), torch.arange(40) % 2
+    optimizer = torch.optim.Adam(prior.parameters(), 0.05)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        prior.kl(mu, logvar, y).mean().backward()
+        optimizer.step()
+    for c in range(2):
+        mean = mu[y == c].mean(0)
+        spread = (logvar[y == c].exp() + (mu[y == c] - mean).square()).mean(0)
+        assert torch.allclose(prior.mu[c], mean, atol=0.02)
+        assert torch.allclose(prior.logvar[c].exp(), spread, rtol=0.02)
+
+
+def test_a_class_prior_needs_labels_and_adds_nothing_to_the_published_network():
+    published, other = RVE((1, 8, 8), 4, -2.0), RVE((1, 8, 8), 4, -2.0, "class")
+    x, y = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 3])
+    assert other.state_dict().keys() - published.state_dict().keys() == {"prior.mu", "prior.logvar"}
+    assert other(x).kl is None and other(x, y).kl.shape == (3,)
+    assert other.predict(x)[1] is None and other.predict(x, 2, y)[1].shape == (3,)
+    assert published(x).kl.shape == (3,)

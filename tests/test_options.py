@@ -119,7 +119,7 @@ def test_what_depends_on_the_data_set_is_filled_in():
 
 def test_help_says_who_reads_an_option_and_its_default():
     text = " ".join(make_parser().format_help().split())
-    assert "[beta] (rve_pfl, local; default: 1e-05)" in text
+    assert "[beta] (rve_pfl, local, rve_pfl_trunk; default: 1e-05)" in text
     assert "default: 8.0 with" not in text and "None" not in text
     assert "(all but local; default: threat with rve_pfl, else mean)" in text
     assert re.search(r"--exposures EXPOSURES how often NbAFL .* \(nbafl; default: 1\)", text)
