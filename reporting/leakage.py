@@ -5,7 +5,7 @@ this SSIM minus the best control's. The best control is mostly ``nearest_public`
 the true one, which only a very lucky guess would find. So leakage above 0 means that the attack shows what no
 public image shows. An attack with less can still tell which image it was: then the true image's rank is lower
 than every control's. The rank given is the lowest mean rank of all image attacks, also of those that choose
-among candidates and make no image.
+among candidates and make no image. Beside it stands how many images that attack ranks first, and a guess would.
 
 A *class* attack draws a class. The strongest is the one whose images the independent evaluator recognises
 most often. The controls beside it are grey and noise, which are recognised by chance. Class means and public
@@ -45,7 +45,8 @@ NUMBERS = ["round", *SUMMARY_NUMBERS]
 COMPLETE = [name for name in NUMBERS if name in OLDER_SUMMARY]   # without gaps in any version
 KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK_CONTROLS)}   # metric, beside which
 FOUND = ["adversary", "round", "kind", "attack", "n", "score", "low", "high", "control", "control_score",
-         "leakage", "psnr", "rank_attack", "rank", "control_rank", "attacks", "budget", "word", "few"]
+         "leakage", "psnr", "rank_attack", "rank", "control_rank", "identified", "guess", "attacks",
+         "budget", "word", "few"]
 NONE = pd.DataFrame(columns=FOUND)
 WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]   # of summary.csv
 MARKERS = dict(zip(ADVERSARIES, itertools.cycle("osD^vP")))   # noqa: B905 - a cycle is endless
@@ -154,6 +155,7 @@ def condense(table: pd.DataFrame) -> pd.DataFrame:
                      "control_score": control[metric], "leakage": best[metric] - control[metric],
                      "psnr": best["psnr"], "rank_attack": ranked["attack"], "rank": ranked["nearest_rank"],
                      "control_rank": guesses["nearest_rank"].min(),
+                     "identified": ranked["identified"], "guess": ranked["guess"],
                      "attacks": dict(zip(own["attack"], own["n"], strict=True))})
     return pd.DataFrame(rows)
 

@@ -68,7 +68,9 @@ nothing.</b>
 is this SSIM minus the best control's, mostly that of the public image nearest the true one, which only a
 very lucky guess would find. Above 0, the attack shows what no public image shows. Below 0, it may still
 tell which image it was: the rank is the true image's place, by distance, among up to 500 of the client's
-images. Rank 1 is a hit. A ring in the picture marks a mean rank below every control's.
+images. Rank 1 is a hit: the image is identified. The share of hits is that of the attack with the lowest
+mean rank; a dash means that an older version did not count them. A ring in the picture marks a mean rank
+below every control's.
 <p><b>Class attacks</b> draw a class. The strongest is the one that an independent evaluator recognises most
 often. The controls are grey and noise, which are recognised by chance. Class means and public images are no
 controls here, since they are real and always recognised.</details>
@@ -192,7 +194,8 @@ def _attacks(runs: list[Finished]) -> list[Markup]:
 def _attack_table(last: pd.DataFrame) -> Markup:
     head = ["method", "adversary", "round", "deployed accuracy", "KL, nats",
             "image attack: verdict", "SSIM", "best control", "PSNR, dB", "lowest mean rank",
-            "best control's rank", "class attack: verdict", "evaluator right", "blank control", "budget"]
+            "best control's rank", "identified (a guess)", "class attack: verdict", "evaluator right",
+            "blank control", "budget"]
     rows, small = [], Markup("<small>{}</small> {}")
     for _, part in last.groupby(["run", "adversary"], sort=False):
         one, by_kind = part.iloc[0], {row["kind"]: row for row in part.to_dict("records")}
@@ -206,9 +209,11 @@ def _attack_table(last: pd.DataFrame) -> Markup:
                 small.format(row["attack"], f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"),
                 small.format(row["control"], f"{row['control_score']:.2f}")]
             if kind == "image":
-                cells += [DASH] * 3 if row is None else [
+                cells += [DASH] * 4 if row is None else [
                     _spread(row["psnr"], float("nan"), 1),
-                    small.format(row["rank_attack"], f"{row['rank']:.0f}"), f"{row['control_rank']:.0f}"]
+                    small.format(row["rank_attack"], f"{row['rank']:.0f}"), f"{row['control_rank']:.0f}",
+                    DASH if row["identified"] != row["identified"] else
+                    f"{row['identified']:.0%} ({row['guess']:.1%})"]
         rows.append([*cells, one["budget"]])
     return _grid(head, rows)
 
