@@ -9,12 +9,14 @@ Parameter names route the protocol: ``encoder.*`` stays with its client, ``class
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
-APART = 0.5    # standard deviation of the class priors' means at the start
+APART = 0.5    # standard deviation, over classes, of the class priors' means at the start
+PATCH = 4      # side in pixels of the patches of which these means are made
 
 
 class Output(NamedTuple):
@@ -24,11 +26,13 @@ class Output(NamedTuple):
         logits: ``N x num_classes``.
         kl: nats an image, ``N``; None where the network has no noise, and so bounds nothing.
         features: what the method's own loss looks at.
+        rehearsal: the head's cross-entropy on draws of a ``ClassPrior``, in training, ``N``; else None.
     """
 
     logits: Tensor
     kl: Tensor | None = None
     features: Tensor | None = None
+    rehearsal: Tensor | None = None
 
 
 class Network(nn.Module):
@@ -184,15 +188,26 @@ class ClassPrior(nn.Module):
     of the image. If the priors were shared, the server would see each class's mean latent, which the head's
     weights tell it nearly as well, and no more of a single image.
 
+    The means start apart, as coarse random pictures that are the same for all clients. If all started at 0, a
+    large beta would leave every class there before the encoder had learned to tell them apart. The head's
+    convolutions and poolings average noise within a patch.
+
     Args:
         num_classes: how many classes.
-        size: of z. All classes start as N(0, I).
+        image_shape: ``(C, H, W)``, the shape of z as an image.
     """
 
-    def __init__(self, num_classes: int, size: int):
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]):
         super().__init__()
-        self.mu = nn.Parameter(APART * torch.randn(num_classes, size))
-        self.logvar = nn.Parameter(torch.zeros(num_classes, size))
+        channels, height, width = image_shape
+        coarse = torch.randn(num_classes, channels, -(-height // PATCH), -(-width // PATCH))
+        pictures = F.interpolate(APART * coarse, scale_factor=PATCH)[..., :height, :width]
+        self.mu = nn.Parameter(FlattenHWC()(pictures).contiguous())
+        self.logvar = nn.Parameter(torch.zeros_like(self.mu))
+
+    def draw(self, y: Tensor) -> Tensor:
+        """One z of each label's prior, ``N -> N x D``; the prior does not learn from what becomes of it."""
+        return reparameterise(self.mu.detach()[y], self.logvar.detach()[y])
 
     def kl(self, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
         """``KL(N(mu, sigma^2) || N(m_y, s_y^2))`` in nats, summed over z: ``N x D``, labels ``N`` -> ``N``."""
@@ -298,6 +313,7 @@ class RVE(Network):
     """
 
     has_encoder, variational, options = True, True, ("init_logvar", "prior")
+    classifier: Classifier
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float,
                  prior: str = "normal"):
@@ -305,7 +321,7 @@ class RVE(Network):
         self.image_shape = image_shape
         self.encoder = VariationalEncoder(image_shape, init_logvar)
         self.classifier = Classifier(image_shape, num_classes)
-        self.prior = ClassPrior(num_classes, self.encoder.mu.out_features) if prior == "class" else None
+        self.prior = ClassPrior(num_classes, image_shape) if prior == "class" else None
 
     def kl(self, mu: Tensor, logvar: Tensor, y: Tensor | None) -> Tensor | None:
         """Nats from posterior to prior, ``N x D`` and labels ``N`` -> ``N``; None if labels are missing."""
@@ -314,10 +330,23 @@ class RVE(Network):
         return None if y is None else self.prior.kl(mu, logvar, y)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
-        """Logits from one draw of z, and KL."""
+        """Logits from one draw of z, and KL; with a prior for each class, also the head's rehearsal."""
         mu, logvar = self.encoder(x)
         logits = self.classifier(as_image(reparameterise(mu, logvar), self.image_shape))
-        return Output(logits, self.kl(mu, logvar, y))
+        return Output(logits, self.kl(mu, logvar, y), rehearsal=self.rehearsal(len(x), x.device))
+
+    def rehearsal(self, count: int, device: torch.device) -> Tensor | None:
+        """The head's cross-entropy on ``count`` draws of the priors of random classes; None in evaluation.
+
+        A client that owns two classes would train the head to forget the other eight. Drawn from their priors,
+        which are the same for all clients that have not trained them, it keeps them (virtual features, as in
+        CCVR, Luo et al. 2021, arXiv 2106.05001, but in every client's own training).
+        """
+        if self.prior is None or not self.training:
+            return None
+        y = torch.randint(self.classifier.output.out_features, (count,), device=device)
+        logits = self.classifier(as_image(self.prior.draw(y), self.image_shape))
+        return F.cross_entropy(logits, y, reduction="none")
 
     def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``p(y|x) = E_q[p(y|z)]`` over ``draws`` draws, ``N x num_classes``, and KL in nats, ``N``.

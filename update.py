@@ -188,6 +188,8 @@ class Trainer:
                   sent: State) -> tuple[Tensor, Tensor]:
         """``CE(head(z), y) + beta KL(q(z|x) || prior) + the method's own loss``, and the cross-entropy alone.
 
+        With a prior for each class, the head's cross-entropy on draws from these priors is added.
+
         Args:
             images: ``N x C x H x W``.
             sent: what the client received, for the method's own loss.
@@ -197,6 +199,8 @@ class Trainer:
         """
         loss = F.cross_entropy(output.logits, labels, reduction="none")
         whole = loss if output.kl is None else loss + self.training.beta(round) * output.kl
+        if output.rehearsal is not None:
+            whole = whole + output.rehearsal
         if self.method.loss is not None:
             whole = whole + self.method.loss(Step(self.model, images, output, sent, self.training.options))
         return whole, loss

@@ -81,7 +81,7 @@ class Plain:
         for images, labels in DataLoader(data, self.work.batch, shuffle=True):
             images, labels = images.to(self.device), labels.to(self.device)
             optimizer.zero_grad()
-            logits, kl, _ = model(images)
+            logits, kl, *_ = model(images)
             loss = F.cross_entropy(logits, labels)
             if kl is not None:
                 loss = loss + 1e-5 * kl.mean()

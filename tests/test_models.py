@@ -53,7 +53,7 @@ def test_shapes(network, shape):
     model = network(shape, 7, -4.0) if network is RVE else network(shape, 7)
     model.eval()
     x = torch.rand(5, *shape)
-    logits, kl, _ = model(x)
+    logits, kl, *_ = model(x)
     probabilities, kl_too = model.predict(x, 4)
     assert logits.shape == probabilities.shape == (5, 7)
     assert torch.allclose(probabilities.sum(1), torch.ones(5))
@@ -147,7 +147,7 @@ def test_features_that_can_be_inverted_cost():
 
 def test_kl_to_a_class_prior_is_that_of_two_normals():
     torch.manual_seed(0)
-    prior = ClassPrior(3, 50)
+    prior = ClassPrior(3, (2, 5, 5))
     with torch.no_grad():
         prior.logvar.normal_()
     mu, logvar, y = torch.randn(6, 50), torch.randn(6, 50), torch.tensor([0, 2, 1, 1, 0, 2])
@@ -160,7 +160,7 @@ def test_kl_to_a_class_prior_is_that_of_two_normals():
 def test_a_class_prior_learns_its_classes_moments():
     """Its optimum is each class's mean and, around it, the mean square of mu plus the variance, by hand."""
     torch.manual_seed(0)
-    prior = ClassPrior(2, 4)
+    prior = ClassPrior(2, (1, 2, 2))
     mu, logvar, y = torch.randn(40, 4) + 3, torch.randn(40, 4), torch.arange(40) % 2
     optimizer = torch.optim.Adam(prior.parameters(), 0.05)
     for _ in range(2000):
@@ -181,3 +181,34 @@ def test_a_class_prior_needs_labels_and_adds_nothing_to_the_published_network():
     assert other(x).kl is None and other(x, y).kl.shape == (3,)
     assert other.predict(x)[1] is None and other.predict(x, 2, y)[1].shape == (3,)
     assert published(x).kl.shape == (3,)
+
+
+def test_class_priors_start_apart_as_coarse_pictures():
+    torch.manual_seed(0)
+    prior = ClassPrior(6, (3, 10, 13))
+    pictures = as_image(prior.mu, (3, 10, 13))
+    assert pictures.shape == (6, 3, 10, 13) and pictures.std() == pytest.approx(0.5, abs=0.1)
+    assert torch.equal(pictures[..., :4, :4], pictures[..., :1, :1].expand(6, 3, 4, 4))   # one patch
+    assert (torch.pdist(prior.mu) > 5).all()
+
+
+def test_the_head_rehearses_every_class_in_training_alone():
+    """By hand: cross-entropy on draws of the priors, which learn nothing from it."""
+    torch.manual_seed(0)
+    model = RVE((1, 8, 8), 4, -2.0, "class")
+    x, y = torch.rand(64, 1, 8, 8), torch.zeros(64, dtype=torch.int64)
+    assert model.eval()(x, y).rehearsal is None and RVE((1, 8, 8), 4, -2.0).train()(x).rehearsal is None
+    rehearsal = model.train()(x, y).rehearsal
+    assert rehearsal.shape == (64,)
+    rehearsal.mean().backward()
+    assert model.prior.mu.grad is None and model.encoder.mu.weight.grad is None
+    assert (model.classifier.output.bias.grad.abs() > 0).all()
+    with torch.no_grad():   # a head that knows nothing but the priors is right on their draws
+        model.prior.logvar.fill_(-20.0)
+    optimizer = torch.optim.Adam(model.classifier.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.rehearsal(64, x.device).mean().backward()
+        optimizer.step()
+    logits = model.eval().classifier(as_image(model.prior.mu, (1, 8, 8)))
+    assert torch.equal(logits.argmax(1), torch.arange(4))
