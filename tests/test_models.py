@@ -186,10 +186,10 @@ def test_a_class_prior_needs_labels_and_adds_nothing_to_the_published_network():
 def test_class_priors_start_apart_as_coarse_pictures():
     torch.manual_seed(0)
     prior = ClassPrior(6, (3, 10, 13))
-    pictures = as_image(prior.mu, (3, 10, 13))
-    assert pictures.shape == (6, 3, 10, 13) and pictures.std() == pytest.approx(0.5, abs=0.1)
+    pictures = as_image(prior.mu.detach(), (3, 10, 13))
+    assert pictures.shape == (6, 3, 10, 13) and pictures.std().item() == pytest.approx(0.5, abs=0.1)
     assert torch.equal(pictures[..., :4, :4], pictures[..., :1, :1].expand(6, 3, 4, 4))   # one patch
-    assert (torch.pdist(prior.mu) > 5).all()
+    assert (torch.pdist(prior.mu.detach()) > 5).all()
 
 
 def test_the_head_rehearses_every_class_in_training_alone():
