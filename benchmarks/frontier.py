@@ -1,0 +1,179 @@
+"""Privacy against accuracy: what KL, its prior and what travels are worth, and what they give away.
+
+    python benchmarks/frontier.py                train and attack what is missing, then print the table
+    python benchmarks/frontier.py --validate     choose a setting on validation images; nothing is attacked
+    python benchmarks/frontier.py --table        print the table of what is there, and draw the pictures
+
+A run is one setting of SETTINGS on one data set, partition and seed. Its client 0 is attacked after the last
+round: the thief of its encoder and head has --public_images images of its classes, the curious server the gradient
+of single images. Runs are named frontier-*; interrupted, it goes on where it stopped.
+"""
+import argparse
+import contextlib
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+from _path import ROOT, load_driver
+
+from attack import mi_attack
+from methods import METHODS
+from runs.pictures import plt
+
+PRIVATE = {"prior": "class", "kl_weight": 1e-2, "head_lr": 1}
+SETTINGS: dict[str, dict] = {
+    "published": {},
+    "beta 1e-3": {"kl_weight": 1e-3},
+    "class prior": PRIVATE,
+    "class prior, beta 0.1": {**PRIVATE, "kl_weight": 0.1},
+    "class prior, beta 1": {**PRIVATE, "kl_weight": 1},
+    "trunk": {"method": "rve_pfl_trunk", "head_lr": 1},
+    "trunk, class prior": {**PRIVATE, "method": "rve_pfl_trunk"},
+    "warm": {"warm_rounds": 2},
+    "local": {"method": "local"},
+    "lg_fedavg": {"method": "lg_fedavg"},
+    "fedper": {"method": "fedper"},
+    "fedavg": {"method": "fedavg"},
+    "nbafl": {"method": "nbafl"},
+}
+IMAGE_ATTACKS = {"thief": ("latent_decoder", "latent_likelihood"), "server": ("analytic", "trunk_analytic")}
+KEY = ["dataset", "partition", "setting", "seed"]
+
+
+def name_of(key: dict, validate: bool) -> str:
+    """A run's folder under results/."""
+    words = key["setting"].replace(",", "").replace(" ", "_")
+    return "-".join(["frontier", key["dataset"], key["partition"], words, f"s{key['seed']}", *["val"] * validate])
+
+
+def train(driver, key: dict, args: argparse.Namespace) -> None:
+    """One run, silently, unless it is finished; ends this process if it fails."""
+    setting = SETTINGS[key["setting"]]
+    row = METHODS[setting.get("method", "rve_pfl")]   # NAME10k is trained with the defaults of NAME
+    tuned = {**row.by_dataset.get(key["dataset"].removesuffix("10k"), {}),
+             **row.by_partition.get(key["partition"], {})}
+    flags = {"dataset": key["dataset"], "partition": key["partition"], "seed": key["seed"], "rounds": args.rounds,
+             "local_ep": args.local_ep, "local_bs": args.local_bs, "checkpoint_seconds": 10**9,
+             "run_name": name_of(key, args.validate), **{option.name: value for option, value in tuned.items()},
+             **setting}
+    argv = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))] + places(args)
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = driver.main([*argv, "--resume", *["--validate"] * args.validate])
+    if status:
+        raise SystemExit(status)
+
+
+def places(args: argparse.Namespace) -> list[str]:
+    """The three folders, as options."""
+    return [word for name in ("results_dir", "models_dir", "data_dir")
+            for word in (f"--{name}", str(getattr(args, name)))]
+
+
+def attack(key: dict, args: argparse.Namespace) -> None:
+    """Attack client 0 of a run with all that fits it."""
+    argv = ["--run", name_of(key, False), "--adversary", "stolen_model", "curious_server", "--attack",
+            *(one for row in IMAGE_ATTACKS.values() for one in row), "--public", args.public or
+            key["dataset"].removesuffix("10k"), "--public_images", str(args.public_images), "--images",
+            str(args.images), "--iterations", str(args.iterations), "--restarts", "1", "--train_epochs",
+            str(args.train_epochs), *places(args)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        mi_attack.main(argv)   # 2 where nothing fits, which leaves the cells empty
+
+
+def outcome(key: dict, args: argparse.Namespace) -> dict | None:
+    """A row of the table; None if the run is not there."""
+    folder = args.results_dir / name_of(key, args.validate)
+    if not (folder / "config.json").exists() or '"finished"' not in (folder / "config.json").read_text():
+        return None
+    rounds = pd.read_csv(folder / "rounds.csv")
+    last = rounds[(rounds["round"] == rounds["round"].max()) & (rounds["split"] != "train")].set_index("stage")
+    row = {**key, "deployed": last.loc["deployed", "accuracy"], "worst": last.loc["deployed", "accuracy_worst"],
+           "trained": last.loc["trained", "accuracy"], "kl_nats": last.loc["deployed", "kl_nats"]}
+    if not (folder / "attack.csv").exists():
+        return row
+    found = pd.read_csv(folder / "attack.csv", keep_default_na=False)
+    for who, attacks in IMAGE_ATTACKS.items():
+        ours = found[(found["attack"].isin(attacks)) & (found["control"] == "")]
+        pictures = ours[ours["attack"] != "latent_likelihood"].groupby("attack")["ssim"].mean()
+        if len(pictures):
+            best = ours[ours["attack"] == pictures.idxmax()]
+            blind = found[(found["attack"] == pictures.idxmax()) & (found["control"] == "class_mean")]
+            row |= {f"{who}_ssim": best["ssim"].mean(), f"{who}_rank": best["nearest_rank"].median(),
+                    f"{who}_mean_ssim": blind["ssim"].mean(), f"{who}_mean_rank": blind["nearest_rank"].median()}
+    candidates = found[(found["attack"] == "latent_likelihood") & (found["control"] == "")]
+    if len(candidates):
+        row["candidates_identified"] = (candidates["nearest_rank"] == 1).mean()
+    return row
+
+
+def picture(table: pd.DataFrame, dataset: str, path: Path) -> None:
+    """Deployed accuracy over the thief's median rank, a panel a partition, a point a run."""
+    partitions = list(dict.fromkeys(table["partition"]))
+    figure, panels = plt.subplots(1, len(partitions), figsize=(4.6 * len(partitions), 4), squeeze=False,
+                                  layout="constrained")
+    colours = {setting: f"C{i % 10}" for i, setting in enumerate(SETTINGS)}
+    for axes, partition in zip(panels[0], partitions, strict=True):
+        here = table[table["partition"] == partition]
+        for setting, part in here.groupby("setting", sort=False):
+            axes.scatter(part["thief_rank"] / part["thief_mean_rank"], part["deployed"], label=setting,
+                         color=colours[setting], marker="o" if "prior" in setting else "s", alpha=0.8)
+        axes.axvline(1, color="grey", linewidth=1, linestyle=":")
+        axes.set(xscale="log", xlabel="median rank of the true image,\nthief's over the class mean's",
+                 title=f"{dataset}, {partition}")
+    panels[0][0].set_ylabel("deployed accuracy, held out")
+    panels[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--datasets", nargs="+", default=["mnist10k", "fmnist10k", "cifar10k"])
+    parser.add_argument("--partitions", nargs="+", default=["shards", "dirichlet", "iid"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--local_ep", type=int, default=2)
+    parser.add_argument("--local_bs", type=int, default=64)
+    parser.add_argument("--public", help="the adversaries' images; NAME's for NAME10k if not given")
+    parser.add_argument("--public_images", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--train_epochs", type=int, default=6)
+    parser.add_argument("--validate", action="store_true", help="evaluate on validation images; attack nothing")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints of what has been attacked")
+    parser.add_argument("--table", action="store_true", help="train and attack nothing")
+    parser.add_argument("--csv", type=Path, help="write the table there, and the pictures beside it")
+    for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
+        parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
+    args = parser.parse_args(argv)
+    keys = [dict(zip(KEY, (dataset, partition, setting, seed), strict=True)) for seed in args.seeds
+            for dataset in args.datasets for partition in args.partitions for setting in args.settings]
+    if not args.table:
+        driver = load_driver()
+        for key in keys:
+            train(driver, key, args)
+            if not args.validate and (args.models_dir / name_of(key, False)).exists():
+                attack(key, args)
+                if not args.keep:
+                    shutil.rmtree(args.models_dir / name_of(key, False))
+    rows = list(filter(None, (outcome(key, args) for key in keys)))
+    if not rows:
+        print("frontier.py: no finished run", file=sys.stderr)
+        return 2
+    table = pd.DataFrame(rows).sort_values(KEY, kind="stable")
+    means = table.groupby(KEY[:-1], sort=False).mean(numeric_only=True).drop(columns="seed")
+    print(means.to_string(float_format="%.3f", na_rep="-"))
+    if args.csv:
+        table.to_csv(args.csv, index=False, float_format="%.4g")
+        for dataset in dict.fromkeys(table["dataset"]):
+            own = table[table["dataset"] == dataset]
+            if "thief_rank" in own:
+                picture(own, dataset, args.csv.with_name(f"{args.csv.stem}_{dataset}.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
