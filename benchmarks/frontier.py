@@ -155,10 +155,11 @@ def main(argv: list[str] | None = None) -> int:
         driver = load_driver()
         for key in keys:
             train(driver, key, args)
-            if not args.validate and (args.models_dir / name_of(key, False)).exists():
+            checkpoints = args.models_dir / name_of(key, False)
+            if not args.validate and list(checkpoints.glob("round_*")):   # none if it was attacked before
                 attack(key, args)
                 if not args.keep:
-                    shutil.rmtree(args.models_dir / name_of(key, False))
+                    shutil.rmtree(checkpoints)
     rows = list(filter(None, (outcome(key, args) for key in keys)))
     if not rows:
         print("frontier.py: no finished run", file=sys.stderr)

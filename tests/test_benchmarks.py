@@ -100,6 +100,28 @@ def test_the_published_settings_beside_ours(script, place, tiny_run, capsys):
         "published", "cosine_tv", "analytic", "gauss_newton"]
 
 
+def test_the_frontier_trains_attacks_and_draws(script, place, tiny_run, monkeypatch, capsys):
+    """Each run once; what is there is not trained again, and validation leaves no attack behind."""
+    folders, table = tiny_run("fedavg")[2:], place.folder / "frontier.csv"
+    frontier = script("frontier")
+    flags = [*folders, "--datasets", "tiny10k", "--partitions", "shards", "--seeds", "1", "--rounds", "3",
+             "--local_ep", "1", "--local_bs", "16", "--images", "2", "--iterations", "2", "--train_epochs", "1",
+             "--settings", "published", "trunk, class prior", "local", "fedavg"]
+    assert frontier.main([*flags, "--table"]) == 2 and "no finished run" in capsys.readouterr().err
+    assert frontier.main([*flags, "--csv", str(table)]) == 0
+    found = pd.read_csv(table).set_index("setting")
+    assert list(found.index) == ["fedavg", "local", "published", "trunk, class prior"]
+    assert found["deployed"].between(0, 1).all() and found.loc["published", "kl_nats"] > 0
+    assert np.isfinite(found.loc[["published", "trunk, class prior", "local"], "thief_rank"]).all()
+    assert np.isnan(found.loc["local", "server_rank"]) and np.isfinite(found.loc["fedavg", "server_rank"])
+    assert (place.folder / "frontier_tiny10k.png").stat().st_size > 5000
+    assert not list((place.folder / "models").glob("frontier*"))   # checkpoints are large
+    monkeypatch.setattr(frontier, "attack", None)
+    assert frontier.main([*flags, "--validate", "--settings", "published"]) == 0
+    assert frontier.main([*flags, "--csv", str(table)]) == 0   # nothing is left to train or attack
+    assert pd.read_csv(table).set_index("setting").equals(found)
+
+
 @pytest.mark.parametrize("name, flag", [("ladder", "--run"), ("public_images", "--run"),
                                         ("which_classes", "--runs"), ("inverting_gradients", "--run")])
 def test_a_run_that_is_not_there_is_one_line(script, name, flag, tmp_path, capsys):
