@@ -1,12 +1,14 @@
 """What travels in which round: the encoder's trunk, and everything in the warm rounds; what that gives away."""
 import json
 import shutil
+import signal
 
 import pytest
 import torch
 
 from attack import access, attacks, learnt, scoring
 from attack.attacks import Budget, PublicImages
+from engine.signals import Interrupted
 from methods import METHODS
 from models import RVE
 from runs.checkpoint import load_checked
@@ -65,6 +67,23 @@ def test_a_run_with_warm_rounds_and_a_class_prior_is_resumed_to_the_byte(place, 
     assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected
     assert all(torch.equal(last[name], value)
                for name, value in checkpoint_of(place, 4, "client_3.pt")["parameters"].items())
+
+
+def test_an_interruption_in_the_first_round_after_the_warm_ones(place, driver, monkeypatch):
+    """The checkpoint is of the last warm round, in which nobody had an encoder of its own."""
+    flags = ("--warm_rounds", 1, "--rounds", 3, "--num_users", 4, "--frac", 0.5)
+    assert place.main(*flags) == 0
+    expected, aggregate = place.clients_csv(), driver.Federation.aggregate
+
+    def interrupted(self, round):
+        if round.number == 2:
+            raise Interrupted(signal.SIGINT)
+        return aggregate(self, round)
+    monkeypatch.setattr(driver.Federation, "aggregate", interrupted)
+    assert place.main(*flags, "--overwrite") == 130
+    assert not checkpoint_of(place, 1, "client_0.pt")["parameters"]
+    monkeypatch.undo()
+    assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected
 
 
 def test_a_run_of_a_version_without_these_options_is_resumed(place):

@@ -8,6 +8,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from methods import METHODS
 from metrics import Tally, over_clients
+from models import Output
 from update import Diverged, Private, Trainer, Training
 from utils import rng, seed_torch
 
@@ -42,6 +43,17 @@ def test_what_is_uploaded_and_what_stays(tiny_arrays, name, travels):
     assert set(upload) | set(kept.parameters) == set(client.model.state_dict())
     assert not set(upload) & set(kept.parameters)
     assert any(n.startswith("encoder.") for n in kept.parameters) == (name != "fedavg")
+
+
+def test_the_objective_is_cross_entropy_and_beta_times_kl_and_the_rehearsal(tiny_arrays):
+    client, *_ = make(tiny_arrays, kl_weight=0.1)
+    images, labels = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 3])
+    logits, kl, rehearsal = torch.randn(3, 4), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])
+    for output, more in ((Output(logits), 0), (Output(logits, kl), 0.1 * kl),
+                         (Output(logits, kl, rehearsal=rehearsal), 0.1 * kl + rehearsal)):
+        whole, loss = client.objective(images, output, labels, 1, {})
+        assert torch.allclose(loss, -logits.log_softmax(1)[torch.arange(3), labels])
+        assert torch.allclose(whole, loss + more)
 
 
 def test_private_encoders_differ_and_start_alike(tiny_arrays):
