@@ -126,7 +126,8 @@ class PrivateStore:
         self.serial = 0
         self.free = {"cpu": memory}   # bytes left, by the kind of device
         if initial.kind == "cuda":
-            self.free["cuda"] = torch.cuda.mem_get_info()[0] // 2
+            device = next(iter(initial.parameters.values())).device
+            self.free["cuda"] = torch.cuda.mem_get_info(device)[0] // 2
 
     def get(self, client: int) -> Private:
         """The client's latest; a client that has never trained has what all started from."""
