@@ -197,7 +197,7 @@ class Federation:
             if isinstance(outcome, Diverged):
                 run.say(f"warning: {outcome}; this client's round is dropped")
                 continue
-            uploads[k] = outcome.upload
+            uploads[k] = run.uploads.keep(k, outcome.upload)
             run.private.put(k, outcome.private)
             if self.evaluates(number):
                 held_out = self.trainer.evaluate(k, number, splits[k][1], outcome.upload, outcome.private)
@@ -270,6 +270,7 @@ def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
         deployed = federation.evaluate(number, aggregated.head, splits, run)
         with interrupts.held():
             federation.record(arrived, aggregated, trained + deployed, time.monotonic() - started, run)
+        del uploads, arrived, aggregated   # else they would live until the next round has its own
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from metrics import METRICS
 from runs import configs, pictures
 from runs.checkpoint import (
     PrivateStore,
+    WaitingUploads,
     checked_head,
     is_whole,
     load_checked,
@@ -63,7 +64,7 @@ class Progress:
     round: int
     head: State                                   # what the server sends next
     sent: State = field(default_factory=dict)     # what it sent in ``round``
-    uploads: dict[int, State] = field(default_factory=dict)
+    uploads: dict[int, State] = field(default_factory=dict)   # in ``round``; none once a checkpoint has them
     csv_bytes: dict[str, int] = field(default_factory=dict)
     memory: dict = field(default_factory=dict)   # the server's own
 
@@ -132,6 +133,7 @@ class Run:
         self.finished = ranks.share(
             owner is not None and self._admit(options["resume"], options["overwrite"], owner))
         self.private = PrivateStore(self.models / ".private", initial)
+        self.uploads = WaitingUploads(self.models / ".private")
         self.progress = start
         if not self.finished:
             if owner is not None:
@@ -193,6 +195,7 @@ class Run:
                                for stage, row in held_out.items())
             self.bar.write(f"round {progress.round}/{self.bar.total}: {self.evaluation_split} accuracy {stages}")
         self.private.commit()
+        self.uploads.end_round()
         self.progress = progress
         due = progress.round in self.rounds_kept or time.monotonic() - self.saved_at >= self.every
         if self.ranks.share(due):
@@ -220,6 +223,8 @@ class Run:
             partial.rename(target)
             self._clear(*(folder for r, folder in self._checkpoints().items()
                           if r != now.round and r not in self.rounds_kept))
+        now.uploads = {}   # the next round's take their place in memory
+        self.uploads.dropped()
         self.saved_round, self.saved_at = now.round, time.monotonic()
 
     def finish(self) -> None:
@@ -322,14 +327,13 @@ class Run:
             if not self._is_ours(server, found):
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
             head = checked_head(server["head"], start.head, folder / "server.pt")
-            shared = read_shared(folder / "shared.pt", start.head, self.clients)
+            sent = read_shared(folder / "shared.pt", start.head, self.clients)["sent"]
             for k in self.ranks.mine(range(self.clients)):
                 self.private.put(k, read_private(folder / f"client_{k}.pt", self.private.initial.parameters,
                                                  start.head))
             self.private.commit()
             csv_bytes = server["csv_bytes"]
-            self.progress = Progress(found, head, shared["sent"], shared["uploads"],
-                                     memory=server["memory"])
+            self.progress = Progress(found, head, sent, memory=server["memory"])   # uploads: in the checkpoint
         if self.ranks.first:   # only now: if the checkpoint is refused, nothing has changed
             self.write_config()
             for name, columns in csv_columns().items():
