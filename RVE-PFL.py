@@ -204,7 +204,9 @@ class Federation:
                 rows[k] = [row_of(number, k, "trained", "train", outcome.metrics),
                            row_of(number, k, "trained", run.evaluation_split, held_out)]
             run.advance(number, k, len(mine), outcome.metrics["accuracy"])
-        uploads = self.ranks.gather(uploads)
+        arrived = {k: uploads[k] if k in uploads else run.uploads.keep(k, upload)
+                   for part in self.ranks.gather_parts(uploads) for k, upload in part.items()}
+        uploads = {k: arrived[k] for k in sorted(arrived)}
         if self.ranks.first and asked and not uploads:
             raise InputError(f"round {number}: no client's loss stayed finite; start again with a smaller --lr")
         return uploads, list(itertools.chain(*self.ranks.gather(rows).values()))

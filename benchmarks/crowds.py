@@ -62,14 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     for name, clients, side, flags in (
             ("heads", args.clients, 28, ("--method", "fedavg", "--aggregation", "threat", "--rounds", "2",
                                          "--eval_every", "2")),
-            ("tiny", args.tiny, 8, ("--method", "fedper", "--frac", "0.05", "--rounds", "6", "--eval_every", "6"))):
+            ("tiny", args.tiny, 8, ("--method", "fedper", "--frac", "0.05", "--rounds", "6",
+                                    "--eval_every", "6"))):
         if clients:
             with tempfile.TemporaryDirectory() as folder:
                 data = drawn(Path(folder), side, clients)
                 rows = by_round(Path(folder), args.driver, "--dataset", data, "--num_users", str(clients), *common,
                                 *flags)
             for number, (seconds, megabytes) in enumerate(rows, 1):
-                print(f"{name}, {clients} clients, round {number}: {seconds:.1f} s, {megabytes:.0f} MB", flush=True)
+                print(f"{name}, {clients} clients, round {number}: {seconds:.1f} s, {megabytes:.0f} MB",
+                      flush=True)
     return 0
 
 

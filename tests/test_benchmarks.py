@@ -179,7 +179,8 @@ def test_gpu_study_ends_in_time_and_goes_on(gpu):
     began = time.monotonic()
     status, lines, _ = gpu.run("study", MINUTES="0.04", SLEEPS="mnist-nbafl")
     assert status == 0 and time.monotonic() - began < 10   # a run that is cut off is no failure here
-    assert "LATE    mnist-nbafl: not done in" in "\n".join(lines) and "LATE    fmnist-fedper: no time left" in lines
+    assert "LATE    mnist-nbafl: not done in" in "\n".join(lines)
+    assert "LATE    fmnist-fedper: no time left" in lines
     assert "gpu-paper-mnist-rve_pfl" in (gpu.out / "rounds.csv").read_text()
     status, lines, _ = gpu.run("study")
     assert sum(line.startswith("ok") for line in lines) == 12
@@ -217,3 +218,10 @@ def test_gpu_scripts_run_at_a_toy_size(gpu, tiny_arrays):
     table = pd.read_csv(gpu.out / "rounds.csv")
     assert set(table["run"]) == {"gpu-toy-mnist-rve_pfl", "gpu-toy-mnist-4x2x1"}
     assert table["round"].max() == 2 and table["accuracy"].between(0, 1).all()
+
+
+def test_crowds_prints_each_round(script, capsys):
+    assert script("crowds").main(["--clients", "0", "--tiny", "40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"tiny, 40 clients, round {r}" for r in range(1, 7)]
+    assert all(float(line.split()[-2]) > 100 for line in lines[:1])

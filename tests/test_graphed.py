@@ -145,7 +145,7 @@ def test_a_replay_that_changes_nothing_ends_the_run(tiny_arrays):
 
 
 def test_a_tiny_learning_rate_is_not_taken_for_an_empty_graph(tiny_arrays):
-    client, head, private = make(tiny_arrays, optimizer="sgd", lr=1e-20)
+    client, head, private = make(tiny_arrays, optimizer="sgd", lr=1e-45)
     tiny, captures, _ = graphed(client)
     assert tiny.train(0, 1, FIRST, head, private).metrics["n"] == 100 and len(captures) == 1
 
@@ -200,9 +200,10 @@ class Cuda:
     """torch.cuda as ``cuda_graph`` uses it: notes what happens, on which stream, and fails where told."""
 
     def __init__(self, patch, fails=None):
-        self.streams, self.said = ["main"], []
+        self.streams, self.said, names = ["main"], [], iter(["side", "other"])
         for name, value in {"device": self.device, "stream": self.stream, "graph": self.graph,
-                            "Stream": lambda: self.Stream("side", self), "CUDAGraph": lambda: self.Graph(self),
+                            "Stream": lambda: self.Stream(next(names), self),
+                            "CUDAGraph": lambda: self.Graph(self),
                             "current_device": lambda: 7, "graph_pool_handle": lambda: (0, 5),
                             "current_stream": lambda: self.Stream(self.streams[-1], self)}.items():
             patch.setattr(torch.cuda, name, value)
