@@ -213,14 +213,16 @@ class Federation:
             if isinstance(outcome, Diverged):
                 run.say(f"warning: {outcome}; this client's round is dropped")
                 continue
-            uploads[k] = outcome.upload
+            uploads[k] = run.uploads.keep(k, outcome.upload)
             run.private.put(k, outcome.private)
             if self.evaluates(number):
                 held_out = self.trainer(number).evaluate(k, number, splits[k][1], outcome.upload, outcome.private)
                 rows[k] = [row_of(number, k, "trained", "train", outcome.metrics),
                            row_of(number, k, "trained", run.evaluation_split, held_out)]
             run.advance(number, k, len(mine), outcome.metrics["accuracy"])
-        uploads = self.ranks.gather(uploads)
+        arrived = {k: uploads[k] if k in uploads else run.uploads.keep(k, upload)
+                   for part in self.ranks.gather_parts(uploads) for k, upload in part.items()}
+        uploads = {k: arrived[k] for k in sorted(arrived)}
         if self.ranks.first and asked and not uploads:
             raise InputError(f"round {number}: no client's loss stayed finite; start again with a smaller --lr")
         return uploads, list(itertools.chain(*self.ranks.gather(rows).values()))
@@ -286,6 +288,7 @@ def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
         deployed = federation.evaluate(number, aggregated.head, splits, run)
         with interrupts.held():
             federation.record(arrived, aggregated, trained + deployed, time.monotonic() - started, run)
+        del uploads, arrived, aggregated   # else they would live until the next round has its own
 
 
 if __name__ == "__main__":

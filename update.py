@@ -244,14 +244,27 @@ class Trainer:
 
         A shift is up to SHIFT pixels each way; the image's mirrored edge fills the gap.
         """
+        return self.placed(batch, self.placements(len(batch)))
+
+    def placements(self, count: int) -> tuple[Tensor, ...]:
+        """What ``augment`` draws for ``count`` images: who is mirrored, ``N x 1``, and shifts, ``2 x N x 1``."""
         if self.training.augment == "none":
+            return ()
+        device = self.labels.device
+        mirrored = torch.rand(count, 1, device=device) < 0.5
+        if self.training.augment == "flip":
+            return (mirrored,)
+        return mirrored, torch.randint(-SHIFT, SHIFT + 1, (2, count, 1), device=device)
+
+    def placed(self, batch: Tensor, drawn: tuple[Tensor, ...]) -> Tensor:
+        """``_pixels``, mirrored and shifted as ``placements`` drew."""
+        if not drawn:
             return self._pixels(batch)
         device, (height, width) = batch.device, self.images.shape[1:3]
         rows, columns = (torch.arange(side, device=device).expand(len(batch), side)
                          for side in (height, width))
-        mirrored = torch.rand(len(batch), 1, device=device) < 0.5
-        if self.training.augment == "flip+shift":
-            by = torch.randint(-SHIFT, SHIFT + 1, (2, len(batch), 1), device=device)
+        mirrored, *shifts = drawn
+        for by in shifts:
             rows, columns = reflect(rows + by[0], height), reflect(columns + by[1], width)
         columns = torch.where(mirrored, width - 1 - columns, columns)
         chosen = self.images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]   # N x H x W x C

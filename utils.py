@@ -35,10 +35,19 @@ def seed_torch(seed: int, purpose: str, client: int = 0, round: int = 0) -> None
     torch.manual_seed(int(rng(seed, purpose, client, round).integers(2**63)))
 
 
+def generator_of(device: torch.device) -> torch.Generator:
+    """PyTorch's own generator of a device: dropout and noise are drawn from it."""
+    if device.type == "cpu":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
 def choose_device(name: str) -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> a device that exists, or InputError.
 
-    Without a number, processes that torchrun started on one machine take its GPUs in turn.
+    Without a number, processes that torchrun started on one machine take its GPUs in turn. A GPU becomes PyTorch's
+    current device, on which streams and graphs are made unless they are told otherwise, and computes float32 as
+    such: by itself PyTorch rounds the operands of convolutions to TF32's ten bits.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,6 +57,9 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices "
                          "that PyTorch can use; use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
 
 

@@ -3,10 +3,11 @@
 At batch 256 an H100 computes a step in less time than Python needs to launch its hundred kernels. A graph
 holds them all, and one launch replays them: on the same addresses, so parameters, optimiser, learning rates
 and the batch's image numbers stay where they were captured and are overwritten in place. Short last batches
-take the plain step. Not measured yet: its logic is tested on a CPU, with a stand-in for the graph.
+take the plain step. It has never run on a GPU: its logic is tested on a CPU, with a stand-in for the graph.
 """
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -14,25 +15,59 @@ from torch import Tensor
 
 from server.mean import State
 from update import Trainer
+from utils import InputError, generator_of
 
 WARM_UP = 3   # plain steps before a capture: libraries choose their kernels and allocate then
 
+Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]   # a step -> its replay
+Noted = tuple[Tensor, Tensor | None, Tensor]   # what ``Trainer._step`` returns
 
-def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture ``step`` -> its replay. It runs a few times before that."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+# Graphs whose capture failed. PyTorch's allocator of pinned memory may go on asking a graph whether a stream is
+# its own, so that none of them may be freed.
+abandoned: list[torch.cuda.CUDAGraph] = []
+
+
+def cuda_graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Capture ``step`` on a device -> its replay. It runs a few times before that.
+
+    Warm-up and capture share a stream: libraries keep handles and workspaces for each stream, and one that is
+    made while a capture is under way can make that fail. After a failure the stream from before is current again.
+
+    Raises:
+        RuntimeError: there is no graph; what PyTorch remembers of the capture is undone.
+    """
+    with torch.cuda.device(device):   # a new stream belongs to the current device
+        side, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    step()
+                with torch.cuda.graph(graph, pool=pool, stream=side):
+                    step()
+        except BaseException:
+            _abandon(graph, pool, device)
+            raise
+        torch.cuda.current_stream().wait_stream(side)
     return graph.replay
 
 
-Noted = tuple[Tensor, Tensor | None, Tensor]   # what ``Trainer._step`` returns
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+    """Undo a capture that failed.
+
+    PyTorch ends a capture in the allocator only where CUDA's own end of it succeeds, up to 2.12 at least. Until
+    then the allocator asks the graph, at each allocation, whether it is the graph's; and the pool is never freed.
+    What is undone already answers with an error.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
+    with suppress(RuntimeError):
+        graph.reset()
+    with suppress(RuntimeError):
+        torch._C._cuda_releasePool(index, pool)
+    abandoned.append(graph)
 
 
 @dataclass(frozen=True)
@@ -61,10 +96,10 @@ class Static:
 class GraphedTrainer(Trainer):
     """``Trainer`` with full batches' steps replayed; ``capture`` turns a step into its replay.
 
-    A copy of it with other labels, as malicious clients train with, captures its step anew.
+    A copy of it with other labels, as malicious clients train with, captures a step of its own.
     """
 
-    capture: Callable[[Callable[[], None]], Callable[[], None]] | None = cuda_graph
+    capture: Capture | None = cuda_graph
     _static: Static | None = field(default=None, init=False)
     _replays: dict[float, Replay] = field(default_factory=dict, init=False)   # by beta
 
@@ -98,33 +133,81 @@ class GraphedTrainer(Trainer):
         beta = self.training.beta(round)
         if beta not in self._replays:
             try:
-                self._replays = {beta: self._captured(static, round)}   # a warm-up's earlier ones are over
+                # A warm-up's earlier ones are over.
+                self._replays = {beta: self._captured(self.capture, static, round)}
             except RuntimeError as error:
-                warnings.warn(f"no CUDA graph of the training step, so it is slower: {error}", stacklevel=2)
+                why = error.__context__ or error   # the first of two: ending a broken capture fails as well
+                warnings.warn(f"no CUDA graph of the training step, so it is slower: {why}", stacklevel=2)
                 self.capture = None
                 return super()._step(optimizer, round, batch, sent)
         replay = self._replays[beta]
         replay.run()
         loss, kl, logits = replay.noted[-1]
-        return loss.detach().clone(), None if kl is None else kl.detach().clone(), logits.detach().clone()
+        return loss.clone(), None if kl is None else kl.clone(), logits.clone()
 
-    def _captured(self, static: Static, round: int) -> Replay:
-        """Capture a step, and leave parameters, optimiser and generator as they were before it."""
+    def _captured(self, capture: Capture, static: Static, round: int) -> Replay:
+        """Capture a step, and leave parameters, optimiser and generators as they were before it.
+
+        Raises:
+            RuntimeError: it could not be captured.
+            InputError: its replay does nothing.
+        """
         noted: list[Noted] = []
 
         def step() -> None:
-            noted[:] = [super(GraphedTrainer, self)._step(static.optimizer, round, static.batch, static.sent)]
+            loss, kl, logits = super(GraphedTrainer, self)._step(
+                static.optimizer, round, static.batch, static.sent)
+            # Detached: else the step's autograd graph would live on, and tie later steps to the capture's stream.
+            noted[:] = [(loss.detach(), None if kl is None else kl.detach(), logits.detach())]
 
-        steady = [*self.model.parameters(), *(group["lr"] for group in static.optimizer.param_groups)]
-        before = [tensor.detach().clone() for tensor in steady]
-        moments = [tensor.clone() for tensor in static.moments()]
+        device = self.labels.device
+        before = Before(static, list(self.model.parameters()), device)
         try:
-            with torch.random.fork_rng([self.labels.device] if self.labels.is_cuda else []):
-                assert self.capture is not None
-                return Replay(self.capture(step), noted)
-        finally:
-            with torch.no_grad():
-                for tensor, value in zip(steady, before, strict=True):
-                    tensor.copy_(value)
-                for i, tensor in enumerate(static.moments()):
-                    tensor.copy_(moments[i] if moments else torch.zeros_like(tensor))
+            replay = Replay(capture(step, device), noted)
+            before.restore()
+            if not before.changed_by(replay.run):
+                raise InputError(f"the CUDA graph of the training step does nothing on {device}; use --device "
+                                 "cpu, or --stack 2, which trains without it")
+        except BaseException:
+            before.restore()
+            before.leave()
+            raise
+        before.restore()
+        return replay
+
+
+class Before:
+    """What a capture's runs of a step change, as it was before them."""
+
+    def __init__(self, static: Static, parameters: list[Tensor], device: torch.device):
+        self.static, self.parameters = static, parameters
+        self.rates = [group["lr"] for group in static.optimizer.param_groups]
+        self.values = [tensor.detach().clone() for tensor in (*parameters, *self.rates)]
+        self.moments = [tensor.clone() for tensor in static.moments()]
+        self.generator = generator_of(device)
+        self.drawn, self.untouched = self.generator.get_state(), self.generator.clone_state()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it back: parameters, learning rates, the optimiser's moments, generators."""
+        for tensor, value in zip((*self.parameters, *self.rates), self.values, strict=True):
+            tensor.copy_(value)
+        for i, tensor in enumerate(self.static.moments()):
+            tensor.copy_(self.moments[i] if self.moments else torch.zeros_like(tensor))
+        self.generator.set_state(self.drawn)
+
+    def changed_by(self, run: Callable[[], None]) -> bool:
+        """Whether a run changes a parameter, at a learning rate that no rounding hides."""
+        for rate in self.rates:
+            rate.fill_(1.0)
+        run()
+        return any(not torch.equal(tensor, value)
+                   for tensor, value in zip(self.parameters, self.values, strict=False))
+
+    def leave(self) -> None:
+        """After a capture that failed: drop gradients, which lie in the graph's memory, and give the generator a
+        state that no capture has touched. PyTorch 2.11 leaves the old one waiting for the capture's end: the next
+        draw would fail."""
+        self.static.optimizer.zero_grad(set_to_none=True)
+        if self.generator.device.type == "cuda":
+            self.generator.graphsafe_set_state(self.untouched)

@@ -123,6 +123,15 @@ class Ranks:
         found = {k: value for part in everyone or [] for k, value in part.items()}
         return {k: found[k] for k in sorted(found)}
 
+    def gather_parts(self, own: dict[int, T], at_a_time: int = 16) -> Iterator[dict[int, T]]:
+        """``gather``, some of each rank's entries at a time: what is under way is in memory several times."""
+        if self.alone:
+            yield own
+            return
+        keys, counts = list(own), self.gather({self.rank: len(own)})
+        for start in range(0, self.share(max(counts.values(), default=0)), at_a_time):
+            yield self.gather({k: own[k] for k in keys[start:start + at_a_time]})
+
     def share(self, value: T) -> T:
         """The first rank's value, on every rank; what the others hand in is not looked at."""
         box = [value]

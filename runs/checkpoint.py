@@ -1,4 +1,4 @@
-"""Checkpoint files, and the store of private parameters between a client's turns.
+"""Checkpoint files, and where private parameters and uploads wait in the meantime.
 
 A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``uploads``), ``client_<k>.pt``
 (what stayed with client k) and ``server.pt`` (the head just aggregated, and what the server remembers), so
@@ -23,6 +23,8 @@ from update import Private
 from utils import InputError, write_whole
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
+UPLOADS = 2**29      # bytes of uploads, likewise
+SMALL = 2**16        # bytes: a state that is smaller is kept on the heap
 MOST_STEPS = 10**12   # of a client: more than any run makes, and still exact as a float
 
 
@@ -102,14 +104,49 @@ def off_heap(state: State) -> State:
     """A copy in memory of its own, which the kernel gets back when the copy is dropped.
 
     On the heap, tensors that live for a round would lie between the blocks that every training step reuses, and
-    split these into smaller and smaller ones: the process would grow with every round.
+    split these into smaller and smaller ones: the process would grow with every round. Small states stay there:
+    the kernel counts mappings, and knows 65,530 at most.
     """
-    copy = {}
+    starts, size = {}, 0
     for name, value in state.items():
-        place = mmap.mmap(-1, value.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        copy[name] = torch.frombuffer(place, dtype=value.dtype, count=value.numel()).as_strided(
-            value.shape, value.stride()).copy_(value)
-    return copy
+        starts[name], size = size, size + -(-value.nbytes // 64) * 64
+    if size < SMALL:
+        return {name: value.to("cpu", copy=True) for name, value in state.items()}
+    place = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return {name: torch.frombuffer(place, dtype=value.dtype, count=value.numel(), offset=starts[name]).as_strided(
+        value.shape, value.stride()).copy_(value) for name, value in state.items()}
+
+
+class WaitingUploads:
+    """Uploads between a client's turn and the checkpoint that has them.
+
+    They stay in memory up to UPLOADS bytes, those of the last round included; the others are mapped from files, so
+    that the kernel may take their memory whenever it needs it. A file is removed as soon as it is mapped.
+    """
+
+    def __init__(self, folder: Path, memory: int = UPLOADS):
+        self.folder, self.memory = folder, memory
+        self.last, self.now = 0, 0   # bytes in memory, of the last round and of this one
+
+    def keep(self, client: int, upload: State) -> State:
+        """The same tensors, in memory or mapped."""
+        size = sum(value.nbytes for value in upload.values())
+        if self.last + self.now + size <= self.memory:
+            self.now += size
+            return upload
+        file = self.folder / f"upload-{client}.pt"
+        write_whole(file, lambda target: torch.save(upload, target))
+        mapped = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        file.unlink()
+        return mapped
+
+    def end_round(self) -> None:
+        """This round's uploads are the last round's."""
+        self.last, self.now = self.now, 0
+
+    def dropped(self) -> None:
+        """A checkpoint has the last round's: nobody holds them any more."""
+        self.last = 0
 
 
 class PrivateStore:
@@ -132,7 +169,8 @@ class PrivateStore:
         self.serial = 0
         self.free = {"cpu": memory}   # bytes left, by the kind of device
         if initial.kind == "cuda":
-            self.free["cuda"] = torch.cuda.mem_get_info()[0] // 2
+            device = next(iter(initial.parameters.values())).device
+            self.free["cuda"] = torch.cuda.mem_get_info(device)[0] // 2
 
     def get(self, client: int) -> Private:
         """The client's latest; a client that has never trained has what all started from."""

@@ -28,6 +28,7 @@ from options import of_rows
 from runs import configs, pictures
 from runs.checkpoint import (
     PrivateStore,
+    WaitingUploads,
     checked_head,
     is_whole,
     load_checked,
@@ -65,7 +66,7 @@ class Progress:
     round: int
     head: State                                   # what the server sends next
     sent: State = field(default_factory=dict)     # what it sent in ``round``
-    uploads: dict[int, State] = field(default_factory=dict)
+    uploads: dict[int, State] = field(default_factory=dict)   # in ``round``; none once a checkpoint has them
     csv_bytes: dict[str, int] = field(default_factory=dict)
     memory: dict = field(default_factory=dict)   # the server's own
 
@@ -134,6 +135,7 @@ class Run:
         self.finished = ranks.share(
             owner is not None and self._admit(options["resume"], options["overwrite"], owner))
         self.private = PrivateStore(self.models / ".private", initial)
+        self.uploads = WaitingUploads(self.models / ".private")
         self.progress = start
         if not self.finished:
             if owner is not None:
@@ -195,6 +197,7 @@ class Run:
                                for stage, row in held_out.items())
             self.bar.write(f"round {progress.round}/{self.bar.total}: {self.evaluation_split} accuracy {stages}")
         self.private.commit()
+        self.uploads.end_round()
         self.progress = progress
         due = progress.round in self.rounds_kept or time.monotonic() - self.saved_at >= self.every
         if self.ranks.share(due):
@@ -222,6 +225,8 @@ class Run:
             partial.rename(target)
             self._clear(*(folder for r, folder in self._checkpoints().items()
                           if r != now.round and r not in self.rounds_kept))
+        now.uploads = {}   # the next round's take their place in memory
+        self.uploads.dropped()
         self.saved_round, self.saved_at = now.round, time.monotonic()
 
     def finish(self) -> None:
@@ -326,15 +331,14 @@ class Run:
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
             travels, stays = self._layout(found)
             head = checked_head(server["head"], travels, folder / "server.pt")
-            shared = read_shared(folder / "shared.pt", travels, self.clients)
+            sent = read_shared(folder / "shared.pt", travels, self.clients)["sent"]
             if "warm" in server:
                 self.private.start_from(checked_head(server["warm"], stays, folder / "server.pt"))
             for k in self.ranks.mine(range(self.clients)):
                 self.private.put(k, read_private(folder / f"client_{k}.pt", stays, travels))
             self.private.commit()
             csv_bytes = server["csv_bytes"]
-            self.progress = Progress(found, head, shared["sent"], shared["uploads"],
-                                     memory=server["memory"])
+            self.progress = Progress(found, head, sent, memory=server["memory"])   # uploads: in the checkpoint
         if self.ranks.first:   # only now: if the checkpoint is refused, nothing has changed
             self.write_config()
             for name, columns in csv_columns().items():

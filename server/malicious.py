@@ -183,6 +183,7 @@ class MaliciousClients:
         self.behaviour, self.seed = BEHAVIOURS[behaviour or "passive"], seed
         count = round_down(frac * clients)
         self.members = frozenset(rng(seed, "malicious").permutation(clients)[:count].tolist())
+        self.liars: dict[int, tuple[Trainer, Trainer]] = {}   # by id: a trainer, and the same with other labels
 
     def groups(self, trainer: Trainer,
                indices: dict[int, np.ndarray]) -> list[tuple[Trainer, dict[int, np.ndarray]]]:
@@ -192,9 +193,16 @@ class MaliciousClients:
         bad = {k: own for k, own in indices.items() if k in self.members}
         if not bad:
             return [(trainer, honest)]
-        liar = trainer if self.behaviour.relabel is None else replace(
-            trainer, labels=self.behaviour.relabel(trainer.labels, trainer.num_classes))
-        return [(trainer, honest), (liar, bad)]
+        return [(trainer, honest), (self._liar(trainer), bad)]
+
+    def _liar(self, trainer: Trainer) -> Trainer:
+        """The trainer of malicious clients: the same one in every round, since it may hold a captured step."""
+        if self.behaviour.relabel is None:
+            return trainer
+        if id(trainer) not in self.liars:   # both are kept, so that the id stays theirs
+            labels = self.behaviour.relabel(trainer.labels, trainer.num_classes)
+            self.liars[id(trainer)] = trainer, replace(trainer, labels=labels)
+        return self.liars[id(trainer)][1]
 
     def retrained(self, trainer: Trainer, client: int, number: int, images: int, trained: Trained) -> Trained:
         """What a client has after its training; a malicious one may train its head on."""

@@ -15,6 +15,7 @@ from models import Classifier
 
 T = TypeVar("T")
 State = dict[str, Tensor]
+ALL = slice(None)
 Memory = dict[str, Any]   # numbers and tensors that a server keeps from round to round
 
 
@@ -36,14 +37,17 @@ def weighted_mean(states: list[State], weights: list[float]) -> State:
     return average
 
 
-def updates_of(sent: State, uploads: list[State]) -> Tensor:
-    """``D_k = head_k - head`` as rows, ``K x P``, parameters in the head's order."""
-    rows = torch.empty(len(uploads), sum(value.numel() for value in sent.values()))
-    start = 0
+def updates_of(sent: State, uploads: list[State], columns: slice = ALL) -> Tensor:
+    """``D_k = head_k - head`` as rows, ``K x P``, parameters in the head's order; or some of the columns."""
+    first, last, _ = columns.indices(sum(value.numel() for value in sent.values()))
+    rows = torch.empty(len(uploads), last - first)
+    start = 0   # the parameter's first column
     for name, value in sent.items():
-        columns = rows[:, start:start + value.numel()]
-        for row, upload in zip(columns, uploads, strict=True):
-            torch.sub(upload[name].flatten(), value.flatten(), out=row)
+        low, high = max(first - start, 0), min(last - start, value.numel())
+        if low < high:
+            part = rows[:, start + low - first:start + high - first]
+            for row, upload in zip(part, uploads, strict=True):
+                torch.sub(upload[name].flatten()[low:high], value.flatten()[low:high], out=row)
         start += value.numel()
     return rows
 

@@ -14,6 +14,9 @@ flipped. An upload's trust in a round is a product of four factors:
 A client's trust is the lower of this round's and an exponential average over rounds: lost quickly, regained
 slowly. docs/threat-model.md has what was measured, which usual tests were dropped, and what no weight can see.
 """
+import functools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +34,7 @@ COPY = 0.95                        # cosine of copies: two clients with the same
 KEEP = 0.8                         # share of the old average in the new one
 PROBES, STEPS, RATE = 2, 20, 0.1   # probes a class; Adam's steps from noise to a probe, and their rate
 SHARE = 3.0                        # no client weighs more than SHARE / K
+WHOLE, PART = 2**30, 2**28         # bytes of updates that are held at once; of a part, where there are more
 
 
 class ThreatAware(Server):
@@ -58,9 +62,10 @@ class ThreatAware(Server):
             return Judgement({}, self.remembered(round, {}, fallback=False))
         met = self.memory["seen"][clients] > 0
         before = torch.where(met, self.memory["trust"][clients], 1.0).double()
-        updates = updates_of(round.sent, list(round.uploads.values()))
-        ratio, clip = lengths(updates)
-        gram = (updates.mul_(clip.float()[:, None]) @ updates.T).double()   # clipped, from here on
+        updates = Updates(round.sent, list(round.uploads.values()))
+        ratio, clip = lengths(updates.norms())
+        updates.scale(clip.float())   # clipped, from here on
+        gram = updates.gram()
         similarity, copies = likenesses(gram)
         first = (LONG / ratio).clamp_max(1).square() / copies.square()
         # If nobody is trusted any more, all begin anew: there would be no mean to compare with.
@@ -68,7 +73,7 @@ class ThreatAware(Server):
         weight = prior * first
         for _ in range(2):   # the second pass leaves out what the first distrusted
             cosine = against_others(gram, weight)
-            mean = moved(round.sent, weight.float() @ updates / weight.sum().clamp_min(1e-12))
+            mean = moved(round.sent, updates.mix(weight.float()) / weight.sum().clamp_min(1e-12))
             forgotten = self.forgotten(round, mean, ratio.clamp(1, LONG))
             now = (first * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
                    / forgotten.clamp_min(1)**POWER)
@@ -145,12 +150,60 @@ class ThreatAware(Server):
         return functional_call(self.network, layers, (x,))
 
 
-def lengths(updates: Tensor) -> tuple[Tensor, Tensor]:
+class Updates:
+    """``updates_of`` a round: all of it up to WHOLE bytes, else a part of the columns at a time.
+
+    A part is made again whenever it is asked for. So the server of a thousand clients does not hold their updates
+    beside their uploads.
+    """
+
+    def __init__(self, sent: State, uploads: list[State]):
+        self.sent, self.uploads = sent, uploads
+        self.factor: Tensor | None = None
+        width = sum(value.numel() for value in sent.values())
+        self.whole = updates_of(sent, uploads) if 4 * width * len(uploads) <= WHOLE else None
+        step = max(1, PART // (4 * len(uploads)))
+        self.spans = [slice(first, first + step) for first in range(0, width, step)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.whole is not None:
+            yield self.whole
+            return
+        for span in self.spans:
+            part = updates_of(self.sent, self.uploads, span)
+            yield part if self.factor is None else part.mul_(self.factor)
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply each update by its own factor, ``K``."""
+        self.factor = factor[:, None]
+        if self.whole is not None:
+            self.whole.mul_(self.factor)
+
+    def norms(self) -> Tensor:
+        """Of each update, ``K``."""
+        return functools.reduce(torch.hypot, map(norms, self))
+
+    def gram(self) -> Tensor:
+        """Inner products, ``K x K``."""
+        return functools.reduce(torch.add, ((part @ part.T).double() for part in self))
+
+    def mix(self, weight: Tensor) -> Tensor:
+        """Their sum with these weights, ``P``."""
+        return torch.cat([weight @ part for part in self])
+
+
+def norms(updates: Tensor) -> Tensor:
+    """Of each row; 64 rows at a time, since PyTorch copies them to the double precision that it sums in."""
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+                      for rows in updates.tensor_split(-(-len(updates) // 64))])
+
+
+def lengths(norms: Tensor) -> tuple[Tensor, Tensor]:
     """Each update's norm over the median norm, and the factor that clips it to the median.
 
     With a looser clip a few colluders could make up most of the mean that all are compared with.
     """
-    norms = torch.linalg.vector_norm(updates, dim=1, dtype=torch.float64).clamp_min(1e-12)
+    norms = norms.clamp_min(1e-12)
     ratio = norms / norms.median()
     return ratio, (1 / ratio).clamp_max(1)
 

@@ -1,6 +1,10 @@
 """The attacks' benchmarks run, at a size that measures nothing."""
+import csv
 import importlib
+import os
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -128,3 +132,118 @@ def test_a_run_that_is_not_there_is_one_line(script, name, flag, tmp_path, capsy
     assert script(name).main([flag, "none", "--results_dir", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{name}.py: error: ")
+
+
+# Stands in for the interpreter of gpu.sh: notes its arguments, and writes what a run of RVE-PFL.py would.
+STUB = r"""#!/usr/bin/env bash
+[ "$1" != -c ] || exit "${NO_GPU:-0}"
+echo "$*" >> "$NOTES"
+[[ -z ${SLEEPS:-} || "$*" != *"$SLEEPS"* ]] || sleep 20
+[[ -z ${FAILS:-} || "$*" != *"$FAILS"* ]] || { echo "it went wrong" >&2; exit 3; }
+[ "$1" = RVE-PFL.py ] || exit 0
+while [ $# -gt 0 ]; do
+    case $1 in --run_name) name=$2 ;; --results_dir) results=$2 ;; esac
+    shift
+done
+mkdir -p "$results/$name"
+printf 'round,loss\n1,0.5\n2,0.25\n' > "$results/$name/rounds.csv"
+"""
+
+
+class Gpu:
+    """benchmarks/gpu.sh in a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder, self.notes, self.out = folder, folder / "notes.txt", folder / "out"
+        self.environment = {**os.environ, "PYTHON": str(folder / "python"), "NOTES": str(self.notes),
+                            "OUT": str(self.out), "DATA_DIR": str(folder), "RESULTS_DIR": str(folder / "results"),
+                            "MODELS_DIR": str(folder / "models")}
+        (folder / "python").write_text(STUB)
+        (folder / "python").chmod(0o755)
+        for name in ("mnist", "fmnist"):
+            (folder / f"{name}.npz").touch()
+
+    def run(self, *words, **environment):
+        """Exit status, lines of output, and the one line of error."""
+        done = subprocess.run([str(ROOT / "benchmarks" / "gpu.sh"), *words], capture_output=True, text=True,
+                              env={**self.environment, **environment}, timeout=120)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    def calls(self):
+        return [line.split() for line in self.notes.read_text().splitlines()]
+
+    def runs(self):
+        return [words[words.index("--run_name") + 1] for words in self.calls() if "--run_name" in words]
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    return Gpu(tmp_path)
+
+
+def test_gpu_study_runs_what_matters_first_and_gathers_it(gpu):
+    status, lines, _ = gpu.run("study")
+    methods = ("rve_pfl", "nbafl", "fedavg", "local", "lg_fedavg", "fedper")
+    assert status == 0 and gpu.runs() == [f"gpu-paper-{data}-{method}" for method in methods
+                                          for data in ("mnist", "fmnist")]
+    assert [line.split()[0] for line in lines] == ["ok"] * 12 + ["LATE"] * 6 and "cifar.npz" in lines[-1]
+    for words in gpu.calls():
+        flags = dict(zip(words, words[1:], strict=False))
+        assert "--resume" in words and ("--aggregation" in words) == ("local" not in words)
+        assert (flags["--rounds"], flags["--local_ep"], flags["--num_users"], flags["--device"]) == (
+            "100", "10", "10", "cuda")
+    with open(gpu.out / "rounds.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24 and rows[-1]["loss"] == "0.25" and {row["run"] for row in rows} == set(gpu.runs())
+
+
+def test_gpu_study_ends_in_time_and_goes_on(gpu):
+    began = time.monotonic()
+    status, lines, _ = gpu.run("study", MINUTES="0.04", SLEEPS="mnist-nbafl")
+    assert status == 0 and time.monotonic() - began < 10   # a run that is cut off is no failure here
+    assert "LATE    mnist-nbafl: not done in" in "\n".join(lines)
+    assert "LATE    fmnist-fedper: no time left" in lines
+    assert "gpu-paper-mnist-rve_pfl" in (gpu.out / "rounds.csv").read_text()
+    status, lines, _ = gpu.run("study")
+    assert sum(line.startswith("ok") for line in lines) == 12
+
+
+def test_gpu_check_says_how_each_step_ended(gpu):
+    status, lines, _ = gpu.run()
+    assert status == 0 and [line.split(",")[0].split()[:2] for line in lines] == [
+        ["ok", "tests"], ["ok", "mnist-100x10x10"], ["ok", "speed"]]
+    tests, run, speed = gpu.calls()
+    assert "tests/test_cuda.py" in tests and "benchmarks/speed.py" in speed
+    assert " ".join(run[-8:]) == "--dataset mnist --num_users 100 --rounds 10 --local_ep 10"
+    status, lines, _ = gpu.run(FAILS="speed.py")
+    assert status == 1 and lines[-1] == "FAILED  speed (status 3): it went wrong"
+    status, lines, _ = gpu.run("check", MINUTES="0.04", SLEEPS="RVE-PFL")
+    assert status == 1 and lines[-1].startswith("LATE    speed")
+
+
+@pytest.mark.parametrize("words, environment, says", [
+    (["both"], {}, "MODE both"), ([], {"SCALE": "large"}, "SCALE large"), ([], {"MINUTES": "ten"}, "MINUTES ten"),
+    ([], {"NO_GPU": "1"}, "finds no GPU")])
+def test_gpu_mistakes_are_one_line(gpu, words, environment, says):
+    status, lines, error = gpu.run(*words, **environment)
+    assert status == 2 and not lines and len(error.splitlines()) == 1 and says in error
+
+
+def test_gpu_scripts_run_at_a_toy_size(gpu, tiny_arrays):
+    """The programs themselves, on the CPU."""
+    np.savez(gpu.folder / "mnist.npz", **tiny_arrays)
+    toy = {"SCALE": "toy", "PYTHON": sys.executable, "SETS": "mnist", "METHODS": "rve_pfl"}
+    for words, count in ((["study"], 1), ([], 3)):
+        status, lines, error = gpu.run(*words, **toy)
+        assert status == 0 and len(lines) == count and all(line.startswith("ok") for line in lines), (
+            lines, error, (gpu.out / "log.txt").read_text()[-2000:])
+    table = pd.read_csv(gpu.out / "rounds.csv")
+    assert set(table["run"]) == {"gpu-toy-mnist-rve_pfl", "gpu-toy-mnist-4x2x1"}
+    assert table["round"].max() == 2 and table["accuracy"].between(0, 1).all()
+
+
+def test_crowds_prints_each_round(script, capsys):
+    assert script("crowds").main(["--clients", "0", "--tiny", "40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"tiny, 40 clients, round {r}" for r in range(1, 7)]
+    assert all(float(line.split()[-2]) > 100 for line in lines[:1])

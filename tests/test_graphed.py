@@ -1,20 +1,28 @@
 """Replayed steps: the plain client's numbers, with a stand-in for the CUDA graph."""
+import contextlib
 import dataclasses
+import gc
+import warnings
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_update import FIRST, SECOND, make
+from test_update import FIRST, SECOND, equal, make
 
-from engine.graphed import GraphedTrainer
+from engine import graphed as module
+from engine.graphed import WARM_UP, GraphedTrainer, cuda_graph
 from methods import METHODS
+from server.malicious import MaliciousClients
+from utils import InputError, choose_device
 
 
 def graphed(client):
     """The same client with steps replayed, and how often each capture was."""
     captures, replays = [], []
 
-    def stand_in(step):
+    def stand_in(step, device):
         captures.append(step)
         for _ in range(3):   # as a real capture's warm-up does: runs that must leave no trace
             step()
@@ -42,7 +50,8 @@ def test_replayed_steps_give_the_plain_steps_numbers(tiny_arrays, name, changes)
         figures = [c.evaluate(client, round, own, found[0], found[1]) for c in (plain, replayed)]
         assert figures[0] == pytest.approx(figures[1], rel=1e-3, nan_ok=True)
     assert len(captures) == (3 if "kl_warmup" in changes and changes["kl_warmup"] else 1)   # one a beta
-    assert len(replays) == 2 * (3 + 2 + 3 + 2)   # full batches only: of 100 and 80 images
+    # Full batches only, of 100 and 80 images; and once a capture to see whether its replay does anything.
+    assert len(replays) == 2 * (3 + 2 + 3 + 2) + len(captures)
 
 
 def test_a_batch_too_short_is_never_captured(tiny_arrays):
@@ -53,7 +62,7 @@ def test_a_batch_too_short_is_never_captured(tiny_arrays):
 
 
 def test_where_a_capture_fails_plain_steps_go_on(tiny_arrays):
-    def fails(step):
+    def fails(step, device):
         step()
         raise RuntimeError("not permitted")
     plain, head, private = make(tiny_arrays, lr_decay=0.0)
@@ -87,3 +96,252 @@ def test_a_loss_that_looks_at_what_was_sent_sees_this_rounds(tiny_arrays):
         expected, found = (client.train(0, round, FIRST, sent, private) for client in (plain, replayed))
         assert all(torch.allclose(found.upload[name], value, atol=1e-5) for name, value in expected.upload.items())
     assert len(captures) == 1
+
+
+def state_of(client):
+    """All that a capture must leave alone: parameters, learning rates, moments, and what is drawn next."""
+    static = client._static
+    return {**client.state(), **{f"rate {i}": group["lr"].clone() for i, group
+                                 in enumerate(static.optimizer.param_groups)},
+            **{f"moment {i}": tensor.clone() for i, tensor in enumerate(static.moments())},
+            "generator": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("ends", ["well", "badly", "early"])
+def test_a_capture_leaves_no_trace(tiny_arrays, ends):
+    """Whether it succeeds, fails in the end, or in its first step."""
+    client, _, _ = graphed(make(tiny_arrays)[0])
+    _, head, private = make(tiny_arrays)
+    client.model.train()
+    optimizer, _ = client.prepare({**head, **private.parameters})
+    client.set_lr(optimizer, 0, 0, 100)
+    batch = torch.arange(32)
+    GraphedTrainer.__mro__[1]._step(client, optimizer, 1, batch, {})   # so that there are moments
+    before = state_of(client)
+
+    def capture(step, device):
+        for _ in range(0 if ends == "early" else 3):
+            step()
+        torch.rand(5)
+        if ends != "well":
+            raise RuntimeError("not permitted")
+        return step
+    if ends == "well":
+        client._captured(capture, client._static, 1)
+    else:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            client._captured(capture, client._static, 1)
+        assert all(value.grad is None for value in client.model.parameters())
+    assert equal(state_of(client), before)
+
+
+def test_a_replay_that_changes_nothing_ends_the_run(tiny_arrays):
+    """An empty graph, as of a capture on another device, would train nothing and say nothing."""
+    client, head, private = make(tiny_arrays)
+    empty, *_ = graphed(client)
+    empty.capture = lambda step, device: (step(), lambda: None)[1]
+    with pytest.raises(InputError, match="does nothing on cpu; use --device cpu"):
+        empty.train(0, 1, FIRST, head, private)
+
+
+def test_a_tiny_learning_rate_is_not_taken_for_an_empty_graph(tiny_arrays):
+    client, head, private = make(tiny_arrays, optimizer="sgd", lr=1e-45)
+    tiny, captures, _ = graphed(client)
+    assert tiny.train(0, 1, FIRST, head, private).metrics["n"] == 100 and len(captures) == 1
+
+
+def test_what_a_step_noted_holds_no_autograd_graph(tiny_arrays):
+    client, head, private = make(tiny_arrays)
+    replayed, _, _ = graphed(client)
+    seen, plain = [], GraphedTrainer.__mro__[1]._step
+
+    def watched(self, *arguments):
+        found = plain(self, *arguments)
+        seen.append(weakref.ref(found[2]))   # the one tensor that leads to it
+        return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraphedTrainer.__mro__[1], "_step", watched)
+        replayed.train(0, 1, np.arange(64), head, private)
+    gc.collect()
+    assert len(seen) == 3 + 1 + 2 and not any(tensor() is not None for tensor in seen)
+    assert all(tensor.grad_fn is None for replay in replayed._replays.values()
+               for tensor in replay.noted[-1] if tensor is not None)
+
+
+def test_the_first_of_two_errors_is_told(tiny_arrays):
+    def fails(step, device):
+        try:
+            raise RuntimeError("a copy to the host")
+        finally:
+            raise RuntimeError("capture_end: invalidated")
+    client, head, private = make(tiny_arrays)
+    replayed, *_ = graphed(client)
+    replayed.capture = fails
+    with pytest.warns(UserWarning, match="a copy to the host"), warnings.catch_warnings():
+        replayed.train(0, 1, FIRST, head, private)
+
+
+def test_malicious_clients_capture_once(tiny_arrays):
+    """Their trainer, with other labels, lives as long as the honest one."""
+    client, head, private = make(tiny_arrays)
+    honest, captures, _ = graphed(client)
+    made = MaliciousClients("label_flip", 0.5, 2, 1)
+    for round in (1, 2, 3):
+        for trainer, own in made.groups(honest, {0: FIRST, 1: SECOND}):
+            for k, indices in own.items():
+                assert (trainer is honest) == (k not in made.members)
+                trainer.train(k, round, indices, head, private)
+    assert len(captures) == 2
+    other, *_ = graphed(make(tiny_arrays)[0])
+    assert made.groups(other, {0: FIRST, 1: SECOND})[1][0].model is other.model
+
+
+class Cuda:
+    """torch.cuda as ``cuda_graph`` uses it: notes what happens, on which stream, and fails where told."""
+
+    def __init__(self, patch, fails=None):
+        self.streams, self.said, names = ["main"], [], iter(["side", "other"])
+        for name, value in {"device": self.device, "stream": self.stream, "graph": self.graph,
+                            "Stream": lambda: self.Stream(next(names), self),
+                            "CUDAGraph": lambda: self.Graph(self),
+                            "current_device": lambda: 7, "graph_pool_handle": lambda: (0, 5),
+                            "current_stream": lambda: self.Stream(self.streams[-1], self)}.items():
+            patch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            patch.setattr(torch._C, name, lambda *words, name=name: self.note(name, *words), raising=False)
+        patch.setattr(module, "abandoned", [])
+        self.fails = fails
+
+    def note(self, *words):
+        self.said.append((*words, self.streams[-1]))
+        if words[0] == self.fails:
+            raise RuntimeError(f"{words[0]} fails")
+
+    @dataclasses.dataclass
+    class Stream:
+        name: str
+        cuda: object
+
+        def wait_stream(self, other):
+            self.cuda.note("wait", self.name, other.name)
+
+    @dataclasses.dataclass
+    class Graph:
+        cuda: object
+
+        def replay(self):
+            self.cuda.note("replay")
+
+        def reset(self):
+            self.cuda.note("reset")
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.note("device", str(device))
+        yield
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        depth = len(self.streams)
+        self.streams.append(stream.name)
+        try:
+            yield
+        finally:
+            del self.streams[depth:]
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream):
+        """As PyTorch's: where the end fails, its stream stays the current one."""
+        self.streams.append(stream.name)
+        self.note("begin", pool)
+        try:
+            yield
+        finally:
+            self.note("end")
+            self.streams.pop()
+
+
+def test_warm_up_and_capture_share_a_stream_of_the_device(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    replay = cuda_graph(lambda: cuda.note("step"), torch.device("cuda", 1))
+    replay()
+    assert cuda.said == [
+        ("device", "cuda:1", "main"), ("wait", "side", "main", "main"), *[("step", "side")] * WARM_UP,
+        ("begin", (0, 5), "side"), ("step", "side"), ("end", "side"), ("wait", "main", "side", "main"),
+        ("replay", "main")]
+
+
+@pytest.mark.parametrize("fails", ["step", "begin", "end"])
+def test_a_capture_that_fails_is_undone(monkeypatch, fails):
+    """The main stream is current again, the allocator is told, and the graph stays alive."""
+    cuda = Cuda(monkeypatch, fails)
+    with pytest.raises(RuntimeError, match=f"{fails} fails"):
+        cuda_graph(lambda: cuda.note("step"), torch.device("cuda"))
+    assert [words[:3] for words in cuda.said[-3:]] == [
+        ("_cuda_endAllocateToPool", 7, (0, 5)), ("reset", "main"), ("_cuda_releasePool", 7, (0, 5))]
+    assert len(module.abandoned) == 1
+
+
+def test_undoing_may_fail_too(monkeypatch):
+    """A newer PyTorch has undone it already, and says so."""
+    cuda = Cuda(monkeypatch, "end")
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *words: exec("raise RuntimeError('not recording')"))
+    with pytest.raises(RuntimeError, match="end fails"):
+        cuda_graph(lambda: cuda.note("step"), torch.device("cuda", 0))
+
+
+class Generator:
+    """A GPU's: a capture that fails leaves its state unusable, as PyTorch 2.11 does."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, state=(1, 0)):
+        self.state, self.broken = state, False
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+    def clone_state(self):
+        return Generator(self.state)
+
+    def graphsafe_set_state(self, other):
+        self.state, self.broken = other.state, other.broken
+
+
+def test_after_a_capture_that_failed_the_gpu_can_draw(tiny_arrays, monkeypatch):
+    generator = Generator()
+    monkeypatch.setattr(module, "generator_of", lambda device: generator)
+
+    def fails(step, device):
+        generator.broken, generator.state = True, (1, 40)
+        raise RuntimeError("not permitted")
+    client, head, private = make(tiny_arrays)
+    replayed, *_ = graphed(client)
+    replayed.capture = fails
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        replayed.train(0, 1, FIRST, head, private)
+    assert generator.state == (1, 0) and not generator.broken
+
+
+@pytest.mark.parametrize("name, local, index", [("cuda", "1", 1), ("cuda", "2", 0), ("cuda:1", "0", 1),
+                                                ("auto", "1", 1)])
+def test_a_process_makes_its_gpu_the_current_one(monkeypatch, name, local, index):
+    """Streams, graphs and generators that name no device belong to it; and float32 is computed as such."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=True))
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert choose_device(name) == torch.device("cuda", index) and chosen == [torch.device("cuda", index)]
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+def test_a_cpu_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("no GPU was asked for"))
+    assert choose_device("cpu") == torch.device("cpu")

@@ -1,4 +1,5 @@
 """Several processes under torchrun: one process's numbers, a death that ends all, another number goes on."""
+import ast
 import json
 import os
 import signal
@@ -64,6 +65,29 @@ def test_the_same_numbers_as_one_process(place, alone, processes):
     assert {p.name for p in (place.models / "round_3").iterdir()} == {
         "shared.pt", "server.pt", *(f"client_{k}.pt" for k in range(5))}
     assert not (place.models / ".private").exists()
+
+
+PARTS = """
+import sys
+sys.path.insert(0, {root!r})
+from engine.ranks import Ranks
+with Ranks() as ranks:
+    own = {{k: f"head {{k}}" for k in range(11) if k % 2 == ranks.rank and k < 9}}
+    parts = list(ranks.gather_parts(own, 2))
+    if ranks.first:
+        print(parts)
+"""
+
+
+def test_heads_arrive_a_few_at_a_time(tmp_path):
+    """Also where one process has more of them than the other."""
+    script = tmp_path / "parts.py"
+    script.write_text(PARTS.format(root=str(ROOT)))
+    done = subprocess.run([*TORCHRUN, "2", str(script)], env=ENV, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    parts = ast.literal_eval(done.stdout.strip())
+    assert [list(part) for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert all(head == f"head {k}" for part in parts for k, head in part.items())
 
 
 def test_a_death_ends_all_and_another_number_goes_on(place, alone):

@@ -10,9 +10,9 @@ import torch
 from models import Classifier
 from server import threat_aware
 from server.malicious import BEHAVIOURS, Knowledge, MaliciousClients, adaptive
-from server.mean import Round, Setting, State
+from server.mean import Round, Setting, State, updates_of
 from server.rules import RULES
-from server.threat_aware import ThreatAware, against_others, lengths, likenesses, weigh
+from server.threat_aware import ThreatAware, Updates, against_others, lengths, likenesses, norms, weigh
 
 SHAPE, CLASSES = (1, 28, 28), 10
 
@@ -100,14 +100,14 @@ def test_order_and_scale_do_not_matter(network, crowd):
     updates = torch.randn(5, 9).double()
     gram = updates @ updates.T
     for scale in (1e-3, 1e3):   # of all updates alike
-        assert torch.allclose(lengths(updates)[0], lengths(scale * updates)[0])
+        assert torch.allclose(lengths(norms(updates))[0], lengths(norms(scale * updates))[0])
         assert torch.allclose(likenesses(gram)[0], likenesses(scale * gram)[0])
         assert torch.allclose(against_others(gram, torch.ones(5).double()),
                               against_others(scale * gram, torch.ones(5).double()))
 
 
 def test_lengths_by_hand():
-    ratio, scale = lengths(torch.tensor([[3.0, 4], [0, 5], [5, 0], [0, 0], [15, 20]]))
+    ratio, scale = lengths(norms(torch.tensor([[3.0, 4], [0, 5], [5, 0], [0, 0], [15, 20]])))
     assert ratio.tolist() == pytest.approx([1, 1, 1, 0, 5])
     assert scale.tolist() == pytest.approx([1, 1, 1, 1, 0.2])   # nobody counts for more than the median norm
 
@@ -337,3 +337,30 @@ def test_forged_noise_is_drawn_anew_each_round_and_by_seed(network, crowd, behav
     name = "classifier.output.weight"
     assert torch.equal(first[name], again[name])
     assert not torch.equal(first[name], later[name]) and not torch.equal(first[name], other[name])
+
+
+def test_many_updates_are_weighed_part_by_part(network, monkeypatch):
+    """The same judgement, whether all updates are held at once or some columns at a time."""
+    sent = {name: value.detach() for name, value in network.state_dict().items()}
+    torch.manual_seed(3)
+    uploads = [{name: value + 0.1 * k * torch.randn_like(value) for name, value in sent.items()}
+               for k in range(1, 71)]   # more than 64, which norms are taken of at a time
+    results, asked = [], []
+
+    def some(sent, uploads, columns=slice(None)):
+        asked.append(updates_of(sent, uploads, columns))
+        return asked[-1]
+    monkeypatch.setattr(threat_aware, "updates_of", some)
+    for whole, part in ((2**30, 2**28), (0, 4 * 70 * 1000)):
+        monkeypatch.setattr(threat_aware, "WHOLE", whole)
+        monkeypatch.setattr(threat_aware, "PART", part)
+        found, asked[:] = Updates(sent, uploads), []
+        plain = found.norms()
+        found.scale(torch.linspace(0.1, 1, 70))
+        results.append((plain, found.gram(), found.mix(torch.linspace(1, 0, 70))))
+    assert max(part.numel() for part in asked) == 70 * 1000
+    for one, other in zip(*results, strict=True):
+        assert (one - other).abs().max() < 1e-5 * one.abs().max()
+    rows = updates_of(sent, uploads)
+    assert torch.equal(results[0][0], torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
+    assert torch.equal(updates_of(sent, uploads, slice(7, 4000)), rows[:, 7:4000])

@@ -1,0 +1,79 @@
+"""Memory of runs with many clients, by round: what their uploads take.
+
+    python benchmarks/crowds.py [--clients 1000] [--tiny 10000]
+
+Two runs on the CPU. Heads: clients of ten MNIST images who share a whole head of full size, 3.3 MB, weighed by the
+threat-aware rule, two rounds. Tiny: clients of ten 8 x 8 images, a twentieth of whom train in each of six rounds.
+Private encoders of full size, 79 MB a client, would need a disk of their own; here nothing, or a last layer, is
+private. Prints, a round, the seconds and the most anonymous memory: what the kernel cannot take back. Linux only.
+"""
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import _path  # noqa: F401 - lets this script import the project
+import numpy as np
+from scaling import resident
+
+from utils import ROOT
+
+IMAGES = 10   # a client
+
+
+def drawn(folder: Path, side: int, clients: int) -> str:
+    """A data set of IMAGES random images a client; its name."""
+    rng, count = np.random.default_rng(1), IMAGES * clients
+    np.savez(folder / "drawn.npz", train_labels=rng.integers(0, 10, count - 1), test_labels=np.array([9]),
+             train_images=rng.integers(0, 256, (count - 1, side, side, 1), np.uint8),
+             test_images=np.zeros((1, side, side, 1), np.uint8))
+    return "drawn"
+
+
+def by_round(folder: Path, driver: Path, *flags: str) -> list[tuple[float, float]]:
+    """Run a driver; each round's seconds, the start with the first, and the most memory in it, in MB."""
+    command = [sys.executable, str(driver), *flags, "--run_name", "run", "--overwrite", "--device", "cpu",
+               "--data_dir", str(folder), "--results_dir", str(folder), "--models_dir", str(folder / "models")]
+    path, found, began = folder / "run" / "server.csv", [0.0], time.monotonic()
+    ends: list[float] = []
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        while len(lines) > 1 and int(lines[-1].split(",")[0]) > len(ends):   # a round's rows are written at once
+            ends.append(time.monotonic())
+            found.append(0.0)
+        found[-1] = max(found[-1], resident(process.pid))
+        time.sleep(0.1)
+    if process.returncode:
+        sys.exit(f"crowds.py: {' '.join(command)} failed")
+    seconds = np.diff([began, *ends])
+    return list(zip(seconds.tolist(), found, strict=False))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=1000, help="with heads of full size; 0: not run")
+    parser.add_argument("--tiny", type=int, default=10_000, help="tiny clients; 0: not run")
+    parser.add_argument("--driver", type=Path, default=ROOT / "RVE-PFL.py", help="or that of another version")
+    args = parser.parse_args(argv)
+    common = ("--partition", "iid", "--local_ep", "1", "--local_bs", "9")
+    for name, clients, side, flags in (
+            ("heads", args.clients, 28, ("--method", "fedavg", "--aggregation", "threat", "--rounds", "2",
+                                         "--eval_every", "2")),
+            ("tiny", args.tiny, 8, ("--method", "fedper", "--frac", "0.05", "--rounds", "6",
+                                    "--eval_every", "6"))):
+        if clients:
+            with tempfile.TemporaryDirectory() as folder:
+                data = drawn(Path(folder), side, clients)
+                rows = by_round(Path(folder), args.driver, "--dataset", data, "--num_users", str(clients), *common,
+                                *flags)
+            for number, (seconds, megabytes) in enumerate(rows, 1):
+                print(f"{name}, {clients} clients, round {number}: {seconds:.1f} s, {megabytes:.0f} MB",
+                      flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
