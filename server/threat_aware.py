@@ -34,7 +34,7 @@ COPY = 0.95                        # cosine of copies: two clients with the same
 KEEP = 0.8                         # share of the old average in the new one
 PROBES, STEPS, RATE = 2, 20, 0.1   # probes a class; Adam's steps from noise to a probe, and their rate
 SHARE = 3.0                        # no client weighs more than SHARE / K
-WHOLE, PART = 2**30, 2**28         # bytes of updates that are held at once; of a part, where there are more
+WHOLE, PART = 2**30, 2**27         # bytes of updates that are held at once; of a part, where there are more
 
 
 class ThreatAware(Server):
@@ -170,8 +170,8 @@ class Updates:
             yield self.whole
             return
         for span in self.spans:
-            part = updates_of(self.sent, self.uploads, span)
-            yield part if self.factor is None else part.mul_(self.factor)
+            # No name for it here: the next part is made while this frame waits.
+            yield updates_of(self.sent, self.uploads, span).mul_(1 if self.factor is None else self.factor)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply each update by its own factor, ``K``."""
