@@ -97,6 +97,8 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         if not run.finished:
             if ranks.first:
                 run.write_partition(owned, splits, data.labels)
+                if malicious.behaviour.trigger is not None:
+                    run.write_triggered(data.images[:8], malicious.behaviour.trigger)
             if args.encoders_from and run.progress.round == 0:
                 for k, encoder in borrowed_encoders(args, ranks.mine(range(args.num_users)), private):
                     run.private.put(k, encoder)
@@ -227,10 +229,18 @@ class Federation:
     def evaluate(self, number: int, head: State, splits: list, run: Run) -> list[dict]:
         """Rows of ``clients.csv`` for every client with the head just aggregated, on the first rank."""
         mine = self.ranks.mine(range(self.args.num_users)) if self.evaluates(number) else []
-        return list(self.ranks.gather({
-            k: row_of(number, k, "deployed", run.evaluation_split,
-                      self.trainer.evaluate(k, number, splits[k][1], head, run.private.get(k)))
-            for k in mine}).values())
+        return list(self.ranks.gather({k: self._deployed(number, k, splits[k][1], head, run)
+                                       for k in mine}).values())
+
+    def _deployed(self, number: int, client: int, held_out: np.ndarray, head: State, run: Run) -> dict:
+        """A client's row at the stage ``deployed``; an honest one's says how often a backdoor opens, if there is
+        one."""
+        private = run.private.get(client)
+        row = row_of(number, client, "deployed", run.evaluation_split,
+                     self.trainer.evaluate(client, number, held_out, head, private))
+        if self.malicious.behaviour.trigger is not None and client not in self.malicious.members:
+            row["backdoor"] = self.malicious.backdoor(self.trainer, client, number, held_out, (head, private))
+        return row
 
     def record(self, round: Round, aggregated: Aggregated, rows: list[dict], seconds: float, run: Run) -> None:
         """Write a round's CSV rows and, if one is due, a checkpoint."""
