@@ -221,6 +221,14 @@ class Federation:
                     outcome = self.malicious.retrained(trainer, k, number, len(own[k]), outcome)
                 yield k, outcome
 
+    def warns(self, round: Round, run: Run) -> bool:
+        """Whether a round has too few uploads for its rule to tell who is malicious; says so on the first rank."""
+        few = self.ranks.first and len(round.uploads) < self.server.fewest
+        if few:
+            run.say(f"warning: --aggregation {self.args.aggregation} cannot tell who is malicious among fewer "
+                    f"than {self.server.fewest} uploads; round {round.number} has {len(round.uploads)}")
+        return few
+
     def aggregate(self, round: Round) -> Aggregated:
         """What the server makes of a round, on the first rank; elsewhere the new head alone."""
         aggregated = self.server(round) if self.ranks.first else Aggregated(round.sent, {}, [])
@@ -263,6 +271,7 @@ def row_of(number: int, client: int, stage: str, split: str, metrics: dict[str, 
 def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
     """The rounds of RVE-PFL, and of all that it is compared with (Issa et al. 2024)."""
     federation.server.memory.update(run.progress.memory)
+    warned = False
     for number in range(run.progress.round + 1, federation.args.rounds + 1):
         started, sent = time.monotonic(), run.progress.head
         splits = federation.splits_in(number)
@@ -274,6 +283,7 @@ def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
 
         # Malicious clients forge their uploads; the server weighs all uploads and aggregates them.
         arrived = federation.malicious.forge(Round(number, sent, uploads, sizes), federation.server)
+        warned = warned or federation.warns(arrived, run)
         aggregated = federation.aggregate(arrived)
 
         # Every client is evaluated with the new head, behind its own encoder if it has one.

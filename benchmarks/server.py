@@ -6,9 +6,10 @@
     python benchmarks/server.py --out FOLDER --sensitivity          each constant of `threat`, halved and doubled
 
 The clients, data, behaviours and rules are the program's own; only the loop of rounds is here, without its files,
-so that a cell takes seconds. A cell plays a few short rounds from the initial weights, on a part of each client's
-images. `heads` trains the heads of rve_pfl alone, on latents of encoders that a clean run has trained and that are
-kept: no private encoder then makes up for a bad head. `models` trains fedavg's whole models. Rules are told the true
+so that a cell takes seconds. A cell plays a few short rounds on a part of each client's images. `heads` trains the heads of
+rve_pfl alone from their initial weights, on latents of encoders that a clean run has trained and that are kept: no
+private encoder then makes up for a bad head. `models` trains fedavg's whole models, which a few clean rounds of the
+plain mean have begun. Rules are told the true
 share of malicious clients. Results go to FOLDER/cells.csv, a line a cell; interrupted, it goes on where it stopped.
 """
 import argparse
@@ -38,7 +39,7 @@ from server.malicious import BEHAVIOURS, MaliciousClients
 from server.mean import Round, Server, Setting
 from server.rules import RULES
 from update import Diverged, Private, Trainer, one_by_one, training_of
-from utils import ROOT, choose_precision, keep_freed_memory, rng, seed_torch
+from utils import ROOT, choose_precision, keep_freed_memory, rng, seed_torch, write_whole
 
 SCOPES = {"heads": "rve_pfl", "models": "fedavg"}
 PARTITIONS = ("shards", "dirichlet", "iid")
@@ -46,7 +47,7 @@ FRACS = (0.3, 0.1, 0.2, 0.4)
 # The behaviours that cost most on the seeds that were looked at first, in that order.
 FIRST = ("adaptive", "optimal_ipm", "min_max", "mimic", "scaling", "label_flip", "backdoor_projected",
          "backdoor_patch", "optimal_alie", "mpaf", "min_sum")
-ENCODER_ROUNDS = 3
+CLEAN_ROUNDS = 3   # behind the encoders, and before the cells with whole models
 TRIGGERS = {triggers.patch: 1, triggers.blend: 2}   # trigger -> which third of a latent row
 CONSTANTS = ("LONG", "AGAINST", "OPPOSED", "FORGETS", "FORGETS_ALL", "POWER", "LEAST", "COPY", "KEEP", "SHARE")
 
@@ -119,23 +120,25 @@ class World:
         training = training_of(vars(self.args), choose_precision("auto", torch.device("cpu")))
         self.trainer = Trainer(model.to(memory_format=torch.channels_last), method, images, labels,
                                data.num_classes, training)
+        name = "-".join(map(str, (*cell[:4], scale.images, scale.local_bs)))
+        path = scale.out / "worlds" / f"{name}.pt"   # what takes longest is kept
+        kept = torch.load(path, weights_only=True) if path.exists() else None
         if cell.scope == "heads":
-            self._freeze_encoders(data.image_shape, scale)
+            kept = self._latents(data.image_shape) if kept is None else kept
+            self._go_on_with_latents(kept, data.image_shape)
         self.head, private = self.trainer.shared_and_private(self.trainer.state())
+        if cell.scope == "models":
+            kept = self._clean_rounds(self.head, private)[0] if kept is None else kept
+            self.head = kept
+        if not path.exists():
+            write_whole(path, lambda file: torch.save(kept, file))
         self.private = Private(private)
         self.first: dict = {}   # what clients made of the initial weights, by client and what it trained on
 
-    def _freeze_encoders(self, image_shape: tuple[int, int, int], scale: argparse.Namespace) -> None:
-        """Train encoders in a few clean rounds, and go on with latents in place of images."""
+    def _latents(self, image_shape: tuple[int, int, int]) -> Tensor:
+        """Train encoders in a few clean rounds; the latents of all images, ``N x 6 x C x H x W``."""
         trainer, (head, private) = self.trainer, self.trainer.shared_and_private(self.trainer.state())
-        own, start = {k: Private(private) for k in self.splits}, head
-        trainer = replace(trainer, training=replace(trainer.training, epochs=2))
-        for number in range(1, ENCODER_ROUNDS + 1):
-            made = dict(one_by_one(trainer, number, {k: train for k, (train, _) in self.splits.items()}, start,
-                                   own.__getitem__))
-            own = {k: one.private for k, one in made.items()}
-            start = Server(Setting())(Round(number, start, {k: one.upload for k, one in made.items()},
-                                            self.sizes)).head
+        _, own = self._clean_rounds(head, private)
         latents = torch.empty(len(trainer.images), 6, *image_shape, dtype=torch.float16)
         for k, pair in self.splits.items():
             trainer.model.load_state_dict({**head, **own[k].parameters})
@@ -149,12 +152,26 @@ class World:
                     height_last = (-1, *image_shape[1:], image_shape[0])
                     for j, value in enumerate((mu, logvar)):
                         latents[part, 2 * i + j] = value.reshape(height_last).permute(0, 3, 1, 2).half()
-        seed_torch(self.args.seed, "init")
+        return latents
+
+    def _go_on_with_latents(self, latents: Tensor, image_shape: tuple[int, int, int]) -> None:
+        """Let the trainer train heads on latents in place of images, from the same initial head."""
+        trainer, (head, _) = self.trainer, self.trainer.shared_and_private(self.trainer.state())
         model = HeadOnLatents(image_shape, trainer.num_classes)
         model.load_state_dict(head)
         self.trainer = LatentTrainer(model.to(memory_format=torch.channels_last), trainer.method, latents,
                                      trainer.labels, trainer.num_classes,
-                                     replace(self.trainer.training, augment="none"))
+                                     replace(trainer.training, augment="none"))
+
+    def _clean_rounds(self, head: dict, private: dict) -> tuple[dict, dict[int, Private]]:
+        """The head and the private parts after CLEAN_ROUNDS rounds of two epochs under the plain mean."""
+        trainer = replace(self.trainer, training=replace(self.trainer.training, epochs=2))
+        own, indices = {k: Private(private) for k in self.splits}, {k: pair[0] for k, pair in self.splits.items()}
+        for number in range(101, 101 + CLEAN_ROUNDS):   # numbers, and so draws, that no cell's rounds have
+            made = dict(one_by_one(trainer, number, indices, head, own.__getitem__))
+            own = {k: one.private for k, one in made.items()}
+            head = Server(Setting())(Round(number, head, {k: one.upload for k, one in made.items()}, self.sizes)).head
+        return head, own
 
     def server(self, rule: str, told: float) -> Server:
         """A rule's server, told the share of malicious clients."""
@@ -177,8 +194,7 @@ class World:
         uploads, behaviour = {}, malicious.behaviour
         for bad, (trainer, indices) in zip((False, True), malicious.groups(self.trainer, {
                 k: train for k, (train, _) in self.splits.items()}), strict=False):
-            name = (behaviour.relabel, BEHAVIOUR_TRIGGERS.get(id(behaviour)) or behaviour.trigger is not None
-                    and behaviour.about, behaviour.retrain) if bad else None
+            name = (behaviour.relabel, behaviour.retrain, behaviour.trigger and behaviour.about) if bad else None
             for k, own in indices.items():
                 if number == 1 and (k, name) in self.first:
                     uploads[k] = self.first[k, name]
@@ -219,7 +235,6 @@ class World:
                 "seconds": time.monotonic() - started}
 
 
-BEHAVIOUR_TRIGGERS: dict = {}
 FIGURES = ("accuracy", "worst", "backdoor", "least_trust", "weight", "seconds")
 
 
@@ -279,7 +294,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--local_ep", type=int, default=1)
     parser.add_argument("--local_bs", type=int, default=32)
-    parser.add_argument("--images", type=int, default=400, help="training images a client at most")
+    parser.add_argument("--images", type=int, default=300, help="training images a client at most")
     parser.add_argument("--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
                         help="each N-th cell from the I-th only, so that N processes share the work")
     scale = parser.parse_args()

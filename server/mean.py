@@ -149,9 +149,11 @@ class Server:
     Attributes:
         protects: whether ``receive`` changes what clients trained, so that the server does not see it.
         memory: numbers and tensors that the next round starts from; a checkpoint keeps them.
+        fewest: uploads of a round under which it cannot tell who is malicious.
     """
 
     protects = False
+    fewest = 1
 
     def __init__(self, setting: Setting):
         self.setting = setting

@@ -89,6 +89,8 @@ def clipped_to_median(updates: Tensor) -> tuple[Tensor, Tensor]:
 class Robust(Server):
     """A server whose next head is a robust rule's."""
 
+    fewest = 3   # of two that differ, neither is the odd one out
+
     def __init__(self, setting: Setting, rule: RobustRule):
         super().__init__(setting)
         self.rule = rule

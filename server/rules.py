@@ -26,14 +26,12 @@ class Rule:
         about: a few words for ``--help``.
         server: makes the server of a run.
         reads: the options that the rule reads, with their defaults.
-        whole_head: it questions heads, so that all of a head has to travel.
         columns: what it adds to ``server.csv`` (``Judgement.columns``).
     """
 
     about: str
     server: Callable[[Setting], Server]
     reads: Mapping[Option, object] = field(default_factory=dict)
-    whole_head: bool = False
     columns: tuple[str, ...] = ()
 
 
@@ -43,7 +41,7 @@ def robust_server(rule: RobustRule) -> Callable[[Setting], Server]:
 
 
 RULES = {
-    "threat": Rule("weights that follow the threat model", ThreatAware, whole_head=True,
+    "threat": Rule("weights that follow the threat model", ThreatAware,
                    columns=("norm_ratio", "cosine", "probe", "lookalike", "trust")),
     "mean": Rule("by data size", Server),
     "median": Rule("coordinate-wise", robust_server(robust.median)),

@@ -133,7 +133,7 @@ def test_delta_depends_on_the_clients():
 @pytest.mark.parametrize("method, option, value, said", [
     ("fedavg", "lr", -1.0, "--lr -1.0: must be between"), ("fedavg", "lr", "abc", "--lr abc: must be a number"),
     ("fedavg", "aggregation", "nosuch", "--aggregation nosuch: choose from"),
-    ("nbafl", "aggregation", "threat", "accounting"), ("fedper", "aggregation", "threat", "whole head")])
+    ("nbafl", "aggregation", "threat", "accounting")])
 def test_a_rows_edited_default_is_checked_too(monkeypatch, capsys, method, option, value, said):
     row = METHODS[method]
     reads = {key: value if key.name == option else old for key, old in row.reads.items()}
