@@ -1,16 +1,15 @@
 """The server's threat model: rules x behaviours x share of malicious clients x partition x what travels.
 
-    python benchmarks/server.py --out FOLDER                        run what is missing, worst cells first
-    python benchmarks/server.py --out FOLDER --table                print the tables from what is there
-    python benchmarks/server.py --out FOLDER --clean 5 2            nobody malicious, 5 rounds of 2 local epochs
-    python benchmarks/server.py --out FOLDER --sensitivity          each constant of `threat`, halved and doubled
+    python benchmarks/server.py --out FOLDER                  play what is missing, worst cells first
+    python benchmarks/server.py --out FOLDER --table          print the tables from what is there
+    python benchmarks/server.py --out FOLDER --sensitivity    each constant of `threat`, halved and doubled
 
-The clients, data, behaviours and rules are the program's own; only the loop of rounds is here, without its files,
-so that a cell takes seconds. A cell plays a few short rounds on a part of each client's images. `heads` trains the heads of
-rve_pfl alone from their initial weights, on latents of encoders that a clean run has trained and that are kept: no
-private encoder then makes up for a bad head. `models` trains fedavg's whole models, which a few clean rounds of the
-plain mean have begun. Rules are told the true
-share of malicious clients. Results go to FOLDER/cells.csv, a line a cell; interrupted, it goes on where it stopped.
+Clients, data, behaviours and rules are the program's own; only the loop of rounds is here, without its files, so
+that a cell takes seconds. A cell plays a few short rounds on a part of each client's images. `heads` trains the
+heads of rve_pfl alone from their initial weights, on latents of encoders that clean rounds have trained and that
+stay as they are: no private encoder then makes up for a bad head. `models` trains fedavg's whole models, which as
+many clean rounds under the plain mean have begun. Rules are told the true share of malicious clients, 0.3 where
+nobody is. Results go to FOLDER/cells.csv, a line a cell; interrupted, it goes on where it stopped.
 """
 import argparse
 import copy
@@ -49,7 +48,9 @@ FIRST = ("adaptive", "optimal_ipm", "min_max", "mimic", "scaling", "label_flip",
          "backdoor_patch", "optimal_alie", "mpaf", "min_sum")
 CLEAN_ROUNDS = 3   # behind the encoders, and before the cells with whole models
 TRIGGERS = {triggers.patch: 1, triggers.blend: 2}   # trigger -> which third of a latent row
-CONSTANTS = ("LONG", "AGAINST", "OPPOSED", "FORGETS", "FORGETS_ALL", "POWER", "LEAST", "COPY", "KEEP", "SHARE")
+# What the constants of `threat` are halved and doubled in; of COPY and KEEP it is what is left to 1.
+CONSTANTS = ("LONG", "AGAINST", "GAP", "SPREADS", "COPY", "KEEP", "SIZE", "STANDS_OUT", "TAKEN", "SHARE")
+LEFT_TO_ONE = ("COPY", "KEEP")
 
 
 class Cell(NamedTuple):
@@ -100,13 +101,13 @@ class World:
                  "local_bs": scale.local_bs, "run_name": "benchmark"}
         self.args = args_parser([word for name, value in flags.items() for word in (f"--{name}", str(value))])
         data = datasets.load(cell.dataset, ROOT / "data")
-        owned = sampling.partition(data.labels, 10, cell.partition, rng(cell.seed, "partition"),
-                                   alpha=self.args.alpha or 0.1, classes_per_client=self.args.classes_per_client or 2,
-                                   min_images=scale.local_bs)
+        owned = sampling.partition(
+            data.labels, 10, cell.partition, rng(cell.seed, "partition"), alpha=self.args.alpha or 0.1,
+            classes_per_client=self.args.classes_per_client or 2, min_images=scale.local_bs)
         splits = sampling.split_all(owned, data.labels, 0.1, cell.seed, "split")
         self.sizes = {k: len(train) for k, (train, _) in enumerate(splits)}
         self.splits, kept = {}, []
-        for k, (train, held_out) in enumerate(splits):   # image numbers count from here on only those that are used
+        for k, (train, held_out) in enumerate(splits):   # from here on, numbers count the images that are used
             train = np.sort(rng(cell.seed, "benchmark", k).permutation(train)[:scale.images])
             start = sum(map(len, kept))
             self.splits[k] = (np.arange(start, start + len(train)),
@@ -170,7 +171,8 @@ class World:
         for number in range(101, 101 + CLEAN_ROUNDS):   # numbers, and so draws, that no cell's rounds have
             made = dict(one_by_one(trainer, number, indices, head, own.__getitem__))
             own = {k: one.private for k, one in made.items()}
-            head = Server(Setting())(Round(number, head, {k: one.upload for k, one in made.items()}, self.sizes)).head
+            uploads = {k: one.upload for k, one in made.items()}
+            head = Server(Setting())(Round(number, head, uploads, self.sizes)).head
         return head, own
 
     def server(self, rule: str, told: float) -> Server:
@@ -219,9 +221,8 @@ class World:
             head, _, rows = server(arrived)
             report += rows
         honest = [k for k in self.splits if k not in malicious.members]
-        rows = [{"stage": "", "split": "", **self.trainer.evaluate(k, number, self.splits[k][1], head, self.private)}
-                for k in honest]
-        mean, = over_clients(rows)
+        found = {k: self.trainer.evaluate(k, number, self.splits[k][1], head, self.private) for k in honest}
+        mean, = over_clients([{"stage": "", "split": "", **row} for row in found.values()])
         opened = [malicious.backdoor(self.trainer, k, number, self.splits[k][1], (head, self.private))
                   for k in honest]
         table = pd.DataFrame(report)
@@ -279,7 +280,66 @@ def run(scale: argparse.Namespace) -> None:
         print(*cell, *(f"{name} {figures[name]:.4g}" for name in FIGURES), flush=True)
 
 
-def main() -> None:
+def sensitivity(scale: argparse.Namespace) -> None:
+    """What `threat` reaches with each constant halved and doubled, with nobody malicious and under `adaptive`."""
+    path = scale.out / "sensitivity.csv"
+    scale.out.mkdir(parents=True, exist_ok=True)
+    done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["constant", "factor", "behaviour"])
+    worlds = itertools.product(scale.datasets, scale.seeds, scale.scopes, scale.partitions)
+    for key in worlds:
+        world = None
+        for constant, factor in [("as it is", 1.0), *itertools.product(CONSTANTS, (0.5, 2.0))]:
+            for frac, behaviour in ((0.0, "nobody"), (0.3, "adaptive")):
+                cell = Cell(*key, frac, behaviour, "threat")
+                seen: dict[str, object] = dict(zip(Cell._fields, cell, strict=True))
+                seen |= {"constant": constant, "factor": factor}
+                if len(done) and (done[list(seen)] == pd.Series(seen)).all(axis=1).any():
+                    continue
+                world = world or World(cell, scale)
+                old = getattr(threat_aware, constant, None)
+                if old is not None:
+                    new = 1 - factor * (1 - old) if constant in LEFT_TO_ONE else factor * old
+                    setattr(threat_aware, constant, min(new, 1.0) if constant == "TAKEN" else new)
+                try:
+                    figures = world.play(cell)
+                finally:
+                    if old is not None:
+                        setattr(threat_aware, constant, old)
+                row = pd.DataFrame([{**seen, **{name: figures[name] for name in FIGURES}}])
+                row.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.5g")
+                print(constant, factor, behaviour, f"{figures['accuracy']:.4f}", flush=True)
+
+
+def tables(cells: pd.DataFrame) -> str:
+    """What each rule loses to the oracle, the worst behaviour first; backdoors; and what a rule costs when nobody
+    is malicious. Points are means over seeds."""
+    world = ["dataset", "scope", "partition"]
+    oracle = cells[cells["behaviour"] == "absent"].set_index([*world, "seed", "frac"])["accuracy"]
+    tried = cells[~cells["behaviour"].isin(["absent", "nobody", "passive"])].copy()
+    keys = tried[[*world, "seed", "frac"]].itertuples(index=False, name=None)
+    tried["lost"] = [100 * (oracle.get(key, float("nan")) - accuracy)
+                     for key, accuracy in zip(keys, tried["accuracy"], strict=True)]
+    lost = tried.pivot_table(index=[*world, "frac", "behaviour"], columns="rule", values="lost")
+    worst = lost.groupby(["scope", "frac"]).max()
+    lines = ["the worst over behaviours and partitions, points lost to the oracle",
+             worst.to_string(float_format="%.1f")]
+    order = lost.max(axis=1).sort_values(ascending=False).index
+    lines += ["points of honest clients' accuracy lost to the oracle",
+              lost.loc[order].to_string(float_format="%.1f")]
+    opened = tried[tried["backdoor"].notna()].pivot_table(
+        index=[*world, "frac", "behaviour"], columns="rule", values="backdoor")
+    lines += ["share of triggered images that honest clients' models give the target",
+              opened.to_string(float_format="%.2f")]
+    clean = cells[cells["behaviour"] == "nobody"].copy()
+    for name in ("accuracy", "worst"):
+        wide = clean.pivot_table(index=[*world, "seed"], columns="rule", values=name)
+        lines += [f"nobody malicious: {name}", wide.to_string(float_format="%.4f")]
+    trust = clean[clean["rule"] == "threat"].set_index([*world, "seed"])["least_trust"]
+    lines += ["nobody malicious: the lowest mean trust of a client", trust.to_string(float_format="%.2f")]
+    return "\n\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of cells.csv")
@@ -297,8 +357,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300, help="training images a client at most")
     parser.add_argument("--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
                         help="each N-th cell from the I-th only, so that N processes share the work")
-    scale = parser.parse_args()
-    run(scale)
+    parser.add_argument("--table", action="store_true", help="play nothing")
+    parser.add_argument("--sensitivity", action="store_true", help="vary the constants of `threat` instead")
+    scale = parser.parse_args(argv)
+    if scale.sensitivity:
+        sensitivity(scale)
+        return
+    if not scale.table:
+        run(scale)
+    cells = read(scale.out / "cells.csv")
+    if len(cells):
+        print(tables(cells))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The attacks' benchmarks run, at a size that measures nothing."""
 import importlib
+import importlib.util
 import sys
 
 import numpy as np
@@ -106,3 +107,37 @@ def test_a_run_that_is_not_there_is_one_line(script, name, flag, tmp_path, capsy
     assert script(name).main([flag, "none", "--results_dir", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{name}.py: error: ")
+
+
+def test_the_grid_of_the_server_plays_resumes_and_varies(script, tmp_path, tiny_arrays, monkeypatch, capsys):
+    script("_path")
+    spec = importlib.util.spec_from_file_location("grid", ROOT / "benchmarks" / "server.py")   # not the package
+    server = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(server)
+    (tmp_path / "data").mkdir()
+    arrays = {name: np.concatenate([part] * 2) for name, part in tiny_arrays.items()}
+    np.savez(tmp_path / "data" / "tiny.npz", **arrays)
+    monkeypatch.setattr(server, "ROOT", tmp_path)
+    flags = ["--out", str(tmp_path / "out"), "--datasets", "tiny", "--seeds", "1", "--partitions", "iid",
+             "--fracs", "0.3", "--rounds", "2", "--images", "12", "--local_bs", "8"]
+    grid = [*flags, "--rules", "threat", "mean", "--behaviours", "adaptive", "backdoor_patch"]
+    server.main(grid)
+    cells = pd.read_csv(tmp_path / "out" / "cells.csv")
+    assert len(cells) == 2 * (2 + 1 + 4) and cells["accuracy"].between(0, 1).all()
+    assert cells["backdoor"].notna().tolist() == (cells["behaviour"] == "backdoor_patch").tolist()
+    assert "points lost to the oracle" in capsys.readouterr().out
+    before = (tmp_path / "out" / "cells.csv").read_bytes()
+    server.main(grid)   # nothing is left to play
+    assert (tmp_path / "out" / "cells.csv").read_bytes() == before
+    kept = cells[cells["behaviour"] != "backdoor_patch"]
+    kept.to_csv(tmp_path / "out" / "cells.csv", index=False)
+    server.main([*grid, "--part", "0", "1"])   # the same figures, played again
+    again = pd.read_csv(tmp_path / "out" / "cells.csv")
+    order = list(server.Cell._fields)
+    pd.testing.assert_frame_equal(again.sort_values(order, ignore_index=True).drop(columns="seconds"),
+                                  cells.sort_values(order, ignore_index=True).drop(columns="seconds"))
+    monkeypatch.setattr(server, "CONSTANTS", ("GAP", "COPY"))
+    old = server.threat_aware.GAP, server.threat_aware.COPY
+    server.main([*flags, "--scopes", "models", "--sensitivity"])
+    varied = pd.read_csv(tmp_path / "out" / "sensitivity.csv")
+    assert len(varied) == 2 * (1 + 4) and old == (server.threat_aware.GAP, server.threat_aware.COPY)

@@ -73,8 +73,8 @@ def test_copies_share_what_one_would_get(network, crowd):
 
 
 def test_mimics_leave_the_copied_one_its_share(network, crowd):
-    """Three of ten copy an honest client: it keeps its trust, and a quarter of the weight that it would have without
-    them, in every round."""
+    """Three of ten copy an honest client: in every round it keeps its trust, and a quarter of the weight that it
+    would have without them."""
     sent, honest, _ = crowd
     uploads, made = {k: honest[k if k < 7 else 2] for k in honest}, server(network)
     seven = {k: honest[k] for k in range(7)}
