@@ -118,7 +118,7 @@ class ClippedNoisy(Robust):
 
     def combine(self, round: Round, judgement: Judgement) -> State:
         """The clipped mean and the noise, drawn anew in each round."""
-        share = self.setting.options.get("clip_noise") or 0.0
+        share = self.setting.options.get("clip_noise", 0.0)
         if not round.uploads or not share:
             return super().combine(round, judgement)
         _, bound = clipped_to_median(updates_of(round.sent, list(round.uploads.values())))

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from server.mean import Judgement, Memory, Round, Server, Setting, State, moved, updates_of
-from server.robust import nnm_trimmed_mean
 
 LONG = 2.0                         # in median norms: a longer update loses trust
 AGAINST, OPPOSED = -0.6, -0.85     # cosines: trust begins to fall at the first and is 0 at the second
@@ -38,7 +37,7 @@ SHARE = 3.0                        # no client weighs more than SHARE / K
 
 
 class ThreatAware(Server):
-    """The threat-aware mean; where it trusts fewer than half of the uploads, a rule without weights."""
+    """The threat-aware mean; where it trusts fewer than half of the uploads, a filtered mean of all."""
 
     fewest = 3
 
@@ -99,11 +98,14 @@ class ThreatAware(Server):
         return {"trust": trust, "seen": count, "fallbacks": self.memory["fallbacks"] + fallback}
 
     def combine(self, round: Round, judgement: Judgement) -> State:
-        """The weighted mean, or nearest-neighbour mixing and a trimmed mean."""
+        """The weighted mean; where it fell back, the filtered mean of all clipped updates, trusted or not."""
         if not judgement.fallback:
             return super().combine(round, judgement)
-        uploads = list(round.uploads.values())
-        return moved(round.sent, nnm_trimmed_mean(updates_of(round.sent, uploads), (len(uploads) - 1) // 2))
+        updates = updates_of(round.sent, list(round.uploads.values()))
+        updates *= lengths(updates)[1].float()[:, None]
+        gram = (updates @ updates.T).double()
+        weight = filtered(gram, 1 / likenesses(gram)[1].double(), stands_out=1.0)
+        return moved(round.sent, (weight / weight.sum()).float() @ updates)
 
 
 def lengths(updates: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,18 +150,19 @@ def any_trust(trust: Tensor) -> bool:
     return bool(trust.sum() >= 1e-9)
 
 
-def filtered(gram: Tensor, start: Tensor) -> Tensor:
+def filtered(gram: Tensor, start: Tensor, stands_out: float) -> Tensor:
     """Weights without what stands out along one direction.
 
-    As long as the updates' variance along its largest direction is over STANDS_OUT times that along the next, each
-    update loses weight by its squared deviation along it, the one that deviates most all of it. If TAKEN of the
-    weight is gone and a direction still stands out, the weights under which the largest variance was least are
-    returned (after CAF, Allouah et al. 2025, arXiv 2505.01874, algorithm 1; here with exact eigenvectors, from
+    As long as the updates' variance along its largest direction is over ``stands_out`` times that along the next,
+    each update loses weight by its squared deviation along it, the one that deviates most all of it. If TAKEN of
+    the weight is gone and a direction still stands out, the weights under which the largest variance was least
+    are returned (after CAF, Allouah et al. 2025, arXiv 2505.01874, algorithm 1; here with exact eigenvectors, from
     inner products alone, and only where something stands out).
 
     Args:
         gram: inner products of the updates, ``K x K``.
         start: weights to begin with, ``K``.
+        stands_out: 1 for a filter that always takes its share.
     """
     if len(gram) < FEW:
         return start
@@ -170,7 +173,7 @@ def filtered(gram: Tensor, start: Tensor) -> Tensor:
         centred = apart - (apart @ share)[:, None]   # (x_i - m) (x_j - m)
         root = share.sqrt()
         variances, directions = torch.linalg.eigh(root[:, None] * centred * root)   # ascending
-        if variances[-1] <= STANDS_OUT * variances[-2].clamp_min(1e-12 * gram.diag().max()):
+        if variances[-1] <= stands_out * variances[-2].clamp_min(1e-12 * gram.diag().max()):
             return weight
         if variances[-1] < least:
             best, least = weight, variances[-1].item()
@@ -192,7 +195,7 @@ def weigh(gram: Tensor, sizes: Tensor, clip: Tensor, trust: Tensor) -> list[floa
     """
     if trust.sum() < len(trust) / 2:
         return None
-    weights = filtered(gram, torch.minimum(sizes, SIZE * sizes.median()) * clip * trust)
+    weights = filtered(gram, torch.minimum(sizes, SIZE * sizes.median()) * clip * trust, STANDS_OUT)
     for _ in range(len(weights)):   # what one loses goes to the others, and may lift them over the cap
         weights = torch.minimum(weights / weights.sum(), torch.tensor(SHARE / len(weights)))
     return weights.tolist()

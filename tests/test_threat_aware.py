@@ -167,12 +167,34 @@ def test_the_filter_takes_weight_from_those_who_push_one_way():
     against[7:] = 0
     bad = torch.stack([0.9 * against + (1 - 0.81)**0.5 * torch.eye(10)[k] for k in (7, 8, 9)])
     updates, mean = torch.cat([honest, bad]).double(), honest.mean(0).double()
-    weight = filtered(updates @ updates.T, torch.ones(10).double())
+    weight = filtered(updates @ updates.T, torch.ones(10).double(), threat_aware.STANDS_OUT)
     assert updates.mean(0) @ mean < 0 < (weight / weight.sum()) @ updates @ mean
     assert weight[7:].sum() / weight.sum() < 0.05 and weight[:7].min() > 0.2
-    assert torch.allclose(filtered(4 * updates @ updates.T, torch.ones(10).double()), weight)
+    assert torch.allclose(filtered(4 * updates @ updates.T, torch.ones(10).double(), 1.6), weight)
     for alike in (torch.ones(5, 5).double(), torch.eye(5).double(), torch.zeros(5, 5).double()):
-        assert torch.allclose(filtered(alike, torch.ones(5).double()), torch.ones(5).double())
+        assert torch.allclose(filtered(alike, torch.ones(5).double(), 1.6), torch.ones(5).double())
+
+
+def test_the_fall_back_is_no_worse_than_the_best_plain_rule():
+    """Where nobody is trusted, three of ten that push against the rest cost it less than any rule of byzfl's."""
+    torch.manual_seed(7)
+    sent, common = {"w": torch.zeros(400)}, 0.5 * torch.randn(400)
+    honest = common + torch.randn(10, 400)
+    mean, lost = honest[3:].mean(0), {}
+    for strength in (0.5, 1.2, 3.0, 8.0):
+        updates = honest.clone()
+        updates[:3] -= strength * mean
+        round = Round(1, sent, {k: {"w": row} for k, row in enumerate(updates)}, dict.fromkeys(range(10), 1))
+        for name in ("median", "trimmed_mean", "nnm_trimmed_mean", "caf", "geometric_median", "centered_clipping"):
+            head = RULES[name].server(Setting(clients=10))(round).head["w"]
+            lost.setdefault(name, []).append(1 - (head @ mean / mean.square().sum()).item())
+        made = ThreatAware(Setting(clients=10))
+        made.memory = {"trust": torch.zeros(10), "seen": torch.ones(10), "fallbacks": 0}
+        head = made(round).head["w"]
+        assert made.facts == {"fallbacks": 1}
+        lost.setdefault("fall-back", []).append(1 - (head @ mean / mean.square().sum()).item())
+    worst = {name: max(values) for name, values in lost.items()}
+    assert min(worst, key=worst.__getitem__) == "fall-back", worst
 
 
 def test_trust_goes_at_once_and_returns_slowly(network, crowd):
