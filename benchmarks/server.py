@@ -49,7 +49,8 @@ FIRST = ("adaptive", "optimal_ipm", "min_max", "mimic", "scaling", "label_flip",
 CLEAN_ROUNDS = 3   # behind the encoders, and before the cells with whole models
 TRIGGERS = {triggers.patch: 1, triggers.blend: 2}   # trigger -> which third of a latent row
 # What the constants of `threat` are halved and doubled in; of COPY and KEEP it is what is left to 1.
-CONSTANTS = ("LONG", "AGAINST", "GAP", "SPREADS", "COPY", "KEEP", "SIZE", "STANDS_OUT", "TAKEN", "SHARE")
+CONSTANTS = ("LONG", "AGAINST", "GAP", "SPREADS", "COPY", "KEEP", "SIZE", "ALIKE", "STANDS_OUT",
+             "AMONG_ALIKE", "TAKEN", "SHARE")
 LEFT_TO_ONE = ("COPY", "KEEP")
 
 

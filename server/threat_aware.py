@@ -31,7 +31,8 @@ GAP, SPREADS = 0.5, 8.0            # so far under the median cosine, or so many 
 COPY = 0.985                       # cosine of copies: two clients of the same two classes have up to 0.97
 KEEP = 0.8                         # share of the old average in the new one
 SIZE = 1.0                         # in median sizes: what a size counts for at most
-STANDS_OUT = 1.6                   # variances: largest over next; of honest updates up to 1.53
+ALIKE = 0.2                        # a median cosine over it: the clients have the same classes
+STANDS_OUT, AMONG_ALIKE = 1.6, 1.15   # variances, largest over next: of honest ones up to 1.53, 1.14 if alike
 TAKEN, FEW = 0.6, 5                # share of the weight that the filter may take; fewer uploads are not filtered
 SHARE = 3.0                        # no client weighs more than SHARE / K
 
@@ -79,7 +80,8 @@ class ThreatAware(Server):
             weight = prior * now
         trust = torch.where(met, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
         sizes = torch.tensor([round.sizes[k] for k in clients]).double()
-        weights = weigh(gram, sizes, clip / copies, trust)
+        stands_out = AMONG_ALIKE if cosine.median() > ALIKE else STANDS_OUT
+        weights = weigh(filtered(gram, capped(sizes) * clip / copies * trust, stands_out), trust)
         columns = {"norm_ratio": ratio, "cosine": cosine, "lookalike": similarity, "trust": trust}
         memory = self.remembered(round, dict(zip(clients, now.tolist(), strict=True)), weights is None)
         return Judgement(
@@ -164,7 +166,7 @@ def filtered(gram: Tensor, start: Tensor, stands_out: float) -> Tensor:
         start: weights to begin with, ``K``.
         stands_out: 1 for a filter that always takes its share.
     """
-    if len(gram) < FEW:
+    if len(gram) < FEW or not any_trust(start):
         return start
     weight, best, least = start, start, float("inf")
     while weight.sum() > (1 - TAKEN) * start.sum():
@@ -182,20 +184,15 @@ def filtered(gram: Tensor, start: Tensor, stands_out: float) -> Tensor:
     return best
 
 
-def weigh(gram: Tensor, sizes: Tensor, clip: Tensor, trust: Tensor) -> list[float] | None:
-    """``w_k ~ min(n_k, SIZE median n) clip_k trust_k``, filtered; none over SHARE / K of the sum.
+def capped(sizes: Tensor) -> Tensor:
+    """``min(n_k, SIZE median n)``: it is useless to claim more images."""
+    return torch.minimum(sizes, SIZE * sizes.median())
 
-    The cap on sizes makes it useless to claim more images.
 
-    Args:
-        clip: what else a weight is multiplied by.
-
-    Returns:
-        The weights; None where the trust of all uploads together is under half of their number.
-    """
+def weigh(weights: Tensor, trust: Tensor) -> list[float] | None:
+    """The weights with none over SHARE / K of their sum; None where trust sums to under half the uploads."""
     if trust.sum() < len(trust) / 2:
         return None
-    weights = filtered(gram, torch.minimum(sizes, SIZE * sizes.median()) * clip * trust, STANDS_OUT)
     for _ in range(len(weights)):   # what one loses goes to the others, and may lift them over the cap
         weights = torch.minimum(weights / weights.sum(), torch.tensor(SHARE / len(weights)))
     return weights.tolist()

@@ -13,7 +13,7 @@ from server.forging import Knowledge, trusted_most
 from server.malicious import BEHAVIOURS, MaliciousClients
 from server.mean import Round, Setting, State, moved
 from server.rules import RULES
-from server.threat_aware import ThreatAware, against_others, filtered, lengths, likenesses
+from server.threat_aware import ThreatAware, against_others, capped, filtered, lengths, likenesses, weigh
 
 SHAPE, CLASSES = (1, 28, 28), 10
 
@@ -147,17 +147,13 @@ def test_directions_by_hand():
     assert alike.tolist() == pytest.approx([0, 0, -math.sqrt(0.5)]) and copies.tolist() == [1, 1, 1]
 
 
-def test_caps_and_fall_back(network, crowd):
-    def weigh(sizes, clip, trust):
-        """Of uploads that differ from one another alike, which leaves the filter nothing to take."""
-        return threat_aware.weigh(torch.eye(len(sizes)).double(), sizes.double(), clip.double(), trust.double())
-    even = weigh(torch.tensor([100, 100, 100, 100_000.0]), torch.ones(4), torch.ones(4))
-    assert even == pytest.approx([0.25] * 4)   # a size counts up to the median
-    big = weigh(torch.full((12,), 100.0), torch.tensor([1.0] + [0.01] * 11), torch.ones(12))
+def test_caps_and_fall_back():
+    assert capped(torch.tensor([100, 100, 100, 100_000.0])).tolist() == [100] * 4
+    big = weigh(torch.tensor([1.0] + [0.01] * 11), torch.ones(12))
     assert max(big) <= threat_aware.SHARE / 12 + 1e-9
-    assert weigh(torch.ones(2), torch.tensor([1.0, 0.5]), torch.ones(2)) == pytest.approx([2 / 3, 1 / 3])
-    assert weigh(torch.ones(5), torch.ones(5), torch.tensor([1, 1, 0, 0, 0.0])) is None
-    assert weigh(torch.ones(5), torch.ones(5), torch.full((5,), 0.2)) is None   # equally little is not enough
+    assert weigh(torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.5])) == pytest.approx([2 / 3, 1 / 3])
+    assert weigh(torch.ones(5), torch.tensor([1, 1, 0, 0, 0.0])) is None
+    assert weigh(torch.ones(5), torch.full((5,), 0.2)) is None   # equally little is not enough
 
 
 def test_the_filter_takes_weight_from_those_who_push_one_way():
