@@ -115,7 +115,8 @@ def lengths(updates: Tensor) -> tuple[Tensor, Tensor]:
 
     With a looser clip a few colluders could make up most of the mean that all are compared with.
     """
-    norms = torch.linalg.vector_norm(updates, dim=1, dtype=torch.float64).clamp_min(1e-12)
+    rows = [torch.linalg.vector_norm(row, dtype=torch.float64) for row in updates]   # all at once takes a copy
+    norms = torch.stack(rows).clamp_min(1e-12)
     ratio = norms / norms.median()
     return ratio, (1 / ratio).clamp_max(1)
 
