@@ -49,6 +49,9 @@ def test_nearest_neighbours_then_trimming_by_its_definition():
     mixed = torch.stack([updates[one].mean(0) for one in nearest])
     expected = mixed.sort(0).values[f:-f].mean(0)
     torch.testing.assert_close(robust.nnm_trimmed_mean(updates, f), expected, atol=1e-4, rtol=1e-4)
+    from byzfl import NNM, TrMean
+    theirs = TrMean(f)(NNM(f)(updates))
+    torch.testing.assert_close(robust.nnm_trimmed_mean(updates, f), theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_multi_krum_by_its_definition():
