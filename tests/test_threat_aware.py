@@ -340,7 +340,6 @@ def test_heads_alone_on_borrowed_encoders(place, capsys):
     after = torch.load(place.folder / "models" / "heads" / "round_1" / "client_0.pt",
                        weights_only=True)["parameters"]
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    capsys.readouterr()   # two uploads are few, which is said
     line = place.refuses(capsys, "--encoders_from", "run", "--run_name", "other", "--seed", 9)
     assert "--encoders_from run: its --seed is 1" in line
     assert "no finished run" in place.refuses(capsys, "--encoders_from", "nowhere", "--run_name", "third")
