@@ -98,6 +98,8 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         if not run.finished:
             if ranks.first:
                 run.write_partition(owned, splits, data.labels)
+                if malicious.behaviour.trigger is not None:
+                    run.write_triggered(data.images[:8], malicious.behaviour.trigger)
             if args.encoders_from and run.progress.round == 0:
                 for k, encoder in borrowed_encoders(args, ranks.mine(range(args.num_users)), private):
                     run.private.put(k, encoder)
@@ -237,6 +239,14 @@ class Federation:
                     outcome = self.malicious.retrained(trainer, k, number, len(own[k]), outcome)
                 yield k, outcome
 
+    def warns(self, round: Round, run: Run) -> bool:
+        """Whether a round has too few uploads for its rule to tell who is malicious; says so on the first rank."""
+        few = self.ranks.first and len(round.uploads) < self.server.fewest
+        if few:
+            run.say(f"warning: --aggregation {self.args.aggregation} cannot tell who is malicious among fewer "
+                    f"than {self.server.fewest} uploads; round {round.number} has {len(round.uploads)}")
+        return few
+
     def aggregate(self, round: Round) -> Aggregated:
         """What the server makes of a round, on the first rank; elsewhere the new head alone."""
         aggregated = self.server(round) if self.ranks.first else Aggregated(round.sent, {}, [])
@@ -245,10 +255,18 @@ class Federation:
     def evaluate(self, number: int, head: State, splits: list, run: Run) -> list[dict]:
         """Rows of ``clients.csv`` for every client with the head just aggregated, on the first rank."""
         mine = self.ranks.mine(range(self.args.num_users)) if self.evaluates(number) else []
-        return list(self.ranks.gather({
-            k: row_of(number, k, "deployed", run.evaluation_split,
-                      self.trainer(number).evaluate(k, number, splits[k][1], head, run.private.get(k)))
-            for k in mine}).values())
+        return list(self.ranks.gather({k: self._deployed(number, k, splits[k][1], head, run)
+                                       for k in mine}).values())
+
+    def _deployed(self, number: int, client: int, held_out: np.ndarray, head: State, run: Run) -> dict:
+        """A client's row at the stage ``deployed``; an honest one's says how often a backdoor opens, if there is
+        one."""
+        trainer, private = self.trainer(number), run.private.get(client)
+        row = row_of(number, client, "deployed", run.evaluation_split,
+                     trainer.evaluate(client, number, held_out, head, private))
+        if self.malicious.behaviour.trigger is not None and client not in self.malicious.members:
+            row["backdoor"] = self.malicious.backdoor(trainer, client, number, held_out, (head, private))
+        return row
 
     def record(self, round: Round, aggregated: Aggregated, rows: list[dict], seconds: float, run: Run) -> None:
         """Write a round's CSV rows and, if one is due, a checkpoint."""
@@ -271,6 +289,7 @@ def row_of(number: int, client: int, stage: str, split: str, metrics: dict[str, 
 def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
     """The rounds of RVE-PFL, and of all that it is compared with (Issa et al. 2024)."""
     federation.server.memory.update(run.progress.memory)
+    warned = False
     for number in range(run.progress.round + 1, federation.args.rounds + 1):
         started, sent = time.monotonic(), federation.send(number, run)
         splits = federation.splits_in(number)
@@ -282,6 +301,7 @@ def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
 
         # Malicious clients forge their uploads; the server weighs all uploads and aggregates them.
         arrived = federation.malicious.forge(Round(number, sent, uploads, sizes), federation.server)
+        warned = warned or federation.warns(arrived, run)
         aggregated = federation.aggregate(arrived)
 
         # Every client is evaluated with the new head, behind its own encoder if it has one.

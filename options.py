@@ -203,11 +203,10 @@ def misfit(args: argparse.Namespace, method: Method) -> str | None:
     if not method.travels and args.malicious_frac:
         return (f"--malicious_frac {args.malicious_frac:g}: nothing travels with --method {args.method}; leave it "
                 "out")
-    for name, table in (("malicious_behaviour", BEHAVIOURS), ("aggregation", RULES)):
-        row = table.get(getattr(args, name))
-        if row is not None and row.whole_head and method.travels and not method.shares_whole_head:
-            return (f"--{name} {getattr(args, name)}: needs the whole head, of which --method {args.method} keeps "
-                    "a part private; choose another")
+    row = BEHAVIOURS.get(args.malicious_behaviour)
+    if row is not None and row.whole_head and method.travels and not method.shares_whole_head:
+        return (f"--malicious_behaviour {args.malicious_behaviour}: needs the whole head, of which --method "
+                f"{args.method} keeps a part private; choose another")
     return None
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     axes.text(3.7, 2.75, "...", fontsize=14, ha="center", va="center")
     box(axes, (9.2, 1.85), (3.15, 1.8),
         "$\\bf{server}$\nmean of the uploaded heads;\nweights by size (up to the median)\n"
-        "× clipping × trust\n\nwhere most are distrusted:\na trimmed mean", SERVER)
+        "× clipping × trust\n\nwhere most are distrusted:\na filtered mean", SERVER)
     for y, end in [(3.65, 3.1), (1.65, 2.4)]:
         arrow(axes, (7.15, y), (9.2, end), style="<|-|>")
     axes.text(8.27, 3.78, "head: sent and\nuploaded, each round", fontsize=8, ha="center", va="center")

@@ -78,6 +78,18 @@ def trust_picture(path: Path, server: pd.DataFrame, title: str) -> None:
     _save(figure, path)
 
 
+def triggered_picture(path: Path, images: np.ndarray, triggered: np.ndarray, title: str) -> None:
+    """Images ``N x H x W x C`` uint8 in a row, and below each the same with a backdoor's trigger."""
+    figure, grid = plt.subplots(2, len(images), figsize=(1.1 * len(images), 2.8), layout="constrained",
+                                squeeze=False)
+    for row, shown in zip(grid, (images, triggered), strict=True):
+        for axes, image in zip(row, shown, strict=True):
+            axes.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
+            axes.set_axis_off()
+    figure.suptitle(f"{title}\nabove: as they are; below: with the backdoor's trigger", fontsize=9)
+    _save(figure, path)
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ from runs.checkpoint import (
 )
 from runs.configs import EVALUATION_SPLIT
 from runs.csvs import append_csv, cut_csv
+from server.malicious import BEHAVIOURS
 from server.mean import State
 from server.rules import RULES
 from update import Private
@@ -49,11 +50,15 @@ MAY_DIFFER = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds",
         "results_dir", "models_dir"}
 
 
-def csv_columns() -> dict[str, list[str]]:
-    """The columns of each CSV; ``server.csv`` has those of every rule, empty where another rule ran."""
+def csv_columns(backdoor: bool = False) -> dict[str, list[str]]:
+    """The columns of each CSV; ``server.csv`` has those of every rule, empty where another rule ran.
+
+    Args:
+        backdoor: the run's malicious clients plant one; only then ``clients.csv`` says how often it opens.
+    """
     of_rules = dict.fromkeys(name for rule in RULES.values() for name in rule.columns)
     return {
-        "clients.csv": ["round", "client", "stage", "split", "n", *METRICS],
+        "clients.csv": ["round", "client", "stage", "split", "n", *METRICS, *["backdoor"] * backdoor],
         "rounds.csv": ["round", "stage", "split", "loss", "accuracy", "accuracy_std", "accuracy_worst",
                        *METRICS[2:], "seconds"],
         "server.csv": ["round", "client", "n", *of_rules, "weight", "malicious"]}
@@ -131,6 +136,8 @@ class Run:
         self.models = Path(options["models_dir"]) / options["run_name"]
         self.evaluation_split = EVALUATION_SPLIT[config["protocol"]]
         self.config, self.rounds_kept = config, set(options["save_rounds"])
+        behaviour = BEHAVIOURS.get(str(options["malicious_behaviour"]))
+        self.columns = csv_columns(behaviour is not None and behaviour.trigger is not None)
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
         self.finished = ranks.share(
             owner is not None and self._admit(options["resume"], options["overwrite"], owner))
@@ -183,12 +190,16 @@ class Run:
         counts = np.stack([np.bincount(labels[indices], minlength=classes) for indices in owned])
         pictures.partition_picture(self.results / "partition.png", counts, self._title())
 
+    def write_triggered(self, images: np.ndarray, trigger: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """``backdoor.png``: images ``N x H x W x C`` as they are and with a backdoor's trigger."""
+        pictures.triggered_picture(self.results / "backdoor.png", images,
+                                   trigger(torch.from_numpy(images)).numpy(), self._title())
+
     def end_round(self, progress: Progress, facts: dict, rows: dict[str, list[dict]]) -> None:
         """Record a round: CSV rows, the server's facts, private parameters, a checkpoint if one is due."""
         if self.ranks.first:
             self.note(facts)
-            columns = csv_columns()
-            progress.csv_bytes = {name: append_csv(self.results / name, columns[name], added)
+            progress.csv_bytes = {name: append_csv(self.results / name, self.columns[name], added)
                                   for name, added in rows.items()}
         self.bar.n = progress.round   # exact again after the sum of the clients' shares
         held_out = {row["stage"]: row for row in rows["rounds.csv"] if row["split"] == self.evaluation_split}
@@ -341,7 +352,7 @@ class Run:
             self.progress = Progress(found, head, sent, memory=server["memory"])   # uploads: in the checkpoint
         if self.ranks.first:   # only now: if the checkpoint is refused, nothing has changed
             self.write_config()
-            for name, columns in csv_columns().items():
+            for name, columns in self.columns.items():
                 cut_csv(self.results / name, columns, csv_bytes.get(name))
 
     def _layout(self, round: int) -> tuple[State, State]:
@@ -356,7 +367,7 @@ class Run:
         return (server.keys() == {"round", "head", "csv_bytes", "memory"} | warm
                 and is_whole(server["round"]) and server["round"] == round
                 and same_layout(server["head"], self._layout(round)[0])
-                and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == csv_columns().keys()
+                and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == self.columns.keys()
                 and all(map(is_whole, server["csv_bytes"].values()))
                 and same_memory(server["memory"], self.progress.memory))
 

@@ -1,7 +1,7 @@
 """Simulated malicious clients: who they are, and what they do to training, uploads and sizes.
 
 A behaviour knows what its adversary could know: its own data and updates and, where the published attack says
-so (ALIE, IPM, mimic, sign flip), everybody's updates. All malicious clients of a run behave alike. A new
+so, everybody's updates and the server's rule (forging.py). All malicious clients of a run behave alike. A new
 behaviour is one row of BEHAVIOURS and its function.
 """
 from collections.abc import Callable
@@ -14,89 +14,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from models import Classifier
+from server import forging, triggers
+from server.forging import Knowledge
 from server.mean import Round, Server, State, is_finite, moved, updates_of
 from server.robust import round_down
-from update import Trained, Trainer
+from update import Private, Trained, Trainer
 from utils import rng, torch_rng
-
-
-@dataclass(frozen=True)
-class Knowledge:
-    """What malicious clients know when they forge their uploads; updates are rows.
-
-    Args:
-        own: ``M x P``, their own updates, as trained.
-        honest: ``H x P``; their own where nobody is honest.
-        generator: for what they draw.
-        least_trust: forged updates ``M x P`` -> the lowest trust that the server would have in one of them.
-    """
-
-    own: Tensor
-    honest: Tensor
-    generator: torch.Generator
-    least_trust: Callable[[Tensor], float]
-
-
-def sign_flip(known: Knowledge) -> Tensor:
-    """Minus the honest mean."""
-    from byzfl import SignFlipping
-    return SignFlipping()(known.honest).expand_as(known.own)
-
-
-def gaussian(known: Knowledge) -> Tensor:
-    """Noise three times as long as the honest updates."""
-    size = 3 * known.honest.square().mean().sqrt()
-    return size * torch.randn(known.own.shape, generator=known.generator)
-
-
-def scaling(known: Knowledge) -> Tensor:
-    """Their own, ten times as long: model replacement (Bagdasaryan et al. 2020, arXiv 1807.00459)."""
-    return 10 * known.own
-
-
-def alie(known: Knowledge) -> Tensor:
-    """Honest mean and 1.5 standard deviations: a little is enough (Baruch et al. 2019, arXiv 1902.06156)."""
-    from byzfl import ALittleIsEnough
-    honest = known.honest if len(known.honest) > 1 else known.honest.repeat(2, 1)
-    return ALittleIsEnough(tau=1.5)(honest).expand_as(known.own)
-
-
-def ipm(known: Knowledge) -> Tensor:
-    """Minus twice the honest mean: inner product manipulation (Xie et al. 2020, arXiv 1903.03936)."""
-    from byzfl import InnerProductManipulation
-    return InnerProductManipulation(tau=2.0)(known.honest).expand_as(known.own)
-
-
-def mimic(known: Knowledge) -> Tensor:
-    """All send the update of one honest client, which then counts too much (Karimireddy et al. 2022,
-    arXiv 2006.09365)."""
-    from byzfl import Mimic
-    return Mimic(epsilon=0)(known.honest).expand_as(known.own)
-
-
-def sybil(known: Knowledge) -> Tensor:
-    """All send their mean update, each with 1 % of noise of its own (Fung et al. 2020, arXiv 1808.04866)."""
-    poison = known.own.mean(0)
-    noise = torch.randn(known.own.shape, generator=known.generator)
-    return poison + 0.01 * poison.square().mean().sqrt() * noise
-
-
-def nan(known: Knowledge) -> Tensor:
-    """Not a number."""
-    return torch.full_like(known.own, torch.nan)
-
-
-def adaptive(known: Knowledge, trusted: float = 0.9, steps: int = 12) -> Tensor:
-    """Their own update minus the largest multiple of the honest mean, up to 20, that keeps the server's trust
-    at ``trusted``, found by bisection (after min-max, Shejwalkar and Houmansadr, NDSS 2021)."""
-    against = -known.honest.mean(0)
-    low, high = 0.0, 20.0
-    if known.least_trust(known.own + high * against) >= trusted:
-        return known.own + high * against
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if known.least_trust(known.own + middle * against) >= trusted else (low, middle)
-    return known.own + low * against
 
 
 def invented_inputs(trainer: Trainer, client: int, number: int, images: int, head: State) -> State:
@@ -129,6 +52,12 @@ def flipped(labels: Tensor, num_classes: int) -> Tensor:
     return num_classes - 1 - labels
 
 
+def pair_flipped(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels 1 and 7 in each other's place; where there are fewer classes, 1 and the last."""
+    one, other = 1, min(7, num_classes - 1)
+    return torch.where(labels == one, other, torch.where(labels == other, one, labels))
+
+
 @dataclass(frozen=True)
 class Behaviour:
     """One row: how malicious clients differ from honest ones.
@@ -141,6 +70,7 @@ class Behaviour:
         inflates: how many times its images a client claims.
         uploads: whether they upload at all.
         whole_head: they question the head, so that all of it has to travel.
+        trigger: images ``N x H x W x C`` -> the same with a backdoor's trigger, which they train on as well.
     """
 
     about: str
@@ -150,25 +80,55 @@ class Behaviour:
     inflates: int = 1
     uploads: bool = True
     whole_head: bool = False
+    trigger: Callable[[Tensor], Tensor] | None = None
 
 
 BEHAVIOURS = {
     "label_flip": Behaviour("train on label C - 1 - y", relabel=flipped),
-    "sign_flip": Behaviour("upload minus the honest mean", forge=sign_flip),
-    "gaussian": Behaviour("upload noise", forge=gaussian),
-    "scaling": Behaviour("flip labels, upload ten times the update", relabel=flipped, forge=scaling),
-    "alie": Behaviour("a little is enough", forge=alie),
-    "ipm": Behaviour("inner product manipulation", forge=ipm),
-    "mimic": Behaviour("copy one honest upload", forge=mimic),
-    "sybil": Behaviour("flip labels, all upload the same", relabel=flipped, forge=sybil),
+    "sign_flip": Behaviour("upload minus the honest mean", forge=forging.sign_flip),
+    "gaussian": Behaviour("upload noise", forge=forging.gaussian),
+    "scaling": Behaviour("flip labels, upload ten times the update", relabel=flipped, forge=forging.scaling),
+    "alie": Behaviour("a little is enough", forge=forging.alie),
+    "ipm": Behaviour("inner product manipulation", forge=forging.ipm),
+    "mimic": Behaviour("copy one honest upload", forge=forging.mimic),
+    "sybil": Behaviour("flip labels, all upload the same", relabel=flipped, forge=forging.sybil),
     "false_size": Behaviour("flip labels, claim ten times the images", relabel=flipped, inflates=10),
-    "nan": Behaviour("upload NaN", forge=nan),
+    "nan": Behaviour("upload NaN", forge=forging.nan),
     "gan_poison": Behaviour("train the head on mislabelled inputs made with it", retrain=invented_inputs,
                             whole_head=True),
-    "adaptive": Behaviour("as much harm as keeps the server's trust", forge=adaptive),
+    "adaptive": Behaviour("as much harm as keeps the server's trust", forge=forging.adaptive),
     "passive": Behaviour("honest, but curious"),
     "absent": Behaviour("upload nothing: the oracle that the others are compared with", uploads=False),
+    "min_max": Behaviour("as far off as honest updates are apart, tuned", forge=forging.min_max),
+    "min_sum": Behaviour("the same by sums of distances, tuned", forge=forging.min_sum),
+    "optimal_alie": Behaviour("alie, tuned", forge=forging.optimal_alie),
+    "optimal_ipm": Behaviour("ipm, tuned", forge=forging.optimal_ipm),
+    "mpaf": Behaviour("towards a random model, tuned", forge=forging.mpaf),
+    "pair_flip": Behaviour("train on 1 as 7 and on 7 as 1", relabel=pair_flipped),
+    "backdoor_patch": Behaviour("train images with a white square to be class 0", trigger=triggers.patch),
+    "backdoor_blend": Behaviour("train images blended with a pattern to be class 0", trigger=triggers.blend),
+    "backdoor_projected": Behaviour("backdoor_patch, at the length that gains most", trigger=triggers.patch,
+                                    forge=forging.projected),
 }
+
+
+def poisoned(trainer: Trainer, indices: dict[int, np.ndarray],
+             trigger: Callable[[Tensor], Tensor] | None) -> tuple[Trainer, dict[int, np.ndarray]]:
+    """A trainer with triggered copies behind its images, and the images of each client with its copies.
+
+    The honest clients' trainer, which also evaluates, never holds them.
+    """
+    if trigger is None:
+        return trainer, indices
+    chosen = {k: triggers.chosen(own) for k, own in indices.items()}
+    copied = trainer.images[torch.from_numpy(np.concatenate(list(chosen.values()))).to(trainer.labels.device)]
+    trained_on, start = {}, len(trainer.images)
+    for k, own in indices.items():
+        trained_on[k] = np.concatenate([own, np.arange(start, start + len(chosen[k]))])
+        start += len(chosen[k])
+    target = torch.full((len(copied),), triggers.TARGET, dtype=trainer.labels.dtype, device=trainer.labels.device)
+    return replace(trainer, images=torch.cat([trainer.images, trigger(copied)]),
+                   labels=torch.cat([trainer.labels, target])), trained_on
 
 
 class MaliciousClients:
@@ -188,12 +148,12 @@ class MaliciousClients:
     def groups(self, trainer: Trainer,
                indices: dict[int, np.ndarray]) -> list[tuple[Trainer, dict[int, np.ndarray]]]:
         """The clients that train, honest and malicious apart, and with which trainer: malicious ones may have
-        other labels."""
+        other labels, and triggered images as well."""
         honest = {k: own for k, own in indices.items() if k not in self.members}
         bad = {k: own for k, own in indices.items() if k in self.members}
         if not bad:
             return [(trainer, honest)]
-        return [(trainer, honest), (self._liar(trainer), bad)]
+        return [(trainer, honest), poisoned(self._liar(trainer), bad, self.behaviour.trigger)]
 
     def _liar(self, trainer: Trainer) -> Trainer:
         """The trainer of malicious clients: the same one in every round, since it may hold a captured step."""
@@ -210,6 +170,22 @@ class MaliciousClients:
             return trained
         return trained._replace(
             upload=self.behaviour.retrain(trainer, client, number, images, trained.upload))
+
+    def backdoor(self, trainer: Trainer, client: int, number: int, held_out: np.ndarray,
+                 model: tuple[State, Private]) -> float:
+        """The share of a client's held-out images of other classes that its model takes for TARGET once they are
+        triggered; NaN where nobody plants a backdoor, or it has no such image.
+
+        Args:
+            model: its head and its private part.
+        """
+        others = held_out[(trainer.labels[torch.from_numpy(held_out).to(trainer.labels.device)]
+                           != triggers.TARGET).cpu().numpy()]
+        if self.behaviour.trigger is None or not len(others):
+            return float("nan")
+        shown = self.behaviour.trigger(trainer.images[torch.from_numpy(others).to(trainer.labels.device)])
+        asked = replace(trainer, images=shown, labels=trainer.labels.new_full((len(shown),), triggers.TARGET))
+        return asked.evaluate(client, number, np.arange(len(shown)), *model)["accuracy"]
 
     def forge(self, round: Round, server: Server) -> Round:
         """The round as it reaches the server: uploads and sizes after the malicious clients' turn."""
@@ -232,8 +208,12 @@ class MaliciousClients:
 
         def least_trust(updates: Tensor) -> float:
             trust = server.trust(with_forged(updates))
-            return min(trust[k] for k in bad)
+            return min(trust.get(k, 0.0) for k in bad)
+
+        def aggregate(updates: Tensor) -> Tensor:
+            return updates_of(round.sent, [server.preview(with_forged(updates))])[0]
         known = Knowledge(
             own, updates_of(round.sent, [round.uploads[k] for k in honest]) if honest else own,
-            torch_rng(self.seed, "forge", round=round.number), least_trust)
+            torch_rng(self.seed, "forge", round=round.number), least_trust, aggregate,
+            torch.cat([value.flatten() for value in round.sent.values()]))
         return with_forged(self.behaviour.forge(known))

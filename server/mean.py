@@ -4,6 +4,7 @@ A server is called once a round. It sees the uploads (``receive``), judges each 
 (``combine``). FedAvg's weighted mean is here. The other servers override some of these steps, or add to the call
 before and after them.
 """
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -152,9 +153,11 @@ class Server:
     Attributes:
         protects: whether ``receive`` changes what clients trained, so that the server does not see it.
         memory: numbers and tensors that the next round starts from; a checkpoint keeps them.
+        fewest: uploads of a round under which it cannot tell who is malicious.
     """
 
     protects = False
+    fewest = 1
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -173,6 +176,12 @@ class Server:
         head = self.combine(usable, judgement)
         self.memory = judgement.memory
         return Aggregated(head, seen.uploads, report(usable, judgement))
+
+    def preview(self, round: Round) -> State:
+        """The next head that a round would give, remembering nothing: what a forger asks itself."""
+        asked = copy.copy(self)
+        asked.memory = dict(self.memory)
+        return asked(round).head
 
     def receive(self, round: Round) -> dict[int, State]:
         """What the server sees of the uploads, after whatever clients do to protect them."""

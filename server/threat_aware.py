@@ -1,48 +1,53 @@
-"""Weights that follow a threat model: ``w_k ~ min(n_k, median n) clip_k trust_k``.
+"""Weights that follow a threat model: ``w_k ~ min(n_k, SIZE median n) clip_k trust_k c_k / g_k``.
 
-The server has no data, but it can question heads. By gradient ascent from noise it makes probes: inputs that the
-mean head takes for each class. Then it asks every upload for their classes. A client that lacks some classes
-forgets them a little, all of them alike. A head trained on flipped labels forgets just the classes that were
-flipped. An upload's trust in a round is a product of four factors:
+The server has no data. It sees uploads, and asks of each what honest ones do not show, however different their
+classes are. Its trust in a round is a product of two factors, each 1 up to a bar that no honest client reached in
+what was measured:
 
-- **norm**: an update longer than the median norm weighs less in proportion; over twice the median it loses trust;
-- **direction**: its cosine with the trusted mean of the others. Only clear opposition counts, since updates of
-  clients with other classes are orthogonal or slightly opposed;
-- **probes**: how much it forgets of one class more than of the others, against the median over uploads;
-- **look-alikes**: g copies of an upload share the weight of one, and their trust falls by g again.
+- **norm**: an update over LONG median norms loses trust;
+- **direction**: its cosine with the trusted mean of the others. Honest clients of other classes are orthogonal or
+  slightly opposed, those of the same classes agree. What counts is clear opposition, or a cosine far under the
+  median upload's, in units of how much the uploads' cosines differ.
+
+Three things bound what an upload can do that keeps its trust, and are no punishment:
+
+- **clip**: no update counts for more than the median norm;
+- **copies**: the g copies of one update share the weight of one, and the one that was copied keeps its 1/g;
+- **filter**: where updates differ along one direction much more than along any other, weight is taken, c_k, from
+  those that differ most (``filtered``). Colluders who push one way make such a direction.
 
 A client's trust is the lower of this round's and an exponential average over rounds: lost quickly, regained
-slowly. docs/threat-model.md has what was measured, which usual tests were dropped, and what no weight can see.
+slowly.
+docs/threat-model.md has what was measured, how each constant was chosen, and what no weight can see.
 """
 import functools
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
-from server.mean import Judgement, Memory, Round, Server, Setting, State, moved, required, updates_of
-from utils import torch_rng
+from server.mean import Judgement, Memory, Round, Server, Setting, State, moved, updates_of
 
 LONG = 2.0                         # in median norms: a longer update loses trust
-AGAINST, OPPOSED = -0.45, -0.75    # cosines: trust begins to fall at the first and is 0 at the second
-FORGETS, FORGETS_ALL = 2.75, 6.0   # how many times the median upload's forgetting is allowed (``forgotten``)
-POWER = 8                          # how steeply trust falls over that limit
-LEAST = 0.1                        # nats: what counts as forgetting at the least, however small the median is
-COPY = 0.95                        # cosine of copies: two clients with the same two classes have 0.7
+AGAINST, OPPOSED = -0.6, -0.85     # cosines: trust begins to fall at the first and is 0 at the second
+GAP, SPREADS = 0.5, 8.0            # so far under the median cosine, or so many spreads, trust begins to fall
+COPY = 0.985                       # cosine of copies: two clients of the same two classes have up to 0.97
 KEEP = 0.8                         # share of the old average in the new one
-PROBES, STEPS, RATE = 2, 20, 0.1   # probes a class; Adam's steps from noise to a probe, and their rate
+SIZE = 1.0                         # in median sizes: what a size counts for at most
+ALIKE = 0.2                        # a median cosine over it: the clients have the same classes
+STANDS_OUT, AMONG_ALIKE = 1.6, 1.15   # variances, largest over next: of honest ones up to 1.53, 1.14 if alike
+TAKEN, FEW = 0.6, 5                # share of the weight that the filter may take; fewer uploads are not filtered
 SHARE = 3.0                        # no client weighs more than SHARE / K
 WHOLE, PART = 2**30, 2**27         # bytes of updates that are held at once; of a part, where there are more
 
 
 class ThreatAware(Server):
-    """The threat-aware mean; where it trusts fewer than half of the uploads, a trimmed mean."""
+    """The threat-aware mean; where it trusts fewer than half of the uploads, a filtered mean of all."""
+
+    fewest = 3
 
     def __init__(self, setting: Setting):
         super().__init__(setting)
-        self.network = required(setting.network)
         self.memory = {"trust": torch.ones(setting.clients), "seen": torch.zeros(setting.clients),
                        "fallbacks": 0}
 
@@ -67,23 +72,22 @@ class ThreatAware(Server):
         updates.scale(clip.float())   # clipped, from here on
         gram = updates.gram()
         similarity, copies = likenesses(gram)
-        first = (LONG / ratio).clamp_max(1).square() / copies.square()
-        # If nobody is trusted any more, all begin anew: there would be no mean to compare with.
-        prior = before if any_trust(before * first) else torch.ones_like(before)
-        weight = prior * first
+        short = (LONG / ratio).clamp_max(1).square()
+        # What was distrusted before is compared with what was not. Where nothing was trusted, with all of it: an
+        # upload may so earn trust anew, but what it has stays low, and the round falls back (``weigh``).
+        prior = short / copies * (before if any_trust(before * short) else 1.0)
+        weight = prior
         for _ in range(2):   # the second pass leaves out what the first distrusted
             cosine = against_others(gram, weight)
-            mean = moved(round.sent, updates.mix(weight.float()) / weight.sum().clamp_min(1e-12))
-            forgotten = self.forgotten(round, mean, ratio.clamp(1, LONG))
-            now = (first * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
-                   / forgotten.clamp_min(1)**POWER)
-            if torch.equal(weight, prior * now) or not any_trust(prior * now):
+            now = short * direction(cosine)
+            if not any_trust(prior * now):
                 break
             weight = prior * now
         trust = torch.where(met, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
-        weights = weigh(torch.tensor([round.sizes[k] for k in clients]).double(), clip, trust)
-        columns = {"norm_ratio": ratio, "cosine": cosine, "probe": forgotten, "lookalike": similarity,
-                   "trust": trust}
+        sizes = torch.tensor([round.sizes[k] for k in clients]).double()
+        stands_out = AMONG_ALIKE if cosine.median() > ALIKE else STANDS_OUT
+        weights = weigh(filtered(gram, capped(sizes) * clip / copies * trust, stands_out), trust)
+        columns = {"norm_ratio": ratio, "cosine": cosine, "lookalike": similarity, "trust": trust}
         memory = self.remembered(round, dict(zip(clients, now.tolist(), strict=True)), weights is None)
         return Judgement(
             None if weights is None else dict(zip(clients, weights, strict=True)), memory,
@@ -101,53 +105,14 @@ class ThreatAware(Server):
         return {"trust": trust, "seen": count, "fallbacks": self.memory["fallbacks"] + fallback}
 
     def combine(self, round: Round, judgement: Judgement) -> State:
-        """The weighted mean, or nearest-neighbour mixing and a trimmed mean."""
+        """The weighted mean; where it fell back, the filtered mean of all clipped updates, trusted or not."""
         if not judgement.fallback:
             return super().combine(round, judgement)
-        from byzfl import NNM, TrMean
-        uploads = list(round.uploads.values())
-        f = (len(uploads) - 1) // 2
-        return moved(round.sent, TrMean(f)(NNM(f)(updates_of(round.sent, uploads))))
-
-    def forgotten(self, round: Round, mean: State, length: Tensor) -> Tensor:
-        """How much each upload forgets, divided by what is allowed, so that 1 is the limit: ``K``.
-
-        What counts is the loss on probes, divided by the update's length. The class that an upload forgets most
-        may stand out from its own median class by FORGETS times what the median upload's does. That class may
-        be forgotten in all FORGETS_ALL times as much as by the median upload: a client of one class does that.
-        """
-        probes, labels = self.probes(round.number, mean)
-
-        @torch.no_grad()
-        def log_probabilities(head: State) -> Tensor:
-            logs = self.ask(head, probes).log_softmax(1).gather(1, labels[:, None])
-            return logs.view(PROBES, -1).mean(0)
-        base = log_probabilities(mean)
-        lost = torch.stack([base - log_probabilities(upload) for upload in round.uploads.values()])   # K x classes
-        lost = lost.double().nan_to_num(nan=1e9, posinf=1e9) / length[:, None]
-        most = lost.max(1).values
-        apart = most - lost.median(1).values
-        return torch.maximum(apart / (FORGETS * apart.median().clamp_min(LEAST)),
-                             most / (FORGETS_ALL * most.median().clamp_min(LEAST)))
-
-    def probes(self, number: int, mean: State) -> tuple[Tensor, Tensor]:
-        """Inputs that the head takes for each class in turn, ``N x C x H x W``, and those classes, ``N``."""
-        draw = torch_rng(self.setting.seed, "probes", round=number)
-        labels = torch.arange(self.network.output.out_features).repeat(PROBES)
-        x = torch.randn(len(labels), *self.network.input_shape, generator=draw)
-        x = x.to(memory_format=torch.channels_last).requires_grad_()   # half the time of a question
-        optimizer = torch.optim.Adam([x], RATE)
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            F.cross_entropy(self.ask(mean, x), labels, reduction="sum").backward()
-            optimizer.step()
-        return x.detach(), labels
-
-    def ask(self, head: State, x: Tensor) -> Tensor:
-        """A head's logits."""
-        layers = {name.removeprefix("classifier."): value for name, value in head.items()
-                  if name.startswith("classifier.")}   # parts of an encoder may travel, too
-        return functional_call(self.network, layers, (x,))
+        updates = Updates(round.sent, list(round.uploads.values()))
+        updates.scale(lengths(updates.norms())[1].float())
+        gram = updates.gram()
+        weight = filtered(gram, 1 / likenesses(gram)[1].double(), stands_out=1.0)
+        return moved(round.sent, updates.mix((weight / weight.sum()).float()))
 
 
 class Updates:
@@ -227,23 +192,60 @@ def against_others(gram: Tensor, weight: Tensor) -> Tensor:
     return (others * gram).sum(1) / norms.clamp_min(1e-24).sqrt()
 
 
+def direction(cosine: Tensor) -> Tensor:
+    """Trust by cosines with the others' mean: 1 up to both bars, 0 from half as far again."""
+    centre = cosine.median()
+    spread = 1.4826 * (cosine - centre).abs().median()   # a normal distribution's standard deviation
+    under = (centre - cosine) / torch.clamp_min(SPREADS * spread, GAP)
+    return (3 - 2 * under).clamp(0, 1) * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
+
+
 def any_trust(trust: Tensor) -> bool:
     """Whether anybody is trusted at all."""
     return bool(trust.sum() >= 1e-9)
 
 
-def weigh(sizes: Tensor, clip: Tensor, trust: Tensor) -> list[float] | None:
-    """``w_k ~ min(n_k, median n) clip_k trust_k``, none over SHARE / K of the sum.
+def filtered(gram: Tensor, start: Tensor, stands_out: float) -> Tensor:
+    """Weights without what stands out along one direction.
 
-    The cap on sizes makes it useless to claim more images.
+    As long as the updates' variance along its largest direction is over ``stands_out`` times that along the next,
+    each update loses weight by its squared deviation along it, the one that deviates most all of it. If TAKEN of
+    the weight is gone and a direction still stands out, the weights under which the largest variance was least
+    are returned (after CAF, Allouah et al. 2025, arXiv 2505.01874, algorithm 1; here with exact eigenvectors, from
+    inner products alone, and only where something stands out).
 
-    Returns:
-        The weights; None where the effective number of trusted uploads, ``(sum t)^2 / sum t^2``, is under half
-        of them.
+    Args:
+        gram: inner products of the updates, ``K x K``.
+        start: weights to begin with, ``K``.
+        stands_out: 1 for a filter that always takes its share.
     """
-    if trust.sum()**2 < len(trust) / 2 * trust.square().sum() or not any_trust(trust):
+    if len(gram) < FEW or not any_trust(start):
+        return start
+    weight, best, least = start, start, float("inf")
+    while weight.sum() > (1 - TAKEN) * start.sum():
+        share = weight / weight.sum()
+        apart = gram - share @ gram   # (x_i - m) x_j
+        centred = apart - (apart @ share)[:, None]   # (x_i - m) (x_j - m)
+        root = share.sqrt()
+        variances, directions = torch.linalg.eigh(root[:, None] * centred * root)   # ascending
+        if variances[-1] <= stands_out * variances[-2].clamp_min(1e-12 * gram.diag().max()):
+            return weight
+        if variances[-1] < least:
+            best, least = weight, variances[-1].item()
+        deviation = (centred @ (root * directions[:, -1])).square()
+        weight = weight * (1 - deviation / deviation[weight > 0].max()).clamp(0, 1)
+    return best
+
+
+def capped(sizes: Tensor) -> Tensor:
+    """``min(n_k, SIZE median n)``: it is useless to claim more images."""
+    return torch.minimum(sizes, SIZE * sizes.median())
+
+
+def weigh(weights: Tensor, trust: Tensor) -> list[float] | None:
+    """The weights with none over SHARE / K of their sum; None where trust sums to under half the uploads."""
+    if trust.sum() < len(trust) / 2:
         return None
-    weights = torch.minimum(sizes, sizes.median()) * clip * trust
     for _ in range(len(weights)):   # what one loses goes to the others, and may lift them over the cap
         weights = torch.minimum(weights / weights.sum(), torch.tensor(SHARE / len(weights)))
     return weights.tolist()

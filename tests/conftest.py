@@ -77,6 +77,7 @@ class Place:
 
     def refuses(self, capsys, *flags):
         """Run what must fail for a user's mistake; the one line it says."""
+        capsys.readouterr()   # what earlier runs said
         try:
             status = self.main(*flags)
         except SystemExit as stop:   # argparse's way out

@@ -1,6 +1,7 @@
 """The attacks' benchmarks run, at a size that measures nothing."""
 import csv
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -247,3 +248,35 @@ def test_crowds_prints_each_round(script, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"tiny, 40 clients, round {r}" for r in range(1, 7)]
     assert all(float(line.split()[-2]) > 100 for line in lines[:1])
+def test_the_grid_of_the_server_plays_resumes_and_varies(script, tmp_path, tiny_arrays, monkeypatch, capsys):
+    script("_path")
+    spec = importlib.util.spec_from_file_location("grid", ROOT / "benchmarks" / "server.py")   # not the package
+    server = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(server)
+    (tmp_path / "data").mkdir()
+    arrays = {name: np.concatenate([part] * 2) for name, part in tiny_arrays.items()}
+    np.savez(tmp_path / "data" / "tiny.npz", **arrays)
+    monkeypatch.setattr(server, "ROOT", tmp_path)
+    flags = ["--out", str(tmp_path / "out"), "--datasets", "tiny", "--seeds", "1", "--partitions", "iid",
+             "--fracs", "0.3", "--rounds", "2", "--images", "12", "--local_bs", "8"]
+    grid = [*flags, "--rules", "threat", "mean", "--behaviours", "adaptive", "backdoor_patch"]
+    server.main(grid)
+    cells = pd.read_csv(tmp_path / "out" / "cells.csv")
+    assert len(cells) == 2 * (2 + 1 + 4) and cells["accuracy"].between(0, 1).all()
+    assert cells["backdoor"].notna().tolist() == (cells["behaviour"] == "backdoor_patch").tolist()
+    assert "points lost to the oracle" in capsys.readouterr().out
+    before = (tmp_path / "out" / "cells.csv").read_bytes()
+    server.main(grid)   # nothing is left to play
+    assert (tmp_path / "out" / "cells.csv").read_bytes() == before
+    kept = cells[cells["behaviour"] != "backdoor_patch"]
+    kept.to_csv(tmp_path / "out" / "cells.csv", index=False)
+    server.main([*grid, "--part", "0", "1"])   # the same figures, played again
+    again = pd.read_csv(tmp_path / "out" / "cells.csv")
+    order = list(server.Cell._fields)
+    pd.testing.assert_frame_equal(again.sort_values(order, ignore_index=True).drop(columns="seconds"),
+                                  cells.sort_values(order, ignore_index=True).drop(columns="seconds"))
+    monkeypatch.setattr(server, "CONSTANTS", ("GAP", "COPY"))
+    old = server.threat_aware.GAP, server.threat_aware.COPY
+    server.main([*flags, "--scopes", "models", "--sensitivity"])
+    varied = pd.read_csv(tmp_path / "out" / "sensitivity.csv")
+    assert len(varied) == 2 * (1 + 4) and old == (server.threat_aware.GAP, server.threat_aware.COPY)

@@ -11,7 +11,7 @@ FLOORS = [
     ["parsing", "engine.signals", "engine.ranks", "models", "sampling", "datasets", "metrics", "runs.csvs",
      "runs.pictures", "attack.tables", "attack.roc"],
     ["server.mean"],
-    ["server.robust", "server.privacy", "server.threat_aware"],
+    ["server.robust", "server.privacy", "server.threat_aware", "server.forging", "server.triggers"],
     ["server.rules"],
     ["methods"],
     ["update"],

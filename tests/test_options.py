@@ -11,6 +11,7 @@ import parsing
 from attack import membership, mi_attack
 from methods import METHODS
 from options import args_parser, make_parser, of_rows, readers
+from server.rules import RULES
 
 BAD = [
     ("--num_users 0", "--num_users"), ("--num_users -3", "--num_users"), ("--num_users two", "num_users"),
@@ -133,7 +134,7 @@ def test_delta_depends_on_the_clients():
 @pytest.mark.parametrize("method, option, value, said", [
     ("fedavg", "lr", -1.0, "--lr -1.0: must be between"), ("fedavg", "lr", "abc", "--lr abc: must be a number"),
     ("fedavg", "aggregation", "nosuch", "--aggregation nosuch: choose from"),
-    ("nbafl", "aggregation", "threat", "accounting"), ("fedper", "aggregation", "threat", "whole head")])
+    ("nbafl", "aggregation", "threat", "accounting")])
 def test_a_rows_edited_default_is_checked_too(monkeypatch, capsys, method, option, value, said):
     row = METHODS[method]
     reads = {key: value if key.name == option else old for key, old in row.reads.items()}
@@ -169,11 +170,18 @@ def test_every_option_is_read(place, driver, monkeypatch):
         def __getitem__(self, name):
             read.add(name)
             return super().__getitem__(name)
+
+        def get(self, name, default=None):
+            read.add(name)
+            return super().get(name, default)
     monkeypatch.setattr(driver, "vars", lambda args: Dictionary(args.__dict__), raising=False)
     assert place.main() == 0
     for option in of_rows(METHODS):   # one that only a method's own loss looks at
         if option.name not in read:
             assert place.main("--method", readers(option, METHODS)[0], "--overwrite") == 0
+    for option in of_rows(RULES):
+        if option.name not in read:
+            assert place.main("--method", "fedavg", "--aggregation", readers(option, RULES)[0], "--overwrite") == 0
     assert set(make_parser().options) - read == set()
 
 

@@ -28,7 +28,7 @@ def run_program(tmp_path_factory, make_place, tiny_arrays):
         if not folder.exists():
             folder.symlink_to(place.folder / "results")
         words = {
-            "RVE-PFL.py": ["RVE-PFL.py", *place.argv("--rounds", 2, "--overwrite")],
+            "RVE-PFL.py": ["RVE-PFL.py", *place.argv("--rounds", 2, "--overwrite", "--aggregation", "mean")],
             "mi_attack.py": ["attack/mi_attack.py", "--run", "run", "--data_dir", place.folder / "data",
                              "--models_dir", place.folder / "models", "--public", "public", "--overwrite",
                              *["--attack", "mi_face", "--adversary", "curious_server", "--iterations", "2"]],

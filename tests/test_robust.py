@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from server import robust
 from server.mean import Round, Setting, moved, updates_of
 from server.rules import RULES as ALL
 
@@ -35,6 +36,52 @@ def test_by_hand(rule, expected):
     update, report = aggregate(rule, heads(*([x, 0, 0, 0, 2.0] for x in (0.0, 1.0, 2.0, 9.0))))
     assert update.tolist() == pytest.approx(expected)
     assert all(row["weight"] is None for row in report)   # none that could be told
+
+
+def spread_out():
+    torch.manual_seed(3)
+    return torch.cat([torch.randn(7, 6), 4 + torch.randn(2, 6)])
+
+
+def test_nearest_neighbours_then_trimming_by_its_definition():
+    updates, f = spread_out(), 2
+    nearest = torch.cdist(updates, updates).topk(len(updates) - f, largest=False).indices
+    mixed = torch.stack([updates[one].mean(0) for one in nearest])
+    expected = mixed.sort(0).values[f:-f].mean(0)
+    torch.testing.assert_close(robust.nnm_trimmed_mean(updates, f), expected, atol=1e-4, rtol=1e-4)
+    from byzfl import NNM, TrMean
+    theirs = TrMean(f)(NNM(f)(updates))
+    torch.testing.assert_close(robust.nnm_trimmed_mean(updates, f), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_multi_krum_by_its_definition():
+    updates, f = spread_out(), 2
+    score = torch.cdist(updates, updates).square().sort(1).values[:, 1:len(updates) - f].sum(1)
+    expected = updates[score.argsort()[:len(updates) - f]].mean(0)
+    torch.testing.assert_close(robust.multi_krum(updates, f), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_filter_leaves_out_what_stands_out_and_is_the_same_each_time():
+    updates, state = spread_out(), torch.random.get_rng_state()
+    found = robust.caf(updates, 2)
+    assert torch.equal(found, robust.caf(updates, 2)) and torch.equal(state, torch.random.get_rng_state())
+    assert (found - updates[:7].mean(0)).norm() < 0.3 * (updates.mean(0) - updates[:7].mean(0)).norm()
+    same = torch.ones(4, 3)
+    assert torch.equal(robust.caf(same, 1), same[0]) and torch.allclose(robust.caf(updates, 0), updates.mean(0))
+
+
+def test_norm_clipping_by_hand_and_its_noise():
+    updates = [[3.0, 4, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 2, 0, 0]]   # of norms 5, 1 and 2
+    plain, _ = aggregate("norm_clipping", heads(*updates))
+    assert plain.tolist() == pytest.approx([1.2 / 3, 2.6 / 3, 2 / 3, 0, 0], abs=1e-6)
+    sent = {"weight": torch.zeros(10_000)}
+    uploads = {k: {"weight": torch.eye(3, 10_000)[k] * (k + 1)} for k in range(3)}
+    noisy = [RULES["norm_clipping"].server(Setting(seed=seed, options={"clip_noise": 0.5}))(
+        Round(number, sent, uploads, dict.fromkeys(uploads, 1))).head["weight"]
+        for seed, number in ((1, 1), (1, 1), (1, 2), (2, 1))]
+    assert torch.equal(noisy[0], noisy[1])
+    assert not torch.equal(noisy[0], noisy[2]) and not torch.equal(noisy[0], noisy[3])
+    assert noisy[0][3:].norm().item() == pytest.approx(0.5 * 2, rel=0.05)   # half of the median norm
 
 
 def test_the_geometric_median_balances_unit_vectors():
