@@ -76,11 +76,11 @@ class HeadOnLatents(Network):
         super().__init__()
         self.classifier = Classifier(image_shape, num_classes)
 
-    def forward(self, x: Tensor) -> Output:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
         mu, logvar = x.unbind(1)
         return Output(self.classifier(reparameterise(mu, logvar)))
 
-    def predict(self, x: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mu, logvar = x.unbind(1)
         drawn = [self.classifier(reparameterise(mu, logvar)).softmax(1) for _ in range(draws)]
         return torch.stack(drawn).mean(0), kl_to_standard_normal(mu.flatten(1), logvar.flatten(1))

@@ -267,6 +267,7 @@ def test_damaged_and_foreign_files(trained, capsys, tmp_path):
 
 def test_resplit_runs_are_not_attacked(trained, capsys):
     assert trained.place.main("--resplit", "--run_name", "resplit", "--rounds", 1) == 0
+    capsys.readouterr()   # two clients: the server warns
     assert "--resplit" in trained.refuses(capsys, "resplit")
 
 

@@ -166,9 +166,9 @@ def test_a_rounds_training_is_a_textbooks_on_the_clients_own_images(ran):
             for start in range(0, len(own), 32):
                 batch = order[start:start + 32]
                 optimizer.zero_grad()
-                logits, kl, _ = model(ran.pixels(batch))
-                loss = F.cross_entropy(logits, ran.labels[batch])
-                (loss + 0.5 * 0.01 * kl.mean()).backward()   # half of beta: the second of two rounds' warm-up
+                output = model(ran.pixels(batch))
+                loss = F.cross_entropy(output.logits, ran.labels[batch])
+                (loss + 0.5 * 0.01 * output.kl.mean()).backward()   # half of beta: the second of two rounds' warm-up
                 optimizer.step()
                 scheduler.step()
                 tally.append(loss.item() * len(batch))
