@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import models
@@ -55,6 +56,9 @@ NOISE_MULTIPLIER = Option("noise_multiplier", "client-level DP's noise in units 
                           "--epsilon [z]", float, within=(1e-3, 1e6), group="privacy")
 LOSS_WEIGHT = Option("loss_weight", "weight of the loss against the inner attacker [lambda]", float,
                      within=(0, 1e6), group="privacy")
+
+PROX = Option("prox", "weight of the proximal term, half the squared distance to what was sent [mu]", float,
+              unread=0.0, within=(0, 1e3), group="federated")
 
 Values = Mapping[Option, object]
 
@@ -173,10 +177,18 @@ def inner_attacker(step: Step) -> Tensor:
     return step.model.resistance(step.images, step.output.features, step.options["loss_weight"])
 
 
+def proximal(step: Step) -> Tensor:
+    """``mu / 2 ||w - w_t||^2`` over what travels (Wei et al. 2020, eq. 5; Li et al. 2020)."""
+    now = dict(step.model.named_parameters())
+    apart = torch.stack([(now[name] - value).square().sum() for name, value in step.sent.items()])
+    return step.options["prox"] / 2 * apart.sum()
+
+
 TRAINING = {LR: 1e-3, AUGMENT: "none", AGGREGATION: "mean"}
 PRIVATE_ENCODER = {**TRAINING, HEAD_LR: 0.1}
 VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", KL_WEIGHT: 1e-5, KL_WARMUP: 0, INIT_LOGVAR: -2.0,
                EVAL_SAMPLES: 8}
+NBAFL = {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}
 CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER: None}
 
 HEAD = ("classifier.",)   # of the comparison CNN, this is all of it
@@ -203,8 +215,7 @@ METHODS = {
         ("classifier.features.",), {**TRAINING, LR: 3e-3}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "nbafl": Method(
         "noise before aggregation", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
-        {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}, CNN_ON_CIFAR, CNN_ON_MIXED,
-        server=NbAFL),
+        NBAFL, CNN_ON_CIFAR, CNN_ON_MIXED, server=NbAFL),
     "client_dp": Method(
         "client-level DP", "McMahan et al. 2018, arXiv 1710.06963", models.CNN, HEAD, CLIENT_DP,
         CNN_ON_CIFAR, CNN_ON_MIXED, server=ClientDP, poisson=True, settle=client_dp_budget),
@@ -221,4 +232,7 @@ METHODS = {
     "rve_pfl_trunk": Method(
         "RVE-PFL whose encoders share all but mu and logvar", "", models.RVE, (*HEAD, "encoder.trunk."),
         {**VARIATIONAL, ENCODERS_FROM: None, WARM_ROUNDS: 0}, ON_CIFAR),
+    "nbafl_prox": Method(
+        "NbAFL with its proximal term", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
+        {**NBAFL, PROX: 0.01}, CNN_ON_CIFAR, CNN_ON_MIXED, server=NbAFL, loss=proximal),
 }

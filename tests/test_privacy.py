@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from methods import METHODS, Step
 from server.mean import Round, Setting
 from server.privacy import AdaptiveClientDP, ClientDP, NbAFL, calibrated, clipped, nbafl_sigmas, norm, spent
 from utils import InputError, rng
@@ -190,3 +191,26 @@ def test_too_few_clients_for_the_adaptive_split():
     AdaptiveClientDP(Setting(clients=31, clip=1.0, delta=1e-4, noise_multiplier=3.0))
     with pytest.raises(InputError, match="--num_users 61 or more at --frac 0.5"):
         AdaptiveClientDP(Setting(clients=10, frac=0.5, clip=1.0, delta=1e-4, noise_multiplier=3.0))
+
+
+def test_the_proximal_term_holds_clients_near_what_was_sent(place):
+    """mu / 2 ||w - w_t||^2: nothing at 0, where all numbers are NbAFL's; the gradient pulls back otherwise."""
+    csvs, lengths = {}, {}
+    quiet = ("--epsilon", 1e6, "--clip", 100, "--rounds", 1, "--overwrite")   # what is uploaded is what was trained
+    for name, flags in {"nbafl": (), "none": ("--prox", 0), "some": ("--prox", 1), "much": ("--prox", 100)}.items():
+        method = "nbafl" if name == "nbafl" else "nbafl_prox"
+        assert place.main("--method", method, *flags, *quiet) == 0
+        csvs[name] = place.clients_csv()
+        shared = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)
+        lengths[name] = sum((value - shared["sent"][key]).square().sum() for key, value in shared["uploads"][0].items())
+    assert csvs["none"] == csvs["nbafl"] != csvs["some"]
+    assert lengths["much"] < 0.5 * lengths["some"] < 0.5 * lengths["none"]
+
+
+def test_the_proximal_term_by_hand():
+    model = torch.nn.Linear(2, 1)
+    sent = {"weight": model.weight.detach() - 3, "bias": model.bias.detach() + 4}   # squared distance 9 + 9 + 16
+    term = METHODS["nbafl_prox"].loss(Step(model, None, None, sent, {"prox": 0.5}))
+    assert term.item() == pytest.approx(0.25 * 34)
+    term.backward()
+    assert torch.allclose(model.weight.grad, torch.tensor([[1.5, 1.5]]))
