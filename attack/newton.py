@@ -45,15 +45,9 @@ def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, in
     Returns:
         ``P x C x H x W``; no value is clamped, since an input may be a latent.
     """
-    before, dense = layers_before_dense(head)
-    weight = head.get_parameter(f"features.{dense}.weight").detach()
-    features = torch.stack([dense_input(one, f"features.{dense}") for one in observed])
-    slope = torch.stack([one[f"features.{dense}.bias"] for one in observed]) @ weight   # of the loss by features
-    last = [i for i, layer in enumerate(before) if isinstance(layer, nn.Conv2d)][-1]
-    routed = torch.stack([one[f"features.{last}.weight"].flatten() for one in observed])
-    problem = Problem(before, f"{last}.weight", features, slope, routed)
+    problem = problem_of(head, observed)
     with torch.no_grad():
-        found = ridge_start(before, features, shape)
+        found = ridge_start(problem.before, problem.features, shape)
     every = torch.arange(len(found))
     found, error = search(problem, every, found, 40)
     for _ in range(hops):
@@ -108,6 +102,17 @@ class Problem:
             made, gradient = vmap(of_one)(x, slope)
             return torch.cat([(made - goal) / size, (gradient - routed) / routed_size], 1)
         return residual
+
+
+def problem_of(head: nn.Module, observed: list[State]) -> Problem:
+    """The equations for the head's inputs that follow from their gradients, one for each."""
+    before, dense = layers_before_dense(head)
+    weight = head.get_parameter(f"features.{dense}.weight").detach()
+    features = torch.stack([dense_input(one, f"features.{dense}") for one in observed])
+    slope = torch.stack([one[f"features.{dense}.bias"] for one in observed]) @ weight   # of the loss by features
+    last = [i for i, layer in enumerate(before) if isinstance(layer, nn.Conv2d)][-1]
+    routed = torch.stack([one[f"features.{last}.weight"].flatten() for one in observed])
+    return Problem(before, f"{last}.weight", features, slope, routed)
 
 
 def search(problem: Problem, which: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:

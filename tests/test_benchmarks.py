@@ -280,3 +280,23 @@ def test_the_grid_of_the_server_plays_resumes_and_varies(script, tmp_path, tiny_
     server.main([*flags, "--scopes", "models", "--sensitivity"])
     varied = pd.read_csv(tmp_path / "out" / "sensitivity.csv")
     assert len(varied) == 2 * (1 + 4) and old == (server.threat_aware.GAP, server.threat_aware.COPY)
+
+
+def test_conditioning_by_an_explicit_jacobian(script, tiny_run, capsys):
+    """Its singular values are those of torch.autograd's Jacobian, and the gradient adds to what features determine."""
+    from attack import newton
+    module, flags = script("conditioning"), tiny_run("lg_fedavg")
+    torch.manual_seed(0)
+    before = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+                                 torch.nn.Flatten())
+    x = torch.randn(1, 1, 4, 4)
+    problem = newton.Problem(before, "0.weight", before(x).detach(), torch.randn(1, 12), torch.randn(1, 27))
+    residuals = problem.residuals(torch.tensor([0]), True)
+    jacobian = torch.autograd.functional.jacobian(residuals, x).flatten(2).squeeze()
+    found = module.singular_values(problem, x, True)
+    assert torch.allclose(found.float(), torch.linalg.svdvals(jacobian)[:16], atol=1e-3)
+    assert module.main([*flags, "--images", "1"]) == 0
+    alone, both = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert int(alone[-2]) <= int(both[-2]) <= int(both[-3]) == 64
+    assert module.main([*flags[:1], "none", *flags[2:]]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -1,0 +1,83 @@
+"""Does one image's gradient determine the head's input? Singular values of attack/newton.py's equations, at the truth.
+
+    python benchmarks/conditioning.py --run mnist10k-shards-rve_pfl-seed1
+
+Two systems of equations for each image: the features before the dense layer alone, which ReLU and max pooling have
+made of the input, and together with the gradient of the last convolution, which says what each pool chose. A rank
+as great as the number of unknowns means that no other input nearby has the same gradient: a search that does not
+find it has failed, and not met a defence. How near it has to start is another question.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from _path import ROOT
+from torch.func import jvp, vmap
+
+from attack import gradients, newton
+from attack.access import Victim, held, hold, open_target
+from attack.scene import as_floats
+from utils import InputError, keep_freed_memory, rng, seed_torch
+
+AT_ONCE = 32       # columns of a Jacobian
+NOTHING = 1e-4     # of the largest: a singular value below it counts as 0
+
+
+def singular_values(problem: newton.Problem, x: torch.Tensor, with_routed: bool) -> torch.Tensor:
+    """Of one problem's Jacobian at its solution ``1 x C x H x W``, in falling order, ``C H W``."""
+    residuals = problem.residuals(torch.tensor([0]), with_routed)
+    columns = [vmap(lambda way: jvp(residuals, (x,), (way,))[1][0])(part.unflatten(1, x.shape))
+               for part in torch.eye(x.numel()).split(AT_ONCE)]
+    jacobian = torch.cat(columns).double()
+    return torch.linalg.eigvalsh(jacobian @ jacobian.T).clamp_min(0).sqrt().flip(0)
+
+
+def examine(victim: Victim, head: torch.nn.Module, image: torch.Tensor, label: torch.Tensor) -> list[dict]:
+    """The rows of one image ``1 x C x H x W``."""
+    behind: list[torch.Tensor] = []
+
+    def noted(head: torch.nn.Module, z: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        behind.append(z.detach())
+        return gradients.gradient(head, z, y)
+    problem = newton.problem_of(head, [victim.update(image, label, noted)])
+    rows = []
+    for equations in ("features", "features and gradient"):
+        values = singular_values(problem, behind[0], equations != "features")
+        rank = int((values > NOTHING * values[0]).sum())
+        rows.append({"equations": equations, "active": (problem.features > 0).double().mean().item(),
+                     "unknowns": len(values), "rank": rank, "spread": (values[0] / values[rank - 1]).item()})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--round", type=int, help="the latest if not given")
+    parser.add_argument("--client", type=int, default=0)
+    parser.add_argument("--images", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
+        parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    try:
+        target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+        round = args.round or target.rounds()[-1]
+        victim = Victim(target, round, args.client)
+        head = held(hold(target, "curious_server", round, args.client).next_head)
+    except InputError as error:
+        print(f"conditioning.py: error: {error}", file=sys.stderr)
+        return 2
+    seed_torch(args.seed, "conditioning")
+    drawn = rng(args.seed, "conditioning").permutation(target.owned()[0][args.client])[:args.images]
+    images, labels = as_floats(target.data.images[drawn]), torch.from_numpy(target.data.labels[drawn])
+    rows = [{"image": i, **row} for i in range(len(drawn))
+            for row in examine(victim, head, images[i:i + 1], labels[i:i + 1])]
+    print(pd.DataFrame(rows).to_string(index=False, float_format="%.3g"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
