@@ -348,10 +348,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12])
     parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
     parser.add_argument("--partitions", nargs="+", choices=PARTITIONS, default=list(PARTITIONS))
-    parser.add_argument("--fracs", nargs="+", type=float, default=list(FRACS))
+    parser.add_argument("--fracs", nargs="*", type=float, default=list(FRACS))
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     rest = [name for name in BEHAVIOURS if name not in (*FIRST, "absent", "passive")]
-    parser.add_argument("--behaviours", nargs="+", choices=BEHAVIOURS, default=[*FIRST, *rest])
+    parser.add_argument("--behaviours", nargs="*", choices=BEHAVIOURS, default=[*FIRST, *rest])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--local_ep", type=int, default=1)
     parser.add_argument("--local_bs", type=int, default=32)

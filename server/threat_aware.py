@@ -158,9 +158,9 @@ class Updates:
 
 
 def norms(updates: Tensor) -> Tensor:
-    """Of each row; 64 rows at a time, since PyTorch copies them to the double precision that it sums in."""
+    """Of each row; 16 rows at a time, since PyTorch copies them to the double precision that it sums in."""
     return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-                      for rows in updates.tensor_split(-(-len(updates) // 64))])
+                      for rows in updates.tensor_split(-(-len(updates) // 16))])
 
 
 def lengths(norms: Tensor) -> tuple[Tensor, Tensor]:
