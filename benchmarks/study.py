@@ -51,7 +51,7 @@ LABELS: Final[dict[str, dict]] = {   # the plain mean everywhere, so that method
     "nbafl_prox": {"method": "nbafl_prox"},
     "client_dp-8": {"method": "client_dp", "epsilon": 8},
 }
-COMPARED: Final = ("rve_pfl", "nbafl-L1", "fedavg", "local", "lg_fedavg", "fedper", "nbafl-LT")
+COMPARED: Final = ("rve_pfl", "nbafl-L1", "nbafl_prox", "fedavg", "local", "lg_fedavg", "fedper", "nbafl-LT")
 FOLDERS: Final = {"data_dir": "data", "results_dir": "results", "models_dir": "saved_models"}
 
 
@@ -133,7 +133,7 @@ def cells_of(part: str) -> Iterator[Cell]:
             for seed in (11, 12, 13):
                 for dataset, scale in SMALL.items():
                     for partition in ("iid", "dirichlet", "shards"):
-                        for label in (*COMPARED[:-1], "nbafl_prox", "trunk", "class", "trunk-class"):
+                        for label in (*COMPARED[:-1], "trunk", "class", "trunk-class"):
                             yield Cell(dataset, partition, label, seed, scale, {"local_bs": 64})
 
 
