@@ -116,6 +116,8 @@ def test_what_depends_on_the_data_set_is_filled_in():
     assert (plain.lr, *rates) == (1e-3, 3e-3, 0.1)
     mixed = {m: args_parser(["--method", m, "--partition", "iid"]).lr for m in ("nbafl", "dropout", "local")}
     assert mixed == {"nbafl": 3e-3, "dropout": 3e-3, "local": 1e-3}
+    near = [args_parser(["--method", "nbafl_prox", "--partition", p]).prox for p in ("shards", "dirichlet", "iid")]
+    assert near == [1, 0.1, 0]
 
 
 def test_help_says_who_reads_an_option_and_its_default():
@@ -123,7 +125,7 @@ def test_help_says_who_reads_an_option_and_its_default():
     assert "[beta] (rve_pfl, local, rve_pfl_trunk; default: 1e-05)" in text
     assert "default: 8.0 with" not in text and "None" not in text
     assert "(all but local; default: threat with rve_pfl, else mean)" in text
-    assert re.search(r"--exposures EXPOSURES how often NbAFL .* \(nbafl; default: 1\)", text)
+    assert re.search(r"--exposures EXPOSURES how often NbAFL .* \(nbafl, nbafl_prox; default: 1\)", text)
 
 
 def test_delta_depends_on_the_clients():
