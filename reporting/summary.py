@@ -173,7 +173,7 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
     for setting, same in by_setting(runs).items():
         options = same[0].options
         for stage in STAGES:
-            last = pd.concat([_last(run, stage) for run in same])
+            last = pd.concat([last_round(run, stage) for run in same])
             if last.empty:   # no client trained in the last round
                 continue
             row = {"dataset": options["dataset"], "partition": same[0].partition,
@@ -192,7 +192,7 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
                              ascending=[True] * 6 + [False]) if rows else table
 
 
-def _last(run: Finished, stage: str) -> pd.DataFrame:
+def last_round(run: Finished, stage: str) -> pd.DataFrame:
     """The run's last round on held-out images: one row of ``rounds.csv``, or none."""
     rounds = run.rounds
     return rounds[(rounds["round"] == run.options["rounds"]) & (rounds["stage"] == stage)
