@@ -49,15 +49,25 @@ def runs(root: Path, stem: str) -> dict[int, Path]:
 
 
 def run(folder: Path) -> Finished:
-    """A finished run.
+    """A finished run, without what attacks on it found.
 
     Raises:
         InputError: it is not finished, or a file of it is damaged.
     """
-    found = read(folder)
-    if isinstance(found, str) or found.unread:
-        raise InputError(f"{REFERENCE / folder.name}: {found if isinstance(found, str) else found.unread}")
+    return _run(folder, _changed(folder))
+
+
+@cache
+def _run(folder: Path, changed: float) -> Finished:
+    """``run``, once for each state of the folder: several tables read the same runs."""
+    found = read(folder, attacks=False)
+    if isinstance(found, str):
+        raise InputError(f"{REFERENCE / folder.name}: {found}")
     return found
+
+
+def _changed(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in folder.glob("*")), default=0)
 
 
 def attacked(folder: Path) -> pd.DataFrame:
@@ -66,6 +76,11 @@ def attacked(folder: Path) -> pd.DataFrame:
     Raises:
         InputError: it cannot be read.
     """
+    return _attacked(folder, _changed(folder))
+
+
+@cache
+def _attacked(folder: Path, changed: float) -> pd.DataFrame:
     try:
         rows = read_attack(folder / "attack.csv")
     except (OSError, ValueError, KeyError) as error:
@@ -82,23 +97,13 @@ def study(root: Path) -> Iterator[tuple[tuple[str, str, str], str, int, Finished
     for path in sorted((root / REFERENCE).glob("*")):
         if named := NAME.fullmatch(path.name):
             dataset, partition, rounds, epochs, label, seed = named.groups()
-            found = _run(path, _changed(path))
+            found = run(path)
             said = [str(found.options[name]) for name in ("dataset", "partition", "rounds", "local_ep", "seed")]
             if said != [dataset, partition.split("-")[0], rounds, epochs, seed]:
                 raise InputError(f"{REFERENCE / path.name}: its config.json is of {' '.join(said)}")
             # NbAFL's two settings: an upload is seen once, or once a round.
             label = "nbafl-LT" if label == f"nbafl-L{rounds}" and rounds != "1" else label
             yield (dataset, partition, f"{rounds} x {epochs}"), label, int(seed), found
-
-
-def _changed(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.glob("*")), default=0)
-
-
-@cache
-def _run(folder: Path, changed: float) -> Finished:
-    """``run``, once for each state of the folder: several tables read the same runs."""
-    return run(folder)
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
