@@ -31,8 +31,7 @@ def differences(ours: pd.DataFrame, reference: pd.DataFrame) -> list[str]:
     Args:
         ours, reference: rounds.csv of two runs.
     """
-    ours, reference = (rounds[(rounds["stage"] == "deployed") & (rounds["split"] == "test")].set_index("round")
-                       for rounds in (ours, reference))
+    ours, reference = (rounds[rounds["stage"] == "deployed"].set_index("round") for rounds in (ours, reference))
     if list(ours.index) != list(reference.index):
         return [f"rounds {', '.join(map(str, ours.index)) or 'none'} instead of "
                 f"{', '.join(map(str, reference.index))}"]

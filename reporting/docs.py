@@ -51,7 +51,7 @@ def filled(text: str, page: str, make: Callable[[str], list[str]]) -> tuple[str,
     """
     lines, changed = list[str](), list[str]()
     name, old = None, list[str]()
-    for line in text.splitlines():
+    for line in text.split("\n"):
         start, end = START.fullmatch(line.strip()), END.fullmatch(line.strip())
         if start and name is not None or end and name is None:
             raise InputError(f"{page}: " + (f"table {name} has no <!-- end -->" if start else
@@ -69,7 +69,7 @@ def filled(text: str, page: str, make: Callable[[str], list[str]]) -> tuple[str,
         lines.append(line)
     if name is not None:
         raise InputError(f"{page}: table {name} has no <!-- end -->")
-    return "\n".join(lines) + "\n", changed
+    return "\n".join(lines), changed
 
 
 def _write(path: Path, content: bytes) -> None:

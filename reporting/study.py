@@ -100,6 +100,6 @@ SMALL = ("mnist10k", "fmnist10k", "cifar10k")
 STUDY: dict[str, Callable[[Path], list[str]]] = {
     "accuracy": partial(accuracy, datasets=FULL, labels=MAIN),
     "accuracy-small": partial(accuracy, datasets=SMALL, labels=MAIN),
-    "accuracy-variants": partial(accuracy, datasets=(*FULL, *SMALL), labels=VARIANTS),
+    "accuracy-variants": partial(accuracy, datasets=SMALL, labels=VARIANTS),
     "accuracy-resplit": partial(accuracy, datasets=(*FULL, *SMALL), labels=RESPLIT),
     "gaps": partial(gaps, datasets=FULL), "gaps-small": partial(gaps, datasets=SMALL)}

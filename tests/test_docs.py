@@ -194,6 +194,28 @@ def test_members_by_hand():
         f"{sum(float(row['auc_low']) > 0.5 for row in rows)} of 6")
 
 
+@pytest.mark.parametrize("name, row, expected", [   # read off the CSVs by eye, a row each
+    ("ladder", "beta 1e-4, 8 images: z observed",
+     "0.65, 9 | 0.43, 117 | 0.53, 81 | 0.53, 75 | 0.43, 92 | – | 0.04, 215"),
+    ("public-images", "10,000",
+     "0.79, 2.5, 7 of 16 | 0.79, 1, 10 of 16 | 0.81, 1, 22 of 32 | 0.52, 120.5, 0 of 32"),
+    ("which-classes", "`nbafl`, L = T", "1 | 1.00, 0.91 | 0.50, 0.20 | –"),
+    ("which-classes", "`rve_pfl`, Dirichlet", "1 | 0.97, 0.99 | 0.00, 0.50 | 0.83, 0.47"),
+    ("real-uploads", "SGD, dropout, 5 epochs", "28.8, 1 | – | 32.6, 4 | 41.9, 8 | 39.5, 13 | –"),
+    ("real-uploads-shards", "Adam, dropout, 1 epoch, round 5", "19.2, 1 | 11.0, 1 | 2.6, 0"),
+    ("frontier-cifar", "published", "11 | 0.855, 0.620 | – | 0.23 (0.26), 9.5 (246) | – | –, 16 of 16"),
+    ("frontier-digits", "`--prior class`, beta 1", "13 | 0.990, 0.955 | 1.6, 2.3 | 0.47 (0.48), 148.5 (154.5) | "
+                                                   "0.46 (0.48), 145.5 (166) | 37, 1 of 16"),   # the last of three
+    ("server-nobody", "heads, shards, seed 11",
+     "0.974, 0.888 | 0.974, 0.888 | 0.974, 0.876 | 0.974, 0.888 | 1.00"),
+    ("server-behaviours", "`mimic`",
+     "whole models, shards, seed 11 | 0.3 | 0.382 | 0.465 | 0.173 | 0.199 | 0.193"),
+    ("server-backdoors", "`backdoor_patch`, whole models, iid, seed 12", "0.35 | 0.58 | 0.09 | 0.06"),
+    ("scaling", "100", "6.7 | 67 | 2,820 | 2.6")])
+def test_a_row_of_each_table(name, row, expected):
+    assert " | ".join(cells(TABLES[name](ROOT))[row]) == expected
+
+
 @pytest.fixture
 def make_run(tmp_path):
     """Leave a run of the study whose last round's held-out accuracies are given; its other figures are wrong."""
@@ -310,6 +332,15 @@ def test_claims_of_leakage_by_hand():
     assert claims.candidates(ROOT, "cifar10k")[2] == pytest.approx(share)
     assert claims.more_identified(ROOT, "cifar10k", "curious_server") == {}   # never attacked there
     assert claims.more_identified(ROOT, "mnist10k", "curious_server") == {1: -100, 2: -100}
+    assert claims.class_prior(ROOT, "mnist10k", "candidates_identified") == {11: 12.5, 12: 0, 13: 6.25}
+    assert claims.class_prior(ROOT, "cifar10k", "deployed") == {11: pytest.approx(-0.7)}
+
+
+def test_claims_of_the_server_by_hand():
+    assert claims.robust(ROOT, "heads") == {11: pytest.approx(98.074 - 97.592)}   # `adaptive`, shards
+    assert claims.robust(ROOT, "whole models")[12] == pytest.approx(56.982 - 39.807)
+    assert claims.opened(ROOT, "whole models") == pytest.approx({11: 100, 12: 92.777})
+    assert claims.opened(ROOT, "heads") == {}
 
 
 FIGURE = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\d)|(?<![\w.])\d+(?= %)")
