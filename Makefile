@@ -1,5 +1,6 @@
 # make run: a first training on real data.   make attack: model inversion of what it trained.
-# make test: the tests.   Each installs into .venv first.
+# make test: the tests.   make verify: are the figures in the pages those of the files, and of a run made anew?
+# Each installs into .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 # What `make attack` trains on: the images that no client owns need no download; PUBLIC=mnist is far stronger.
@@ -12,6 +13,9 @@ run: $(VENV)/.run
 attack: $(VENV)/.run
 	$(BIN)/python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1 --iterations 100 --train_epochs 8 \
 		--public $(PUBLIC)
+
+verify: $(VENV)/.run
+	$(BIN)/python benchmarks/verify.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -31,4 +35,4 @@ $(VENV)/.test: requirements-test.txt requirements.txt
 	$(BIN)/pip install --quiet -r requirements-test.txt
 	touch $@
 
-.PHONY: run attack test lint
+.PHONY: run attack verify test lint

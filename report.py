@@ -1,11 +1,13 @@
 """Puts all finished runs of a results folder into one page and one table.
 
     python report.py                    writes results/report.html and results/summary.csv
+    python report.py --docs             writes the measured tables of README.md and docs/ anew
+    python report.py --docs --check     writes nothing; ends with 1 if one of them is out of date
 
 A row of the table is a setting: runs that differ only in the seed. It has their means and standard deviations
 over seeds, and the command that makes one of them. The page shows the same, and what attacks found. It needs
 no other file. Folders that are left out, because a run is unfinished or damaged, say, are listed with the
-reason.
+reason. The tables in the pages come from committed files alone: runs of results/reference/, and CSVs of docs/.
 """
 import sys
 from collections.abc import Callable
@@ -16,8 +18,10 @@ import pandas as pd
 
 from engine.signals import steady_output
 from parsing import Option, Parser, shown
+from reporting import docs
 from reporting.page import page
 from reporting.summary import Finished, one_line, read, summarise
+from reporting.tables import TABLES
 from utils import ROOT, InputError, remove_leftovers, write_whole
 
 ESCAPED: Final = "backslashreplace"   # bytes of a folder's name that are no text: \xNN
@@ -43,35 +47,61 @@ def _guarded(call: Callable, run: Path | Finished) -> Finished | str:
         return f"cannot be shown ({type(error).__name__}: {one_line(error)})"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the report, and return the exit status."""
+def make_parser() -> Parser:
+    """The command line."""
     parser = Parser("report.py", __doc__.splitlines()[0])
     parser.add(Option("results_dir", "folder whose subfolders are runs", Path, ROOT / "results"))
-    folder = parser.parse(argv).results_dir
+    parser.add(Option("docs", "write the measured tables of README.md and docs/ instead", bool))
+    parser.add(Option("check", "with --docs: only say which of them are out of date", bool))
+    return parser
+
+
+def update_docs(root: Path, check: bool) -> int:
+    """Write the tables of the pages, or compare them; the exit status."""
+    stale = docs.update(root, TABLES, check)
+    for name, names in stale.items():
+        tables = f"table{'s' * (len(names) > 1)} {', '.join(names)}"
+        print(f"{name}: {tables} out of date; run python report.py --docs" if check else f"{name}: {tables}")
+    if not stale:
+        print("the tables of all pages are as the files say")
+    return int(check and bool(stale))
+
+
+def write_report(folder: Path) -> int:
+    """Write the page and the table of a folder of runs; the exit status."""
+    if not folder.is_dir():
+        raise InputError(f"--results_dir {folder}: no such folder")
+    for name in ("report.html", "summary.csv"):
+        remove_leftovers(folder, f"{name}.*")
+    found = {path.name: _guarded(read, path) for path in sorted(folder.iterdir()) if path.is_dir()}
     try:
-        if not folder.is_dir():
-            raise InputError(f"--results_dir {folder}: no such folder")
-        for name in ("report.html", "summary.csv"):
-            remove_leftovers(folder, f"{name}.*")
-        found = {path.name: _guarded(read, path) for path in sorted(folder.iterdir()) if path.is_dir()}
-        try:
-            runs, others, table, text = made(found)
-        except Exception:   # caused by a run that ``read`` should have refused: find it, and leave it out
-            found = {name: run if isinstance(run, str) else _guarded(lambda run: made({"": run}) and run, run)
-                     for name, run in found.items()}
-            runs, others, table, text = made(found)
-        write_whole(folder / "report.html", lambda file: file.write(text.encode(errors=ESCAPED)))
-        write_whole(folder / "summary.csv", lambda file: table.to_csv(
-            file, index=False, float_format="%.6g", errors=ESCAPED))
-    except InputError as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"report.py: error: {error.filename or folder}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        runs, others, table, text = made(found)
+    except Exception:   # caused by a run that ``read`` should have refused: find it, and leave it out
+        found = {name: run if isinstance(run, str) else _guarded(lambda run: made({"": run}) and run, run)
+                 for name, run in found.items()}
+        runs, others, table, text = made(found)
+    write_whole(folder / "report.html", lambda file: file.write(text.encode(errors=ESCAPED)))
+    write_whole(folder / "summary.csv", lambda file: table.to_csv(
+        file, index=False, float_format="%.6g", errors=ESCAPED))
     print(f"{len(runs)} runs in {folder / 'report.html'} and {folder / 'summary.csv'}"
           + "".join(f"\nleft out: {shown(name)}: {why}" for name, why in others.items()))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the report, or the pages' tables, and return the exit status."""
+    parser = make_parser()
+    args = parser.parse(argv)
+    if args.check and not args.docs:
+        parser.error("--check: needs --docs")
+    try:
+        return update_docs(ROOT, args.check) if args.docs else write_report(args.results_dir)
+    except InputError as error:
+        print(f"report.py: error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"report.py: error: {error.filename or args.results_dir}: {error.strerror or error}",
+              file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

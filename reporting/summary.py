@@ -66,8 +66,12 @@ class Finished:
         return f"{self.options['partition']}{'' if value is None else f' {value:g}'}{unequal}"
 
 
-def read(folder: Path) -> Finished | str:
-    """The finished run in a folder, or why there is none, in words."""
+def read(folder: Path, attacks: bool = True) -> Finished | str:
+    """The finished run in a folder, or why there is none, in words.
+
+    Args:
+        attacks: whether to read what attacks found, and pictures; it takes most of the time.
+    """
     path = folder / "config.json"
     if not path.exists():
         return "not a run of this program: no config.json"
@@ -87,6 +91,8 @@ def read(folder: Path) -> Finished | str:
     final = rounds[(rounds["round"] == options["rounds"]) & (rounds["stage"] == "deployed")]
     if len(final) != 1:
         return f"rounds.csv is damaged (round {options['rounds']} is missing or there more than once)"
+    if not attacks:
+        return Finished(folder.name, protocol, options, rounds)
     leaks, pictures, faults = leakage.NONE, {}, []
     try:
         leaks = leakage.read(folder)
@@ -173,7 +179,7 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
     for setting, same in by_setting(runs).items():
         options = same[0].options
         for stage in STAGES:
-            last = pd.concat([_last(run, stage) for run in same])
+            last = pd.concat([last_round(run, stage) for run in same])
             if last.empty:   # no client trained in the last round
                 continue
             row = {"dataset": options["dataset"], "partition": same[0].partition,
@@ -192,7 +198,7 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
                              ascending=[True] * 6 + [False]) if rows else table
 
 
-def _last(run: Finished, stage: str) -> pd.DataFrame:
+def last_round(run: Finished, stage: str) -> pd.DataFrame:
     """The run's last round on held-out images: one row of ``rounds.csv``, or none."""
     rounds = run.rounds
     return rounds[(rounds["round"] == run.options["rounds"]) & (rounds["stage"] == stage)

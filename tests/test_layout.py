@@ -27,7 +27,10 @@ FLOORS = [
     ["attack.scene", "attack.verdict", "reporting.images"],
     ["attack.mi_attack", "attack.members", "reporting.leakage"],
     ["attack.membership", "reporting.summary"],
-    ["reporting.page"],
+    ["reporting.page", "reporting.sources", "reporting.docs"],
+    ["reporting.measured", "reporting.study"],
+    ["reporting.claims"],
+    ["reporting.tables"],
     ["report"],
 ]
 PARTS = ("server", "engine", "runs", "attack", "reporting")

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import options
 import parsing
+import report
 from attack import membership, mi_attack
 from methods import METHODS
 from options import args_parser, make_parser, of_rows, readers
@@ -188,7 +189,7 @@ def test_every_option_is_read(place, driver, monkeypatch):
 
 
 def test_documented_flags_exist():
-    parsers = (make_parser(), mi_attack.make_parser(), membership.make_parser())
+    parsers = (make_parser(), mi_attack.make_parser(), membership.make_parser(), report.make_parser())
     declared = {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
     text = "".join(path.read_text() for path in (
         ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *ROOT.glob("docs/*.md")))

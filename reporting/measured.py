@@ -1,0 +1,295 @@
+"""The tables of docs/ that come from docs/*.csv and from attacked runs of results/reference/.
+
+A function a table; it takes the project's folder and gives the table's lines. What stands in which column is data
+above it. Figures are rounded here and nowhere else.
+"""
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from reporting.sources import DASH, REFERENCE, attacked, csv, grid, runs
+from reporting.summary import one_line
+from utils import InputError
+
+# docs/attacks.md: the grid's runs by data set, in the order of its columns.
+COLUMNS = ["`fedavg`", "`nbafl`, L = 1", "`dropout`", "`lg_fedavg`", "`rve_pfl`, beta 1e-5",
+           "`rve_pfl`, beta 1e-3"]
+GRID = {"digits": ["m10-fedavg", "m10-nbafl", "m10-dropout", "m10-lg", "m10-rve-1e-5", "m10-rve-1e-3"],
+        "CIFAR-10": ["ck-fedavg", "ck-nbafl", "", "ck-lg", "ck-rve", ""]}
+ATTACKS = {"analytic": "server", "cosine_tv": "server", "gauss_newton": "server", "score_decoder": "service",
+           "latent_decoder": "thief", "latent_prior": "thief", "latent_likelihood": "thief"}
+CHOOSES = "latent_likelihood"   # makes no image, so its SSIM says nothing
+PEOPLE = [(seed, client) for seed in (1, 2) for client in (0, 1, 2)]   # whom a cell of the grid is about
+
+# docs/attacks.md: the ladder's rungs, and its runs with what is said of each.
+RUNGS = {"own": "own", "private": "private", "aligned many": "many", "aligned": "aligned", "public": "public",
+         "replayed": "replayed", "other": "other"}
+LADDER = {"m10-all-rve-s1": "beta 1e-5", "m10-rve-1e-5-s1": "beta 1e-5", "m10-rve-1e-4-s1": "beta 1e-4",
+          "m10-rve-1e-3-s1": "beta 1e-3", "m10-lg-s1": "`lg_fedavg`"}
+
+PUBLIC = ("latent_decoder", "latent_prior", "nearest_public", "class_mean")
+PUBLIC_IMAGES = 16   # an attack; a control has those of both attacks
+
+# docs/attacks.md: which classes a client has.
+UPLOADS = {"m10-fedavg": "`fedavg`", "m10-dropout": "`dropout`", "m10-dp": "`client_dp`", "m10-lg": "`lg_fedavg`",
+           "m10-rve-1e-5": "`rve_pfl`, beta 1e-5", "m10-rve-1e-4": "`rve_pfl`, beta 1e-4",
+           "m10-rve-1e-3": "`rve_pfl`, beta 1e-3", "m10-nbafl": "`nbafl`, L = 1", "m10-nbaflT": "`nbafl`, L = T",
+           "m10-dir-fedavg": "`fedavg`, Dirichlet", "m10-dir-rve": "`rve_pfl`, Dirichlet",
+           "m10-dir-nbafl": "`nbafl`, L = 1, Dirichlet"}
+
+# docs/membership.md.
+MEMBERS = {"m10-iid-fedavg": "`fedavg`, IID", "m10-fedavg": "`fedavg`, two classes", "m10-lg": "`lg_fedavg`",
+           "m10-rve-1e-5": "`rve_pfl`, beta 1e-5", "m10-rve-1e-3": "`rve_pfl`, beta 1e-3"}
+ASKED = {("stolen_model", "loss"): "`loss`, stolen model", ("stolen_model", "rmia"): "`rmia`, stolen model",
+         ("prediction_api", "loss"): "`loss`, service", ("prediction_api", "rmia"): "`rmia`, service",
+         ("curious_server", "fedmia"): "`fedmia`"}
+
+SETTINGS = {"published": "published", "trunk": "`rve_pfl_trunk`", "class prior, beta 1": "`--prior class`, beta 1",
+            "class prior, beta 0.1": "`--prior class`, beta 0.1"}
+FRONTIER_IMAGES = 16   # attacked in each run
+RULES = ("threat", "mean", "median", "caf")
+SERVER_SCOPES = {"heads": "heads", "models": "whole models"}
+
+
+def attacks(root: Path) -> list[str]:
+    """SSIM, rank and how many are found, of each attack on each method; a row a data set for the class mean."""
+    rows = []
+    for dataset, stems in GRID.items():
+        tables = [_of_seeds(root, stem) if stem else None for stem in stems]
+        rows.append([f"**{dataset}**", *[""] * len(stems)])
+        for attack, who in ATTACKS.items():
+            cells = [_found(table, attack) for table in tables]
+            if any(cells):
+                rows.append([f"{who}, `{attack}`", *cells])
+        rows.append(["class mean, for comparison", *(_class_mean(table) for table in tables)])
+    return grid(["adversary, attack", *COLUMNS], rows)
+
+
+def _of_seeds(root: Path, stem: str) -> pd.DataFrame:
+    """The attacks on a run's seeds, without the rows of attacks that not all of PEOPLE were under."""
+    rows = pd.concat([attacked(folder).assign(seed=seed) for seed, folder in runs(root, stem).items()])
+    whole = [name for name, part in rows.groupby("attack")
+             if set(PEOPLE) <= set(zip(part["seed"], part["client"], strict=True))]
+    return rows[rows["attack"].isin(whole)]
+
+
+def _found(table: pd.DataFrame | None, attack: str) -> str:
+    if table is None:
+        return ""
+    own = table[(table["attack"] == attack) & (table["control"] == "")]
+    if not len(own):
+        return ""
+    ssim = DASH if attack == CHOOSES else f"{own['ssim'].mean():.2f}"
+    return f"{ssim}, {own['nearest_rank'].median():.0f}, {(own['nearest_rank'] == 1).sum()}"
+
+
+def _class_mean(table: pd.DataFrame | None) -> str:
+    if table is None:
+        return ""
+    mean = table[(table["control"] == "class_mean") & table["attack"].isin(list(ATTACKS))]
+    return f"{mean['ssim'].mean():.2f}, {mean['nearest_rank'].median():.0f}"
+
+
+def ladder(root: Path) -> list[str]:
+    """SSIM and rank by what is known of the encoder, two rows a run: from z as observed, and as recovered."""
+    table = csv(root, "ladder.csv", ["images", "cosine", "cosine_min", "ssim", "median_rank"],
+                ["run", "rung", "latent"])
+    rows = []
+    for run, about in LADDER.items():
+        part = table[table["run"] == run]
+        for latent in ("observed", "recovered"):
+            seen = part[part["latent"] == latent].set_index("rung")
+            first = seen.iloc[0]
+            name = f"{about}, {first['images']:.0f} images: z observed" if latent == "observed" else (
+                f"z recovered (cosine {first['cosine']:.2f}, least {first['cosine_min']:.2f})")
+            rows.append([name, *(f"{seen.loc[rung, 'ssim']:.2f}, {seen.loc[rung, 'median_rank']:.0f}"
+                                 if rung in seen.index else DASH for rung in RUNGS)])
+    return grid(["", *RUNGS.values()], rows)
+
+
+def public_images(root: Path) -> list[str]:
+    """What two attacks and two controls reach over the number of public images."""
+    table = csv(root, "public_images.csv", ["public_images", "ssim", "median_rank", "identified"], ["attack"])
+    rows = []
+    for count, part in table.groupby("public_images"):
+        by, cells = part.set_index("attack"), []
+        for name in PUBLIC:
+            images = PUBLIC_IMAGES * (2 if name in PUBLIC[2:] else 1)
+            ssim, rank, share = (float(by.loc[name, what]) for what in ("ssim", "median_rank", "identified"))
+            cells.append(f"{ssim:.2f}, {rank:g}, {share * images:.0f} of {images}")
+        rows.append([f"{int(count):,}", *cells])
+    return grid(["public images, at most", "`latent_decoder`", "`latent_prior`", "nearest public image",
+                 "class mean"], rows)
+
+
+def which_classes(root: Path) -> list[str]:
+    """How well the last layer's update tells classes, at the first and the last round; means over seeds."""
+    table = csv(root, "which_classes.csv", ["round", "auc", "exact", "rank_correlation"], ["run"])
+    table[["stem", "seed"]] = table["run"].str.extract(r"(.*)-s(\d+)")
+    rows = []
+    for stem, name in UPLOADS.items():
+        part = table[table["stem"] == stem]
+        mean = part.groupby("round")[["auc", "exact", "rank_correlation"]].mean()
+        rows.append([name, ", ".join(dict.fromkeys(part["seed"])),
+                     *(_pair([f"{value:.2f}" if value == value else DASH for value in mean[column]])
+                       for column in mean)])
+    return grid(["", "seeds", "AUC, rounds 1 and 5", "exact, rounds 1 and 5", "rank correlation"], rows)
+
+
+def _pair(values: Sequence[str]) -> str:
+    return DASH if set(values) == {DASH} else ", ".join(values)
+
+
+def real_uploads(root: Path, run: str, rounds: Sequence[int]) -> list[str]:
+    """PSNR and how many images come first, by how a client trained and on how many images."""
+    table = csv(root, "real_uploads.csv", ["round", "images", "epochs", "psnr", "identified", "mean_psnr",
+                                           "mean_identified"], ["run", "optimizer", "dropout"])
+    table = table[(table["run"] == run) & table["round"].isin(rounds)]
+    counts, rows = sorted(table["images"].astype(int).unique()), []
+    key = ["optimizer", "dropout", "epochs", "round"]
+    for (optimizer, dropout, epochs, round), part in table.groupby(key, sort=False):
+        name = [optimizer.upper() if optimizer == "sgd" else optimizer.capitalize(),
+                "dropout" if dropout == "on" else "no dropout", f"{epochs:.0f} epoch{'s' * (epochs > 1)}",
+                *[f"round {round:.0f}"] * (len(rounds) > 1)]
+        rows.append([", ".join(name), *_by_images(part, counts, "psnr", "identified")])
+    rows += [["class mean" + f", round {round:.0f}" * (len(rounds) > 1),
+              *_by_images(part, counts, "mean_psnr", "mean_identified")] for round, part in table.groupby("round")]
+    return grid(["images", *map(str, counts)], rows)
+
+
+def _by_images(part: pd.DataFrame, counts: Sequence[int], psnr: str, share: str) -> list[str]:
+    by = part.drop_duplicates("images").set_index("images")
+    return [f"{by.loc[n, psnr]:.1f}, {by.loc[n, share] * n:.0f}" if n in by.index else DASH for n in counts]
+
+
+def membership(root: Path) -> list[str]:
+    """AUC over clients and seeds, and how often its whole interval is above a guess."""
+    table = csv(root, "membership.csv", ["client", "auc", "auc_low"], ["run", "adversary", "attack"])
+    table["stem"] = table["run"].str.replace(r"-s\d+$", "", regex=True)
+    rows = []
+    for stem, name in MEMBERS.items():
+        cells = [name]
+        for adversary, attack in ASKED:
+            part = table[(table["stem"] == stem) & (table["adversary"] == adversary) & (table["attack"] == attack)]
+            auc = part["auc"]
+            between = f" ({auc.min():.2f} to {auc.max():.2f})" if len(auc) > 1 else ""
+            cells.append(f"{auc.mean():.2f}{between}, {(part['auc_low'] > 0.5).sum()} of {len(auc)}"
+                         if len(auc) else DASH)
+        rows.append(cells)
+    return grid(["", *ASKED.values()], rows)
+
+
+def frontier(root: Path, dataset: str) -> list[str]:
+    """Accuracy, what z holds, and what a thief and the server find, a row a setting and seed."""
+    columns = ["deployed", "worst", *(f"{who}_{what}" for who in ("thief", "server") for what in (
+        "ssim", "rank", "mean_ssim", "mean_rank")), "candidates_identified"]
+    table = csv(root, "frontier.csv", ["seed", *columns], ["dataset", "setting"])
+    table, rows = table[table["dataset"] == dataset], []
+    for setting, name in SETTINGS.items():
+        for one in table[table["setting"] == setting].sort_values("seed").to_dict("records"):
+            folder = f"frontier-{dataset}-shards-{setting.replace(',', '').replace(' ', '_')}-s{one['seed']:.0f}"
+            nats, rank = _latents(root / REFERENCE / folder)
+            rows.append([name, f"{one['seed']:.0f}", f"{one['deployed']:.3f}, {one['worst']:.3f}", nats,
+                         *(_beside(one, who) for who in ("thief", "server")),
+                         f"{rank}, {one['candidates_identified'] * FRONTIER_IMAGES:.0f} of {FRONTIER_IMAGES}"])
+    return grid([f"`{dataset}`, shards", "seed", "deployed, lowest decile", "KL of these images, bound",
+                 "thief's decoder", "server's gradient", "candidates: mean rank, identified"], rows)
+
+
+def _beside(row: dict, who: str) -> str:
+    """SSIM and median rank, each with the class mean's in brackets."""
+    ssim, rank, mean_ssim, mean_rank = (row[f"{who}_{what}"] for what in (
+        "ssim", "rank", "mean_ssim", "mean_rank"))
+    return DASH if ssim != ssim else f"{ssim:.2f} ({mean_ssim:.2f}), {rank:g} ({mean_rank:g})"
+
+
+def _latents(folder: Path) -> tuple[str, str]:
+    """What z tells of the attacked images, in nats, and the mean rank by likelihood; dashes if not committed."""
+    nats, rank = folder / "attack_latents.csv", folder / "attack_summary.csv"
+    if not nats.exists():
+        return DASH, DASH
+    try:
+        told = pd.read_csv(nats).iloc[-1]
+        found = pd.read_csv(rank, keep_default_na=False)
+        mean = found[(found["attack"] == CHOOSES) & (found["control"] == "")]["nearest_rank"].astype(float).iloc[0]
+        digits = 0 if told["kl_nats"] >= 100 else 1
+        return f"{told['kl_nats']:,.{digits}f}, {told['bound_nats']:,.{digits}f}", f"{mean:.0f}"
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"{REFERENCE / folder.name} is damaged ({one_line(error)})") from error
+
+
+def server_cells(root: Path) -> pd.DataFrame:
+    return csv(root, "server.csv", ["seed", "frac", "accuracy", "worst", "backdoor", "least_trust"],
+               ["dataset", "scope", "partition", "behaviour", "rule"])
+
+
+def _world(scope: str, partition: str, seed: float) -> str:
+    return f"{SERVER_SCOPES[scope]}, {partition}, seed {seed:.0f}"
+
+
+def nobody(root: Path) -> list[str]:
+    """Accuracy and lowest decile under each rule where nobody is malicious."""
+    table, rows = server_cells(root), []
+    for world, part in table[table["behaviour"] == "nobody"].groupby(["scope", "partition", "seed"]):
+        by = part.set_index("rule")
+        rows.append([_world(*world), *(f"{by.loc[rule, 'accuracy']:.3f}, {by.loc[rule, 'worst']:.3f}"
+                                      for rule in RULES), f"{by.loc['threat', 'least_trust']:.2f}"])
+    return grid(["accuracy, lowest decile", *(f"`{rule}`" for rule in RULES), "least trust"], rows)
+
+
+def lost_to_oracle(table: pd.DataFrame) -> pd.DataFrame:
+    """Cells with malicious clients; ``oracle`` is the accuracy without them, and ``lost`` is in points."""
+    key = ["dataset", "seed", "scope", "partition", "frac"]
+    oracle = table[table["behaviour"] == "absent"].set_index(key)["accuracy"].rename("oracle")
+    tried = table[~table["behaviour"].isin(["nobody", "absent"])].join(oracle, on=key)
+    return tried.assign(lost=100 * (tried["oracle"] - tried["accuracy"]))
+
+
+def behaviours(root: Path) -> list[str]:
+    """Accuracy of honest clients beside the oracle, a row a behaviour, share, world and seed."""
+    tried = lost_to_oracle(server_cells(root)).assign(order=lambda table: -table["frac"])
+    rows = []
+    for key, part in tried.groupby(["behaviour", "scope", "order", "partition", "seed"]):
+        behaviour, scope, share, partition, seed = key
+        by = part.set_index("rule")
+        rows.append([f"`{behaviour}`", _world(scope, partition, seed), f"{-share:g}",
+                     f"{by['oracle'].iloc[0]:.3f}",
+                     *(f"{by.loc[rule, 'accuracy']:.3f}" if rule in by.index else DASH for rule in RULES)])
+    return grid(["behaviour", "", "share", "oracle", *(f"`{rule}`" for rule in RULES)], rows)
+
+
+def worst_losses(root: Path) -> list[str]:
+    """The most that a rule loses to the oracle, in points, over behaviours, shares, partitions and seeds."""
+    lost = lost_to_oracle(server_cells(root)).groupby(["scope", "rule"])["lost"].max()
+    return grid(["points lost to the oracle, at worst", *(f"`{rule}`" for rule in RULES)],
+                [[name, *(f"{lost[scope, rule]:.1f}" for rule in RULES)] for scope, name in SERVER_SCOPES.items()])
+
+
+def backdoors(root: Path) -> list[str]:
+    """The share of triggered images that honest clients' models give the target."""
+    table, rows = server_cells(root), []
+    for key, part in table[table["backdoor"].notna()].groupby(["behaviour", "scope", "partition", "seed"]):
+        by = part.set_index("rule")["backdoor"]
+        rows.append([f"`{key[0]}`, {_world(*key[1:])}", *(f"{by[rule]:.2f}" for rule in RULES)])
+    return grid(["", *(f"`{rule}`" for rule in RULES)], rows)
+
+
+def scaling(root: Path) -> list[str]:
+    """Time and memory over the number of clients; time a round, and memory, over the rounds."""
+    table = csv(root, "scaling.csv", ["clients", "round", "seconds", "megabytes", "startup"], ["over"])
+    rows = [[f"{one['clients']:,.0f}", f"{one['seconds']:.1f}", f"{1000 * one['seconds'] / one['clients']:.0f}",
+             f"{one['megabytes']:,.0f}", f"{one['startup']:.1f}"]
+            for one in table[table["over"] == "clients"].to_dict("records")]
+    return grid(["clients", "a round, seconds", "a client, ms", "memory, MB", "first step after, seconds"], rows)
+
+
+MEASURED: dict[str, Callable[[Path], list[str]]] = {
+    "attacks": attacks, "ladder": ladder, "public-images": public_images, "which-classes": which_classes,
+    "real-uploads": partial(real_uploads, run="m10-iid-fedavg-s1", rounds=[5]),
+    "real-uploads-shards": partial(real_uploads, run="m10-fedavg-s1", rounds=[1, 5]),
+    "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),
+    "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
+    "server-behaviours": behaviours, "server-worst": worst_losses, "server-backdoors": backdoors,
+    "scaling": scaling}

@@ -1,0 +1,105 @@
+"""Accuracy over methods, data sets and seeds, from runs whose folders are named as the study names them.
+
+A run is DATASET-PARTITION[-Nclients]-ROUNDSxEPOCHS-LABEL-seedN in results/reference/. What is there is shown, and
+a dash where nothing is, so a table grows as runs are committed.
+"""
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+from reporting.sources import DASH, grid, study
+from reporting.summary import STAGES, last_round
+
+# The labels of a table's columns, as headings.
+MAIN = ("`rve_pfl`", "`local`", "`lg_fedavg`", "`fedper`", "`fedavg`", "`nbafl-L1`", "`nbafl-LT`")
+VARIANTS = ("`rve_pfl`", "`class`", "`trunk`", "`trunk-class`", "`nbafl-L1`", "`nbafl_prox`")
+RESPLIT = ("`rve_pfl-held_out`", "`rve_pfl-resplit`", "`nbafl-held_out`", "`nbafl-resplit`")
+RELEASED, ALONE, NBAFL = "`rve_pfl`", ("`local`",), ("`nbafl-L1`", "`nbafl-LT`")
+FULL = ("mnist", "fmnist", "cifar")
+PAPER = dict(zip(FULL, (8, 20, 59), strict=True))   # points over NbAFL, shards
+
+PARTITIONS = ("shards", "dirichlet", "iid")
+Key = tuple[str, str, str]   # data set, partition (and clients), rounds x local epochs
+Seeds = dict[int, dict[str, float]]   # seed -> stage -> accuracy
+
+
+def accuracies(root: Path) -> dict[Key, dict[str, Seeds]]:
+    """Held-out accuracy in the last round of every run of the study, by key, label, seed and stage."""
+    found = dict[Key, dict[str, Seeds]]()
+    for key, label, seed, run in study(root):
+        ends = {stage: last_round(run, stage)["accuracy"] for stage in STAGES}
+        found.setdefault(key, {}).setdefault(f"`{label}`", {})[seed] = {
+            stage: float(end.iloc[0]) for stage, end in ends.items() if len(end)}
+    return found
+
+
+def wanted(keys: Iterable[Key], datasets: Sequence[str]) -> list[Key]:
+    """The keys of some data sets, in the order of these and of PARTITIONS."""
+    def place(key: Key) -> tuple:
+        partition = key[1].split("-")[0]
+        scale = [int(one) for one in key[2].split(" x ")]
+        return datasets.index(key[0]), PARTITIONS.index(partition), key[1], scale
+    return sorted((key for key in keys if key[0] in datasets), key=place)
+
+
+def accuracy(root: Path, datasets: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """``deployed / trained``, a row a data set and partition, a column a label."""
+    found, rows = accuracies(root), []
+    for key in wanted(found, datasets):
+        by = [found[key].get(label, {}) for label in labels]
+        if any(by):
+            rows.append([*_names(key), *(" / ".join(_over(seeds, stage) for stage in STAGES) if seeds else DASH
+                                         for seeds in by)])
+    return grid(["data set, partition, rounds", *labels],
+                rows or [[DASH] * (len(labels) + 1)])
+
+
+def _names(key: Key) -> list[str]:
+    return [f"`{key[0]}`, {key[1]}, {key[2]}"]
+
+
+def _over(seeds: Seeds, stage: str) -> str:
+    """A mean over seeds; with several also the deviation and how many they are."""
+    return spread([stages[stage] for stages in seeds.values() if stage in stages], ".3f")
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean ± standard deviation and the number of values; one value stands alone, and none is a dash."""
+    if not values:
+        return DASH
+    centre = format(mean(values), form)
+    return centre if len(values) < 2 else f"{centre} ± {format(stdev(values), form.lstrip('+'))} ({len(values)})"
+
+
+def gap(by: Mapping[str, Seeds], less: Sequence[str], stage: str) -> dict[int, float]:
+    """By seed, RVE-PFL's accuracy less the better of some labels' in the same seed, in points."""
+    found = {}
+    for seed, own in by.get(RELEASED, {}).items():
+        others = [by[label][seed] for label in less if seed in by.get(label, {})]
+        if stage in own and others and all(stage in one for one in others):
+            found[seed] = 100 * (own[stage] - max(one[stage] for one in others))
+    return found
+
+
+def gaps(root: Path, datasets: Sequence[str]) -> list[str]:
+    """RVE-PFL less NbAFL (the better of its two settings in each seed) and less training alone, seed by seed."""
+    found, rows = accuracies(root), []
+    for key in wanted(found, datasets):
+        cells = [spread(list(gap(found[key], less, stage).values()), "+.1f")
+                 for less in (NBAFL, ALONE) for stage in STAGES]
+        if set(cells) != {DASH}:
+            paper = f"+{PAPER[key[0]]}" if key[0] in PAPER and key[1] == "shards" else DASH
+            rows.append([*_names(key), *cells[:2], paper, *cells[2:]])
+    head = ["points", "over NbAFL, `deployed`", "over NbAFL, `trained`", "over NbAFL, the paper",
+            "over `local`, `deployed`", "over `local`, `trained`"]
+    return grid(head, rows or [[DASH] * len(head)])
+
+
+SMALL = ("mnist10k", "fmnist10k", "cifar10k")
+STUDY: dict[str, Callable[[Path], list[str]]] = {
+    "accuracy": partial(accuracy, datasets=FULL, labels=MAIN),
+    "accuracy-small": partial(accuracy, datasets=SMALL, labels=MAIN),
+    "accuracy-variants": partial(accuracy, datasets=SMALL, labels=VARIANTS),
+    "accuracy-resplit": partial(accuracy, datasets=(*FULL, *SMALL), labels=RESPLIT),
+    "gaps": partial(gaps, datasets=FULL), "gaps-small": partial(gaps, datasets=SMALL)}

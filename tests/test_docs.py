@@ -1,0 +1,370 @@
+"""The measured tables of README.md and docs/: markers, figures in them, and figures in the prose around."""
+import csv
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Iterator
+
+import pytest
+from conftest import ROOT, _load
+
+from reporting import claims, docs, measured, study
+from reporting.sources import NAME
+from reporting.tables import TABLES
+from runs.run import csv_columns
+from utils import InputError
+
+# Figures in prose that no table of the page has, and why. Each page here is covered by the test at the end.
+NOT_FROM_A_TABLE = {
+    "docs/attacks.md": {
+        "a setting": "0.1 0.2",
+        "the level of an interval": "95",
+        "a version": "1.20",
+        "how good the evaluator is": "95",
+        "PSNR, ladder.csv": "27.0 19.3",
+        "CIFAR-10's upper rungs, whose CSV was not kept": "10.0 15.9",
+        "prototypes, whose scripts were not kept": "0.58 0.34",
+        "a gain over public images, public_images.csv": "0.02 0.8",
+        "client 0's attacks, whose CSV was not kept": "28.0 21.3 0.0019",
+        "gauss_newton beside analytic, one call a figure": "92.5 83.0 73.1 84.0 51.9 45.1",
+        "Fashion-MNIST, whose CSV was not kept": "68.7 71.2 29.0 31.3 95.8 83.9 18.5 14.0",
+        "beside the Adversarial Robustness Toolbox": "0.9941 0.9895 13.5 0.34 13.3 0.33"},
+    "docs/claims.md": {},
+    "docs/frontier.md": {
+        "a setting": "0.5",
+        "a gap of two rows": "0.7",
+        "ln 250, in nats": "5.5",
+        "validation runs, not kept": "0.716 0.731 0.403 0.457"},
+    "docs/membership.md": {
+        "a setting": "0.01 0.001 1",
+        "the level of an interval, and a guess": "95 0.5",
+        "the width of an interval, membership.csv": "0.1",
+        "shares found, membership.csv": "0.03"},
+    "docs/real_uploads.md": {
+        "what of a gradient can be read, not kept": "78 100",
+        "600 simulations, not kept": "4.1 4.9 34.5"},
+    "docs/speed.md": {
+        "the machine": "46.9",
+        "the released TensorFlow code, not kept": "0.38 0.62 0.73 1.06 1.8",
+        "without bf16": "1.5",
+        "a mean of three gaps, and what one image is": "0.15 0.11"},
+    "docs/threat-model.md": {
+        "three test images": "0.33 1.0",
+        "what was not run": "40",
+        "probes, dropped": "1.2 0.05"}}
+
+
+@pytest.fixture
+def report():
+    return _load("report", ROOT / "report.py")
+
+
+@pytest.fixture
+def project(tmp_path, report, monkeypatch):
+    """A copy of the pages and of the files behind them, which report.py takes for the project."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(ROOT / "results" / "reference", tmp_path / "results" / "reference")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return tmp_path
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def cells(lines):
+    """The rows of a Markdown table without its ruler, by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows[:1] + rows[2:]}
+
+
+def test_the_pages_are_as_the_files_say(report, capsys):
+    assert report.main(["--docs", "--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_stale_table_is_named_and_then_mended(report, project, capsys):
+    page, before = project / "docs" / "attacks.md", (project / "docs" / "attacks.md").read_text()
+    edit(page, "0.93, 1, 48", "0.94, 1, 48")
+    stale = page.read_text()
+    assert report.main(["--docs", "--check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("docs/attacks.md: table attacks out of date")
+    assert page.read_text() == stale
+    assert report.main(["--docs"]) == 0 and page.read_text() == before
+    assert capsys.readouterr().out == "docs/attacks.md: table attacks\n"
+    untouched = page.stat().st_mtime_ns
+    assert report.main(["--docs"]) == 0 and page.stat().st_mtime_ns == untouched
+
+
+def test_a_changed_file_makes_each_page_that_shows_it_stale(report, project, capsys):
+    edit(project / "docs" / "server.csv", "adaptive,threat,0.60514", "adaptive,threat,0.10514")
+    assert report.main(["--docs", "--check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" out of")[0] for line in lines] == [
+        "docs/claims.md: table claims", "docs/threat-model.md: tables server-behaviours, server-worst"]
+
+
+@pytest.mark.parametrize("file, old, new, said", [
+    ("docs/speed.md", "<!-- table: scaling -->", "<!-- table: scalling -->", "table scalling: no such table"),
+    ("docs/speed.md", "<!-- end -->", "", "docs/speed.md: table scaling has no <!-- end -->"),
+    ("docs/attacks.md", "<!-- end -->", "", "docs/attacks.md: table attacks has no <!-- end -->"),
+    ("README.md", "## Methods", "<!-- end -->", "README.md: <!-- end --> without a table"),
+    ("docs/scaling.csv", None, None, "docs/scaling.csv: No such file"),
+    ("docs/ladder.csv", "0.6955", "many", "docs/ladder.csv is damaged"),
+    ("docs/ladder.csv", "ssim", "SSIM", "docs/ladder.csv is damaged"),
+    ("docs/public_images.csv", "300,grey", "400,grey", "table public-images: a file behind it lacks something"),
+    ("results/reference/ck-rve-s1/attack.csv", "latent_prior,5,0,", "latent_prior,5,zero,", "s1/attack.csv"),
+    ("results/reference/ck-rve-s1/config.json", "{", "[", "ck-rve-s1"),
+    ("results/reference/frontier-mnist10k-shards-published-s12/attack_latents.csv", "kl_nats", "nats", "damaged")])
+def test_what_is_wrong_is_one_line_and_nothing_is_written(report, project, capsys, file, old, new, said):
+    path, stale = project / file, project / "docs" / "real_uploads.md"
+    path.unlink() if old is None else edit(path, old, new)
+    edit(stale, "28.8, 1", "29.8, 1")
+    assert report.main(["--docs"]) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith("report.py: error: ") and said in error
+    assert "29.8, 1" in stale.read_text()
+
+
+def test_check_belongs_to_docs(report, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--check"])
+    assert "--check: needs --docs" in capsys.readouterr().err
+
+
+def test_every_table_but_those_of_the_study_is_in_a_page():
+    text = "".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    assert TABLES.keys() - set(re.findall(r"<!-- table: (\S+) -->", text)) <= study.STUDY.keys()
+
+
+def test_text_around_a_table_stays():
+    text = "a\n\n<!-- table: one -->\nold\n<!-- end -->\n\nb\n<!-- table: two -->\nnew two\n<!-- end -->\n"
+    made, changed = docs.filled(text, "page", lambda name: [f"new {name}"])
+    assert made == text.replace("old", "new one") and changed == ["one"]
+    with pytest.raises(InputError, match="one has no"):
+        docs.filled("<!-- table: one -->\n<!-- table: two -->\n<!-- end -->\n", "page", lambda name: [])
+
+
+def rows_of(name):
+    with open(ROOT / name, newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def test_a_cell_of_the_grid_by_hand():
+    """Over both seeds: the first choices of three clients, without controls and without other restarts."""
+    ssim, rank = [], []
+    for seed in (1, 2):
+        for row in rows_of(f"results/reference/m10-rve-1e-5-s{seed}/attack.csv"):
+            if (row["attack"], row["restart"], row["control"]) == ("latent_prior", "0", ""):
+                ssim.append(float(row["ssim"]))
+                rank.append(float(row["nearest_rank"]))
+    assert len(rank) == 48
+    row = cells(measured.attacks(ROOT)[:10])["thief, `latent_prior`"]
+    assert row[4] == f"{statistics.mean(ssim):.2f}, {statistics.median(rank):.0f}, {rank.count(1)}"
+    assert row[0] == ""
+
+
+def test_a_cell_that_not_all_clients_are_behind_is_empty():
+    """`cosine_tv` was run on one client of one seed of lg_fedavg: that is no row of this grid."""
+    assert any(row["attack"] == "cosine_tv" for row in rows_of("results/reference/m10-lg-s1/attack.csv"))
+    assert cells(measured.attacks(ROOT)[:10])["server, `cosine_tv`"][3] == ""
+
+
+def test_the_worst_loss_by_hand():
+    table = list(rows_of("docs/server.csv"))
+    world = ("dataset", "seed", "scope", "partition", "frac")
+    oracle = {tuple(row[name] for name in world): float(row["accuracy"]) for row in table
+              if row["behaviour"] == "absent"}
+    tried = [row for row in table if row["behaviour"] not in ("absent", "nobody")]
+    lost = [oracle[tuple(row[name] for name in world)] - float(row["accuracy"]) for row in tried
+            if (row["rule"], row["scope"]) == ("median", "models")]
+    assert cells(measured.worst_losses(ROOT))["whole models"][2] == f"{100 * max(lost):.1f}"
+
+
+def test_members_by_hand():
+    rows = [row for row in rows_of("docs/membership.csv") if row["run"].startswith("m10-iid-fedavg-s")
+            and (row["adversary"], row["attack"]) == ("stolen_model", "rmia")]
+    auc = [float(row["auc"]) for row in rows]
+    assert cells(measured.membership(ROOT))["`fedavg`, IID"][1] == (
+        f"{sum(auc) / 6:.2f} ({min(auc):.2f} to {max(auc):.2f}), "
+        f"{sum(float(row['auc_low']) > 0.5 for row in rows)} of 6")
+
+
+@pytest.mark.parametrize("name, row, expected", [   # read off the CSVs by eye, a row each
+    ("ladder", "beta 1e-4, 8 images: z observed",
+     "0.65, 9 | 0.43, 117 | 0.53, 81 | 0.53, 75 | 0.43, 92 | – | 0.04, 215"),
+    ("public-images", "10,000",
+     "0.79, 2.5, 7 of 16 | 0.79, 1, 10 of 16 | 0.81, 1, 22 of 32 | 0.52, 120.5, 0 of 32"),
+    ("which-classes", "`nbafl`, L = T", "1 | 1.00, 0.91 | 0.50, 0.20 | –"),
+    ("which-classes", "`rve_pfl`, Dirichlet", "1 | 0.97, 0.99 | 0.00, 0.50 | 0.83, 0.47"),
+    ("real-uploads", "SGD, dropout, 5 epochs", "28.8, 1 | – | 32.6, 4 | 41.9, 8 | 39.5, 13 | –"),
+    ("real-uploads-shards", "Adam, dropout, 1 epoch, round 5", "19.2, 1 | 11.0, 1 | 2.6, 0"),
+    ("frontier-cifar", "published", "11 | 0.855, 0.620 | – | 0.23 (0.26), 9.5 (246) | – | –, 16 of 16"),
+    ("frontier-digits", "`--prior class`, beta 1", "13 | 0.990, 0.955 | 1.6, 2.3 | 0.47 (0.48), 148.5 (154.5) | "
+                                                   "0.46 (0.48), 145.5 (166) | 37, 1 of 16"),   # the last of three
+    ("server-nobody", "heads, shards, seed 11",
+     "0.974, 0.888 | 0.974, 0.888 | 0.974, 0.876 | 0.974, 0.888 | 1.00"),
+    ("server-behaviours", "`mimic`",
+     "whole models, shards, seed 11 | 0.3 | 0.382 | 0.465 | 0.173 | 0.199 | 0.193"),
+    ("server-backdoors", "`backdoor_patch`, whole models, iid, seed 12", "0.35 | 0.58 | 0.09 | 0.06"),
+    ("scaling", "100", "6.7 | 67 | 2,820 | 2.6")])
+def test_a_row_of_each_table(name, row, expected):
+    assert " | ".join(cells(TABLES[name](ROOT))[row]) == expected
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Leave a run of the study whose last round's held-out accuracies are given; its other figures are wrong."""
+    config = json.loads((ROOT / "results/reference/m10-fedavg-s1/config.json").read_text())
+
+    def make(name, deployed, trained, **options):
+        dataset, partition, rounds, epochs, label, seed = NAME.fullmatch(name).groups()
+        partition, rounds, resplit = partition.split("-")[0], int(rounds), "resplit" in label
+        folder = tmp_path / "results" / "reference" / name
+        folder.mkdir(parents=True)
+        given = {"dataset": dataset, "partition": partition, "rounds": rounds, "local_ep": int(epochs),
+                 "seed": int(seed), "save_rounds": [1], "resplit": resplit,
+                 "classes_per_client": 2 if partition == "shards" else None, **options}
+        protocol, split = ("resplit", "test-resplit") if resplit else ("held-out", "test")
+        (folder / "config.json").write_text(json.dumps({
+            **config, "protocol": protocol, "options": {**config["options"], **given}}))
+        columns = csv_columns()["rounds.csv"]
+        with open(folder / "rounds.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="0.25")
+            writer.writeheader()
+            for number, last in ((1, False), (rounds, True)):
+                for stage, where, value in (("trained", "train", 0.123), ("trained", split, trained),
+                                            ("deployed", split, deployed)):
+                    writer.writerow({"round": number, "stage": stage, "split": where, "seconds": 90,
+                                     "accuracy": value if last else 0.321})
+        return folder
+    return make
+
+
+def test_accuracy_over_seeds(make_run, tmp_path):
+    """Deployed before trained, held-out images of the last round, and how many seeds are behind a cell."""
+    for seed, deployed, trained in ((1, 0.9, 0.7), (2, 0.8, 0.6), (3, 0.7, 0.2)):
+        make_run(f"mnist-shards-5x2-rve_pfl-seed{seed}", deployed, trained)
+    make_run("mnist-shards-5x2-nbafl-LT-seed1", 0.5, 0.75)
+    make_run("mnist-iid-5x2-fedavg-seed1", 0.6, 0.65)
+    make_run("mnist-iid-150clients-50x1-fedavg-seed1", 0.55, 0.5)
+    make_run("cifar-shards-6x5-rve_pfl-seed1", 0.4, 0.3)
+    table = cells(study.accuracy(tmp_path, study.FULL, study.MAIN))
+    assert list(table)[1:] == ["`mnist`, shards, 5 x 2", "`mnist`, iid, 5 x 2",
+                               "`mnist`, iid-150clients, 50 x 1", "`cifar`, shards, 6 x 5"]
+    assert table["`mnist`, shards, 5 x 2"] == [
+        "0.800 ± 0.100 (3) / 0.500 ± 0.265 (3)", "–", "–", "–", "–", "–", "0.500 / 0.750"]
+    assert table["`mnist`, iid, 5 x 2"][4] == "0.600 / 0.650"
+    assert cells(study.accuracy(tmp_path, ("fmnist",), study.MAIN)).keys() == {"data set, partition, rounds", "–"}
+
+
+def test_the_released_protocol_is_read_from_its_own_split(make_run, tmp_path):
+    make_run("cifar-shards-6x5-rve_pfl-resplit-seed1", 0.98, 0.97)
+    assert cells(study.accuracy(tmp_path, study.FULL, study.RESPLIT))["`cifar`, shards, 6 x 5"] == [
+        "–", "0.980 / 0.970", "–", "–"]
+
+
+def test_gaps_are_paired_by_seed_with_the_better_of_nbafls_settings(make_run, tmp_path):
+    for seed, ours, once, always, alone in ((1, 0.9, 0.5, 0.6, 0.91), (2, 0.8, 0.7, 0.3, 0.79)):
+        make_run(f"fmnist-shards-5x2-rve_pfl-seed{seed}", ours, ours)
+        make_run(f"fmnist-shards-5x2-nbafl-L1-seed{seed}", once, 0.85)
+        make_run(f"fmnist-shards-5x2-nbafl-L5-seed{seed}", always, 0.8)   # accuracy.sh's name of L = T
+        make_run(f"fmnist-shards-5x2-local-seed{seed}", alone, alone)
+    make_run("fmnist-shards-5x2-rve_pfl-seed3", 0.1, 0.1)   # no NbAFL of this seed
+    make_run("fmnist-iid-5x2-rve_pfl-seed1", 0.5, 0.5)
+    make_run("fmnist-iid-5x2-nbafl-L1-seed1", 0.6, 0.6)
+    table = cells(study.gaps(tmp_path, study.FULL))
+    assert table["`fmnist`, shards, 5 x 2"] == [
+        "+20.0 ± 14.1 (2)", "+0.0 ± 7.1 (2)", "+20", "+0.0 ± 1.4 (2)", "+0.0 ± 1.4 (2)"]
+    assert table["`fmnist`, iid, 5 x 2"] == ["-10.0", "-10.0", "–", "–", "–"]
+
+
+def test_a_folder_that_names_other_options_is_refused(make_run, tmp_path):
+    make_run("mnist-shards-5x2-rve_pfl-seed1", 0.9, 0.9, seed=2)
+    with pytest.raises(InputError, match="config.json is of mnist shards 5 2 2"):
+        study.accuracies(tmp_path)
+
+
+def test_an_unfinished_run_is_refused(make_run, tmp_path):
+    edit(make_run("mnist-shards-5x2-rve_pfl-seed1", 0.9, 0.9) / "config.json", '"finished"', '"unfinished"')
+    with pytest.raises(InputError, match="mnist-shards-5x2-rve_pfl-seed1: unfinished"):
+        study.accuracies(tmp_path)
+
+
+@pytest.mark.parametrize("figures, at_most, word", [
+    ({"a": {}, "b": {}}, False, "not run"), ({"a": {1: 5.0}, "b": {1: 7.0}}, False, "holds"),
+    ({"a": {1: 5.0, 2: 4.9}, "b": {1: 7.0}}, False, "holds only for b"),
+    ({"a": {1: 4.0}, "b": {1: 6.0}}, False, "doesn't hold"), ({"a": {1: 4.0}, "b": {}}, True, "holds; not run: b"),
+    ({"a": {}, "b": {1: 7.1}}, True, "doesn't hold; not run: a")])
+def test_verdicts(figures, at_most, word):
+    claim = claims.Claim("", "", "", lambda root, case: {}, {"a": 5.0, "b": 7.0}, at_most=at_most)
+    assert claims.verdict(claim, figures) == word
+
+
+def test_the_claim_of_accuracy_from_runs(make_run, tmp_path):
+    """59 points on CIFAR-10 are not reached by 58.9, and the minutes are RVE-PFL's, counted once a round."""
+    for dataset, ours, theirs in (("mnist", 0.98, 0.9), ("cifar", 0.9, 0.311)):
+        make_run(f"{dataset}-shards-5x2-rve_pfl-seed1", ours, ours)
+        make_run(f"{dataset}-shards-5x2-nbafl-L1-seed1", theirs, theirs)
+    make_run("cifar-shards-100x1-rve_pfl-seed2", 0.9, 0.9)   # without NbAFL, so not compared
+    claim = claims.CLAIMS[0]
+    found = {case: claim.measure(tmp_path, case) for case in claim.bounds}
+    assert found["cifar"] == {1: pytest.approx(58.9)}
+    assert claims.verdict(claim, found) == "holds only for mnist; not run: fmnist"
+    assert claim.minutes(tmp_path, "cifar") == 3   # two rounds of 90 s
+
+
+def test_the_scale_with_most_seeds_counts(make_run, tmp_path):
+    for name, value in (("100x1-{}-seed1", 0.5), ("5x2-{}-seed1", 0.6), ("5x2-{}-seed2", 0.7)):
+        make_run(f"mnist-shards-{name.format('rve_pfl')}", value, value)
+        make_run(f"mnist-shards-{name.format('local')}", 0.4, 0.4)
+    assert claims.over(tmp_path, "mnist", study.ALONE, "deployed") == pytest.approx({1: 20, 2: 30})
+
+
+def test_claims_of_leakage_by_hand():
+    found = [row for row in rows_of("results/reference/ck-rve-s2/attack.csv") if row["restart"] == "0"
+             and (row["attack"], row["control"]) == ("latent_likelihood", "")]
+    share = 100 * sum(float(row["nearest_rank"]) == 1 for row in found) / len(found)
+    assert claims.candidates(ROOT, "cifar10k")[2] == pytest.approx(share)
+    assert claims.more_identified(ROOT, "cifar10k", "curious_server") == {}   # never attacked there
+    assert claims.more_identified(ROOT, "mnist10k", "curious_server") == {1: -100, 2: -100}
+    assert claims.class_prior(ROOT, "mnist10k", "candidates_identified") == {11: 12.5, 12: 0, 13: 6.25}
+    assert claims.class_prior(ROOT, "cifar10k", "deployed") == {11: pytest.approx(-0.7)}
+
+
+def test_claims_of_the_server_by_hand():
+    assert claims.robust(ROOT, "heads") == {11: pytest.approx(98.074 - 97.592)}   # `adaptive`, shards
+    assert claims.robust(ROOT, "whole models")[12] == pytest.approx(56.982 - 39.807)
+    assert claims.opened(ROOT, "whole models") == pytest.approx({11: 100, 12: 92.777})
+    assert claims.opened(ROOT, "heads") == {}
+
+
+FIGURE = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\d)|(?<![\w.])\d+(?= %)")
+SETTINGS = re.compile(r"`[^`]*`|\]\([^)]*\)|arXiv \S+|PyTorch \S+")
+
+
+def parts(text) -> Iterator[tuple[bool, str]]:
+    """The lines of a page, and whether each is prose: neither of a table nor in a fenced block."""
+    fenced = False
+    for line in text.splitlines():
+        mark = line.lstrip().startswith("```")
+        fenced ^= mark
+        yield not (mark or fenced or line.lstrip().startswith("|")), line
+
+
+@pytest.mark.parametrize("page", NOT_FROM_A_TABLE)
+def test_figures_in_prose_stand_in_a_table(page):
+    """A decimal (0.975) or a percentage (39 %) in prose is one of a table or a fenced block of the same page.
+
+    What is not is listed in NOT_FROM_A_TABLE with the reason, and nothing is listed that is not there. Text in
+    backticks, links, arXiv's numbers and PyTorch's version are settings and sources, not figures.
+    """
+    prose, elsewhere = set(), set()
+    for is_prose, line in parts((ROOT / page).read_text()):
+        (prose if is_prose else elsewhere).update(FIGURE.findall(SETTINGS.sub("", line) if is_prose else line))
+    excused = {figure for figures in NOT_FROM_A_TABLE[page].values() for figure in figures.split()}
+    assert prose - elsewhere == excused
