@@ -5,7 +5,8 @@
 Two systems of equations for each image: the features before the dense layer alone, which ReLU and max pooling have
 made of the input, and together with the gradient of the last convolution, which says what each pool chose. A rank
 as great as the number of unknowns means that no other input nearby has the same gradient: a search that does not
-find it has failed, and not met a defence. How near it has to start is another question.
+find it has failed, and not met a defence. How near it has to start is another question. Writes
+results/<run>/conditioning.csv.
 """
 import argparse
 import sys
@@ -19,7 +20,7 @@ from torch.func import jvp, vmap
 from attack import gradients, newton
 from attack.access import Victim, held, hold, open_target
 from attack.scene import as_floats
-from utils import InputError, keep_freed_memory, rng, seed_torch
+from utils import InputError, keep_freed_memory, rng, seed_torch, write_whole
 
 AT_ONCE = 32       # columns of a Jacobian
 NOTHING = 1e-4     # of the largest: a singular value below it counts as 0
@@ -73,9 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     seed_torch(args.seed, "conditioning")
     drawn = rng(args.seed, "conditioning").permutation(target.owned()[0][args.client])[:args.images]
     images, labels = as_floats(target.data.images[drawn]), torch.from_numpy(target.data.labels[drawn])
-    rows = [{"image": i, **row} for i in range(len(drawn))
+    rows = [{"round": round, "client": args.client, "image": i, **row} for i in range(len(drawn))
             for row in examine(victim, head, images[i:i + 1], labels[i:i + 1])]
-    print(pd.DataFrame(rows).to_string(index=False, float_format="%.3g"))
+    table = pd.DataFrame(rows)
+    write_whole(target.results / "conditioning.csv", lambda file: table.to_csv(file, index=False, float_format="%.4g"))
+    print(table.to_string(index=False, float_format="%.3g"))
     return 0
 
 

@@ -27,7 +27,9 @@ PEOPLE = [(seed, client) for seed in (1, 2) for client in (0, 1, 2)]   # whom a 
 RUNGS = {"own": "own", "private": "private", "aligned many": "many", "aligned": "aligned", "public": "public",
          "replayed": "replayed", "other": "other"}
 LADDER = {"m10-all-rve-s1": "beta 1e-5", "m10-rve-1e-5-s1": "beta 1e-5", "m10-rve-1e-4-s1": "beta 1e-4",
-          "m10-rve-1e-3-s1": "beta 1e-3", "m10-lg-s1": "`lg_fedavg`"}
+          "m10-rve-1e-3-s1": "beta 1e-3", "m10-lg-s1": "`lg_fedavg`", "ck-lg-s1": "CIFAR-10, `lg_fedavg`"}
+CONDITIONED = {"m10-lg-s1": "`mnist10k`, `lg_fedavg`", "ck-fedavg-s1": "`cifar10k`, `fedavg`",
+               "ck-lg-s1": "`cifar10k`, `lg_fedavg`"}
 
 PUBLIC = ("latent_decoder", "latent_prior", "nearest_public", "class_mean")
 PUBLIC_IMAGES = 16   # an attack; a control has those of both attacks
@@ -107,6 +109,22 @@ def ladder(root: Path) -> list[str]:
             rows.append([name, *(f"{seen.loc[rung, 'ssim']:.2f}, {seen.loc[rung, 'median_rank']:.0f}"
                                  if rung in seen.index else DASH for rung in RUNGS)])
     return grid(["", *RUNGS.values()], rows)
+
+
+def conditioning(root: Path) -> list[str]:
+    """Rank and spread of the equations for the head's input, over images."""
+    table = csv(root, "conditioning.csv", ["unknowns", "rank", "spread"], ["run", "equations"])
+
+    def between(part: pd.Series, form: str) -> str:
+        ends = dict.fromkeys(format(end, form) for end in (part.min(), part.max()))
+        return " to ".join(ends)
+    rows = []
+    for run, about in CONDITIONED.items():
+        part = table[table["run"] == run]
+        rows.append([about, f"{part['unknowns'].max():.0f}", *(
+            f"{between(same['rank'], '.0f')}; {between(same['spread'], '.3g')}"
+            for _, same in part.groupby("equations"))])
+    return grid(["head of", "unknowns", "features alone: rank; spread", "with the convolution's gradient"], rows)
 
 
 def public_images(root: Path) -> list[str]:
@@ -286,7 +304,7 @@ def scaling(root: Path) -> list[str]:
 
 
 MEASURED: dict[str, Callable[[Path], list[str]]] = {
-    "attacks": attacks, "ladder": ladder, "public-images": public_images, "which-classes": which_classes,
+    "attacks": attacks, "ladder": ladder, "conditioning": conditioning, "public-images": public_images, "which-classes": which_classes,
     "real-uploads": partial(real_uploads, run="m10-iid-fedavg-s1", rounds=[5]),
     "real-uploads-shards": partial(real_uploads, run="m10-fedavg-s1", rounds=[1, 5]),
     "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),
