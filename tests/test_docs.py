@@ -367,4 +367,6 @@ def test_figures_in_prose_stand_in_a_table(page):
     for is_prose, line in parts((ROOT / page).read_text()):
         (prose if is_prose else elsewhere).update(FIGURE.findall(SETTINGS.sub("", line) if is_prose else line))
     excused = {figure for figures in NOT_FROM_A_TABLE[page].values() for figure in figures.split()}
-    assert prose - elsewhere == excused
+    loose = prose - elsewhere
+    assert not loose - excused, f"in no table of {page}: {', '.join(sorted(loose - excused))}"
+    assert not excused - loose, f"not in {page}'s prose, or in a table: {', '.join(sorted(excused - loose))}"
