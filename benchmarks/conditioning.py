@@ -1,4 +1,4 @@
-"""Does one image's gradient determine the head's input? Singular values of attack/newton.py's equations, at the truth.
+"""Does one image's gradient determine the head's input? Singular values of attack/newton.py's equations there.
 
     python benchmarks/conditioning.py --run mnist10k-shards-rve_pfl-seed1
 
@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [{"round": round, "client": args.client, "image": i, **row} for i in range(len(drawn))
             for row in examine(victim, head, images[i:i + 1], labels[i:i + 1])]
     table = pd.DataFrame(rows)
-    write_whole(target.results / "conditioning.csv", lambda file: table.to_csv(file, index=False, float_format="%.4g"))
+    write_whole(target.results / "conditioning.csv", lambda file: table.to_csv(
+        file, index=False, float_format="%.4g"))
     print(table.to_string(index=False, float_format="%.3g"))
     return 0
 

@@ -4,9 +4,10 @@
     python benchmarks/study.py --only shards small   these parts alone
     python benchmarks/study.py --list                what is there and what is missing; runs nothing
 
-A run that has finished leaves config.json, rounds.csv and the last round of clients.csv under --out, without checkpoints
-and without paths of this machine. A run whose files are there, made with the same options, is not made again. Interrupted or killed, the
-queue goes on from the last checkpoint of each run. `python report.py --docs` puts --out into the pages.
+A run that has finished leaves config.json, rounds.csv and the last round of clients.csv under --out, without
+checkpoints and without paths of this machine. A run whose files are there, made with the same options, is not made
+again. Interrupted or killed, the queue goes on from the last checkpoint of each run. `python report.py --docs`
+puts --out into the pages.
 """
 import argparse
 import json
@@ -172,7 +173,8 @@ class Queue:
     def make(self, cell: Cell) -> None:
         """Train one run in a process of its own, and publish it."""
         folders = [word for name in FOLDERS for word in (f"--{name}", str(getattr(self.args, name)))]
-        argv = [sys.executable, str(ROOT / "RVE-PFL.py"), *cell.argv, "--run_name", cell.name, "--resume", *folders]
+        argv = [sys.executable, str(ROOT / "RVE-PFL.py"), *cell.argv, "--run_name", cell.name, "--resume",
+                *folders]
         with self.lock:
             if self.stopped:
                 return
@@ -245,7 +247,8 @@ def without_paths(config: bytes) -> bytes:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
-                        help="parts, in this order: " + "; ".join(f"{name}: {what}" for name, what in PARTS.items()))
+                        help="parts, in this order: "
+                        + "; ".join(f"{name}: {what}" for name, what in PARTS.items()))
     parser.add_argument("--match", default="", help="only runs whose name has this in it")
     parser.add_argument("--list", action="store_true", help="list runs, and make none")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")

@@ -18,7 +18,7 @@ from reporting.sources import study as study_runs
 from reporting.study import ALONE, FULL, NBAFL, PAPER, RELEASED, SMALL, Key, accuracies, gap, wanted
 
 Measure = Callable[[Path, str], dict[int, float]]   # project's folder, case -> seed -> figure; {} if not run
-STUDY = "benchmarks/accuracy.sh"
+STUDY = "python benchmarks/study.py"
 GRID = {"mnist10k": ("m10-rve-1e-5", "m10-nbafl"), "cifar10k": ("ck-rve", "ck-nbafl")}   # RVE-PFL and NbAFL
 
 

@@ -304,7 +304,8 @@ def scaling(root: Path) -> list[str]:
 
 
 MEASURED: dict[str, Callable[[Path], list[str]]] = {
-    "attacks": attacks, "ladder": ladder, "conditioning": conditioning, "public-images": public_images, "which-classes": which_classes,
+    "attacks": attacks, "ladder": ladder, "conditioning": conditioning, "public-images": public_images,
+    "which-classes": which_classes,
     "real-uploads": partial(real_uploads, run="m10-iid-fedavg-s1", rounds=[5]),
     "real-uploads-shards": partial(real_uploads, run="m10-fedavg-s1", rounds=[1, 5]),
     "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),

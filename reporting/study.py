@@ -12,10 +12,11 @@ from reporting.sources import DASH, grid, study
 from reporting.summary import STAGES, last_round
 
 # The labels of a table's columns, as headings.
-MAIN = ("`rve_pfl`", "`local`", "`lg_fedavg`", "`fedper`", "`fedavg`", "`nbafl-L1`", "`nbafl-LT`")
-VARIANTS = ("`rve_pfl`", "`class`", "`trunk`", "`trunk-class`", "`nbafl-L1`", "`nbafl_prox`")
+MAIN = ("`rve_pfl`", "`local`", "`lg_fedavg`", "`fedper`", "`fedavg`", "`nbafl-L1`", "`nbafl-LT`",
+        "`nbafl_prox`")
+VARIANTS = ("`local`", "`rve_pfl`", "`class`", "`trunk`", "`trunk-class`", "`fedper`", "`fedavg`")
 RESPLIT = ("`rve_pfl-held_out`", "`rve_pfl-resplit`", "`nbafl-held_out`", "`nbafl-resplit`")
-RELEASED, ALONE, NBAFL = "`rve_pfl`", ("`local`",), ("`nbafl-L1`", "`nbafl-LT`")
+RELEASED, ALONE, NBAFL = "`rve_pfl`", ("`local`",), ("`nbafl-L1`", "`nbafl-LT`", "`nbafl_prox`")
 FULL = ("mnist", "fmnist", "cifar")
 PAPER = dict(zip(FULL, (8, 20, 59), strict=True))   # points over NbAFL, shards
 
@@ -73,7 +74,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def gap(by: Mapping[str, Seeds], less: Sequence[str], stage: str) -> dict[int, float]:
-    """By seed, RVE-PFL's accuracy less the better of some labels' in the same seed, in points."""
+    """By seed, RVE-PFL's accuracy less the best of some labels' in the same seed, in points."""
     found = {}
     for seed, own in by.get(RELEASED, {}).items():
         others = [by[label][seed] for label in less if seed in by.get(label, {})]
@@ -83,7 +84,7 @@ def gap(by: Mapping[str, Seeds], less: Sequence[str], stage: str) -> dict[int, f
 
 
 def gaps(root: Path, datasets: Sequence[str]) -> list[str]:
-    """RVE-PFL less NbAFL (the better of its two settings in each seed) and less training alone, seed by seed."""
+    """RVE-PFL less NbAFL (the best of its settings in each seed) and less training alone, seed by seed."""
     found, rows = accuracies(root), []
     for key in wanted(found, datasets):
         cells = [spread(list(gap(found[key], less, stage).values()), "+.1f")

@@ -283,7 +283,7 @@ def test_the_grid_of_the_server_plays_resumes_and_varies(script, tmp_path, tiny_
 
 
 def test_conditioning_by_an_explicit_jacobian(script, tiny_run, capsys):
-    """Its singular values are those of torch.autograd's Jacobian, and the gradient adds to what features determine."""
+    """Its singular values are those of torch.autograd's Jacobian, and the gradient determines no less."""
     from attack import newton
     module, flags = script("conditioning"), tiny_run("lg_fedavg")
     torch.manual_seed(0)

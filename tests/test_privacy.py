@@ -196,13 +196,15 @@ def test_too_few_clients_for_the_adaptive_split():
 def test_the_proximal_term_holds_clients_near_what_was_sent(place):
     """mu / 2 ||w - w_t||^2: nothing at 0, where all numbers are NbAFL's; the gradient pulls back otherwise."""
     csvs, lengths = {}, {}
-    quiet = ("--epsilon", 1e6, "--clip", 100, "--rounds", 1, "--overwrite")   # what is uploaded is what was trained
-    for name, flags in {"nbafl": (), "none": ("--prox", 0), "some": ("--prox", 1), "much": ("--prox", 100)}.items():
+    quiet = ("--epsilon", 1e6, "--clip", 100, "--rounds", 1, "--overwrite")   # next to no noise
+    ways = {"nbafl": (), "none": ("--prox", 0), "some": ("--prox", 1), "much": ("--prox", 100)}
+    for name, flags in ways.items():
         method = "nbafl" if name == "nbafl" else "nbafl_prox"
         assert place.main("--method", method, *flags, *quiet) == 0
         csvs[name] = place.clients_csv()
         shared = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)
-        lengths[name] = sum((value - shared["sent"][key]).square().sum() for key, value in shared["uploads"][0].items())
+        lengths[name] = sum((value - shared["sent"][key]).square().sum()
+                            for key, value in shared["uploads"][0].items())
     assert csvs["none"] == csvs["nbafl"] != csvs["some"]
     assert lengths["much"] < 0.5 * lengths["some"] < 0.5 * lengths["none"]
 

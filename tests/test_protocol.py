@@ -168,7 +168,7 @@ def test_a_rounds_training_is_a_textbooks_on_the_clients_own_images(ran):
                 optimizer.zero_grad()
                 output = model(ran.pixels(batch))
                 loss = F.cross_entropy(output.logits, ran.labels[batch])
-                (loss + 0.5 * 0.01 * output.kl.mean()).backward()   # half of beta: the second of two rounds' warm-up
+                (loss + 0.5 * 0.01 * output.kl.mean()).backward()   # half of beta: round 2 of 2
                 optimizer.step()
                 scheduler.step()
                 tally.append(loss.item() * len(batch))

@@ -114,7 +114,7 @@ def test_wrong_words_are_refused_in_one_line(studied, capsys):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_ends_its_runs_and_goes_on(tmp_path, tiny_arrays, how):
-    """Of a whole study in a process of its own: nothing is left running, and the runs end with the same numbers."""
+    """A whole study in a process of its own: nothing is left running, and nothing half-made is published."""
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "tiny.npz", **tiny_arrays)
     script = tmp_path / "one.py"
