@@ -41,6 +41,10 @@ UPLOADS = {"m10-fedavg": "`fedavg`", "m10-dropout": "`dropout`", "m10-dp": "`cli
            "m10-dir-fedavg": "`fedavg`, Dirichlet", "m10-dir-rve": "`rve_pfl`, Dirichlet",
            "m10-dir-nbafl": "`nbafl`, L = 1, Dirichlet"}
 
+# docs/real_uploads.md: other seeds and data sets.
+OTHER_UPLOADS = {"m10-iid-fedavg-s2": "`mnist10k`, IID, seed 2", "m10-fedavg-s2": "`mnist10k`, two classes, seed 2",
+                 "fm-fedavg-s1": "Fashion-MNIST, two classes", "ck-fedavg-s1": "CIFAR-10, two classes"}
+
 # docs/membership.md.
 MEMBERS = {"m10-iid-fedavg": "`fedavg`, IID", "m10-fedavg": "`fedavg`, two classes", "m10-lg": "`lg_fedavg`",
            "m10-rve-1e-5": "`rve_pfl`, beta 1e-5", "m10-rve-1e-3": "`rve_pfl`, beta 1e-3"}
@@ -52,6 +56,7 @@ SETTINGS = {"published": "published", "trunk": "`rve_pfl_trunk`", "class prior, 
             "class prior, beta 0.1": "`--prior class`, beta 0.1"}
 FRONTIER_IMAGES = 16   # attacked in each run
 RULES = ("threat", "mean", "median", "caf")
+BEHAVED = ["scope", "frac", "behaviour"]
 SERVER_SCOPES = {"heads": "heads", "models": "whole models"}
 
 
@@ -177,6 +182,19 @@ def real_uploads(root: Path, run: str, rounds: Sequence[int]) -> list[str]:
     return grid(["images", *map(str, counts)], rows)
 
 
+def other_uploads(root: Path) -> list[str]:
+    """The same of one round of other runs: PSNR, the class mean's, and how many images come first."""
+    numbers = ["images", "epochs", "psnr", "identified", "mean_psnr"]
+    table, rows = csv(root, "real_uploads.csv", numbers, ["run", "optimizer"]), []
+    for run, about in OTHER_UPLOADS.items():
+        for (optimizer, epochs), part in table[table["run"] == run].groupby(["optimizer", "epochs"]):
+            by = part.set_index("images")
+            rows.append([about, f"{optimizer}, {epochs:.0f}", *(
+                f"{by.loc[n, 'psnr']:.1f} ({by.loc[n, 'mean_psnr']:.1f}), {by.loc[n, 'identified'] * n:.0f}"
+                for n in sorted(part["images"].unique()))])
+    return grid(["images", "optimiser, epochs", "1", "4", "8", "16"], rows)
+
+
 def _by_images(part: pd.DataFrame, counts: Sequence[int], psnr: str, share: str) -> list[str]:
     by = part.drop_duplicates("images").set_index("images")
     return [f"{by.loc[n, psnr]:.1f}, {by.loc[n, share] * n:.0f}" if n in by.index else DASH for n in counts]
@@ -243,18 +261,29 @@ def server_cells(root: Path) -> pd.DataFrame:
                ["dataset", "scope", "partition", "behaviour", "rule"])
 
 
-def _world(scope: str, partition: str, seed: float) -> str:
-    return f"{SERVER_SCOPES[scope]}, {partition}, seed {seed:.0f}"
-
-
 def nobody(root: Path) -> list[str]:
-    """Accuracy and lowest decile under each rule where nobody is malicious."""
+    """Accuracy and lowest decile under each rule where nobody is malicious; means over seeds."""
     table, rows = server_cells(root), []
-    for world, part in table[table["behaviour"] == "nobody"].groupby(["scope", "partition", "seed"]):
-        by = part.set_index("rule")
-        rows.append([_world(*world), *(f"{by.loc[rule, 'accuracy']:.3f}, {by.loc[rule, 'worst']:.3f}"
-                                      for rule in RULES), f"{by.loc['threat', 'least_trust']:.2f}"])
-    return grid(["accuracy, lowest decile", *(f"`{rule}`" for rule in RULES), "least trust"], rows)
+    for (scope, partition), part in table[table["behaviour"] == "nobody"].groupby(["scope", "partition"]):
+        by, seeds = part.groupby("rule")[["accuracy", "worst"]].mean(), sorted(part["seed"].unique())
+        least = part[part["rule"] == "threat"]["least_trust"].min()
+        rows.append([f"{SERVER_SCOPES[scope]}, {partition}", ", ".join(f"{seed:.0f}" for seed in seeds), *(
+            f"{by.loc[rule, 'accuracy']:.3f}, {by.loc[rule, 'worst']:.3f}" for rule in RULES), f"{least:.2f}"])
+    return grid(["accuracy, lowest decile", "seeds", *(f"`{rule}`" for rule in RULES), "least trust"], rows)
+
+
+def nobody_longer(root: Path) -> list[str]:
+    """The same of `threat` beside the mean on three data sets, with more training."""
+    table, rows = csv(root, "server_nobody.csv", ["seed", "accuracy", "worst", "least_trust"],
+                      ["dataset", "scope", "partition", "rule"]), []
+    for (dataset, scope, partition), part in table.groupby(["dataset", "scope", "partition"]):
+        ours, mean = (part[part["rule"] == rule].set_index("seed") for rule in ("threat", "mean"))
+        rows.append([f"`{dataset}`, {SERVER_SCOPES[scope]}, {partition}",
+                     *(f"{rule['accuracy'].mean():.3f}, {rule['worst'].mean():.3f}" for rule in (ours, mean)),
+                     *(f"{100 * (ours[name] - mean[name]).min():+.1f}" for name in ("accuracy", "worst")),
+                     f"{ours['least_trust'].min():.2f}"])
+    return grid(["accuracy, lowest decile", "`threat`", "`mean`", "points over the mean", "lowest decile, points",
+                 "least trust"], rows)
 
 
 def lost_to_oracle(table: pd.DataFrame) -> pd.DataFrame:
@@ -266,16 +295,18 @@ def lost_to_oracle(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def behaviours(root: Path) -> list[str]:
-    """Accuracy of honest clients beside the oracle, a row a behaviour, share, world and seed."""
-    tried = lost_to_oracle(server_cells(root)).assign(order=lambda table: -table["frac"])
+    """Points lost to the oracle by behaviour: mean and worst over partitions and seeds, the worst rows first."""
+    tried = lost_to_oracle(server_cells(root))
+    order = {key: part[part["rule"] == "threat"]["lost"].max() for key, part in tried.groupby(BEHAVED)}
     rows = []
-    for key, part in tried.groupby(["behaviour", "scope", "order", "partition", "seed"]):
-        behaviour, scope, share, partition, seed = key
-        by = part.set_index("rule")
-        rows.append([f"`{behaviour}`", _world(scope, partition, seed), f"{-share:g}",
-                     f"{by['oracle'].iloc[0]:.3f}",
-                     *(f"{by.loc[rule, 'accuracy']:.3f}" if rule in by.index else DASH for rule in RULES)])
-    return grid(["behaviour", "", "share", "oracle", *(f"`{rule}`" for rule in RULES)], rows)
+    for scope, share, behaviour in sorted(order, key=lambda key: (key[0], -key[1], -order[key])):
+        part = tried[(tried["scope"] == scope) & (tried["frac"] == share) & (tried["behaviour"] == behaviour)]
+        lost = part.groupby("rule")["lost"]
+        worlds = lost.count()["threat"]
+        rows.append([f"{SERVER_SCOPES[scope]}, {100 * share:.0f} %", f"`{behaviour}`", str(worlds), *(
+            f"{lost.mean()[rule]:.1f}, {lost.max()[rule]:.1f}" if lost.count().get(rule) == worlds else DASH
+            for rule in RULES)])
+    return grid(["", "behaviour", "worlds", *(f"`{rule}`" for rule in RULES)], rows)
 
 
 def worst_losses(root: Path) -> list[str]:
@@ -286,11 +317,13 @@ def worst_losses(root: Path) -> list[str]:
 
 
 def backdoors(root: Path) -> list[str]:
-    """The share of triggered images that honest clients' models give the target."""
+    """The share of triggered images that honest clients' models give the target: mean, least to greatest seed."""
     table, rows = server_cells(root), []
-    for key, part in table[table["backdoor"].notna()].groupby(["behaviour", "scope", "partition", "seed"]):
-        by = part.set_index("rule")["backdoor"]
-        rows.append([f"`{key[0]}`, {_world(*key[1:])}", *(f"{by[rule]:.2f}" for rule in RULES)])
+    for key, part in table[table["backdoor"].notna()].groupby(["behaviour", "scope", "partition"]):
+        by = part.groupby("rule")["backdoor"]
+        rows.append([f"`{key[0]}`, {SERVER_SCOPES[key[1]]}, {key[2]}", *(
+            f"{by.mean()[rule]:.2f} ({by.min()[rule]:.2f} to {by.max()[rule]:.2f})" if rule in by.groups else DASH
+            for rule in RULES)])
     return grid(["", *(f"`{rule}`" for rule in RULES)], rows)
 
 
@@ -308,7 +341,8 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "which-classes": which_classes,
     "real-uploads": partial(real_uploads, run="m10-iid-fedavg-s1", rounds=[5]),
     "real-uploads-shards": partial(real_uploads, run="m10-fedavg-s1", rounds=[1, 5]),
+    "real-uploads-others": other_uploads,
     "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),
-    "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
+    "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody, "server-nobody-longer": nobody_longer,
     "server-behaviours": behaviours, "server-worst": worst_losses, "server-backdoors": backdoors,
     "scaling": scaling}
