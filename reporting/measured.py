@@ -42,7 +42,8 @@ UPLOADS = {"m10-fedavg": "`fedavg`", "m10-dropout": "`dropout`", "m10-dp": "`cli
            "m10-dir-nbafl": "`nbafl`, L = 1, Dirichlet"}
 
 # docs/real_uploads.md: other seeds and data sets.
-OTHER_UPLOADS = {"m10-iid-fedavg-s2": "`mnist10k`, IID, seed 2", "m10-fedavg-s2": "`mnist10k`, two classes, seed 2",
+OTHER_UPLOADS = {"m10-iid-fedavg-s2": "`mnist10k`, IID, seed 2",
+                 "m10-fedavg-s2": "`mnist10k`, two classes, seed 2",
                  "fm-fedavg-s1": "Fashion-MNIST, two classes", "ck-fedavg-s1": "CIFAR-10, two classes"}
 
 # docs/membership.md.
@@ -343,6 +344,7 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "real-uploads-shards": partial(real_uploads, run="m10-fedavg-s1", rounds=[1, 5]),
     "real-uploads-others": other_uploads,
     "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),
-    "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody, "server-nobody-longer": nobody_longer,
+    "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
+    "server-nobody-longer": nobody_longer,
     "server-behaviours": behaviours, "server-worst": worst_losses, "server-backdoors": backdoors,
     "scaling": scaling}

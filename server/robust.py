@@ -1,4 +1,4 @@
-"""Published robust rules, from byzfl: what the threat-aware weights are compared with.
+"""Published robust rules, mostly from byzfl: what the threat-aware weights are compared with.
 
 A rule takes the updates ``head_k - head`` as rows, ``K x P``, and the number f of clients that may be malicious,
 and returns the update ``P`` of the next head. Data sizes play no part. A rule has no weight for a single client,
@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from server.filtering import filtered
 from server.mean import Judgement, Round, Server, Setting, State, moved, updates_of
-from utils import seed_torch, torch_rng
+from utils import torch_rng
 
 CHUNK = 2**16   # coordinates at a time in coordinate-wise rules: byzfl's need several copies of what they get
 
@@ -73,12 +74,10 @@ def multi_krum(updates: Tensor, f: int) -> Tensor:
 def caf(updates: Tensor, f: int) -> Tensor:
     """Covariance-bound agnostic filter: takes weight from updates along the direction in which they differ most,
     until 2 f of it are gone, and keeps the mean that differed least on the way (Allouah et al. 2025,
-    arXiv 2505.01874). Nothing is filtered at f = 0 or of equal updates, where byzfl's has no answer."""
-    from byzfl import CAF
-    with torch.random.fork_rng(devices=[]):   # its power iteration starts at a random direction
-        seed_torch(0, "caf")
-        filtered = CAF(f)(updates) if f else None
-    return updates.mean(0) if filtered is None or not filtered.isfinite().all() else filtered
+    arXiv 2505.01874). Not byzfl's, whose loop does not end where one upload is far longer than the others, and whose
+    widest direction is a guess after one step of power iteration."""
+    weight = filtered((updates @ updates.T).double(), torch.ones(len(updates)).double(), 1.0, 2 * f / len(updates))
+    return (weight / weight.sum()).to(updates) @ updates
 
 
 def clipped_to_median(updates: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from server.filtering import filtered
 from server.mean import Judgement, Memory, Round, Server, Setting, State, moved, updates_of
 
 LONG = 2.0                         # in median norms: a longer update loses trust
@@ -86,7 +87,7 @@ class ThreatAware(Server):
         trust = torch.where(met, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
         sizes = torch.tensor([round.sizes[k] for k in clients]).double()
         stands_out = AMONG_ALIKE if cosine.median() > ALIKE else STANDS_OUT
-        weights = weigh(filtered(gram, capped(sizes) * clip / copies * trust, stands_out), trust)
+        weights = weigh(without_colluders(gram, capped(sizes) * clip / copies * trust, stands_out), trust)
         columns = {"norm_ratio": ratio, "cosine": cosine, "lookalike": similarity, "trust": trust}
         memory = self.remembered(round, dict(zip(clients, now.tolist(), strict=True)), weights is None)
         return Judgement(
@@ -111,7 +112,7 @@ class ThreatAware(Server):
         updates = Updates(round.sent, list(round.uploads.values()))
         updates.scale(lengths(updates.norms())[1].float())
         gram = updates.gram()
-        weight = filtered(gram, 1 / likenesses(gram)[1].double(), stands_out=1.0)
+        weight = without_colluders(gram, 1 / likenesses(gram)[1].double(), stands_out=1.0)
         return moved(round.sent, updates.mix((weight / weight.sum()).float()))
 
 
@@ -205,36 +206,9 @@ def any_trust(trust: Tensor) -> bool:
     return bool(trust.sum() >= 1e-9)
 
 
-def filtered(gram: Tensor, start: Tensor, stands_out: float) -> Tensor:
-    """Weights without what stands out along one direction.
-
-    As long as the updates' variance along its largest direction is over ``stands_out`` times that along the next,
-    each update loses weight by its squared deviation along it, the one that deviates most all of it. If TAKEN of
-    the weight is gone and a direction still stands out, the weights under which the largest variance was least
-    are returned (after CAF, Allouah et al. 2025, arXiv 2505.01874, algorithm 1; here with exact eigenvectors, from
-    inner products alone, and only where something stands out).
-
-    Args:
-        gram: inner products of the updates, ``K x K``.
-        start: weights to begin with, ``K``.
-        stands_out: 1 for a filter that always takes its share.
-    """
-    if len(gram) < FEW or not any_trust(start):
-        return start
-    weight, best, least = start, start, float("inf")
-    while weight.sum() > (1 - TAKEN) * start.sum():
-        share = weight / weight.sum()
-        apart = gram - share @ gram   # (x_i - m) x_j
-        centred = apart - (apart @ share)[:, None]   # (x_i - m) (x_j - m)
-        root = share.sqrt()
-        variances, directions = torch.linalg.eigh(root[:, None] * centred * root)   # ascending
-        if variances[-1] <= stands_out * variances[-2].clamp_min(1e-12 * gram.diag().max()):
-            return weight
-        if variances[-1] < least:
-            best, least = weight, variances[-1].item()
-        deviation = (centred @ (root * directions[:, -1])).square()
-        weight = weight * (1 - deviation / deviation[weight > 0].max()).clamp(0, 1)
-    return best
+def without_colluders(gram: Tensor, start: Tensor, stands_out: float) -> Tensor:
+    """``filtered``, where there are enough uploads to tell what stands out, and only where something does."""
+    return start if len(gram) < FEW or not any_trust(start) else filtered(gram, start, stands_out, TAKEN)
 
 
 def capped(sizes: Tensor) -> Tensor:

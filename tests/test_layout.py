@@ -10,7 +10,7 @@ FLOORS = [
     ["utils"],
     ["parsing", "engine.signals", "engine.ranks", "models", "sampling", "datasets", "metrics", "runs.csvs",
      "runs.pictures", "attack.tables", "attack.roc"],
-    ["server.mean"],
+    ["server.mean", "server.filtering"],
     ["server.robust", "server.privacy", "server.threat_aware", "server.forging", "server.triggers"],
     ["server.rules"],
     ["methods"],

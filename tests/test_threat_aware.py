@@ -9,6 +9,7 @@ import torch
 
 from models import Classifier
 from server import threat_aware
+from server.filtering import filtered
 from server.forging import Knowledge, trusted_most
 from server.malicious import BEHAVIOURS, MaliciousClients
 from server.mean import Round, Setting, State, moved, updates_of
@@ -18,7 +19,6 @@ from server.threat_aware import (
     Updates,
     against_others,
     capped,
-    filtered,
     lengths,
     likenesses,
     norms,
@@ -173,16 +173,16 @@ def test_the_filter_takes_weight_from_those_who_push_one_way():
     against[7:] = 0
     bad = torch.stack([0.9 * against + (1 - 0.81)**0.5 * torch.eye(10)[k] for k in (7, 8, 9)])
     updates, mean = torch.cat([honest, bad]).double(), honest.mean(0).double()
-    weight = filtered(updates @ updates.T, torch.ones(10).double(), threat_aware.STANDS_OUT)
+    weight = filtered(updates @ updates.T, torch.ones(10).double(), threat_aware.STANDS_OUT, 0.6)
     assert updates.mean(0) @ mean < 0 < (weight / weight.sum()) @ updates @ mean
     assert weight[7:].sum() / weight.sum() < 0.05 and weight[:7].min() > 0.2
-    assert torch.allclose(filtered(4 * updates @ updates.T, torch.ones(10).double(), 1.6), weight)
+    assert torch.allclose(filtered(4 * updates @ updates.T, torch.ones(10).double(), 1.6, 0.6), weight)
     for alike in (torch.ones(5, 5).double(), torch.eye(5).double(), torch.zeros(5, 5).double()):
-        assert torch.allclose(filtered(alike, torch.ones(5).double(), 1.6), torch.ones(5).double())
+        assert torch.allclose(filtered(alike, torch.ones(5).double(), 1.6, 0.6), torch.ones(5).double())
 
 
 def test_the_fall_back_is_no_worse_than_the_best_plain_rule():
-    """Where nobody is trusted, three of ten that push against the rest cost it less than any rule of byzfl's."""
+    """Where nobody is trusted, three of ten that push against the rest cost it no more than any other rule."""
     torch.manual_seed(7)
     sent, common = {"w": torch.zeros(400)}, 0.5 * torch.randn(400)
     honest = common + torch.randn(10, 400)
@@ -200,7 +200,7 @@ def test_the_fall_back_is_no_worse_than_the_best_plain_rule():
         assert made.facts == {"fallbacks": 1}
         lost.setdefault("fall-back", []).append(1 - (head @ mean / mean.square().sum()).item())
     worst = {name: max(values) for name, values in lost.items()}
-    assert min(worst, key=worst.__getitem__) == "fall-back", worst
+    assert worst["fall-back"] <= min(worst.values()) + 1e-6, worst
 
 
 def test_trust_goes_at_once_and_returns_slowly(network, crowd):
