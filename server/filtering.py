@@ -30,6 +30,6 @@ def filtered(gram: Tensor, start: Tensor, stands_out: float, taken: float) -> Te
         if variances[-1] < least:
             best, least = weight, variances[-1].item()
         deviation = (centred @ (root * directions[:, -1])).square()
-        # What is far is decided by those that have weight left: else one without any may be so far that nothing ends.
+        # Far is decided by those that have weight left: one without any may be so far that this would not end.
         weight = weight * (1 - deviation / deviation[weight > 0].max()).clamp(0, 1)
     return best

@@ -74,7 +74,7 @@ def multi_krum(updates: Tensor, f: int) -> Tensor:
 def caf(updates: Tensor, f: int) -> Tensor:
     """Covariance-bound agnostic filter: takes weight from updates along the direction in which they differ most,
     until 2 f of it are gone, and keeps the mean that differed least on the way (Allouah et al. 2025,
-    arXiv 2505.01874). Not byzfl's, whose loop does not end where one upload is far longer than the others, and whose
+    arXiv 2505.01874). Not byzfl's, whose loop does not end where one upload is far longer than others, and whose
     widest direction is a guess after one step of power iteration."""
     weight = filtered((updates @ updates.T).double(), torch.ones(len(updates)).double(), 1.0, 2 * f / len(updates))
     return (weight / weight.sum()).to(updates) @ updates
