@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse(argv)
     if args.check and not args.docs:
         parser.error("--check: needs --docs")
+    if args.docs and args.results_dir != ROOT / "results":
+        parser.error(f"--results_dir {args.results_dir}: --docs reads results/reference alone; leave it out")
     try:
         return update_docs(ROOT, args.check) if args.docs else write_report(args.results_dir)
     except InputError as error:

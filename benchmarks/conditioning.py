@@ -65,7 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
-        round = args.round or target.rounds()[-1]
+        round = target.rounds()[-1] if args.round is None else args.round
+        if not 0 <= args.client < target.options["num_users"]:
+            raise InputError(f"--client {args.client}: clients are 0 to {target.options['num_users'] - 1}")
+        if args.images < 1:
+            raise InputError(f"--images {args.images}: must be at least 1")
         victim = Victim(target, round, args.client)
         head = held(hold(target, "curious_server", round, args.client).next_head)
     except InputError as error:

@@ -28,6 +28,7 @@ from _path import ROOT
 
 from methods import METHODS
 from options import args_parser
+from reporting.summary import BOOKKEEPING_OPTIONS
 from runs import configs
 from utils import InputError, write_whole
 
@@ -162,13 +163,14 @@ class Queue:
         self.lock, self.running, self.stopped, self.failed = threading.Lock(), set[subprocess.Popen](), False, 0
 
     def there(self, cell: Cell) -> bool:
-        """Whether a finished run with these very options was published."""
+        """Whether a finished run with the same options, also those at their defaults, was published."""
         path = self.args.out / cell.name / "config.json"
         if not path.exists():
             return False
         config, asked = configs.read(path), vars(args_parser(cell.argv))
         found = config["options"]
-        return config["status"] == "finished" and all(found.get(name) == asked[name] for name in cell.options)
+        names = asked.keys() & found.keys() - (BOOKKEEPING_OPTIONS - {"seed"})
+        return config["status"] == "finished" and all(found[name] == asked[name] for name in names)
 
     def make(self, cell: Cell) -> None:
         """Train one run in a process of its own, and publish it."""
@@ -176,7 +178,7 @@ class Queue:
         argv = [sys.executable, str(ROOT / "RVE-PFL.py"), *cell.argv, "--run_name", cell.name, "--resume",
                 *folders]
         with self.lock:
-            if self.stopped:
+            if self.stopped or self.there(cell):   # another queue may have made it meanwhile
                 return
             process = subprocess.Popen(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -186,16 +188,25 @@ class Queue:
             self.running.discard(process)
             if self.stopped:
                 return
+            place = self.args.results_dir / cell.name
             if process.returncode:
-                self.failed += 1
-                print(f"FAILED   {cell.name}: {said}", flush=True)
+                self.fails(cell, f"{said}; if that run is not wanted, move {place} away")
                 return
-            publish(self.args.results_dir / cell.name, self.args.out / cell.name)
+            try:
+                publish(place, self.args.out / cell.name)
+            except (OSError, ValueError) as error:
+                self.fails(cell, f"cannot be published from {place} ({error})")
+                return
             shutil.rmtree(self.args.models_dir / cell.name, ignore_errors=True)
             self.done += cell.work
             spent = time.monotonic() - self.began
             hours = spent / self.done * (self.left - self.done) / 3600
             print(f"finished {cell.name}; the rest takes about {hours:.1f} hours", flush=True)
+
+    def fails(self, cell: Cell, why: str) -> None:
+        """Say so, and go on with the others."""
+        self.failed += 1
+        print(f"FAILED   {cell.name}: {why}", flush=True)
 
     def run(self) -> int:
         """All that is missing; the exit status."""
@@ -233,6 +244,8 @@ def publish(run: Path, place: Path) -> None:
 def last_round(clients: bytes) -> bytes:
     """The head of clients.csv and the rows of its last round, the first column."""
     head, *rows = clients.splitlines(keepends=True)
+    if not rows:
+        raise ValueError("clients.csv has no rows")
     last = rows[-1].split(b",")[0]
     return head + b"".join(row for row in rows if row.split(b",")[0] == last)
 
@@ -258,7 +271,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error("--workers: must be at least 1")
-    cells = [cell for part in args.only for cell in cells_of(part) if args.match in cell.name]
+    cells = [cell for part in dict.fromkeys(args.only) for cell in cells_of(part) if args.match in cell.name]
+    if not cells:
+        parser.error(f"--match {args.match}: no run of these parts has that in its name; see --list")
     try:
         queue = Queue(cells, args)
         if args.list:
@@ -266,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("missing" if cell in queue.missing else "there  ", cell.name)
             print(f"{len(cells) - len(queue.missing)} of {len(cells)} runs are there")
             return 0
+        args.out.mkdir(parents=True, exist_ok=True)
         return queue.run()
     except (InputError, OSError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
@@ -273,5 +289,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
+    for ending in (signal.SIGTERM, signal.SIGHUP):   # as Ctrl-C, also where the terminal goes away
+        signal.signal(ending, signal.default_int_handler)
     sys.exit(main())

@@ -51,7 +51,8 @@ def finished(folder: Path) -> Finished:
     """A finished run; ends this process if there is none."""
     found = read(folder)
     if isinstance(found, str):
-        raise SystemExit(f"verify.py: error: {folder}: {found}")
+        print(f"verify.py: error: {folder}: {found}", file=sys.stderr)
+        raise SystemExit(2)
     return found
 
 

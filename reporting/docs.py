@@ -32,7 +32,10 @@ def update(root: Path, tables: Tables, check: bool) -> dict[str, list[str]]:
     stale, texts, made = {}, {}, dict[str, list[str]]()
     for path in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
         name = path.relative_to(root).as_posix()
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name} is not UTF-8 ({one_line(error)})") from error
         new, changed = filled(text, name, lambda table: made.get(table) or made.setdefault(
             table, _made(root, tables, table)))
         if changed:

@@ -50,7 +50,7 @@ FOUND = ["adversary", "round", "kind", "attack", "n", "score", "low", "high", "c
 NONE = pd.DataFrame(columns=FOUND)
 WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]   # of summary.csv
 MARKERS = dict(zip(ADVERSARIES, itertools.cycle("osD^vP")))   # noqa: B905 - a cycle is endless
-COLOURS = dict(zip(METHODS, itertools.cycle(plt.get_cmap("tab10")(range(10)).tolist())))   # noqa: B905
+COLOURS = dict(zip(METHODS, itertools.cycle(plt.get_cmap("tab20")(range(20)).tolist())))   # noqa: B905
 AXES = {"image": ("leakage", "leakage: SSIM minus the best control's"),
         "class": ("score", "share recognised by the evaluator")}
 

@@ -42,7 +42,9 @@ def runs(root: Path, stem: str) -> dict[int, Path]:
     Raises:
         InputError: there are none.
     """
-    found = {int(path.name.rpartition("-s")[2]): path for path in (root / REFERENCE).glob(f"{stem}-s[0-9]*")}
+    seeds = re.compile(re.escape(stem) + r"-s(\d+)")
+    named = ((seeds.fullmatch(path.name), path) for path in (root / REFERENCE).glob("*"))
+    found = {int(match[1]): path for match, path in named if match}
     if not found:
         raise InputError(f"{REFERENCE / stem}-s*: no such run")
     return dict(sorted(found.items()))
@@ -97,6 +99,8 @@ def study(root: Path) -> Iterator[tuple[tuple[str, str, str], str, int, Finished
     for path in sorted((root / REFERENCE).glob("*")):
         if named := NAME.fullmatch(path.name):
             dataset, partition, rounds, epochs, label, seed = named.groups()
+            if not (path / "config.json").exists():   # being published
+                continue
             found = run(path)
             said = [str(found.options[name]) for name in ("dataset", "partition", "rounds", "local_ep", "seed")]
             if said != [dataset, partition.split("-")[0], rounds, epochs, seed]:

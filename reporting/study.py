@@ -74,11 +74,14 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def gap(by: Mapping[str, Seeds], less: Sequence[str], stage: str) -> dict[int, float]:
-    """By seed, RVE-PFL's accuracy less the best of some labels' in the same seed, in points."""
-    found = {}
+    """By seed, RVE-PFL's accuracy less the best of some labels' in the same seed, in points.
+
+    Seeds in which one of these labels was not run are left out, since their best would be of fewer.
+    """
+    found, there = {}, [label for label in less if by.get(label)]
     for seed, own in by.get(RELEASED, {}).items():
-        others = [by[label][seed] for label in less if seed in by.get(label, {})]
-        if stage in own and others and all(stage in one for one in others):
+        others = [by[label][seed] for label in there if seed in by[label]]
+        if stage in own and others and len(others) == len(there) and all(stage in one for one in others):
             found[seed] = 100 * (own[stage] - max(one[stage] for one in others))
     return found
 

@@ -182,7 +182,8 @@ def test_the_filter_takes_weight_from_those_who_push_one_way():
 
 
 def test_the_fall_back_is_no_worse_than_the_best_plain_rule():
-    """Where nobody is trusted, three of ten that push against the rest cost it less than any rule of byzfl's, and what they cost CAF, whose filter it has."""
+    """Where nobody is trusted, three of ten that push against the rest cost it less than any rule of byzfl's,
+    and what they cost CAF, whose filter it has."""
     torch.manual_seed(7)
     sent, common = {"w": torch.zeros(400)}, 0.5 * torch.randn(400)
     honest = common + torch.randn(10, 400)

@@ -71,6 +71,9 @@ def test_stale_pages_end_it_before_it_trains(verify, monkeypatch):
     assert verify.main([]) == 1
 
 
-def test_no_reference_is_one_line(verify, tmp_path):
-    with pytest.raises(SystemExit, match="verify.py: error: .* no config.json"):
+def test_no_reference_is_one_line(verify, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
         verify.main(["--reference", str(tmp_path)])
+    assert stop.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("verify.py: error: ") and "no config.json" in line
