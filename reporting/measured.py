@@ -185,15 +185,17 @@ def real_uploads(root: Path, run: str, rounds: Sequence[int]) -> list[str]:
 
 def other_uploads(root: Path) -> list[str]:
     """The same of one round of other runs: PSNR, the class mean's, and how many images come first."""
-    numbers = ["images", "epochs", "psnr", "identified", "mean_psnr"]
-    table, rows = csv(root, "real_uploads.csv", numbers, ["run", "optimizer"]), []
+    numbers = ["round", "images", "epochs", "psnr", "identified", "mean_psnr"]
+    table, rows = csv(root, "real_uploads.csv", numbers, ["run", "optimizer", "dropout"]), []
+    table = table[table["run"].isin(OTHER_UPLOADS) & (table["round"] == 5) & (table["dropout"] == "on")]
+    counts = sorted(table["images"].astype(int).unique())
     for run, about in OTHER_UPLOADS.items():
         for (optimizer, epochs), part in table[table["run"] == run].groupby(["optimizer", "epochs"]):
             by = part.set_index("images")
             rows.append([about, f"{optimizer}, {epochs:.0f}", *(
                 f"{by.loc[n, 'psnr']:.1f} ({by.loc[n, 'mean_psnr']:.1f}), {by.loc[n, 'identified'] * n:.0f}"
-                for n in sorted(part["images"].unique()))])
-    return grid(["images", "optimiser, epochs", "1", "4", "8", "16"], rows)
+                if n in by.index else DASH for n in counts)])
+    return grid(["images", "optimiser, epochs", *map(str, counts)], rows)
 
 
 def _by_images(part: pd.DataFrame, counts: Sequence[int], psnr: str, share: str) -> list[str]:
@@ -304,10 +306,10 @@ def behaviours(root: Path) -> list[str]:
         part = tried[(tried["scope"] == scope) & (tried["frac"] == share) & (tried["behaviour"] == behaviour)]
         lost = part.groupby("rule")["lost"]
         worlds = lost.count()["threat"]
-        rows.append([f"{SERVER_SCOPES[scope]}, {100 * share:.0f} %", f"`{behaviour}`", str(worlds), *(
+        rows.append([f"`{behaviour}`, {SERVER_SCOPES[scope]}, {100 * share:.0f} %", str(worlds), *(
             f"{lost.mean()[rule]:.1f}, {lost.max()[rule]:.1f}" if lost.count().get(rule) == worlds else DASH
             for rule in RULES)])
-    return grid(["", "behaviour", "worlds", *(f"`{rule}`" for rule in RULES)], rows)
+    return grid(["", "worlds", *(f"`{rule}`" for rule in RULES)], rows)
 
 
 def worst_losses(root: Path) -> list[str]:

@@ -40,7 +40,7 @@ NOT_FROM_A_TABLE = {
         "a setting": "0.01 0.001 1",
         "the level of an interval, and a guess": "95 0.5",
         "the width of an interval, membership.csv": "0.1",
-        "shares found, membership.csv": "0.03"},
+        "shares found, membership.csv": "0.04"},
     "docs/real_uploads.md": {
         "what of a gradient can be read, not kept": "78 100",
         "600 simulations, not kept": "4.1 4.9"},
@@ -51,9 +51,9 @@ NOT_FROM_A_TABLE = {
         "without bf16": "1.5",
         "a mean of three gaps, and what one image is": "0.15 0.11"},
     "docs/threat-model.md": {
-        "three test images": "0.33 1.0",
+        "three test images": "0.33",
         "what was not run": "40",
-        "probes, dropped": "1.2 0.05"}}
+        "probes, dropped": "1.2"}}
 
 
 @pytest.fixture
@@ -207,11 +207,11 @@ def test_members_by_hand():
     ("frontier-cifar", "published", "11 | 0.855, 0.620 | – | 0.23 (0.26), 9.5 (246) | – | –, 16 of 16"),
     ("frontier-digits", "`--prior class`, beta 1", "13 | 0.990, 0.955 | 1.6, 2.3 | 0.47 (0.48), 148.5 (154.5) | "
                                                    "0.46 (0.48), 145.5 (166) | 37, 1 of 16"),   # the last of three
-    ("server-nobody", "heads, shards, seed 11",
-     "0.974, 0.888 | 0.974, 0.888 | 0.974, 0.876 | 0.974, 0.888 | 1.00"),
-    ("server-behaviours", "`mimic`",
-     "whole models, shards, seed 11 | 0.3 | 0.382 | 0.465 | 0.173 | 0.199 | 0.193"),
-    ("server-backdoors", "`backdoor_patch`, whole models, iid, seed 12", "0.35 | 0.58 | 0.09 | 0.06"),
+    ("server-nobody", "heads, shards",   # means of 0.97416 and 0.98876, and of 0.88764 and 0.96629
+     "11, 12 | 0.981, 0.927 | 0.981, 0.927 | 0.980, 0.921 | 0.981, 0.927 | 1.00"),
+    ("server-backdoors", "`backdoor_patch`, whole models, iid",
+     "0.22 (0.08 to 0.35) | 0.61 (0.58 to 0.64) | 0.13 (0.09 to 0.17) | 0.01 (0.01 to 0.01)"),
+    ("conditioning", "`cifar10k`, `lg_fedavg`", "3072 | 3026 to 3029; 494 to 586 | 3072; 10.9 to 12.1"),
     ("scaling", "100", "6.7 | 67 | 2,820 | 2.6")])
 def test_a_row_of_each_table(name, row, expected):
     assert " | ".join(cells(TABLES[name](ROOT))[row]) == expected
@@ -337,11 +337,17 @@ def test_claims_of_leakage_by_hand():
     assert claims.class_prior(ROOT, "cifar10k", "deployed") == {11: pytest.approx(-0.7)}
 
 
+def test_losses_to_the_oracle_by_hand():
+    """`mimic`, whole models: -12.2, 0.0, -8.3, 5.4, -0.1 and 1.1 points, read off the CSV."""
+    assert cells(measured.behaviours(ROOT))["`mimic`, whole models, 30 %"][:2] == ["6", "-2.4, 5.4"]
+
+
 def test_claims_of_the_server_by_hand():
-    assert claims.robust(ROOT, "heads") == {11: pytest.approx(98.074 - 97.592)}   # `adaptive`, shards
+    assert claims.robust(ROOT, "heads")[12] == pytest.approx(96.685 - 95.252)   # `label_flip`, Dirichlet
     assert claims.robust(ROOT, "whole models")[12] == pytest.approx(56.982 - 39.807)
-    assert claims.opened(ROOT, "whole models") == pytest.approx({11: 100, 12: 92.777})
-    assert claims.opened(ROOT, "heads") == {}
+    opened = [float(row["backdoor"]) for row in rows_of("docs/server.csv") if row["backdoor"]
+              and (row["rule"], row["scope"], row["seed"]) == ("threat", "models", "12")]
+    assert claims.opened(ROOT, "whole models")[12] == pytest.approx(100 * max(opened))
 
 
 FIGURE = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\d)|(?<![\w.])\d+(?= %)")
