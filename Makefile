@@ -11,7 +11,7 @@ run: $(VENV)/.run
 	$(BIN)/python RVE-PFL.py --dataset mnist10k --rounds 5 --local_ep 2 --overwrite
 
 attack: $(VENV)/.run
-	$(BIN)/python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1 --images 6 --iterations 100 --train_epochs 8 \
+	$(BIN)/python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1 --images 6 --iterations 80 --train_epochs 8 \
 		--public $(PUBLIC)
 
 verify: $(VENV)/.run
