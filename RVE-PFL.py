@@ -22,8 +22,8 @@ import datasets
 import sampling
 from engine.graphed import GraphedTrainer
 from engine.ranks import PeerLost, Ranks
+from engine.several import train_each
 from engine.signals import Interrupted, Interrupts, steady_output
-from engine.stacked import stack_size, train_each
 from methods import METHODS
 from metrics import over_clients
 from models import Classifier
@@ -231,10 +231,9 @@ class Federation:
 
     def _train_each(self, number: int, indices: dict[int, np.ndarray], sent: State,
                     run: Run) -> Iterator[tuple[int, Trained | Diverged]]:
-        """``update.one_by_one``, stacked where that is faster, malicious clients last and as they behave."""
-        stack = self.args.stack or stack_size(self.trainer(number).labels.device, self.args.local_bs)
+        """Every client's training, malicious clients last and as they behave."""
         for trainer, own in self.malicious.groups(self.trainer(number), indices):
-            for k, outcome in train_each(trainer, number, own, sent, run.private.get, stack):
+            for k, outcome in train_each(trainer, number, own, sent, run.private.get, self.args.stack):
                 if isinstance(outcome, Trained):
                     outcome = self.malicious.retrained(trainer, k, number, len(own[k]), outcome)
                 yield k, outcome

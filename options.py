@@ -67,8 +67,9 @@ def common() -> list[Option]:
                pattern=(r"auto|cpu|cuda(:\d{1,3})?", "choose from auto, cpu, cuda, cuda:N")),
         Option("precision", "precision of convolutions and matrix products; auto: bf16 where the chip has it",
                default="auto", choices=("auto", "fp32", "bf16")),
-        Option("stack", "clients trained at a time as one stacked model (if not given: 1 on a CPU; on a GPU as "
-               "many as make 500 images a step)", int, within=(1, 10_000)),
+        Option("stack", "clients trained at a time as one stacked model, 1: one after another (if not given: on a "
+               "GPU as many as make 500 images a step; on a CPU, if the model is small, a client a thread)", int,
+               within=(1, 10_000)),
         Option("eval_every", "evaluate every so many rounds, and in the last", int, 1, within=(1, HUGE)),
         Option("run_name", "folder name under RESULTS_DIR and MODELS_DIR (<dataset>-<partition>-<method>-"
                "seed<seed> if not given)", pattern=NAME),

@@ -144,7 +144,7 @@ class Trainer:
             Diverged: the loss is no longer finite; ``private`` and ``sent`` are untouched.
         """
         how = self.training
-        seed_torch(how.seed, "train", client, round)
+        self.seed("train", client, round)
         self._load(sent, private)
         self.model.train()
         steps, (optimizer, received) = private.steps, self.prepare(sent)
@@ -172,7 +172,7 @@ class Trainer:
     def evaluate(self, client: int, round: int, indices: np.ndarray, shared: State,
                  private: Private) -> dict[str, float]:
         """Metrics of ``p(y|x)``, averaged over ``eval_samples`` draws of z; loss is its cross-entropy."""
-        seed_torch(self.training.seed, "evaluate", client, round)
+        self.seed("evaluate", client, round)
         self._load(shared, private)
         self.model.eval()
         tally = Tally()
@@ -269,6 +269,10 @@ class Trainer:
         columns = torch.where(mirrored, width - 1 - columns, columns)
         chosen = self.images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]   # N x H x W x C
         return chosen.permute(0, 3, 1, 2).float().div_(255)
+
+    def seed(self, purpose: str, client: int, round: int) -> None:
+        """Let what follows draw what one client's work in one round draws."""
+        seed_torch(self.training.seed, purpose, client, round)
 
     def _load(self, shared: State, private: Private) -> None:
         self.model.load_state_dict({**shared, **private.parameters})

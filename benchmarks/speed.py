@@ -13,12 +13,13 @@ once out and once in. Images are random: only their shape matters here.
 import argparse
 import contextlib
 import copy
+import dataclasses
 import io
 import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from unittest import mock
 
@@ -32,6 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import models
+from engine.several import train_each
+from engine.threaded import one_thread_each, threads_for
 from metrics import Tally
 from server.mean import weighted_mean
 from update import Private, Trainer, Training
@@ -62,27 +65,39 @@ class Ours:
         self.parts = np.split(np.arange(len(labels)), work.clients)
         self.head, private = self.trainer.shared_and_private(self.trainer.state())
         self.private = dict.fromkeys(range(work.clients), Private(private))
-        self.rounds, self.batch, self.endless = 0, work.batch, self._endless()
+        self.rounds, self.batch = 0, work.batch
+        self.endless = [self._endless() for _ in range(threads_for(self.trainer))]
 
     def _endless(self):
         """A client's training, step by step; what ``Trainer.train`` does around it is timed by ``round``."""
-        self.trainer.model.train()
-        optimizer, tally = self.trainer.make_optimizer(dict(self.trainer.model.named_parameters())), Tally()
+        trainer = dataclasses.replace(self.trainer, model=copy.deepcopy(self.trainer.model).train())
+        optimizer, tally = trainer.make_optimizer(dict(trainer.model.named_parameters())), Tally()
         while True:
-            for batch in torch.randperm(len(self.parts[0])).to(self.trainer.labels.device).split(self.batch):
-                tally.add(*self.trainer._step(optimizer, 1, batch, {}), self.trainer.labels[batch])
+            for batch in torch.randperm(len(self.parts[0])).to(trainer.labels.device).split(self.batch):
+                tally.add(*trainer._step(optimizer, 1, batch, {}), trainer.labels[batch])
                 yield
 
-    def step(self) -> None:
-        next(self.endless)
+    def step(self, times: int) -> float:
+        """Seconds a step, of as many clients at once as the program trains."""
+        def some(client: Iterator) -> None:
+            for _ in range(times):
+                next(client)
+        if len(self.endless) == 1:
+            return timed(lambda: some(self.endless[0]), self.trainer.labels.device) / times
+        with one_thread_each(len(self.endless)) as pool:
+            whole = timed(lambda: list(pool.map(some, self.endless)), self.trainer.labels.device)
+        return whole / times / len(self.endless)
 
-    def round(self) -> None:
-        self.rounds += 1
-        uploads = {}
-        for k, own in enumerate(self.parts):
-            uploads[k], self.private[k], _ = self.trainer.train(
-                k, self.rounds, own, self.head, self.private[k])
-        self.head = weighted_mean(list(uploads.values()), [1] * len(uploads))
+    def round(self, times: int) -> float:
+        """Seconds a round."""
+        def whole() -> None:
+            self.rounds += 1
+            uploads = {}
+            for k, outcome in train_each(self.trainer, self.rounds, dict(enumerate(self.parts)), self.head,
+                                         self.private.__getitem__, None):
+                uploads[k], self.private[k], _ = outcome
+            self.head = weighted_mean(list(uploads.values()), [1] * len(uploads))
+        return timed(whole, self.trainer.labels.device, times)
 
 
 def timed(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
@@ -117,8 +132,7 @@ class Elsewhere:
         return self.connection.recv()
 
 
-def in_turns(plain: Elsewhere, ours: Ours, name: str, device: torch.device, repeats: int,
-             times: int) -> list[float]:
+def in_turns(plain: Elsewhere, ours: Ours, name: str, repeats: int, times: int) -> list[float]:
     """Median seconds of the method ``name`` of each, called by turns; the first turn does not count.
 
     A step, or several timed together where they are short, follows an untimed one, so that caches are warm; a
@@ -130,8 +144,8 @@ def in_turns(plain: Elsewhere, ours: Ours, name: str, device: torch.device, repe
             plain.timed(name, 1)
         theirs = plain.timed(name, times)
         if name == "step":
-            timed(getattr(ours, name), device)
-        seconds.append((theirs, timed(getattr(ours, name), device, times)))
+            ours.step(1)
+        seconds.append((theirs, getattr(ours, name)(times)))
     return [statistics.median(column) for column in zip(*seconds[1:], strict=True)]
 
 
@@ -161,9 +175,9 @@ def counted(work: Workload, ours: Ours) -> tuple[int, int]:
     with FlopCounterMode(display=False) as counter, \
             torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), \
             torch.autocast(batch.device.type, torch.bfloat16, trainer.training.dtype == torch.bfloat16):
-        logits, kl, _ = model(trainer._pixels(batch))
-        loss = F.cross_entropy(logits, trainer.labels[batch]) + (0 if kl is None else kl.mean())
-        loss.backward()
+        output = model(trainer._pixels(batch))
+        loss = F.cross_entropy(output.logits, trainer.labels[batch])
+        (loss if output.kl is None else loss + output.kl.mean()).backward()
     parameters = sum(p.numel() for p in model.parameters())
     # a gradient written; then SGD reads it and the weight and writes the weight; Adam two moments besides
     update = 4 * (1 + 3) if work.optimizer == "sgd" else 4 * (1 + 7)
@@ -181,8 +195,8 @@ def measure(name: str, work: Workload, args: argparse.Namespace, device: torch.d
     plain, ours = Elsewhere(work, images, labels, device), Ours(work, images, labels, device, args.precision)
     operations, moved = counted(work, ours)
     floor = operations / rate[0] + moved / rate[1]
-    step = in_turns(plain, ours, "step", device, args.repeats, work.steps)
-    whole = in_turns(plain, ours, "round", device, min(args.repeats, ROUNDS), 1)
+    step = in_turns(plain, ours, "step", args.repeats, work.steps)
+    whole = in_turns(plain, ours, "round", min(args.repeats, ROUNDS), 1)
     plain.process.kill()
     return (f"{name:<34}{1e3 * step[0]:9.1f}{1e3 * step[1]:9.1f}{step[0] / step[1]:7.2f}{1e3 * floor:9.1f}"
             f"{floor / step[1]:8.0%}{whole[0]:9.2f}{whole[1]:9.2f}{whole[0] / whole[1]:7.2f}"

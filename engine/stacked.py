@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from metrics import Tally
 from models import Output
 from server.mean import State
-from update import Diverged, Private, Trained, Trainer, one_by_one
+from update import Diverged, Private, Trained, Trainer
 from utils import generator_of, rng, seed_torch
 
 FULL = 500   # images a step that keep a GPU busy
@@ -32,16 +32,9 @@ def stack_size(device: torch.device, batch_size: int) -> int:
     return max(1, FULL // batch_size) if device.type == "cuda" else 1
 
 
-def train_each(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
-               private: Callable[[int], Private], most: int) -> Iterator[tuple[int, Trained | Diverged]]:
-    """``update.one_by_one``, or up to ``most`` clients at a time.
-
-    A method with a loss of its own, which looks into the model, is always trained one client after another, and so
-    is a network that draws otherwise than ``Asked`` knows.
-    """
-    if most == 1 or trainer.method.loss is not None or draws_of(trainer) is None:
-        yield from one_by_one(trainer, round, indices, sent, private)
-        return
+def in_stacks(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
+              private: Callable[[int], Private], most: int) -> Iterator[tuple[int, Trained | Diverged]]:
+    """``update.one_by_one``, up to ``most`` clients at a time."""
     alike: dict[tuple[int, int], dict[int, Private]] = {}   # by steps a round and steps made
     for k, own in indices.items():
         mine = private(k)

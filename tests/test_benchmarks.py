@@ -300,3 +300,23 @@ def test_conditioning_by_an_explicit_jacobian(script, tiny_run, capsys):
     assert int(alone[-2]) <= int(both[-2]) <= int(both[-3]) == 64
     assert module.main([*flags[:1], "none", *flags[2:]]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("network", ["RVE", "CNN"])
+def test_speed_counts_and_times_a_workload(script, network):
+    """Its floor, and our step and round, which small models make with a client a thread."""
+    speed, threads = script("speed"), torch.get_num_threads()
+    work = speed.Workload(getattr(speed.models, network), (1, 8, 8), 4, "adam", 2, 3, 2)
+    drawn, device = np.random.default_rng(1), torch.device("cpu")
+    torch.set_num_threads(2)
+    try:
+        ours = speed.Ours(work, drawn.integers(0, 256, (24, 8, 8, 1), np.uint8), drawn.integers(0, 10, 24), device,
+                          "fp32")
+        assert len(ours.endless) == 2
+        operations, moved = speed.counted(work, ours)
+        parameters = sum(p.numel() for p in ours.trainer.model.parameters())
+        # A product with each weight at least, forwards; gradient, weight and Adam's two moments at least.
+        assert operations > 2 * 4 * parameters and moved > 4 * 8 * parameters
+        assert ours.step(2) > 0 and ours.round(2) > 0 and ours.rounds == 2
+    finally:
+        torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from test_update import make
 from torch import nn
 
 from engine.graphed import GraphedTrainer
-from engine.stacked import train_each
+from engine.several import train_each
 from update import Private, Trainer
 from utils import choose_device, seed_torch
 

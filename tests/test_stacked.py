@@ -7,7 +7,8 @@ import torch
 from test_update import make
 from torch import nn
 
-from engine.stacked import draws_of, side_by_side, stack_size, train_each
+from engine.several import train_each
+from engine.stacked import draws_of, side_by_side, stack_size
 from methods import METHODS
 from update import Diverged, Private
 

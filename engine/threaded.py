@@ -1,0 +1,125 @@
+"""Small clients trained at once, a thread each: for models whose steps are too short to be shared by cores.
+
+A step of a small model is a row of short kernels, and to split each of them over the cores costs more than it
+gains. Here each thread trains one client after another, on one core. A client draws from a generator of its own
+the numbers that it draws when it trains alone, so that it does not matter how threads take turns.
+"""
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from threading import Event
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from server.mean import State
+from update import Diverged, Private, Trained, Trainer
+from utils import torch_rng
+
+SMALL = 4_000_000   # parameters; the steps of larger models wait for memory, and threads would wait together
+MOST = 4            # threads; of more, many would wait for Python's lock
+
+
+def threads_for(trainer: Trainer) -> int:
+    """How many clients to train at once: on a CPU with several threads, if the model is small; else one."""
+    if trainer.labels.device.type != "cpu" or sum(p.numel() for p in trainer.model.parameters()) > SMALL:
+        return 1
+    return min(torch.get_num_threads(), MOST)
+
+
+class Stopped(Exception):
+    """Nobody waits for this client any more."""
+
+
+class DrawsFrom(TorchFunctionMode):
+    """Answers what training draws from a generator, with the numbers that PyTorch's own would have given."""
+
+    def __init__(self, generator: torch.Generator):
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, function: Callable, types: Any, given: tuple = (),
+                           named: dict[str, Any] | None = None) -> Any:
+        named = named or {}
+        if function is torch.rand or function is torch.randint:
+            return function(*given, **named, generator=self.generator)
+        if function is torch.randn_like:
+            return torch.empty_like(given[0]).normal_(generator=self.generator)
+        if function is F.dropout and named["training"]:
+            kept = 1 - named["p"]
+            return given[0] * torch.empty_like(given[0]).bernoulli_(kept, generator=self.generator).div_(kept)
+        return function(*given, **named)
+
+
+@dataclass
+class ThreadsTrainer(Trainer):
+    """A thread's trainer, with a working model of its own.
+
+    Args:
+        stop: where it is set, the next step raises Stopped.
+    """
+
+    stop: Event
+
+    def train(self, client: int, round: int, indices: np.ndarray, sent: State, private: Private) -> Trained:
+        with DrawsFrom(torch_rng(self.training.seed, "train", client, round)):
+            return super().train(client, round, indices, sent, private)
+
+    def seed(self, purpose: str, client: int, round: int) -> None:
+        """Leave PyTorch's own generator alone, which all threads share: ``train`` has one of its own."""
+
+    def _step(self, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        if self.stop.is_set():
+            raise Stopped
+        return super()._step(*arguments)
+
+
+@contextmanager
+def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads whose kernels run on the core of the thread, and no other kernel on more than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def at_once(trainer: Trainer, number: int, indices: dict[int, np.ndarray], sent: State,
+            private: Callable[[int], Private], threads: int) -> Iterator[tuple[int, Trained | Diverged]]:
+    """``update.one_by_one`` in so many threads; what comes out of each client, in their order."""
+    stop = Event()
+    parts = {field.name: getattr(trainer, field.name) for field in fields(Trainer)}
+    free = deque(ThreadsTrainer(**parts | {"model": copy.deepcopy(trainer.model)}, stop=stop)
+                 for _ in range(threads))
+    waiting: deque[tuple[int, Future]] = deque()
+
+    def train(client: int, own: np.ndarray, mine: Private) -> Trained | Diverged:
+        worker = free.popleft()
+        try:
+            return worker.train(client, number, own, sent, mine)
+        except Diverged as error:
+            return error
+        finally:
+            free.append(worker)
+    with one_thread_each(threads) as pool:
+        try:
+            for k, own in indices.items():
+                waiting.append((k, pool.submit(train, k, own, private(k))))
+                if len(waiting) > threads:   # one client waits, so that no thread does
+                    first, outcome = waiting.popleft()
+                    yield first, outcome.result()
+            while waiting:
+                first, outcome = waiting.popleft()
+                yield first, outcome.result()
+        finally:
+            stop.set()   # where the caller leaves early, for an error or Ctrl-C

@@ -1,0 +1,160 @@
+"""Small clients trained in threads: the numbers that each has alone, whoever takes turns."""
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from test_stacked import INDICES, outcomes
+from test_update import make
+
+from engine import several, threaded
+from methods import METHODS
+from update import Diverged, Private, Trainer
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def alone(tiny_arrays, *arguments, **changes):
+    """What each client comes to by itself, each kernel on one core."""
+    client, head, private = make(tiny_arrays, *arguments, epochs=2, **changes)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return outcomes(client, 1, head, private)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def same(one, other):
+    assert one.metrics == pytest.approx(other.metrics, abs=0, nan_ok=True)
+    assert one.private.steps == other.private.steps
+    for a, b in ((one.upload, other.upload), (one.private.parameters, other.private.parameters)):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "flip+shift"])
+@pytest.mark.parametrize("method", ["rve_pfl", "fedavg"])
+def test_clients_in_threads_are_those_alone_to_the_bit(tiny_arrays, two_threads, method, augment):
+    """Noise, dropout, augmentation, order and optimiser, and PyTorch's own generator is left alone."""
+    expected = alone(tiny_arrays, method, augment=augment)
+    client, head, private = make(tiny_arrays, method, epochs=2, augment=augment)
+    torch.manual_seed(4)
+    before = torch.random.get_rng_state()
+    found = dict(threaded.at_once(client, 2, INDICES, head, lambda k: private, 2))
+    assert list(found) == list(INDICES)
+    for k in INDICES:
+        same(found[k], expected[k])
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.get_num_threads() == 2
+
+
+def test_a_head_that_rehearses_may_train_in_threads(tiny_arrays, two_threads):
+    results = []
+    for _ in range(2):
+        client, *_ = make(tiny_arrays, epochs=2)
+        torch.manual_seed(1)
+        client.model = METHODS["rve_pfl"].build(client.model.image_shape, client.num_classes,
+                                                {"init_logvar": -2.0, "prior": "class"})
+        head, private = client.shared_and_private(client.state())
+        results.append(dict(threaded.at_once(client, 2, INDICES, head, lambda k, p=private: Private(p), 3)))
+    for k in INDICES:
+        same(results[0][k], results[1][k])
+
+
+def test_several_clients_are_under_way_and_few_results_wait(tiny_arrays, two_threads, monkeypatch):
+    """As many as there are threads train at once; of a thousand clients only the next few have been fetched."""
+    together, most, fetched, lock, train = 0, 0, [], threading.Lock(), Trainer.train
+
+    def watched(self, *arguments):
+        nonlocal together, most
+        with lock:
+            together += 1
+            most = max(most, together)
+        time.sleep(0.02)
+        try:
+            return train(self, *arguments)
+        finally:
+            with lock:
+                together -= 1
+    monkeypatch.setattr(Trainer, "train", watched)
+    client, head, private = make(tiny_arrays)
+    going = threaded.at_once(client, 1, dict.fromkeys(range(20), INDICES[5]), head,
+                             lambda k: fetched.append(k) or private, 2)
+    for done, _ in enumerate(going):
+        assert len(fetched) <= done + 3
+    assert most == 2 and done == 19
+
+
+def test_whoever_leaves_early_waits_for_a_step_at_most(tiny_arrays, two_threads, monkeypatch):
+    """Ctrl-C: clients that still train stop at their next step, and nothing runs on behind the caller's back."""
+    steps, step = [], Trainer._step
+
+    def slow(self, *arguments):
+        steps.append(1)
+        time.sleep(0.05)
+        return step(self, *arguments)
+    client, head, private = make(tiny_arrays, epochs=3)
+    going = threaded.at_once(client, 1, INDICES, head, lambda k: private, 2)
+    next(going)
+    monkeypatch.setattr(Trainer, "_step", slow)
+    while not steps:
+        time.sleep(0.001)
+    going.close()
+    made = len(steps)
+    assert made <= 4 and torch.get_num_threads() == 2   # of the 27 that the others had before them
+    time.sleep(0.2)
+    assert len(steps) == made
+
+
+def test_one_that_diverges_and_one_that_fails(tiny_arrays, two_threads, monkeypatch):
+    client, head, private = make(tiny_arrays)
+    bad = Private({name: value * float("nan") for name, value in private.parameters.items()})
+    found = dict(threaded.at_once(client, 2, INDICES, head, lambda k: bad if k == 2 else private, 2))
+    assert isinstance(found[2], Diverged) and "client 2, round 2" in str(found[2])
+    assert not any(isinstance(found[k], Diverged) for k in (0, 3, 5))
+    monkeypatch.setattr(Trainer, "trained", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(threaded.at_once(client, 2, INDICES, head, lambda k: private, 2))
+
+
+def test_who_trains_in_threads(tiny_arrays, two_threads, monkeypatch):
+    """Small models on a CPU of several threads, unless the user or the method says otherwise."""
+    client, head, private = make(tiny_arrays, "fedavg")
+    assert threaded.threads_for(client) == 2
+    called = []
+    monkeypatch.setattr(several, "at_once", lambda *a: called.append(a[-1]) or iter(()))
+
+    def threads(stack=None):
+        called.clear()
+        list(several.train_each(client, 1, INDICES, head, lambda k: private, stack))
+        return called
+    assert threads() == [2]
+    assert threads(stack=1) == threads(stack=2) == []
+    monkeypatch.setattr(threaded, "SMALL", 10)
+    assert threads() == []
+    monkeypatch.setattr(threaded, "SMALL", 10**9)
+    torch.set_num_threads(1)
+    assert threads() == []
+    torch.set_num_threads(2)
+    client.method = METHODS["nbafl_prox"]
+    monkeypatch.setattr(several, "one_by_one", lambda *a: iter(()))
+    assert threads() == []
+
+
+def test_threads_that_take_turns_often_change_nothing(tiny_arrays, two_threads):
+    expected, interval = alone(tiny_arrays, "fedavg", augment="flip"), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        client, head, private = make(tiny_arrays, "fedavg", epochs=2, augment="flip")
+        found = dict(threaded.at_once(client, 2, INDICES, head, lambda k: private, 4))
+    finally:
+        sys.setswitchinterval(interval)
+    for k in INDICES:
+        same(found[k], expected[k])
