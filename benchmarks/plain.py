@@ -28,6 +28,18 @@ class SmallCNN(models.CNN):
             nn.Linear(128, num_classes))
 
 
+class TutorialCNN(models.CNN):
+    """PyTorch's tutorial network for CIFAR-10, which BlazeFL's benchmark trains: 62,006 parameters."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
+        nn.Module.__init__(self)
+        channels, height, width = image_shape
+        self.classifier = nn.Sequential(
+            nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+            models.FlattenHWC(), nn.Linear(16 * ((height - 12) // 4) * ((width - 12) // 4), 120), nn.ReLU(),
+            nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, num_classes))
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a client trains on; ``clients`` of ``batches`` full batches make the round that is timed."""

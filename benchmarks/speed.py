@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _path import load_driver  # lets this script import the project
-from plain import Plain, SmallCNN, Workload
+from plain import Plain, SmallCNN, TutorialCNN, Workload
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -47,7 +47,9 @@ WORKLOADS = {
     "rve_pfl cifar, batch 256": Workload(models.RVE, COLOUR, 256, "adam", 2, 3, 1),
     "rve_pfl mnist, batch 32": Workload(models.RVE, GREY, 32, "adam", 2, 6, 4),
     "rve_pfl cifar, batch 32": Workload(models.RVE, COLOUR, 32, "adam", 2, 6, 4),
+    # A round of pfl-research's benchmark, and a fifth of the clients of a round of BlazeFL's.
     "50 small clients cifar, batch 10": Workload(SmallCNN, COLOUR, 10, "sgd", 50, 5, 20),
+    "20 tiny clients cifar, batch 50": Workload(TutorialCNN, COLOUR, 50, "sgd", 20, 50, 20),
 }
 
 
