@@ -17,6 +17,7 @@ MAIN = ("`rve_pfl`", "`local`", "`lg_fedavg`", "`fedper`", "`fedavg`", "`nbafl-L
 VARIANTS = ("`local`", "`rve_pfl`", "`class`", "`trunk`", "`trunk-class`", "`fedper`", "`fedavg`")
 RESPLIT = ("`rve_pfl-held_out`", "`rve_pfl-resplit`", "`nbafl-held_out`", "`nbafl-resplit`")
 RELEASED, ALONE, NBAFL = "`rve_pfl`", ("`local`",), ("`nbafl-L1`", "`nbafl-LT`", "`nbafl_prox`")
+PRIVATE = ("`fedavg`", "`client_dp-8`")
 FULL = ("mnist", "fmnist", "cifar")
 PAPER = dict(zip(FULL, (8, 20, 59), strict=True))   # points over NbAFL, shards
 
@@ -44,12 +45,16 @@ def wanted(keys: Iterable[Key], datasets: Sequence[str]) -> list[Key]:
     return sorted((key for key in keys if key[0] in datasets), key=place)
 
 
-def accuracy(root: Path, datasets: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """``deployed / trained``, a row a data set and partition, a column a label."""
+def accuracy(root: Path, datasets: Sequence[str], labels: Sequence[str], many: bool = False) -> list[str]:
+    """``deployed / trained``, a row a data set and partition, a column a label.
+
+    Args:
+        many: the runs whose names say how many clients they have, instead of the others.
+    """
     found, rows = accuracies(root), []
     for key in wanted(found, datasets):
         by = [found[key].get(label, {}) for label in labels]
-        if any(by):
+        if any(by) and key[1].endswith("clients") == many:
             rows.append([*_names(key), *(" / ".join(_over(seeds, stage) for stage in STAGES) if seeds else DASH
                                          for seeds in by)])
     return grid(["data set, partition, rounds", *labels],
@@ -78,12 +83,36 @@ def gap(by: Mapping[str, Seeds], less: Sequence[str], stage: str) -> dict[int, f
 
     Seeds in which one of these labels was not run are left out, since their best would be of fewer.
     """
-    found, there = {}, [label for label in less if by.get(label)]
-    for seed, own in by.get(RELEASED, {}).items():
-        others = [by[label][seed] for label in there if seed in by[label]]
-        if stage in own and others and len(others) == len(there) and all(stage in one for one in others):
-            found[seed] = 100 * (own[stage] - max(one[stage] for one in others))
-    return found
+    best = best_of(by, less, stage)
+    return {seed: 100 * (own[stage] - best[seed]) for seed, own in by.get(RELEASED, {}).items()
+            if stage in own and seed in best}
+
+
+def best_of(by: Mapping[str, Seeds], labels: Sequence[str], stage: str) -> dict[int, float]:
+    """By seed, the best accuracy of those of some labels that were run; seeds in which one is missing are not."""
+    there = [by[label] for label in labels if by.get(label)]
+    return {seed: max(one[seed][stage] for one in there) for seed in (there[0] if there else ())
+            if all(stage in one.get(seed, {}) for one in there)}
+
+
+def headline(root: Path) -> list[str]:
+    """RVE-PFL beside the best NbAFL with two classes a client, as deployed and fine-tuned, and the paper's gap.
+
+    All figures of a row are of the same seeds.
+    """
+    found, rows = accuracies(root), []
+    for key in wanted(found, FULL):
+        by = found[key]
+        lead = {stage: gap(by, NBAFL, stage) for stage in STAGES}
+        if key[1] == "shards" and lead["deployed"]:
+            cells = [spread([by[RELEASED][seed]["deployed"] for seed in lead["deployed"]], ".3f")]
+            for stage, ahead in lead.items():
+                best = best_of(by, NBAFL, stage)
+                cells += [spread([best[seed] for seed in ahead], ".3f"), spread(list(ahead.values()), "+.1f")]
+            rows.append([f"`{key[0]}`, {key[2]}", *cells, f"+{PAPER[key[0]]}"])
+    head = ["two classes a client", "RVE-PFL, deployed", "NbAFL, deployed", "gap, points", "NbAFL, fine-tuned",
+            "gap, fine-tuned", "the paper's gap"]
+    return grid(head, rows or [[DASH] * len(head)])
 
 
 def gaps(root: Path, datasets: Sequence[str]) -> list[str]:
@@ -105,5 +134,7 @@ STUDY: dict[str, Callable[[Path], list[str]]] = {
     "accuracy": partial(accuracy, datasets=FULL, labels=MAIN),
     "accuracy-small": partial(accuracy, datasets=SMALL, labels=MAIN),
     "accuracy-variants": partial(accuracy, datasets=SMALL, labels=VARIANTS),
+    "headline": headline,
+    "accuracy-dp": partial(accuracy, datasets=SMALL, labels=PRIVATE, many=True),
     "accuracy-resplit": partial(accuracy, datasets=(*FULL, *SMALL), labels=RESPLIT),
     "gaps": partial(gaps, datasets=FULL), "gaps-small": partial(gaps, datasets=SMALL)}

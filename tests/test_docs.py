@@ -256,8 +256,9 @@ def test_accuracy_over_seeds(make_run, tmp_path):
     make_run("mnist-iid-150clients-50x1-fedavg-seed1", 0.55, 0.5)
     make_run("cifar-shards-6x5-rve_pfl-seed1", 0.4, 0.3)
     table = cells(study.accuracy(tmp_path, study.FULL, study.MAIN))
-    assert list(table)[1:] == ["`mnist`, shards, 5 x 2", "`mnist`, iid, 5 x 2",
-                               "`mnist`, iid-150clients, 50 x 1", "`cifar`, shards, 6 x 5"]
+    assert list(table)[1:] == ["`mnist`, shards, 5 x 2", "`mnist`, iid, 5 x 2", "`cifar`, shards, 6 x 5"]
+    many = cells(study.accuracy(tmp_path, study.FULL, study.PRIVATE, many=True))
+    assert list(many.items())[1:] == [("`mnist`, iid-150clients, 50 x 1", ["0.550 / 0.500", "–"])]
     assert table["`mnist`, shards, 5 x 2"] == [
         "0.800 ± 0.100 (3) / 0.500 ± 0.265 (3)", "–", "–", "–", "–", "–", "0.500 / 0.750", "–"]
     assert table["`mnist`, iid, 5 x 2"][4] == "0.600 / 0.650"
@@ -268,6 +269,19 @@ def test_the_released_protocol_is_read_from_its_own_split(make_run, tmp_path):
     make_run("cifar-shards-6x5-rve_pfl-resplit-seed1", 0.98, 0.97)
     assert cells(study.accuracy(tmp_path, study.FULL, study.RESPLIT))["`cifar`, shards, 6 x 5"] == [
         "–", "0.980 / 0.970", "–", "–"]
+
+
+def test_the_headline_takes_the_best_nbafl_of_each_stage(make_run, tmp_path):
+    for seed, ours in ((1, 0.9), (2, 0.8)):
+        make_run(f"mnist-shards-5x2-rve_pfl-seed{seed}", ours, 0.8)
+    make_run("mnist-shards-5x2-nbafl-L1-seed1", 0.5, 0.7)
+    make_run("mnist-shards-5x2-nbafl_prox-seed1", 0.6, 0.65)
+    make_run("mnist-iid-5x2-rve_pfl-seed1", 0.9, 0.9)
+    make_run("mnist-iid-5x2-nbafl-L1-seed1", 0.9, 0.9)
+    make_run("cifar-shards-6x5-rve_pfl-seed1", 0.4, 0.3)   # nothing to compare it with
+    table = cells(study.headline(tmp_path))
+    assert list(table.items())[1:] == [
+        ("`mnist`, 5 x 2", ["0.900", "0.600", "+30.0", "0.700", "+10.0", "+8"])]
 
 
 def test_gaps_are_paired_by_seed_with_the_better_of_nbafls_settings(make_run, tmp_path):
