@@ -3,7 +3,7 @@
 # Each installs into .venv first.
 VENV ?= .venv
 PYTHON ?= python3
-# What `make attack` trains on: the images that no client owns need no download; PUBLIC=mnist is far stronger.
+# What `make attack` trains on: the images that no client owns need no download; PUBLIC=mnist gives more.
 PUBLIC ?= unowned
 BIN = $(VENV)/bin
 

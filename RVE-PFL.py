@@ -5,7 +5,6 @@
 
 Writes CSVs and pictures to results/<run>/ and checkpoints to saved_models/<run>/. Options: options.py.
 """
-import copy
 import itertools
 import shlex
 import signal
@@ -26,7 +25,6 @@ from engine.several import train_each
 from engine.signals import Interrupted, Interrupts, steady_output
 from methods import METHODS
 from metrics import over_clients
-from models import Classifier
 from options import args_parser
 from runs.checkpoint import borrowed_encoders, finished_source
 from runs.run import Progress, Run, open_run
@@ -146,13 +144,11 @@ def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) 
 
 def make_server(args: Namespace, trainer: Trainer, splits: list) -> Server:
     """How the method aggregates: by a server of its own, or by the rule asked for."""
-    network = copy.deepcopy(trainer.model.classifier).cpu().eval()
-    assert isinstance(network, Classifier)
     setting = Setting(
         seed=args.seed, clients=args.num_users, frac=args.frac, rounds=args.rounds,
         smallest=min(len(train) for train, _ in splits), epsilon=args.epsilon, delta=args.delta,
         clip=args.clip, exposures=args.exposures, noise_multiplier=args.noise_multiplier,
-        tolerate=args.tolerate, network=network, options=vars(args))
+        tolerate=args.tolerate, options=vars(args))
     return (trainer.method.server or RULES[args.aggregation].server)(setting)
 
 

@@ -40,7 +40,8 @@ def make_parser() -> Parser:
     for option in (
             Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
             Option("adversary", "the adversaries", default=list(ADVERSARIES), choices=ADVERSARIES, several=True),
-            Option("attack", "the attacks, as far as they fit an adversary and the method", default=list(ATTACKS),
+            Option("attack", "the attacks, as far as they fit an adversary and the method: "
+                   + ", ".join(f"{name} ({row.source})" for name, row in ATTACKS.items()), default=list(ATTACKS),
                    choices=ATTACKS, several=True),
             Option("clients", "numbers of the victims", int, [0], within=(0, HUGE), several=True),
             Option("rounds", "attack the checkpoints of these rounds (if not given: the latest; `fedmia`, which "

@@ -26,7 +26,7 @@ def measure(rule: str, heads: int) -> str:
     sent = {f"classifier.{name}": value for name, value in network.state_dict().items()}
     uploads = {k: {name: value + 0.01 * torch.randn_like(value) for name, value in sent.items()}
                for k in range(heads)}
-    server = RULES[rule].server(Setting(clients=heads, network=network))
+    server = RULES[rule].server(Setting(clients=heads))
     seconds = []
     for r in range(1, 5):
         if r == 3:

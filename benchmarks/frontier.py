@@ -24,7 +24,7 @@ from runs.pictures import plt
 
 PRIVATE = {"prior": "class", "kl_weight": 1e-2, "head_lr": 1}
 SETTINGS: dict[str, dict] = {
-    "published": {},
+    "published": {},   # the default
     "beta 1e-3": {"kl_weight": 1e-3},
     "class prior": PRIVATE,
     "class prior, beta 0.1": {**PRIVATE, "kl_weight": 0.1},
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict] = {
     "fedavg": {"method": "fedavg"},
     "nbafl": {"method": "nbafl"},
 }
-IMAGE_ATTACKS = {"thief": ("latent_decoder", "latent_likelihood"), "server": ("analytic", "trunk_analytic")}
+IMAGE_ATTACKS = {"thief": ("latent_decoder", "latent_likelihood"), "server": ("analytic", "gauss_newton", "trunk_analytic")}
 KEY = ["dataset", "partition", "setting", "seed"]
 
 

@@ -12,7 +12,6 @@ many clean rounds under the plain mean have begun. Rules are told the true share
 nobody is. Results go to FOLDER/cells.csv, a line a cell; interrupted, it goes on where it stopped.
 """
 import argparse
-import copy
 import csv
 import itertools
 import time
@@ -179,9 +178,8 @@ class World:
     def server(self, rule: str, told: float) -> Server:
         """A rule's server, told the share of malicious clients."""
         reads = {option.name: value for option, value in RULES[rule].reads.items()}
-        network = copy.deepcopy(self.trainer.model.classifier).eval()
         return RULES[rule].server(Setting(seed=self.args.seed, clients=10, rounds=self.args.rounds, tolerate=told,
-                                          network=network, options={**vars(self.args), **reads}))
+                                          options={**vars(self.args), **reads}))
 
     def malicious(self, cell: Cell) -> MaliciousClients:
         """The malicious clients of a cell; on latents a trigger picks the latents of triggered images."""

@@ -53,11 +53,13 @@ ASKED = {("stolen_model", "loss"): "`loss`, stolen model", ("stolen_model", "rmi
          ("prediction_api", "loss"): "`loss`, service", ("prediction_api", "rmia"): "`rmia`, service",
          ("curious_server", "fedmia"): "`fedmia`"}
 
-SETTINGS = {"published": "published", "trunk": "`rve_pfl_trunk`", "class prior, beta 1": "`--prior class`, beta 1",
+SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`", "class prior, beta 1": "`--prior class`, beta 1",
             "class prior, beta 0.1": "`--prior class`, beta 0.1"}
 FRONTIER_IMAGES = 16   # attacked in each run
 RULES = ("threat", "mean", "median", "caf")
-BEHAVED = ["scope", "frac", "behaviour"]
+BEHAVED = ["scope", "behaviour"]
+SHARE = 0.3   # of malicious clients, in the tables by behaviour
+AS_IT_IS = "as it is"   # no constant was changed
 SERVER_SCOPES = {"heads": "heads", "models": "whole models"}
 
 
@@ -267,7 +269,8 @@ def server_cells(root: Path) -> pd.DataFrame:
 def nobody(root: Path) -> list[str]:
     """Accuracy and lowest decile under each rule where nobody is malicious; means over seeds."""
     table, rows = server_cells(root), []
-    for (scope, partition), part in table[table["behaviour"] == "nobody"].groupby(["scope", "partition"]):
+    table = table[(table["behaviour"] == "nobody") & (table["dataset"] == "mnist10k")]
+    for (scope, partition), part in table.groupby(["scope", "partition"]):
         by, seeds = part.groupby("rule")[["accuracy", "worst"]].mean(), sorted(part["seed"].unique())
         least = part[part["rule"] == "threat"]["least_trust"].min()
         rows.append([f"{SERVER_SCOPES[scope]}, {partition}", ", ".join(f"{seed:.0f}" for seed in seeds), *(
@@ -283,10 +286,22 @@ def nobody_longer(root: Path) -> list[str]:
         ours, mean = (part[part["rule"] == rule].set_index("seed") for rule in ("threat", "mean"))
         rows.append([f"`{dataset}`, {SERVER_SCOPES[scope]}, {partition}",
                      *(f"{rule['accuracy'].mean():.3f}, {rule['worst'].mean():.3f}" for rule in (ours, mean)),
-                     *(f"{100 * (ours[name] - mean[name]).min():+.1f}" for name in ("accuracy", "worst")),
+                     str(len(ours)), *(_points(ours[name] - mean[name]) for name in ("accuracy", "worst")),
                      f"{ours['least_trust'].min():.2f}"])
-    return grid(["accuracy, lowest decile", "`threat`", "`mean`", "points over the mean", "lowest decile, points",
-                 "least trust"], rows)
+    world = ["dataset", "seed", "scope", "partition"]
+    ours, mean = (table[table["rule"] == rule].set_index(world)[["accuracy", "worst"]]
+                  for rule in ("threat", "mean"))
+    ahead = ours - mean
+    for scope, part in ahead.groupby("scope"):
+        rows.append([f"all, {SERVER_SCOPES[scope]}: mean ± its standard error", DASH, DASH, str(len(part)), *(
+            f"{100 * part[name].mean():+.1f} ± {100 * part[name].sem():.1f}" for name in ahead), DASH])
+    return grid(["accuracy, lowest decile", "`threat`", "`mean`", "seeds", "points over the mean",
+                 "lowest decile, points", "least trust"], rows)
+
+
+def _points(differences: pd.Series) -> str:
+    """Mean, least to greatest, of differences between shares."""
+    return f"{100 * differences.mean():+.1f} ({100 * differences.min():+.1f} to {100 * differences.max():+.1f})"
 
 
 def lost_to_oracle(table: pd.DataFrame) -> pd.DataFrame:
@@ -297,37 +312,68 @@ def lost_to_oracle(table: pd.DataFrame) -> pd.DataFrame:
     return tried.assign(lost=100 * (tried["oracle"] - tried["accuracy"]))
 
 
-def behaviours(root: Path) -> list[str]:
-    """Points lost to the oracle by behaviour: mean and worst over partitions and seeds, the worst rows first."""
+def behaviours(root: Path, dataset: str) -> list[str]:
+    """Points lost to the oracle with 30 % malicious clients: mean and worst over partitions and seeds, the worst
+    rows first."""
     tried = lost_to_oracle(server_cells(root))
+    tried = tried[(tried["dataset"] == dataset) & (tried["frac"] == SHARE)]
     order = {key: part[part["rule"] == "threat"]["lost"].max() for key, part in tried.groupby(BEHAVED)}
     rows = []
-    for scope, share, behaviour in sorted(order, key=lambda key: (key[0], -key[1], -order[key])):
-        part = tried[(tried["scope"] == scope) & (tried["frac"] == share) & (tried["behaviour"] == behaviour)]
+    for scope, behaviour in sorted(order, key=lambda key: (key[0], -order[key])):
+        part = tried[(tried["scope"] == scope) & (tried["behaviour"] == behaviour)]
         lost = part.groupby("rule")["lost"]
         worlds = lost.count()["threat"]
-        rows.append([f"`{behaviour}`, {SERVER_SCOPES[scope]}, {100 * share:.0f} %", str(worlds), *(
+        rows.append([f"`{behaviour}`, {SERVER_SCOPES[scope]}", str(worlds), *(
             f"{lost.mean()[rule]:.1f}, {lost.max()[rule]:.1f}" if lost.count().get(rule) == worlds else DASH
             for rule in RULES)])
     return grid(["", "worlds", *(f"`{rule}`" for rule in RULES)], rows)
 
 
 def worst_losses(root: Path) -> list[str]:
-    """The most that a rule loses to the oracle, in points, over behaviours, shares, partitions and seeds."""
-    lost = lost_to_oracle(server_cells(root)).groupby(["scope", "rule"])["lost"].max()
-    return grid(["points lost to the oracle, at worst", *(f"`{rule}`" for rule in RULES)],
-                [[name, *(f"{lost[scope, rule]:.1f}" for rule in RULES)] for scope, name in SERVER_SCOPES.items()])
+    """The most that a rule loses to the oracle, in points, over behaviours, partitions and seeds.
+
+    A rule that was tried in fewer cells than `threat` loses at least that.
+    """
+    tried, rows = lost_to_oracle(server_cells(root)), []
+    for (dataset, scope, share), part in tried.groupby(["dataset", "scope", "frac"]):
+        lost = part.groupby("rule")["lost"]
+        cells = lost.count()
+        rows.append([f"`{dataset}`, {SERVER_SCOPES[scope]}, {100 * share:.0f} %",
+                     str(part["behaviour"].nunique()), str(cells["threat"]), *(
+            f"{'' if cells[rule] == cells['threat'] else 'at least '}{lost.max()[rule]:.1f}" if rule in cells
+            else DASH for rule in RULES)])
+    return grid(["points lost to the oracle, at worst", "behaviours", "cells", *(f"`{rule}`" for rule in RULES)],
+                sorted(rows, key=lambda row: (row[0].split(",")[0] != "`mnist10k`", row[0])))
 
 
 def backdoors(root: Path) -> list[str]:
-    """The share of triggered images that honest clients' models give the target: mean, least to greatest seed."""
+    """The share of triggered images that honest clients' models give the target, with 30 % malicious clients:
+    mean, least to greatest seed."""
     table, rows = server_cells(root), []
-    for key, part in table[table["backdoor"].notna()].groupby(["behaviour", "scope", "partition"]):
+    table = table[table["backdoor"].notna() & (table["frac"] == SHARE)]
+    for (dataset, *key), part in table.groupby(["dataset", "behaviour", "scope", "partition"]):
         by = part.groupby("rule")["backdoor"]
-        rows.append([f"`{key[0]}`, {SERVER_SCOPES[key[1]]}, {key[2]}", *(
+        rows.append([f"`{dataset}`, `{key[0]}`, {SERVER_SCOPES[key[1]]}, {key[2]}", *(
             f"{by.mean()[rule]:.2f} ({by.min()[rule]:.2f} to {by.max()[rule]:.2f})" if rule in by.groups else DASH
             for rule in RULES)])
     return grid(["", *(f"`{rule}`" for rule in RULES)], rows)
+
+
+def sensitivity(root: Path) -> list[str]:
+    """Accuracy under `threat` with a constant halved and doubled, with nobody malicious and under `adaptive`."""
+    table = csv(root, "server_sensitivity.csv", ["seed", "factor", "accuracy"],
+                ["partition", "behaviour", "constant"])
+    worlds = len(table[["seed", "partition"]].drop_duplicates())
+    by = table.groupby(["constant", "behaviour", "factor"])["accuracy"]
+    mean, count = by.mean(), by.count()
+    rows = []
+    for constant in table["constant"].drop_duplicates():
+        once = constant == AS_IT_IS
+        keys = [(constant, behaviour, factor) for behaviour in ("nobody", "adaptive")
+                for factor in ((1.0, 1.0) if once else (0.5, 2.0))]
+        rows.append([constant if once else f"`{constant}`", *(
+            f"{mean[key]:.3f}" if count.get(key) == worlds else DASH for key in keys)])
+    return grid(["", "nobody, halved", "doubled", "`adaptive`, halved", "doubled"], rows)
 
 
 def scaling(root: Path) -> list[str]:
@@ -348,5 +394,7 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),
     "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
     "server-nobody-longer": nobody_longer,
-    "server-behaviours": behaviours, "server-worst": worst_losses, "server-backdoors": backdoors,
+    "server-behaviours": partial(behaviours, dataset="mnist10k"),
+    "server-behaviours-cifar": partial(behaviours, dataset="cifar10k"), "server-sensitivity": sensitivity,
+    "server-worst": worst_losses, "server-backdoors": backdoors,
     "scaling": scaling}

@@ -96,7 +96,7 @@ BEHAVIOURS = {
     "nan": Behaviour("upload NaN", forge=forging.nan),
     "gan_poison": Behaviour("train the head on mislabelled inputs made with it", retrain=invented_inputs,
                             whole_head=True),
-    "adaptive": Behaviour("as much harm as keeps the server's trust", forge=forging.adaptive),
+    "adaptive": Behaviour("the most harmful of four forgeries, each tuned", forge=forging.adaptive),
     "passive": Behaviour("honest, but curious"),
     "absent": Behaviour("upload nothing: the oracle that the others are compared with", uploads=False),
     "min_max": Behaviour("as far off as honest updates are apart, tuned", forge=forging.min_max),

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from models import Classifier
-
 T = TypeVar("T")
 State = dict[str, Tensor]
 ALL = slice(None)
@@ -70,7 +68,6 @@ class Setting:
         exposures: how often NbAFL counts an upload as seen.
         noise_multiplier: noise in units of the clip, or None to find it from ``epsilon``.
         tolerate: share of the uploads that a robust rule is told may be malicious.
-        network: the head's layers; a server that questions an upload puts its parameters into them.
         options: all options of the run by name, for a rule or a server with options of its own.
     """
 
@@ -85,7 +82,6 @@ class Setting:
     exposures: int | None = None
     noise_multiplier: float | None = None
     tolerate: float = 0.3
-    network: Classifier | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

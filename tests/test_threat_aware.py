@@ -59,80 +59,80 @@ def crowd(network):
                                                                     for k, c in enumerate(mine)}
 
 
-def server(network, clients=10):
-    return ThreatAware(Setting(clients=clients, network=network))
+def server(clients=10):
+    return ThreatAware(Setting(clients=clients))
 
 
 def sizes(uploads):
     return dict.fromkeys(uploads, 100)
 
 
-def test_honest_clients_of_few_classes_are_trusted(network, crowd):
+def test_honest_clients_of_few_classes_are_trusted(crowd):
     sent, honest, _ = crowd
-    trust = server(network).trust(Round(1, sent, honest, sizes(honest)))
+    trust = server().trust(Round(1, sent, honest, sizes(honest)))
     assert min(trust.values()) > 0.5 and sum(trust.values()) > 9
 
 
-def test_copies_share_what_one_would_get(network, crowd):
+def test_copies_share_what_one_would_get(crowd):
     sent, honest, _ = crowd
     uploads = {**honest, 10: honest[0], 11: honest[0]}
-    report = server(network, 12)(Round(1, sent, uploads, sizes(uploads)))[2]
+    report = server(12)(Round(1, sent, uploads, sizes(uploads)))[2]
     weight = [row["weight"] for row in report]
     assert weight[0] == weight[10] == weight[11] == pytest.approx(weight[1] / 3, rel=0.05)
     assert [row["trust"] for row in report] == [1] * 12   # nobody is punished for being copied
 
 
-def test_mimics_leave_the_copied_one_its_share(network, crowd):
+def test_mimics_leave_the_copied_one_its_share(crowd):
     """Three of ten copy an honest client: in every round it keeps its trust, and a quarter of the weight that it
     would have without them."""
     sent, honest, _ = crowd
-    uploads, made = {k: honest[k if k < 7 else 2] for k in honest}, server(network)
+    uploads, made = {k: honest[k if k < 7 else 2] for k in honest}, server()
     seven = {k: honest[k] for k in range(7)}
     for r in (1, 2, 3):
         report = made(Round(r, sent, uploads, sizes(uploads)))[2]
-        alone = server(network, 7)(Round(r, sent, seven, sizes(seven)))[2][2]["weight"]
+        alone = server(7)(Round(r, sent, seven, sizes(seven)))[2][2]["weight"]
         assert [report[k]["weight"] for k in (2, 7, 8, 9)] == pytest.approx([alone / 4] * 4, rel=0.1)
         assert report[2]["trust"] == 1
 
 
-def test_nobody_is_distrusted_where_all_have_the_same_classes(network, crowd):
+def test_nobody_is_distrusted_where_all_have_the_same_classes(crowd):
     """Whole models under IID: updates are alike, so that a little more or less must not count."""
     sent, _, _ = crowd
     torch.manual_seed(5)
     common = torch.randn(sum(value.numel() for value in sent.values()))
-    made = server(network)
+    made = server()
     for r, alike in enumerate((3.0, 1.0, 0.3, 0.1), 1):   # ever less in common, as training goes on
         uploads = {k: moved(sent, 1e-3 * (alike * common + torch.randn(len(common)))) for k in range(10)}
         report = made(Round(r, sent, uploads, sizes(uploads)))[2]
         assert min(row["trust"] for row in report) == 1
 
 
-def test_among_clients_of_the_same_classes_a_cosine_far_under_the_others_counts(network, crowd):
+def test_among_clients_of_the_same_classes_a_cosine_far_under_the_others_counts(crowd):
     """Updates that have much in common, and three without it: orthogonal to the rest, not opposed."""
     sent, _, _ = crowd
     torch.manual_seed(6)
     common = torch.randn(sum(value.numel() for value in sent.values()))
     uploads = {k: moved(sent, 1e-3 * ((k > 2) * common + torch.randn(len(common)))) for k in range(10)}
-    report = server(network)(Round(1, sent, uploads, sizes(uploads)))[2]
+    report = server()(Round(1, sent, uploads, sizes(uploads)))[2]
     assert max(row["weight"] for row in report[:3]) < 0.05 and min(row["trust"] for row in report[3:]) == 1
 
 
-def test_length_buys_nothing_and_opposition_is_seen(network, crowd):
+def test_length_buys_nothing_and_opposition_is_seen(crowd):
     sent, honest, _ = crowd
     own = {k: {name: value - sent[name] for name, value in upload.items()} for k, upload in honest.items()}
     mean = {name: sum(update[name] for update in own.values()) / len(own) for name in sent}
     for factor, which in ((50, own[0]), (1e30, own[0]), (-1, mean), (-30, mean)):
         bad = {name: value + factor * which[name] for name, value in sent.items()}
-        head, _, report = server(network)(Round(1, sent, {**honest, 0: bad}, sizes(honest)))
+        head, _, report = server()(Round(1, sent, {**honest, 0: bad}, sizes(honest)))
         assert all(value.isfinite().all() for value in head.values())
         assert report[0]["weight"] < 0.03 and min(row["weight"] for row in report[1:]) > 0.05
 
 
-def test_order_and_scale_do_not_matter(network, crowd):
+def test_order_and_scale_do_not_matter(crowd):
     sent, honest, flipped = crowd
     uploads = {**honest, 0: opposite(sent, honest[0])}
-    first = server(network)(Round(1, sent, uploads, sizes(uploads)))
-    again = server(network)(Round(1, sent, dict(reversed(uploads.items())), sizes(uploads)))
+    first = server()(Round(1, sent, uploads, sizes(uploads)))
+    again = server()(Round(1, sent, dict(reversed(uploads.items())), sizes(uploads)))
     assert all(torch.allclose(value, again[0][name], atol=1e-6) for name, value in first[0].items())
     updates = torch.randn(5, 9).double()
     gram = updates @ updates.T
@@ -205,9 +205,9 @@ def test_the_fall_back_is_no_worse_than_the_best_plain_rule():
     assert min(worst, key=worst.__getitem__) == "fall-back", worst
 
 
-def test_trust_goes_at_once_and_returns_slowly(network, crowd):
+def test_trust_goes_at_once_and_returns_slowly(crowd):
     sent, honest, flipped = crowd
-    made, seen = server(network), []
+    made, seen = server(), []
     mean = {name: sum(upload[name] for upload in honest.values()) / len(honest) for name in sent}
     for r, uploads in enumerate((honest, {**honest, 0: opposite(sent, mean)}, honest, honest), 1):
         report = made(Round(r, sent, uploads, sizes(uploads)))[2]
@@ -215,18 +215,18 @@ def test_trust_goes_at_once_and_returns_slowly(network, crowd):
     assert seen[0] > 0.8 and seen[1] < 0.4 and seen[1] < seen[2] < seen[3] < 0.95
 
 
-def test_one_client_nobody_and_all_malicious(network, crowd):
+def test_one_client_nobody_and_all_malicious(crowd):
     sent, honest, flipped = crowd
-    head, _, report = server(network)(Round(1, sent, {3: honest[3]}, {3: 10}))
+    head, _, report = server()(Round(1, sent, {3: honest[3]}, {3: 10}))
     assert report[0]["weight"] == 1 and torch.allclose(
         head["classifier.output.bias"], honest[3]["classifier.output.bias"], atol=1e-6)
-    assert server(network)(Round(1, sent, {}, {0: 10}))[0] is sent
+    assert server()(Round(1, sent, {}, {0: 10}))[0] is sent
     nan = {name: torch.full_like(value, torch.nan) for name, value in sent.items()}
-    head, _, report = server(network)(Round(1, sent, {0: nan}, {0: 10}))
+    head, _, report = server()(Round(1, sent, {0: nan}, {0: 10}))
     assert head is sent and report[0]["weight"] == 0
-    head, _, report = server(network)(Round(1, sent, {**honest, 0: nan}, sizes(honest)))
+    head, _, report = server()(Round(1, sent, {**honest, 0: nan}, sizes(honest)))
     assert report[0]["weight"] == 0 and sum(row["weight"] for row in report) == pytest.approx(1)
-    head, *_ = server(network)(Round(1, sent, flipped, sizes(flipped)))   # nothing to compare with: no error
+    head, *_ = server()(Round(1, sent, flipped, sizes(flipped)))   # nothing to compare with: no error
     assert all(value.isfinite().all() for value in head.values())
 
 
@@ -235,11 +235,11 @@ def opposite(sent, upload):
     return {name: 2 * value - upload[name] for name, value in sent.items()}
 
 
-def test_who_is_distrusted_along_with_all_others_stays_so(network, crowd):
+def test_who_is_distrusted_along_with_all_others_stays_so(crowd):
     """Two clients that undo each other: nobody is left to compare them with, which acquits neither, in this
     round or the next, and the trimmed mean leaves the head where it is."""
     sent, honest, _ = crowd
-    made, uploads = server(network, 2), {0: honest[0], 1: opposite(sent, honest[0])}
+    made, uploads = server(2), {0: honest[0], 1: opposite(sent, honest[0])}
     for r in (1, 2, 3):
         head, _, report = made(Round(r, sent, uploads, sizes(uploads)))
         assert [row["trust"] for row in report] == [0, 0] and all(row["weight"] is None for row in report)
@@ -251,10 +251,10 @@ def test_who_is_distrusted_along_with_all_others_stays_so(network, crowd):
     assert [row["weight"] for row in report] == pytest.approx([0.5, 0.5], abs=0.01)
 
 
-def test_four_that_undo_each_other_fall_back(network, crowd):
+def test_four_that_undo_each_other_fall_back(crowd):
     sent, honest, _ = crowd
     uploads = {0: honest[0], 1: opposite(sent, honest[0]), 2: honest[1], 3: opposite(sent, honest[1])}
-    head, _, report = server(network, 4)(Round(1, sent, uploads, sizes(uploads)))
+    head, _, report = server(4)(Round(1, sent, uploads, sizes(uploads)))
     assert all(value.isfinite().all() for value in head.values())
     assert all(row["trust"] == 0 and row["weight"] is None for row in report)
 
@@ -265,7 +265,7 @@ def test_one_and_two_uploads_of_any_length(network, crowd, factor):
     other = {name: value + factor * (honest[1][name] - value) for name, value in sent.items()}
     for uploads in ({0: other}, {0: honest[0], 1: other}, {0: honest[0], 1: honest[0]}, {0: sent, 1: sent},
                     {0: honest[0], 1: flipped[0]}):
-        made = server(network, 2)
+        made = server(2)
         for r in (1, 2):
             head, _, report = made(Round(r, sent, uploads, sizes(uploads)))
             assert all(value.isfinite().all() for value in head.values())
@@ -400,12 +400,12 @@ def test_gan_poisoners_heads_mistake_the_inputs_they_made(place):
                for k in range(4) if k != bad for n in heads["passive"][k])
 
 
-def test_the_adaptive_keep_the_trust_of_every_one_of_them(network, crowd):
+def test_the_adaptive_keep_the_trust_of_every_one_of_them(crowd):
     """Two of them: it is the lower trust that has to stay up."""
     sent, honest, _ = crowd
     made = MaliciousClients("adaptive", 0.2, 10, seed=1)
-    arrived = made.forge(Round(1, sent, honest, sizes(honest)), server(network))
-    trust = server(network).trust(arrived)
+    arrived = made.forge(Round(1, sent, honest, sizes(honest)), server())
+    trust = server().trust(arrived)
     assert min(trust[k] for k in made.members) >= 0.9
     assert any(not torch.equal(arrived.uploads[k][n], honest[k][n]) for k in made.members for n in sent)
 
@@ -418,7 +418,7 @@ def test_forged_noise_is_drawn_anew_each_round_and_by_seed(network, crowd, behav
         made = MaliciousClients(behaviour, 0.2, 10, seed=1)
         made.seed = seed
         bad = min(made.members)
-        return made.forge(Round(number, sent, honest, sizes(honest)), server(network)).uploads[bad]
+        return made.forge(Round(number, sent, honest, sizes(honest)), server()).uploads[bad]
     first, again, later, other = forged(1, 1), forged(1, 1), forged(2, 1), forged(1, 2)
     name = "classifier.output.weight"
     assert torch.equal(first[name], again[name])
