@@ -38,7 +38,8 @@ SETTINGS: dict[str, dict] = {
     "fedavg": {"method": "fedavg"},
     "nbafl": {"method": "nbafl"},
 }
-IMAGE_ATTACKS = {"thief": ("latent_decoder", "latent_likelihood"), "server": ("analytic", "gauss_newton", "trunk_analytic")}
+IMAGE_ATTACKS = {"thief": ("latent_decoder", "latent_likelihood"),
+                 "server": ("analytic", "gauss_newton", "trunk_analytic")}
 KEY = ["dataset", "partition", "setting", "seed"]
 
 

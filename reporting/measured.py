@@ -53,8 +53,8 @@ ASKED = {("stolen_model", "loss"): "`loss`, stolen model", ("stolen_model", "rmi
          ("prediction_api", "loss"): "`loss`, service", ("prediction_api", "rmia"): "`rmia`, service",
          ("curious_server", "fedmia"): "`fedmia`"}
 
-SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`", "class prior, beta 1": "`--prior class`, beta 1",
-            "class prior, beta 0.1": "`--prior class`, beta 0.1"}
+SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`",
+            "class prior, beta 1": "`--prior class`, beta 1", "class prior, beta 0.1": "`--prior class`, beta 0.1"}
 FRONTIER_IMAGES = 16   # attacked in each run
 RULES = ("threat", "mean", "median", "caf")
 BEHAVED = ["scope", "behaviour"]
