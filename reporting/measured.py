@@ -3,13 +3,15 @@
 A function a table; it takes the project's folder and gives the table's lines. What stands in which column is data
 above it. Figures are rounded here and nowhere else.
 """
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from reporting.sources import DASH, REFERENCE, attacked, csv, grid, runs
+from methods import HEAD_LR, METHODS
+from reporting.sources import DASH, PARTITIONS, REFERENCE, attacked, csv, grid, runs
 from reporting.summary import one_line
 from utils import InputError
 
@@ -385,6 +387,21 @@ def scaling(root: Path) -> list[str]:
     return grid(["clients", "a round, seconds", "a client, ms", "memory, MB", "first step after, seconds"], rows)
 
 
+def defaults(root: Path) -> list[str]:
+    """What METHODS has for the options whose defaults depend on the data set or the partition, and for the head's
+    learning rate."""
+    varied = {HEAD_LR}.union(*(values for row in METHODS.values()
+                               for values in (*row.by_dataset.values(), *row.by_partition.values())))
+    alike = dict[tuple[str, ...], list[str]]()   # option and its values -> the methods that have them
+    for name, row in METHODS.items():
+        for option in varied & row.reads.keys():
+            values = (row.default(option, dataset, partition) for dataset, partition in itertools.product(
+                ("mnist", "cifar"), PARTITIONS))
+            alike.setdefault((f"`--{option.name}`", *map(str, values)), []).append(f"`{name}`")
+    return grid(["", "methods", *PARTITIONS, *(f"CIFAR-10, {partition}" for partition in PARTITIONS)],
+                sorted([option, ", ".join(names), *values] for (option, *values), names in alike.items()))
+
+
 MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "attacks": attacks, "ladder": ladder, "conditioning": conditioning, "public-images": public_images,
     "which-classes": which_classes,
@@ -397,4 +414,4 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "server-behaviours": partial(behaviours, dataset="mnist10k"),
     "server-behaviours-cifar": partial(behaviours, dataset="cifar10k"), "server-sensitivity": sensitivity,
     "server-worst": worst_losses, "server-backdoors": backdoors,
-    "scaling": scaling}
+    "defaults": defaults, "scaling": scaling}

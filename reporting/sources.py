@@ -14,6 +14,7 @@ from reporting.summary import Finished, one_line, read
 from utils import InputError
 
 DASH = "–"   # was not run
+PARTITIONS = ("shards", "dirichlet", "iid")
 REFERENCE = Path("results", "reference")
 NAME = re.compile(r"(\w+)-((?:shards|dirichlet|iid)(?:-\d+clients)?)-(\d+)x(\d+)-(.+)-seed(\d+)")
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
-from reporting.sources import DASH, grid, study
+from reporting.sources import DASH, PARTITIONS, grid, study
 from reporting.summary import STAGES, last_round
 
 # The labels of a table's columns, as headings.
@@ -20,8 +20,6 @@ RELEASED, ALONE, NBAFL = "`rve_pfl`", ("`local`",), ("`nbafl-L1`", "`nbafl-LT`",
 PRIVATE = ("`fedavg`", "`client_dp-8`")
 FULL = ("mnist", "fmnist", "cifar")
 PAPER = dict(zip(FULL, (8, 20, 59), strict=True))   # points over NbAFL, shards
-
-PARTITIONS = ("shards", "dirichlet", "iid")
 Key = tuple[str, str, str]   # data set, partition (and clients), rounds x local epochs
 Seeds = dict[int, dict[str, float]]   # seed -> stage -> accuracy
 
