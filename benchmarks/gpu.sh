@@ -78,7 +78,7 @@ check() {
 }
 study() {
     local set method common
-    for method in ${METHODS:-rve_pfl nbafl fedavg local lg_fedavg fedper}; do   # the claim on all sets first
+    for method in ${METHODS:-rve_pfl nbafl nbafl_prox fedavg local lg_fedavg fedper}; do   # the claim on all sets first
         for set in ${SETS:-mnist fmnist cifar}; do
             common=(--method "$method" --dataset "$set" --partition shards --num_users $study_clients
                     --rounds $study_rounds --local_ep $study_epochs)

@@ -184,10 +184,10 @@ def gpu(tmp_path):
 
 def test_gpu_study_runs_what_matters_first_and_gathers_it(gpu):
     status, lines, _ = gpu.run("study")
-    methods = ("rve_pfl", "nbafl", "fedavg", "local", "lg_fedavg", "fedper")
+    methods = ("rve_pfl", "nbafl", "nbafl_prox", "fedavg", "local", "lg_fedavg", "fedper")
     assert status == 0 and gpu.runs() == [f"gpu-paper-{data}-{method}" for method in methods
                                           for data in ("mnist", "fmnist")]
-    assert [line.split()[0] for line in lines] == ["ok"] * 12 + ["LATE"] * 6 and "cifar.npz" in lines[-1]
+    assert [line.split()[0] for line in lines] == ["ok"] * 14 + ["LATE"] * 7 and "cifar.npz" in lines[-1]
     for words in gpu.calls():
         flags = dict(zip(words, words[1:], strict=False))
         assert "--resume" in words and ("--aggregation" in words) == ("local" not in words)
@@ -195,7 +195,7 @@ def test_gpu_study_runs_what_matters_first_and_gathers_it(gpu):
             "100", "10", "10", "cuda")
     with open(gpu.out / "rounds.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 24 and rows[-1]["loss"] == "0.25" and {row["run"] for row in rows} == set(gpu.runs())
+    assert len(rows) == 28 and rows[-1]["loss"] == "0.25" and {row["run"] for row in rows} == set(gpu.runs())
 
 
 def test_gpu_study_ends_in_time_and_goes_on(gpu):
@@ -206,7 +206,7 @@ def test_gpu_study_ends_in_time_and_goes_on(gpu):
     assert "LATE    fmnist-fedper: no time left" in lines
     assert "gpu-paper-mnist-rve_pfl" in (gpu.out / "rounds.csv").read_text()
     status, lines, _ = gpu.run("study")
-    assert sum(line.startswith("ok") for line in lines) == 12
+    assert sum(line.startswith("ok") for line in lines) == 14
 
 
 def test_gpu_check_says_how_each_step_ended(gpu):
