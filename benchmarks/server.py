@@ -133,7 +133,7 @@ class World:
             self.head = kept
         if not path.exists():
             write_whole(path, lambda file: torch.save(kept, file))
-        self.private = Private(private)
+        self.private, self.after = Private(private), scale.after
         self.first: dict = {}   # what clients made of the initial weights, by client and what it trained on
 
     def _latents(self, image_shape: tuple[int, int, int]) -> Tensor:
@@ -214,7 +214,7 @@ class World:
         started = time.monotonic()
         malicious, server = self.malicious(cell), self.server(cell.rule, cell.frac or 0.3)
         head, report = self.head, []
-        for number in range(1, self.args.rounds + 1):
+        for number in range(self.after + 1, self.after + self.args.rounds + 1):
             uploads = self.train(number, head, malicious)
             arrived = malicious.forge(Round(number, head, uploads, dict(self.sizes)), server)
             head, _, rows = server(arrived)
@@ -354,6 +354,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--local_ep", type=int, default=1)
     parser.add_argument("--local_bs", type=int, default=32)
     parser.add_argument("--images", type=int, default=300, help="training images a client at most")
+    parser.add_argument("--after", type=int, default=0, metavar="ROUND",
+                        help="number rounds from there, and so train by other draws: what chance alone moves")
     parser.add_argument("--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
                         help="each N-th cell from the I-th only, so that N processes share the work")
     parser.add_argument("--table", action="store_true", help="play nothing")

@@ -248,6 +248,8 @@ def test_crowds_prints_each_round(script, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"tiny, 40 clients, round {r}" for r in range(1, 7)]
     assert all(float(line.split()[-2]) > 100 for line in lines[:1])
+
+
 def test_the_grid_of_the_server_plays_resumes_and_varies(script, tmp_path, tiny_arrays, monkeypatch, capsys):
     script("_path")
     spec = importlib.util.spec_from_file_location("grid", ROOT / "benchmarks" / "server.py")   # not the package
@@ -275,6 +277,12 @@ def test_the_grid_of_the_server_plays_resumes_and_varies(script, tmp_path, tiny_
     order = list(server.Cell._fields)
     pd.testing.assert_frame_equal(again.sort_values(order, ignore_index=True).drop(columns="seconds"),
                                   cells.sort_values(order, ignore_index=True).drop(columns="seconds"))
+    numbers, train = [], server.World.train
+    monkeypatch.setattr(server.World, "train", lambda world, number, *rest: numbers.append(number)
+                        or train(world, number, *rest))
+    server.main([*flags, "--out", str(tmp_path / "other"), "--scopes", "models", "--rules", "mean", "--fracs",
+                 "--behaviours", "--after", "50"])
+    assert numbers == [51, 52]   # a client's draws follow from the number of the round
     monkeypatch.setattr(server, "CONSTANTS", ("GAP", "COPY"))
     old = server.threat_aware.GAP, server.threat_aware.COPY
     server.main([*flags, "--scopes", "models", "--sensitivity"])
