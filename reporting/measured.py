@@ -290,15 +290,25 @@ def nobody_longer(root: Path) -> list[str]:
                      *(f"{rule['accuracy'].mean():.3f}, {rule['worst'].mean():.3f}" for rule in (ours, mean)),
                      str(len(ours)), *(_points(ours[name] - mean[name]) for name in ("accuracy", "worst")),
                      f"{ours['least_trust'].min():.2f}"])
-    world = ["dataset", "seed", "scope", "partition"]
-    ours, mean = (table[table["rule"] == rule].set_index(world)[["accuracy", "worst"]]
-                  for rule in ("threat", "mean"))
-    ahead = ours - mean
-    for scope, part in ahead.groupby("scope"):
-        rows.append([f"all, {SERVER_SCOPES[scope]}: mean ± its standard error", DASH, DASH, str(len(part)), *(
-            f"{100 * part[name].mean():+.1f} ± {100 * part[name].sem():.1f}" for name in ahead), DASH])
     return grid(["accuracy, lowest decile", "`threat`", "`mean`", "seeds", "points over the mean",
                  "lowest decile, points", "least trust"], rows)
+
+
+def chance(root: Path) -> list[str]:
+    """How far `threat` is from the mean where nobody is malicious, and the mean from itself with other draws."""
+    world, rows = ["dataset", "seed", "scope", "partition"], []
+    texts = ["dataset", "scope", "partition", "rule"]
+    played, again = (csv(root, f"server_{name}.csv", ["seed", "accuracy"], texts).set_index(world)
+                     for name in ("nobody", "again"))
+    mean = played[played["rule"] == "mean"]["accuracy"]
+    for scope, heading in SERVER_SCOPES.items():
+        for who, table in (("`threat` less `mean`", played[played["rule"] == "threat"]),
+                           ("`mean` by other draws, less `mean`", again)):
+            ahead = 100 * (table["accuracy"] - mean).dropna().xs(scope, level="scope")
+            rows.append([f"{heading}: {who}", str(len(ahead)), f"{ahead.mean():+.1f} ± {ahead.sem():.1f}",
+                         f"{ahead.std():.1f}", str((ahead < -0.5).sum())])
+    return grid(["points", "cells", "mean ± its standard error", "standard deviation of a cell",
+                 "cells under -0.5"], rows)
 
 
 def _points(differences: pd.Series) -> str:
@@ -410,7 +420,7 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "real-uploads-others": other_uploads,
     "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),
     "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
-    "server-nobody-longer": nobody_longer,
+    "server-nobody-longer": nobody_longer, "server-chance": chance,
     "server-behaviours": partial(behaviours, dataset="mnist10k"),
     "server-behaviours-cifar": partial(behaviours, dataset="cifar10k"), "server-sensitivity": sensitivity,
     "server-worst": worst_losses, "server-backdoors": backdoors,
