@@ -109,7 +109,8 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
                     run.finish()
             except (Interrupted, InputError):
                 if ranks.alone:   # else some may be gone: the last checkpoint stands
-                    run.save()
+                    with interrupts.held():
+                        run.save()
                 raise
         if ranks.first:
             print(run.table())

@@ -80,8 +80,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Let glibc keep big blocks for reuse, instead of returning them to the kernel after every tensor.
 
-    A training step allocates hundreds of megabytes. To map and zero them anew takes a third of the step's time on
-    a CPU. Without glibc this does nothing.
+    A training step allocates hundreds of megabytes. To map and zero them anew takes as long on a CPU as the rest
+    of the step. Without glibc this does nothing.
     """
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4   # <malloc.h>
     try:

@@ -52,10 +52,14 @@ def one_client(ours: Ours) -> None:
     del ours.endless[1:]
 
 
-TRICKS: dict[str, Callable[[Ours], None] | None] = {   # None: before ours is made
-    "all of them": lambda ours: None,
-    "fp32 instead of bf16": None,
-    "freed memory given back": None,
+def before_it_is_made(ours: Ours) -> None:
+    """``serve`` has turned it off already."""
+
+
+TRICKS: dict[str, Callable[[Ours], None]] = {
+    "all of them": before_it_is_made,
+    "fp32 instead of bf16": before_it_is_made,
+    "freed memory given back": before_it_is_made,
     "channels first": channels_first,
     "optimiser not fused": plain_optimiser,
     "an image at a time": one_image_at_a_time,
@@ -75,7 +79,7 @@ def serve(connection: Connection, without: str, work: Workload, threads: int) ->
     ours = Ours(alone, drawn.integers(0, 256, (count, height, width, channels), np.uint8),
                 drawn.integers(0, 10, count), torch.device("cpu"),
                 "fp32" if without == "fp32 instead of bf16" else "auto")
-    (TRICKS[without] or TRICKS["all of them"])(ours)
+    TRICKS[without](ours)
     for times in iter(connection.recv, None):
         connection.send(ours.step(times))
 

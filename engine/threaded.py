@@ -23,15 +23,22 @@ from server.mean import State
 from update import Diverged, Private, Trained, Trainer
 from utils import torch_rng
 
+# Where this was measured to be faster; beyond, one client at a time has all threads.
 SMALL = 4_000_000   # parameters; the steps of larger models wait for memory, and threads would wait together
-MOST = 4            # threads; of more, many would wait for Python's lock
+LARGEST = 256       # images a step; glibc maps what a thread needs of over 64 MB anew each time
+MOST = 4            # of PyTorch's threads
+AHEAD = 4           # clients a thread that are under way or wait, at most
 
 
 def threads_for(trainer: Trainer) -> int:
-    """How many clients to train at once: on a CPU with several threads, if the model is small; else one."""
-    if trainer.labels.device.type != "cpu" or sum(p.numel() for p in trainer.model.parameters()) > SMALL:
-        return 1
-    return min(torch.get_num_threads(), MOST)
+    """How many clients to train at once: as many as PyTorch has threads on a CPU, if model and batch are small.
+
+    It does not depend on how many clients train, so that a client's numbers do not either.
+    """
+    threads = torch.get_num_threads()
+    small = (sum(p.numel() for p in trainer.model.parameters()) <= SMALL
+             and trainer.training.batch_size <= LARGEST)
+    return threads if trainer.labels.device.type == "cpu" and small and threads <= MOST else 1
 
 
 class Stopped(Exception):
@@ -51,8 +58,8 @@ class DrawsFrom(TorchFunctionMode):
         if function is torch.rand or function is torch.randint:
             return function(*given, **named, generator=self.generator)
         if function is torch.randn_like:
-            return torch.empty_like(given[0]).normal_(generator=self.generator)
-        if function is F.dropout and named["training"]:
+            return torch.empty_like(given[0], **named).normal_(generator=self.generator)
+        if function is F.dropout and named["training"] and 0 < named["p"] < 1:   # else nothing is drawn
             kept = 1 - named["p"]
             return given[0] * torch.empty_like(given[0]).bernoulli_(kept, generator=self.generator).div_(kept)
         return function(*given, **named)
@@ -73,7 +80,15 @@ class ThreadsTrainer(Trainer):
             return super().train(client, round, indices, sent, private)
 
     def seed(self, purpose: str, client: int, round: int) -> None:
-        """Leave PyTorch's own generator alone, which all threads share: ``train`` has one of its own."""
+        """Leave PyTorch's own generator, which all threads share, alone: ``train`` has one of its own."""
+        if purpose != "train":
+            super().seed(purpose, client, round)
+
+    def autocast(self) -> torch.autocast:
+        """Without its cache, which all threads share: one that empties it would change how another's gradients of
+        a weight that is used twice are summed."""
+        bf16 = self.training.dtype == torch.bfloat16
+        return torch.autocast("cpu", torch.bfloat16, bf16, cache_enabled=False)
 
     def _step(self, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.stop.is_set():
@@ -83,10 +98,10 @@ class ThreadsTrainer(Trainer):
 
 @contextmanager
 def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """So many threads whose kernels run on the core of the thread, and no other kernel on more than one."""
+    """So many threads; as long as they are there, each kernel of this process runs on one core."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
+    torch.set_num_threads(1)   # threads that start from here on have it from this
+    pool = ThreadPoolExecutor(threads)
     try:
         yield pool
     finally:
@@ -115,7 +130,7 @@ def at_once(trainer: Trainer, number: int, indices: dict[int, np.ndarray], sent:
         try:
             for k, own in indices.items():
                 waiting.append((k, pool.submit(train, k, own, private(k))))
-                if len(waiting) > threads:   # one client waits, so that no thread does
+                if len(waiting) > AHEAD * threads:   # a large client is waited for; the others go on meanwhile
                     first, outcome = waiting.popleft()
                     yield first, outcome.result()
             while waiting:

@@ -52,8 +52,7 @@ NOT_FROM_A_TABLE = {
         "a mean of three gaps, and what one image is": "0.15 0.11"},
     "docs/threat-model.md": {
         "three test images": "0.33",
-        "what was not run": "40",
-        "probes, dropped": "1.2"}}
+        "what was not run": "40"}}
 
 
 @pytest.fixture
@@ -358,7 +357,7 @@ def test_losses_to_the_oracle_by_hand():
 
 
 def test_claims_of_the_server_by_hand():
-    assert claims.robust(ROOT, "heads")[12] == pytest.approx(96.685 - 95.252)   # `label_flip`, Dirichlet
+    assert claims.robust(ROOT, "heads")[12] == pytest.approx(96.685 - 95.208)   # `false_size`, Dirichlet
     assert claims.robust(ROOT, "whole models")[12] == pytest.approx(56.982 - 39.807)
     opened = [float(row["backdoor"]) for row in rows_of("docs/server.csv") if row["backdoor"]
               and (row["rule"], row["scope"], row["seed"]) == ("threat", "models", "12")]

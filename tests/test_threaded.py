@@ -1,16 +1,28 @@
 """Small clients trained in threads: the numbers that each has alone, whoever takes turns."""
+import dataclasses
 import sys
 import threading
 import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_stacked import INDICES, outcomes
 from test_update import make
 
 from engine import several, threaded
 from methods import METHODS
 from update import Diverged, Private, Trainer
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_dropout_draws_as_pytorchs_own(p):
+    x, mode = torch.ones(50, 3), threaded.DrawsFrom(torch.Generator().manual_seed(5))
+    torch.manual_seed(5)
+    expected = F.dropout(x, p), torch.randn_like(x), torch.rand(2, 3), torch.randint(4, (5,))
+    with mode:
+        found = F.dropout(x, p), torch.randn_like(x), torch.rand(2, 3), torch.randint(4, (5,))
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 @pytest.fixture
@@ -41,10 +53,11 @@ def same(one, other):
 
 @pytest.mark.parametrize("augment", ["none", "flip", "flip+shift"])
 @pytest.mark.parametrize("method", ["rve_pfl", "fedavg"])
-def test_clients_in_threads_are_those_alone_to_the_bit(tiny_arrays, two_threads, method, augment):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clients_in_threads_are_those_alone_to_the_bit(tiny_arrays, two_threads, method, augment, dtype):
     """Noise, dropout, augmentation, order and optimiser, and PyTorch's own generator is left alone."""
-    expected = alone(tiny_arrays, method, augment=augment)
-    client, head, private = make(tiny_arrays, method, epochs=2, augment=augment)
+    expected = alone(tiny_arrays, method, augment=augment, dtype=dtype)
+    client, head, private = make(tiny_arrays, method, epochs=2, augment=augment, dtype=dtype)
     torch.manual_seed(4)
     before = torch.random.get_rng_state()
     found = dict(threaded.at_once(client, 2, INDICES, head, lambda k: private, 2))
@@ -55,10 +68,11 @@ def test_clients_in_threads_are_those_alone_to_the_bit(tiny_arrays, two_threads,
     assert torch.get_num_threads() == 2
 
 
-def test_a_head_that_rehearses_may_train_in_threads(tiny_arrays, two_threads):
+def test_a_weight_that_is_used_twice_is_summed_the_same_whoever_takes_turns(tiny_arrays, two_threads):
+    """The head that rehearses, in bf16: autocast's cache of weights belongs to the process."""
     results = []
     for _ in range(2):
-        client, *_ = make(tiny_arrays, epochs=2)
+        client, *_ = make(tiny_arrays, epochs=2, dtype=torch.bfloat16)
         torch.manual_seed(1)
         client.model = METHODS["rve_pfl"].build(client.model.image_shape, client.num_classes,
                                                 {"init_logvar": -2.0, "prior": "class"})
@@ -88,27 +102,35 @@ def test_several_clients_are_under_way_and_few_results_wait(tiny_arrays, two_thr
     going = threaded.at_once(client, 1, dict.fromkeys(range(20), INDICES[5]), head,
                              lambda k: fetched.append(k) or private, 2)
     for done, _ in enumerate(going):
-        assert len(fetched) <= done + 3
+        assert len(fetched) <= done + 1 + 2 * threaded.AHEAD
     assert most == 2 and done == 19
 
 
 def test_whoever_leaves_early_waits_for_a_step_at_most(tiny_arrays, two_threads, monkeypatch):
     """Ctrl-C: clients that still train stop at their next step, and nothing runs on behind the caller's back."""
-    steps, step = [], Trainer._step
+    steps, step, train = [], Trainer._step, threaded.ThreadsTrainer.train
+    here, left = threading.local(), threading.Event()
 
-    def slow(self, *arguments):
-        steps.append(1)
-        time.sleep(0.05)
+    def noting(self, client, *rest):
+        here.client = client
+        return train(self, client, *rest)
+
+    def watched(self, *arguments):
+        if here.client != 0:
+            left.wait(20)
+        steps.append(here.client)
         return step(self, *arguments)
+    monkeypatch.setattr(threaded.ThreadsTrainer, "train", noting)
+    monkeypatch.setattr(Trainer, "_step", watched)
     client, head, private = make(tiny_arrays, epochs=3)
     going = threaded.at_once(client, 1, INDICES, head, lambda k: private, 2)
     next(going)
-    monkeypatch.setattr(Trainer, "_step", slow)
-    while not steps:
-        time.sleep(0.001)
+    closing = threading.Timer(0.3, left.set)   # when the caller waits for them already
+    closing.start()
     going.close()
     made = len(steps)
-    assert made <= 4 and torch.get_num_threads() == 2   # of the 27 that the others had before them
+    assert steps.count(0) == 9 and made <= 11   # a step each of those that were under way, of 24
+    assert torch.get_num_threads() == 2
     time.sleep(0.2)
     assert len(steps) == made
 
@@ -134,9 +156,20 @@ def test_who_trains_in_threads(tiny_arrays, two_threads, monkeypatch):
     def threads(stack=None):
         called.clear()
         list(several.train_each(client, 1, INDICES, head, lambda k: private, stack))
-        return called
+        return list(called)
     assert threads() == [2]
-    assert threads(stack=1) == threads(stack=2) == []
+    assert threads(stack=1) == [] and threads(stack=2) == []
+    client.training = dataclasses.replace(client.training, batch_size=257)
+    assert threads() == []
+    client.training = dataclasses.replace(client.training, batch_size=32)
+    torch.set_num_threads(threaded.MOST + 1)
+    assert threads() == []
+    torch.set_num_threads(2)
+    network = type(client.model)
+    client.model.__class__ = type("Jittered", (network,), {
+        "forward": lambda self, x, y=None: network.forward(self, x + 0.1 * torch.rand(x.shape))})
+    assert threads() == []   # its draws are not known
+    client.model.__class__ = network
     monkeypatch.setattr(threaded, "SMALL", 10)
     assert threads() == []
     monkeypatch.setattr(threaded, "SMALL", 10**9)
