@@ -278,9 +278,13 @@ def test_the_headline_takes_the_best_nbafl_of_each_stage(make_run, tmp_path):
     make_run("mnist-iid-5x2-rve_pfl-seed1", 0.9, 0.9)
     make_run("mnist-iid-5x2-nbafl-L1-seed1", 0.9, 0.9)
     make_run("cifar-shards-6x5-rve_pfl-seed1", 0.4, 0.3)   # nothing to compare it with
+    for dataset in ("mnist10k", "cifar10k"):   # the first has a row of all its images
+        make_run(f"{dataset}-shards-5x2-rve_pfl-seed1", 0.4, 0.3)
+        make_run(f"{dataset}-shards-5x2-nbafl-L1-seed1", 0.3, 0.4)
     table = cells(study.headline(tmp_path))
     assert list(table.items())[1:] == [
-        ("`mnist`, 5 x 2", ["0.900", "0.600", "+30.0", "0.700", "+10.0", "+8"])]
+        ("`mnist`, 5 x 2", ["0.900", "0.600", "+30.0", "0.700", "+10.0", "+8"]),
+        ("`cifar10k`, 5 x 2", ["0.400", "0.300", "+10.0", "0.400", "-10.0", "+59"])]
 
 
 def test_gaps_are_paired_by_seed_with_the_better_of_nbafls_settings(make_run, tmp_path):
