@@ -26,7 +26,7 @@ from utils import torch_rng
 # Where this was measured to be faster; beyond, one client at a time has all threads.
 SMALL = 4_000_000   # parameters; the steps of larger models wait for memory, and threads would wait together
 LARGEST = 256       # images a step; glibc maps what a thread needs of over 64 MB anew each time
-MOST = 4            # of PyTorch's threads
+MOST = 4            # of PyTorch's threads; measured with two
 AHEAD = 4           # clients a thread that are under way or wait, at most
 
 

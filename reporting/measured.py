@@ -422,6 +422,6 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
     "server-nobody-longer": nobody_longer, "server-chance": chance,
     "server-behaviours": partial(behaviours, dataset="mnist10k"),
-    "server-behaviours-cifar": partial(behaviours, dataset="cifar10k"), "server-sensitivity": sensitivity,
+    "server-sensitivity": sensitivity,
     "server-worst": worst_losses, "server-backdoors": backdoors,
     "defaults": defaults, "scaling": scaling}
