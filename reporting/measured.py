@@ -304,7 +304,10 @@ def chance(root: Path) -> list[str]:
     for scope, heading in SERVER_SCOPES.items():
         for who, table in (("`threat` less `mean`", played[played["rule"] == "threat"]),
                            ("`mean` by other draws, less `mean`", again)):
-            ahead = 100 * (table["accuracy"] - mean).dropna().xs(scope, level="scope")
+            ahead = 100 * (table["accuracy"] - mean).dropna()
+            ahead = ahead[ahead.index.get_level_values("scope") == scope]
+            if ahead.empty:
+                continue
             rows.append([f"{heading}: {who}", str(len(ahead)), f"{ahead.mean():+.1f} ± {ahead.sem():.1f}",
                          f"{ahead.std():.1f}", str((ahead < -0.5).sum())])
     return grid(["points", "cells", "mean ± its standard error", "standard deviation of a cell",
