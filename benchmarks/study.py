@@ -34,6 +34,7 @@ from utils import InputError, write_whole
 
 FULL: Final = {"mnist": (5, 2), "fmnist": (5, 2), "cifar": (6, 5)}   # rounds, local epochs
 SMALL: Final = {"mnist10k": (5, 2), "fmnist10k": (5, 2), "cifar10k": (8, 5)}
+SMALL_BATCH: Final = {"local_bs": 64}
 RELEASED: Final = {"local_bs": 32, "augment": "none", "lr": 1e-3}   # until a network knows its images by heart
 LABELS: Final[dict[str, dict]] = {   # the plain mean everywhere, so that methods are compared and not servers
     "rve_pfl": {"method": "rve_pfl", "aggregation": "mean"},
@@ -114,9 +115,10 @@ def cells_of(part: str) -> Iterator[Cell]:
                     for label in COMPARED:
                         yield Cell(dataset, "shards", label, seed, scale)
         case "long":
-            for dataset in FULL:
-                for label in ("rve_pfl", "nbafl-L1", "fedavg", "local"):
-                    yield Cell(dataset, "shards", label, 1, (100, 1))
+            for datasets, seed, more in ((SMALL, 11, SMALL_BATCH), (FULL, 1, {})):
+                for dataset in datasets:
+                    for label in ("rve_pfl", "nbafl-L1", "nbafl_prox", "fedavg", "local"):
+                        yield Cell(dataset, "shards", label, seed, (100, 1), more)
         case "mixed":
             for seed in (1, 2):
                 for partition in ("dirichlet", "iid"):
@@ -136,13 +138,13 @@ def cells_of(part: str) -> Iterator[Cell]:
                 for dataset, scale in SMALL.items():
                     for partition in ("iid", "dirichlet", "shards"):
                         for label in (*COMPARED[:-1], "trunk", "class", "trunk-class"):
-                            yield Cell(dataset, partition, label, seed, scale, {"local_bs": 64})
+                            yield Cell(dataset, partition, label, seed, scale, SMALL_BATCH)
 
 
 PARTS: Final = {
     "shards": "two classes a client, seven methods, three seeds",
     "small": "10,000 images of each data set, three partitions, three seeds",
-    "long": "100 rounds of one local epoch",
+    "long": "100 rounds of one local epoch, 10,000 images first",
     "mixed": "Dirichlet and IID, two seeds",
     "resplit": "the released protocol beside held-out images",
     "dp": "client-level DP with many clients",

@@ -310,6 +310,18 @@ def test_conditioning_by_an_explicit_jacobian(script, tiny_run, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_tricks_times_a_step_without_each(script, monkeypatch, capsys):
+    """A spawned process each, so that what one turns off stays off for it alone."""
+    tricks = script("tricks")
+    work = tricks.Workload(script("speed").models.CNN, (1, 8, 8), 4, "adam", 1, 2, 2)
+    monkeypatch.setattr(tricks, "WORKLOADS", {"tiny": work})
+    kept = {name: tricks.TRICKS[name] for name in ("all of them", "channels first")}
+    monkeypatch.setattr(tricks, "TRICKS", kept)
+    tricks.main(["--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("  ")[1] for line in lines[1:]] == ["all of them", "channels first"]
+
+
 @pytest.mark.parametrize("network", ["RVE", "CNN"])
 def test_speed_counts_and_times_a_workload(script, network):
     """Its floor, and our step and round, which small models make with a client a thread."""

@@ -13,6 +13,7 @@ import torch
 from methods import METHODS
 from runs import checkpoint
 from runs.checkpoint import load_checked
+from runs.run import Run
 from utils import remove_leftovers
 
 COLUMNS = {
@@ -238,6 +239,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place, number):
     assert last[0].startswith("interrupted; to go on: python RVE-PFL.py")
     saved, = (int(p.name.removeprefix("round_")) for p in place.models.glob("round_*"))
     assert saved == pd.read_csv(place.results / "rounds.csv")["round"].max() >= 2   # long before 60 s
+
+
+def test_a_second_ctrl_c_waits_until_the_checkpoint_is_written(place, monkeypatch):
+    """The first comes while a round's rows are written, the second while the checkpoint is."""
+    assert place.main() == 0
+    expected, now = place.clients_csv(), lambda: os.kill(os.getpid(), signal.SIGINT)
+    end_round, save = Run.end_round, Run.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "end_round", lambda run, *given: (now(), end_round(run, *given)))
+        patch.setattr(Run, "save", lambda run: (now(), save(run)))
+        assert place.main("--overwrite") == 130
+    assert {p.name for p in place.models.iterdir()} == {"round_1", ".lock"}
+    assert place.main("--resume") == 0 and place.clients_csv() == expected
 
 
 def test_resuming_a_finished_run_does_nothing_and_shows_its_table(place, capsys):
