@@ -40,6 +40,9 @@ KL_WARMUP = Option("kl_warmup", "rounds over which beta rises from 0", int, unre
 PRIOR = Option("prior", "what KL is taken to: normal is N(0, I), as published; class is a Gaussian for each "
                "class, learned with the encoder and as private", unread="normal", choices=("normal", "class"),
                group="privacy")
+PRIOR_APART = Option("prior_apart", "how far apart the priors of --prior class start: the standard deviation over "
+                     "classes of each number of their means", float, unread=models.APART, within=(0, 10),
+                     group="privacy")
 WARM_ROUNDS = Option("warm_rounds", "first rounds in which the whole network travels, before the method's own "
                      "rule", int, unread=0, within=(0, HUGE), group="federated")
 EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; of the whole run with client-level DP, "
@@ -186,8 +189,8 @@ def proximal(step: Step) -> Tensor:
 
 TRAINING = {LR: 1e-3, AUGMENT: "none", AGGREGATION: "mean"}
 PRIVATE_ENCODER = {**TRAINING, HEAD_LR: 0.1}
-VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", KL_WEIGHT: 1e-5, KL_WARMUP: 0, INIT_LOGVAR: -2.0,
-               EVAL_SAMPLES: 8}
+VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", PRIOR_APART: models.APART, KL_WEIGHT: 1e-5, KL_WARMUP: 0,
+               INIT_LOGVAR: -2.0, EVAL_SAMPLES: 8}
 NBAFL = {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}
 CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER: None}
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
-APART = 0.5    # standard deviation, over classes, of the class priors' means at the start
+APART = 0.5    # how far apart the class priors start, unless said otherwise
 PATCH = 4      # side in pixels of the patches of which these means are made
 
 
@@ -192,16 +192,21 @@ class ClassPrior(nn.Module):
     large beta would leave every class there before the encoder had learned to tell them apart. The head's
     convolutions and poolings average noise within a patch.
 
+    Two classes start ``apart^2 C H W`` nats from each other in the mean. An image that the encoder takes for
+    another class costs about that much, so the nearer they start, the less the doubtful images give away, and the
+    longer the head takes to tell classes through the noise.
+
     Args:
         num_classes: how many classes.
         image_shape: ``(C, H, W)``, the shape of z as an image.
+        apart: standard deviation over classes of each number of the means.
     """
 
-    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]):
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int], apart: float = APART):
         super().__init__()
         channels, height, width = image_shape
         coarse = torch.randn(num_classes, channels, -(-height // PATCH), -(-width // PATCH))
-        pictures = F.interpolate(APART * coarse, scale_factor=PATCH)[..., :height, :width]
+        pictures = F.interpolate(apart * coarse, scale_factor=PATCH)[..., :height, :width]
         self.mu = nn.Parameter(FlattenHWC()(pictures).contiguous())
         self.logvar = nn.Parameter(torch.zeros_like(self.mu))
 
@@ -310,18 +315,19 @@ class RVE(Network):
         num_classes: how many classes.
         init_logvar: as in ``VariationalEncoder``.
         prior: what KL is taken to: ``normal`` is N(0, I), as published; ``class`` a ``ClassPrior``.
+        prior_apart: how far apart its means start.
     """
 
-    has_encoder, variational, options = True, True, ("init_logvar", "prior")
+    has_encoder, variational, options = True, True, ("init_logvar", "prior", "prior_apart")
     classifier: Classifier
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float,
-                 prior: str = "normal"):
+                 prior: str = "normal", prior_apart: float = APART):
         super().__init__()
         self.image_shape = image_shape
         self.encoder = VariationalEncoder(image_shape, init_logvar)
         self.classifier = Classifier(image_shape, num_classes)
-        self.prior = ClassPrior(num_classes, image_shape) if prior == "class" else None
+        self.prior = ClassPrior(num_classes, image_shape, prior_apart) if prior == "class" else None
 
     def kl(self, mu: Tensor, logvar: Tensor, y: Tensor | None) -> Tensor | None:
         """Nats from posterior to prior, ``N x D`` and labels ``N`` -> ``N``; None if labels are missing."""

@@ -29,6 +29,8 @@ SETTINGS: dict[str, dict] = {
     "class prior": PRIVATE,
     "class prior, beta 0.1": {**PRIVATE, "kl_weight": 0.1},
     "class prior, beta 1": {**PRIVATE, "kl_weight": 1},
+    "class prior, beta 0.1, nearer": {**PRIVATE, "kl_weight": 0.1, "prior_apart": 0.25},
+    "class prior, beta 1, nearer": {**PRIVATE, "kl_weight": 1, "prior_apart": 0.25},
     "trunk": {"method": "rve_pfl_trunk", "head_lr": 1},
     "trunk, class prior": {**PRIVATE, "method": "rve_pfl_trunk"},
     "warm": {"warm_rounds": 2},

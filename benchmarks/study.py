@@ -139,11 +139,18 @@ def cells_of(part: str) -> Iterator[Cell]:
                     for partition in ("iid", "dirichlet", "shards"):
                         for label in (*COMPARED[:-1], "trunk", "class", "trunk-class"):
                             yield Cell(dataset, partition, label, seed, scale, SMALL_BATCH)
+        case "twenty":
+            for seed in (11, 12, 13):
+                for partition in ("iid", "dirichlet", "shards"):
+                    for label in ("local", "trunk", "fedper"):
+                        yield Cell("cifar10k", partition, label, seed, SMALL["cifar10k"],
+                                   {"num_users": 20, **SMALL_BATCH})
 
 
 PARTS: Final = {
     "shards": "two classes a client, seven methods, three seeds",
     "small": "10,000 images of each data set, three partitions, three seeds",
+    "twenty": "20 clients of 500 CIFAR-10 images, three partitions, three seeds",
     "long": "100 rounds of one local epoch, 10,000 images first",
     "mixed": "Dirichlet and IID, two seeds",
     "resplit": "the released protocol beside held-out images",

@@ -59,6 +59,8 @@ SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`",
             "class prior, beta 1": "`--prior class`, beta 1", "class prior, beta 0.1": "`--prior class`, beta 0.1"}
 FRONTIER_IMAGES = 16   # attacked in each run
 RULES = ("threat", "mean", "median", "caf")
+OTHERS = ("threat", "trimmed_mean", "krum", "multi_krum", "nnm_trimmed_mean", "geometric_median",
+          "centered_clipping", "norm_clipping")
 BEHAVED = ["scope", "behaviour"]
 SHARE = 0.3   # of malicious clients, in the tables by behaviour
 AS_IT_IS = "as it is"   # no constant was changed
@@ -327,11 +329,12 @@ def lost_to_oracle(table: pd.DataFrame) -> pd.DataFrame:
     return tried.assign(lost=100 * (tried["oracle"] - tried["accuracy"]))
 
 
-def behaviours(root: Path, dataset: str) -> list[str]:
+def behaviours(root: Path, dataset: str, rules: Sequence[str]) -> list[str]:
     """Points lost to the oracle with 30 % malicious clients: mean and worst over partitions and seeds, the worst
-    rows first."""
+    rows first; behaviours under which ``threat`` alone was tried are left out."""
     tried = lost_to_oracle(server_cells(root))
-    tried = tried[(tried["dataset"] == dataset) & (tried["frac"] == SHARE)]
+    tried = tried[(tried["dataset"] == dataset) & (tried["frac"] == SHARE) & tried["rule"].isin(rules)]
+    tried = tried[tried.groupby(BEHAVED)["rule"].transform("nunique") > 1]
     order = {key: part[part["rule"] == "threat"]["lost"].max() for key, part in tried.groupby(BEHAVED)}
     rows = []
     for scope, behaviour in sorted(order, key=lambda key: (key[0], -order[key])):
@@ -340,8 +343,8 @@ def behaviours(root: Path, dataset: str) -> list[str]:
         worlds = lost.count()["threat"]
         rows.append([f"`{behaviour}`, {SERVER_SCOPES[scope]}", str(worlds), *(
             f"{lost.mean()[rule]:.1f}, {lost.max()[rule]:.1f}" if lost.count().get(rule) == worlds else DASH
-            for rule in RULES)])
-    return grid(["", "worlds", *(f"`{rule}`" for rule in RULES)], rows)
+            for rule in rules)])
+    return grid(["", "worlds", *(f"`{rule}`" for rule in rules)], rows)
 
 
 def worst_losses(root: Path) -> list[str]:
@@ -374,20 +377,27 @@ def backdoors(root: Path) -> list[str]:
     return grid(["", *(f"`{rule}`" for rule in RULES)], rows)
 
 
-def sensitivity(root: Path) -> list[str]:
-    """Accuracy under `threat` with a constant halved and doubled, with nobody malicious and under `adaptive`."""
+def sensitivity(root: Path, scope: str) -> list[str]:
+    """Accuracy under `threat` with a constant halved and doubled, with nobody malicious and under `adaptive`: mean
+    over partitions, and the most points that the change costs in one."""
     table = csv(root, "server_sensitivity.csv", ["seed", "factor", "accuracy"],
-                ["partition", "behaviour", "constant"])
-    worlds = len(table[["seed", "partition"]].drop_duplicates())
-    by = table.groupby(["constant", "behaviour", "factor"])["accuracy"]
-    mean, count = by.mean(), by.count()
+                ["scope", "partition", "behaviour", "constant"])
+    table = table[table["scope"] == scope]
+    world = ["seed", "partition", "behaviour"]
+    before = table[table["constant"] == AS_IT_IS].set_index(world)["accuracy"].rename("before")
+    table = table.join(before, on=world)
+    table["lost"] = 100 * (table["before"] - table["accuracy"])
+    by = table.groupby(["constant", "behaviour", "factor"])
+    mean, lost, count = by["accuracy"].mean(), by["lost"].max(), by.size()
     rows = []
     for constant in table["constant"].drop_duplicates():
-        once = constant == AS_IT_IS
-        keys = [(constant, behaviour, factor) for behaviour in ("nobody", "adaptive")
-                for factor in ((1.0, 1.0) if once else (0.5, 2.0))]
-        rows.append([constant if once else f"`{constant}`", *(
-            f"{mean[key]:.3f}" if count.get(key) == worlds else DASH for key in keys)])
+        once, cells = constant == AS_IT_IS, []
+        for behaviour in ("nobody", "adaptive"):
+            for factor in (1.0, 1.0) if once else (0.5, 2.0):
+                key, worlds = (constant, behaviour, factor), len(before.xs(behaviour, level="behaviour"))
+                cells.append(DASH if count.get(key) != worlds else f"{mean[key]:.3f}" if once
+                             else f"{mean[key]:.3f}, {lost[key]:.1f}")
+        rows.append([constant if once else f"`{constant}`", *cells])
     return grid(["", "nobody, halved", "doubled", "`adaptive`, halved", "doubled"], rows)
 
 
@@ -424,7 +434,10 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),
     "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
     "server-nobody-longer": nobody_longer, "server-chance": chance,
-    "server-behaviours": partial(behaviours, dataset="mnist10k"),
-    "server-sensitivity": sensitivity,
+    "server-behaviours": partial(behaviours, dataset="mnist10k", rules=RULES),
+    "server-others": partial(behaviours, dataset="mnist10k", rules=OTHERS),
+    "server-cifar": partial(behaviours, dataset="cifar10k", rules=RULES),
+    "server-sensitivity": partial(sensitivity, scope="models"),
+    "server-sensitivity-heads": partial(sensitivity, scope="heads"),
     "server-worst": worst_losses, "server-backdoors": backdoors,
     "defaults": defaults, "scaling": scaling}

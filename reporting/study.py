@@ -18,6 +18,7 @@ VARIANTS = ("`local`", "`rve_pfl`", "`class`", "`trunk`", "`trunk-class`", "`fed
 RESPLIT = ("`rve_pfl-held_out`", "`rve_pfl-resplit`", "`nbafl-held_out`", "`nbafl-resplit`")
 RELEASED, ALONE, NBAFL = "`rve_pfl`", ("`local`",), ("`nbafl-L1`", "`nbafl-LT`", "`nbafl_prox`")
 PRIVATE = ("`fedavg`", "`client_dp-8`")
+TWENTY = ("`local`", "`trunk`", "`fedper`")
 FULL, SMALL = ("mnist", "fmnist", "cifar"), ("mnist10k", "fmnist10k", "cifar10k")
 PAPER = dict(zip(FULL, (8, 20, 59), strict=True))   # points over NbAFL, shards
 Key = tuple[str, str, str]   # data set, partition (and clients), rounds x local epochs
@@ -134,5 +135,6 @@ STUDY: dict[str, Callable[[Path], list[str]]] = {
     "accuracy-variants": partial(accuracy, datasets=SMALL, labels=VARIANTS),
     "headline": headline,
     "accuracy-dp": partial(accuracy, datasets=SMALL, labels=PRIVATE, many=True),
+    "accuracy-twenty": partial(accuracy, datasets=SMALL, labels=TWENTY, many=True),
     "accuracy-resplit": partial(accuracy, datasets=(*FULL, *SMALL), labels=RESPLIT),
     "gaps": partial(gaps, datasets=FULL), "gaps-small": partial(gaps, datasets=SMALL)}

@@ -192,6 +192,14 @@ def test_class_priors_start_apart_as_coarse_pictures():
     assert (torch.pdist(prior.mu.detach()) > 5).all()
 
 
+def test_class_priors_start_as_many_nats_apart_as_their_docstring_says():
+    """Between any two of 40 classes, in the mean; and the network hands the option on."""
+    torch.manual_seed(0)
+    prior = RVE((3, 32, 32), 40, -2.0, "class", 0.1).prior
+    nats = torch.pdist(prior.mu.detach()).square().mean() / 2
+    assert nats == pytest.approx(0.1**2 * 3 * 32 * 32, rel=0.1)
+
+
 def test_the_head_rehearses_every_class_in_training_alone():
     """By hand: cross-entropy on draws of the priors, which learn nothing from it."""
     torch.manual_seed(0)
