@@ -236,7 +236,7 @@ METHODS = {
         {**TRAINING, LOSS_WEIGHT: 0.3}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=inner_attacker),
     "rve_pfl_trunk": Method(
         "RVE-PFL whose encoders share all but mu and logvar", "", models.RVE, (*HEAD, "encoder.trunk."),
-        {**VARIATIONAL, ENCODERS_FROM: None, WARM_ROUNDS: 0}, ON_CIFAR),
+        {**VARIATIONAL, WARM_ROUNDS: 0}, ON_CIFAR),
     "nbafl_prox": Method(
         "NbAFL with its proximal term", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
         {**NBAFL, PROX: 1.0}, CNN_ON_CIFAR, PROX_ON_MIXED, server=NbAFL, loss=proximal),

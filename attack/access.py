@@ -57,7 +57,7 @@ class Target:
     @property
     def has_encoder(self) -> bool:
         """Whether an encoder stands before the head, so that the head's input is a latent z."""
-        return hasattr(self.network(), "encoder")
+        return METHODS[self.options["method"]].network.has_encoder
 
     def network(self) -> Network:
         """The method's network with fresh weights.

@@ -2,7 +2,8 @@
 
 A new attack is one function, and one row of the table that says who can run it and what it needs.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -53,21 +54,30 @@ class Adversary:
     Args:
         start: the network with the weights that all clients start from.
         kl_weight: of the KL term in a client's loss.
+        seed: seeds PyTorch for what several attacks use, by its name.
     """
 
     def __init__(self, holdings: Holdings, start: nn.Module, public: PublicImages, kl_weight: float,
-                 budget: Budget) -> None:
+                 budget: Budget, seed: Callable[[str], None] = lambda name: None) -> None:
         self.holdings, self.start, self.public = holdings, start, public
-        self.kl_weight, self.budget = kl_weight, budget
+        self.kl_weight, self.budget, self.seed = kl_weight, budget, seed
         self.decoders: dict[tuple[int, ...], learnt.Decode] = {}   # by the classes they were trained on
+
+    @contextmanager
+    def shared(self, name: str) -> Iterator[None]:
+        """Draw by a seed of its own: which attack came first then changes neither it nor that attack."""
+        with torch.random.fork_rng(devices=[]):
+            self.seed(name)
+            yield
 
     @cached_property
     def whole_model(self) -> Holdings:
         """A model from images to logits: the real one, or the real head behind a shadow encoder."""
         if not self.holdings.has_encoder or self.holdings.encoder is not None:
             return self.holdings
-        return learnt.shadow_encoder(self.holdings, self.start, self.public.images, self.public.labels,
-                                     self.budget.epochs, self.kl_weight)
+        with self.shared("shadow"):
+            return learnt.shadow_encoder(self.holdings, self.start, self.public.images, self.public.labels,
+                                         self.budget.epochs, self.kl_weight)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """``Holdings.posterior`` of many images, by the victim's encoder or by the shadow encoder."""
@@ -90,7 +100,8 @@ class Adversary:
     @cached_property
     def generator(self) -> learnt.Generator:
         """A generator of images that look like the public ones."""
-        return learnt.generator(self.public.images, self.budget.epochs)
+        with self.shared("generator"):
+            return learnt.generator(self.public.images, self.budget.epochs)
 
     def score(self, draws: int) -> classes.Score:
         """A function from images to log-probabilities, averaged over draws of z."""
@@ -105,7 +116,8 @@ class Adversary:
             return inputs.clamp(0, 1)
         key = tuple(labels.unique().tolist())
         if key not in self.decoders:
-            self.decoders[key] = self.train_decoder(learnt.decoder, labels)
+            with self.shared(f"decoder of {key}"):
+                self.decoders[key] = self.train_decoder(learnt.decoder, labels)
         return torch.stack([self.decoders[key](flatten(one)) for one in inputs])
 
     def tv_weight(self, weight: float) -> float:

@@ -1,4 +1,5 @@
 """Models that an adversary trains on public images: a shadow encoder, decoders, and a generator."""
+import copy
 from collections.abc import Callable
 
 import torch
@@ -51,6 +52,7 @@ def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels:
     Returns:
         Holdings with the head and the new encoder.
     """
+    start = copy.deepcopy(start)   # whoever trains another one starts from the same weights
     encoder, head = start.get_submodule("encoder").train(), held(holdings.head)
     encoder.load_state_dict(holdings.known, strict=False)
     own: list[Tensor] = [parameter for name, parameter in start.named_parameters()

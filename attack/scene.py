@@ -126,8 +126,9 @@ class Scene:
             else:
                 holdings = hold(target, name, round, client, own=(client + 1) % options["num_users"])
             start = target.start(round)
-            self.adversaries = {key: Adversary(holdings, start, self.public, options.get("kl_weight") or 0.0,
-                                               self.budget)}
+            self.adversaries = {key: Adversary(
+                holdings, start, self.public, options.get("kl_weight") or 0.0, self.budget,
+                lambda what: seed_torch(self.args.seed, f"{name} {what}", client, round))}
         return self.adversaries[key]
 
     def classes(self, client: int) -> Tensor:

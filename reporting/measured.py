@@ -377,12 +377,11 @@ def backdoors(root: Path) -> list[str]:
     return grid(["", *(f"`{rule}`" for rule in RULES)], rows)
 
 
-def sensitivity(root: Path, scope: str) -> list[str]:
-    """Accuracy under `threat` with a constant halved and doubled, with nobody malicious and under `adaptive`: mean
-    over partitions, and the most points that the change costs in one."""
+def sensitivity(root: Path) -> list[str]:
+    """Accuracy of whole models under `threat` with a constant halved and doubled, with nobody malicious and under
+    `adaptive`: mean over partitions, and the most points that the change costs in one."""
     table = csv(root, "server_sensitivity.csv", ["seed", "factor", "accuracy"],
-                ["scope", "partition", "behaviour", "constant"])
-    table = table[table["scope"] == scope]
+                ["partition", "behaviour", "constant"])
     world = ["seed", "partition", "behaviour"]
     before = table[table["constant"] == AS_IT_IS].set_index(world)["accuracy"].rename("before")
     table = table.join(before, on=world)
@@ -437,7 +436,6 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "server-behaviours": partial(behaviours, dataset="mnist10k", rules=RULES),
     "server-others": partial(behaviours, dataset="mnist10k", rules=OTHERS),
     "server-cifar": partial(behaviours, dataset="cifar10k", rules=RULES),
-    "server-sensitivity": partial(sensitivity, scope="models"),
-    "server-sensitivity-heads": partial(sensitivity, scope="heads"),
+    "server-sensitivity": sensitivity,
     "server-worst": worst_losses, "server-backdoors": backdoors,
     "defaults": defaults, "scaling": scaling}

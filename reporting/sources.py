@@ -106,8 +106,6 @@ def study(root: Path) -> Iterator[tuple[tuple[str, str, str], str, int, Finished
             said = [str(found.options[name]) for name in ("dataset", "partition", "rounds", "local_ep", "seed")]
             if said != [dataset, partition.split("-")[0], rounds, epochs, seed]:
                 raise InputError(f"{REFERENCE / path.name}: its config.json is of {' '.join(said)}")
-            # NbAFL's two settings: an upload is seen once, or once a round.
-            label = "nbafl-LT" if label == f"nbafl-L{rounds}" and rounds != "1" else label
             yield (dataset, partition, f"{rounds} x {epochs}"), label, int(seed), found
 
 

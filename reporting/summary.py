@@ -79,8 +79,7 @@ def read(folder: Path, attacks: bool = True) -> Finished | str:
         config = configs.read(path, *NEEDED)
     except InputError as error:
         return str(error).removeprefix(f"{folder}/")
-    options, protocol = config["options"], config["protocol"]
-    options.setdefault("aggregation", "mean")   # older versions had no other
+    options, protocol = configs.completed(config["options"]), config["protocol"]
     try:
         rounds = _rounds(folder / "rounds.csv", options["rounds"])
     except (OSError, ValueError, TypeError, OverflowError) as error:

@@ -278,6 +278,8 @@ def finished_source(args: Namespace) -> Path:
     theirs, finished = config["options"], config["status"] == "finished"
     deal = ("dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "resplit",
             "validate", "method")
+    if args.partition == "dirichlet":   # a client needs images for one batch, which is dealt for
+        deal += ("local_bs",)
     differ = [key for key in deal if theirs.get(key) != getattr(args, key)]
     if differ or not finished:
         why = f"its --{differ[0]} is {theirs.get(differ[0])}" if differ else "it is not finished"

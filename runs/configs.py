@@ -6,7 +6,8 @@ those of a command line.
 import json
 from pathlib import Path
 
-from options import stored_fault
+from methods import METHODS
+from options import of_rows, stored_fault
 from utils import InputError
 
 # Protocol -> the split of images that is evaluated, as CSVs and pictures name it.
@@ -32,6 +33,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise ValueError("no JSON object")
     return found
+
+
+def completed(options: dict) -> dict:
+    """The options of a run, and where an older version lacked one of a method's, the value that it then had."""
+    return {**{option.name: option.unread for option in of_rows(METHODS)}, **options}
 
 
 def read(path: Path, *needed: str) -> dict:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from engine.ranks import Ranks
 from methods import METHODS
 from metrics import METRICS
-from options import of_rows
 from runs import configs, pictures
 from runs.checkpoint import (
     PrivateStore,
@@ -311,7 +310,7 @@ class Run:
                 "finished; use --overwrite to replace it or another --run_name" if finished else
                 "there, unfinished; use --resume to go on, --overwrite to start again"))
         now = json.loads(json.dumps(self.config["options"], default=str))
-        before = {**{option.name: option.unread for option in of_rows(METHODS)}, **before}   # of an older version
+        before = configs.completed(before)
         differ = [key for key in now if key not in MAY_DIFFER and now[key] != before.get(key)]
         if differ:
             raise InputError(f"--resume: run {name} was started with --{differ[0]} {before.get(differ[0])}, "

@@ -22,7 +22,8 @@ class Knowledge:
     Args:
         own: ``M x P``, their own updates, as trained.
         honest: ``H x P``; their own where nobody is honest.
-        generator: for what they draw.
+        generator: for what they draw in this round.
+        lasting: for what they have drawn once and keep: the same numbers in every round.
         least_trust: forged updates ``M x P`` -> the lowest trust that the server would have in one of them.
         aggregate: forged updates ``M x P`` -> the update ``P`` that the server would make of them and the others.
         sent: ``P``, the head that all clients were sent.
@@ -31,6 +32,7 @@ class Knowledge:
     own: Tensor
     honest: Tensor
     generator: torch.Generator
+    lasting: torch.Generator
     least_trust: Callable[[Tensor], float]
     aggregate: Callable[[Tensor], Tensor]
     sent: Tensor
@@ -205,9 +207,10 @@ def optimal_ipm(known: Knowledge) -> Tensor:
 
 def mpaf(known: Knowledge) -> Tensor:
     """Towards a random model w', which fake clients without data can do: ``l (w' - w)`` (Cao and Gong 2022,
-    arXiv 2203.08669, equation 4), w' drawn at the sent head's size, and l tuned or the paper's 1e6."""
+    arXiv 2203.08669, equation 4). w' is one direction for all rounds, at the sent head's size; l is tuned, or the
+    paper's 1e6."""
     size = known.sent.square().mean().sqrt()
-    towards = size * torch.randn(known.sent.shape, generator=known.generator) - known.sent
+    towards = size * torch.randn(known.sent.shape, generator=known.lasting) - known.sent
     return most_harmful(known, ((strength * towards).expand_as(known.own) for strength in (0.1, 1.0, 10.0, 1e6)))
 
 

@@ -214,6 +214,7 @@ class MaliciousClients:
             return updates_of(round.sent, [server.preview(with_forged(updates))])[0]
         known = Knowledge(
             own, updates_of(round.sent, [round.uploads[k] for k in honest]) if honest else own,
-            torch_rng(self.seed, "forge", round=round.number), least_trust, aggregate,
+            torch_rng(self.seed, "forge", round=round.number), torch_rng(self.seed, "forge"),
+            least_trust, aggregate,
             torch.cat([value.flatten() for value in round.sent.values()]))
         return with_forged(self.behaviour.forge(known))

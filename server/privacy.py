@@ -68,11 +68,14 @@ class NbAFL(Server):
         if "clip" in self.memory:
             uplink, downlink = self._sigmas()
             found = {"clip": self.memory["clip"], "sigma_uplink": uplink, "sigma_downlink": downlink}
+        why = ("the classical Gaussian mechanism's formula holds for epsilon under 1 only, "
+               "and 2C/m does not bound what several local epochs can change")
+        if s.frac < 1:
+            why += "; both sigmas are those of all clients training in every round"
         return {"epsilon_nominal": s.epsilon, "delta": s.delta, "exposures": s.exposures,
                 "smallest": s.smallest, **found,
                 "clip_from": "median norm of round 1's uploads" if s.clip is None else "--clip",
-                "why_nominal": "the classical Gaussian mechanism's formula holds for epsilon under 1 only, "
-                               "and 2C/m does not bound what several local epochs can change"}
+                "why_nominal": why}
 
     def __call__(self, round: Round) -> Aggregated:
         """As ``Server``; C is the median norm of the first uploads where it is not given."""
@@ -215,8 +218,16 @@ def spent(z: float, setting: Setting) -> float:
 
 
 def calibrated(setting: Setting) -> float:
-    """The smallest noise multiplier that keeps a run at ``setting.epsilon``."""
+    """The smallest noise multiplier that keeps a run at ``setting.epsilon``.
+
+    Raises:
+        InputError: epsilon is so small that the accountant's orders cannot tell it from 0.
+    """
     import dp_accounting as dp
 
-    return float(dp.calibrate_dp_mechanism(_accountant, lambda z: _event(z, setting), setting.epsilon,
-                                           setting.delta, dp.LowerEndpointAndGuess(0.0, 1.0), tol=1e-4))
+    z = float(dp.calibrate_dp_mechanism(_accountant, lambda z: _event(z, setting), setting.epsilon,
+                                        setting.delta, dp.LowerEndpointAndGuess(0.0, 1.0), tol=1e-4))
+    if spent(z, setting) < required(setting.epsilon) / 2:
+        raise InputError(f"--epsilon {setting.epsilon:g}: too small to be accounted for over "
+                         f"{setting.rounds} rounds; give a larger one, or --noise_multiplier")
+    return z

@@ -53,7 +53,10 @@ def centered_clipping(updates: Tensor, f: int) -> Tensor:
     """Updates clipped at their median norm around a centre found in three steps (Karimireddy et al. 2021,
     arXiv 2012.10333); the centre starts at the head sent, since clients start anew from it."""
     from byzfl import CenteredClipping
-    return CenteredClipping(L=3, tau=statistics.median(updates.norm(dim=1).tolist()))(updates)
+    tau = statistics.median(updates.norm(dim=1).tolist())
+    if tau == 0:   # most have not moved, and byzfl would divide by it
+        return torch.zeros_like(updates[0])
+    return CenteredClipping(L=3, tau=tau)(updates)
 
 
 def nnm_trimmed_mean(updates: Tensor, f: int) -> Tensor:

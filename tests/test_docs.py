@@ -19,6 +19,7 @@ from utils import InputError
 NOT_FROM_A_TABLE = {
     "docs/attacks.md": {
         "a setting": "0.1 0.2",
+        "deployed accuracy, results/reference/ck-*": "0.17 0.69",
         "the level of an interval": "95",
         "a version": "1.20",
         "how good the evaluator is": "95",
@@ -27,10 +28,9 @@ NOT_FROM_A_TABLE = {
         "prototypes, whose scripts were not kept": "0.58 0.34",
         "a gain over public images, public_images.csv": "0.8",
         "client 0's attacks, whose CSV was not kept": "0.0019",
-        "gauss_newton beside analytic, one call a figure": "92.5 83.0 73.1 84.0 51.9 45.1",
         "starts of a search, a prototype": "0.27 0.4",
         "beside the Adversarial Robustness Toolbox": "0.9941 0.9895 13.5 0.34 13.3 0.33"},
-    "docs/claims.md": {},
+    "docs/claims.md": {"the paper's abstract": "8 59"},
     "docs/frontier.md": {
         "a setting": "0.5",
         "a gap of two rows": "0.7",
@@ -51,9 +51,8 @@ NOT_FROM_A_TABLE = {
         "the size of uploads": "0.5",
         "a mean of three gaps, and what one image is": "0.15 0.11"},
     "docs/threat-model.md": {
-        "three test images": "0.33 3.3",
-        "by the program itself, not kept": "0.960",
-        "what was not run": "40"}}
+        "three test images": "0.33",
+        "by the program itself, not kept": "0.960"}}
 
 
 @pytest.fixture
@@ -106,7 +105,8 @@ def test_a_changed_file_makes_each_page_that_shows_it_stale(report, project, cap
     assert report.main(["--docs", "--check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" out of")[0] for line in lines] == [
-        "docs/claims.md: table claims", "docs/threat-model.md: tables server-behaviours, server-worst"]
+        "docs/claims.md: table claims",
+        "docs/threat-model.md: tables server-behaviours, server-worst, server-others"]
 
 
 @pytest.mark.parametrize("file, old, new, said", [
@@ -292,7 +292,7 @@ def test_gaps_are_paired_by_seed_with_the_better_of_nbafls_settings(make_run, tm
     for seed, ours, once, always, alone in ((1, 0.9, 0.5, 0.6, 0.91), (2, 0.8, 0.7, 0.3, 0.79)):
         make_run(f"fmnist-shards-5x2-rve_pfl-seed{seed}", ours, ours)
         make_run(f"fmnist-shards-5x2-nbafl-L1-seed{seed}", once, 0.85)
-        make_run(f"fmnist-shards-5x2-nbafl-L5-seed{seed}", always, 0.8)   # accuracy.sh's name of L = T
+        make_run(f"fmnist-shards-5x2-nbafl-LT-seed{seed}", always, 0.8)
         make_run(f"fmnist-shards-5x2-local-seed{seed}", alone, alone)
     make_run("fmnist-shards-5x2-rve_pfl-seed3", 0.1, 0.1)   # no NbAFL of this seed
     make_run("fmnist-iid-5x2-rve_pfl-seed1", 0.5, 0.5)
@@ -364,7 +364,7 @@ def test_losses_to_the_oracle_by_hand():
 
 def test_claims_of_the_server_by_hand():
     assert claims.robust(ROOT, "heads")[12] == pytest.approx(96.685 - 95.208)   # `false_size`, Dirichlet
-    assert claims.robust(ROOT, "whole models")[12] == pytest.approx(56.982 - 39.807)
+    assert claims.robust(ROOT, "whole models")[12] == pytest.approx(67.041 - 45.943)   # 10 %, `label_flip`, shards
     opened = [float(row["backdoor"]) for row in rows_of("docs/server.csv") if row["backdoor"]
               and (row["rule"], row["scope"], row["seed"]) == ("threat", "models", "12")]
     assert claims.opened(ROOT, "whole models")[12] == pytest.approx(100 * max(opened))

@@ -18,12 +18,12 @@ from update import Trainer
 HONEST = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])
 
 
-def known(own, honest=HONEST, aggregate=None):
+def known(own, honest=HONEST, aggregate=None, round=1):
     """What forgers know, of a server that takes the plain mean if nothing else is said."""
     own = torch.tensor(own)
     mean = aggregate or (lambda forged: torch.cat([honest, forged]).mean(0))
-    return Knowledge(own, honest, torch.Generator().manual_seed(0), lambda forged: 1.0, mean,
-                     torch.tensor([1.0, 1.0]))
+    drawn, lasting = torch.Generator().manual_seed(round), torch.Generator().manual_seed(0)
+    return Knowledge(own, honest, drawn, lasting, lambda forged: 1.0, mean, torch.tensor([1.0, 1.0]))
 
 
 def test_harm_is_progress_lost_along_the_honest_mean():
@@ -74,6 +74,7 @@ def test_byzfls_searches_ask_the_server_in_use(name):
 def test_fake_clients_push_towards_one_random_model():
     forged = BEHAVIOURS["mpaf"].forge(known([[0.0, 0.0]] * 3))
     assert torch.equal(forged[0], forged[2])
+    assert torch.equal(BEHAVIOURS["mpaf"].forge(known([[0.0, 0.0]] * 3, round=2)), forged)   # in every round
     base = torch.randn(2, generator=torch.Generator().manual_seed(0))   # at the size of what was sent, here 1
     assert torch.nn.functional.cosine_similarity(forged[0], base - 1, dim=0) == pytest.approx(1, abs=1e-5)
 

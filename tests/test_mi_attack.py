@@ -152,6 +152,17 @@ def test_no_attack_opens_a_file(trained, monkeypatch):
     assert not [name for name in opened if name.startswith(folder)]
 
 
+def test_an_attack_is_the_same_whichever_came_before(trained):
+    """The server's shadow encoder, its decoder and `aligned`'s own shadow, alone and behind each other."""
+    def rows(*attacks):
+        flags = ("--adversary", "curious_server", "--attack", *attacks)
+        assert trained.attack("rve_pfl", "--overwrite", *flags) == 0
+        return trained.csv("rve_pfl").set_index("attack")
+    together = rows("mi_face", "analytic", "aligned")
+    for attack in ("aligned", "analytic"):
+        pd.testing.assert_frame_equal(rows(attack), together.loc[[attack]])
+
+
 def test_it_goes_on_where_it_stopped_and_narrowing_is_free(trained, monkeypatch):
     flags = ("--adversary", "stolen_model", "--attack", "mi_face", "mi_strong", "latent_decoder")
     assert trained.attack("rve_pfl", "--overwrite", *flags) == 0

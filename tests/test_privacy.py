@@ -107,6 +107,12 @@ def test_epsilon_comes_from_the_accountant():
     assert once < min(a / 50 + math.log(1e5) / (a - 1) for a in range(2, 200))
 
 
+def test_an_epsilon_that_cannot_be_accounted_for_is_refused():
+    """The calibration's search would end at a noise of 100,017 clips."""
+    with pytest.raises(InputError, match="--epsilon 0.012: too small"):
+        calibrated(Setting(clients=100_000, frac=0.01, rounds=100, epsilon=0.012, delta=1e-6))
+
+
 def test_the_adaptive_norm_moves_to_the_median():
     setting = Setting(clients=1000, clip=1.0, delta=1e-4, noise_multiplier=1.0)
     server = AdaptiveClientDP(setting)

@@ -89,6 +89,20 @@ def test_how_long_processes_wait_for_one_another_parts_no_settings(report, runs)
     assert summary.command(found.options) == summary.command(other.options) == summary.command(older.options)
 
 
+def test_a_run_of_an_older_version_is_of_the_same_setting(report, runs):
+    """It lacks an option that came later, whose default is what it had."""
+    path = runs / "run0" / "config.json"
+    whole = path.read_text()
+    config, before = json.loads(whole), summary.read(runs / "run0").setting
+    for name in ("prior", "prior_apart"):
+        config["options"].pop(name, None)
+    try:
+        path.write_text(json.dumps(config))
+        assert summary.read(runs / "run0").setting == before
+    finally:
+        path.write_text(whole)
+
+
 @pytest.mark.parametrize("name, reason", [
     ("damaged", "config.json is damaged"), ("strange", "no config.json"), ("half <b>", "unfinished: 1 of 2"),
     ("emptied", "rounds.csv is damaged"), ("newer", "quantum")])

@@ -102,6 +102,12 @@ def test_the_geometric_median_balances_unit_vectors():
     assert update.norm() < 1
 
 
+def test_centered_clipping_where_most_have_not_moved():
+    """Their median norm is 0, by which nothing can be divided."""
+    update, _ = aggregate("centered_clipping", heads(*[[0.0] * 5] * 3, [1.0, 0, 0, 0, 0]))
+    assert torch.equal(update, torch.zeros(5))
+
+
 def test_centered_clipping_bounds_what_one_client_can_do():
     near, _ = aggregate("centered_clipping", heads(*[[1.0, 0, 0, 0, 0]] * 9, [0.0, 10, 0, 0, 0]))
     far, _ = aggregate("centered_clipping", heads(*[[1.0, 0, 0, 0, 0]] * 9, [0.0, 1e6, 0, 0, 0]))

@@ -286,7 +286,8 @@ def known(own, honest, least_trust=lambda forged: 1.0, aggregate=None):
     """What forgers know, of a server that takes the plain mean if nothing else is said."""
     own, honest = torch.tensor(own), torch.tensor(honest)
     mean = aggregate or (lambda forged: torch.cat([honest, forged]).mean(0))
-    return Knowledge(own, honest, torch.Generator().manual_seed(0), least_trust, mean, torch.ones(own.shape[1]))
+    drawn, lasting = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    return Knowledge(own, honest, drawn, lasting, least_trust, mean, torch.ones(own.shape[1]))
 
 
 @pytest.mark.parametrize("behaviour, expected", [
@@ -358,6 +359,16 @@ def test_heads_alone_on_borrowed_encoders(place, capsys):
     config = place.results / "config.json"
     config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
     assert "not finished" in place.refuses(capsys, "--encoders_from", "run", "--run_name", "fourth")
+
+
+def test_encoders_are_borrowed_of_the_same_deal_and_whole(place, capsys):
+    """Under Dirichlet the batch size decides what is dealt; of rve_pfl_trunk no client has a whole encoder."""
+    deal = ("--partition", "dirichlet", "--alpha", 1, "--rounds", 1)
+    assert place.main(*deal) == 0
+    borrow = ("--encoders_from", "run", "--run_name", "heads")
+    assert "its --local_bs is 32" in place.refuses(capsys, *deal, *borrow, "--local_bs", 16)
+    assert "--encoders_from" in place.refuses(capsys, *deal, *borrow, "--method", "rve_pfl_trunk")
+    assert place.main(*deal, *borrow) == 0
 
 
 @pytest.mark.parametrize("flags, said", [
