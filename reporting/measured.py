@@ -56,7 +56,9 @@ ASKED = {("stolen_model", "loss"): "`loss`, stolen model", ("stolen_model", "rmi
          ("curious_server", "fedmia"): "`fedmia`"}
 
 SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`",
-            "class prior, beta 1": "`--prior class`, beta 1", "class prior, beta 0.1": "`--prior class`, beta 0.1"}
+            "class prior, beta 1": "`--prior class`, beta 1", "class prior, beta 0.1": "`--prior class`, beta 0.1",
+            "class prior, beta 1, nearer": "the same, beta 1, `--prior_apart 0.25`",
+            "class prior, beta 0.1, nearer": "the same, beta 0.1, `--prior_apart 0.25`"}
 FRONTIER_IMAGES = 16   # attacked in each run
 RULES = ("threat", "mean", "median", "caf")
 OTHERS = ("threat", "trimmed_mean", "krum", "multi_krum", "nnm_trimmed_mean", "geometric_median",
@@ -431,6 +433,7 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "real-uploads-shards": partial(real_uploads, run="m10-fedavg-s1", rounds=[1, 5]),
     "real-uploads-others": other_uploads,
     "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),
+    "frontier-clothes": partial(frontier, dataset="fmnist10k"),
     "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
     "server-nobody-longer": nobody_longer, "server-chance": chance,
     "server-behaviours": partial(behaviours, dataset="mnist10k", rules=RULES),

@@ -95,7 +95,8 @@ def at_least_two(honest: Tensor) -> Tensor:
 
 
 def alie(known: Knowledge) -> Tensor:
-    """Honest mean and 1.5 standard deviations: a little is enough (Baruch et al. 2019, arXiv 1902.06156)."""
+    """Honest mean and 1.5 standard deviations: a little is enough (Baruch et al. 2019, arXiv 1902.06156, who take
+    as many as their z_max allows; ``optimal_alie`` tunes it)."""
     from byzfl import ALittleIsEnough
     return ALittleIsEnough(tau=1.5)(at_least_two(known.honest)).expand_as(known.own)
 

@@ -37,7 +37,7 @@ def trimmed_mean(updates: Tensor, f: int) -> Tensor:
 
 
 def krum(updates: Tensor, f: int) -> Tensor:
-    """The update nearest to its n - f - 1 nearest others (Blanchard et al. 2017)."""
+    """The update nearest to its n - f - 1 nearest others (Blanchard et al. 2017, who have n - f - 2)."""
     from byzfl import Krum
     return Krum(f)(updates)
 

@@ -194,7 +194,8 @@ def against_others(gram: Tensor, weight: Tensor) -> Tensor:
 
 
 def direction(cosine: Tensor) -> Tensor:
-    """Trust by cosines with the others' mean: 1 up to both bars, 0 from half as far again."""
+    """Trust by cosines with the others' mean: 1 up to both bars, 0 from OPPOSED on, or half as far again under the
+    median."""
     centre = cosine.median()
     spread = 1.4826 * (cosine - centre).abs().median()   # a normal distribution's standard deviation
     under = (centre - cosine) / torch.clamp_min(SPREADS * spread, GAP)
