@@ -14,13 +14,18 @@ import io
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 from _path import ROOT, load_driver
 
 from attack import mi_attack
+from attack.access import open_target
+from attack.attacks import unfit
 from methods import METHODS
+from runs import configs
 from runs.pictures import plt
+from utils import InputError
 
 PRIVATE = {"prior": "class", "kl_weight": 1e-2, "head_lr": 1}
 SETTINGS: dict[str, dict] = {
@@ -42,6 +47,7 @@ SETTINGS: dict[str, dict] = {
 }
 IMAGE_ATTACKS = {"thief": ("latent_decoder", "latent_likelihood"),
                  "server": ("analytic", "gauss_newton", "trunk_analytic")}
+ADVERSARIES = ("stolen_model", "curious_server")
 KEY = ["dataset", "partition", "setting", "seed"]
 
 
@@ -51,7 +57,7 @@ def name_of(key: dict, validate: bool) -> str:
     return "-".join(["frontier", key["dataset"], key["partition"], words, f"s{key['seed']}", *["val"] * validate])
 
 
-def train(driver, key: dict, args: argparse.Namespace) -> None:
+def train(driver: ModuleType, key: dict, args: argparse.Namespace) -> None:
     """One run, silently, unless it is finished; ends this process if it fails."""
     setting = SETTINGS[key["setting"]]
     row = METHODS[setting.get("method", "rve_pfl")]   # NAME10k is trained with the defaults of NAME
@@ -75,20 +81,37 @@ def places(args: argparse.Namespace) -> list[str]:
 
 
 def attack(key: dict, args: argparse.Namespace) -> None:
-    """Attack client 0 of a run with all that fits it."""
-    argv = ["--run", name_of(key, False), "--adversary", "stolen_model", "curious_server", "--attack",
-            *(one for row in IMAGE_ATTACKS.values() for one in row), "--public", args.public or
+    """Attack client 0 of a run with all that fits it; ends this process if an attack fails, or at Ctrl-C."""
+    name, attacks = name_of(key, False), [one for row in IMAGE_ATTACKS.values() for one in row]
+    target = open_target(name, args.results_dir, args.models_dir, args.data_dir)
+    if all(unfit(one, who, target) for one in attacks for who in ADVERSARIES):
+        return   # its cells stay empty
+    argv = ["--run", name, "--adversary", *ADVERSARIES, "--attack", *attacks, "--public", args.public or
             key["dataset"].removesuffix("10k"), "--public_images", str(args.public_images), "--images",
             str(args.images), "--iterations", str(args.iterations), "--restarts", "1", "--train_epochs",
             str(args.train_epochs), *places(args)]
     with contextlib.redirect_stdout(io.StringIO()):
-        mi_attack.main(argv)   # 2 where nothing fits, which leaves the cells empty
+        status = mi_attack.main(argv)
+    if status:
+        raise SystemExit(status)
+
+
+def play(key: dict, args: argparse.Namespace, driver: ModuleType) -> None:
+    """Train and attack one run, unless that is done. Its checkpoints go once nothing is left to attack."""
+    train(driver, key, args)
+    checkpoints = args.models_dir / name_of(key, False)
+    if args.validate or not list(checkpoints.glob("round_*")):   # none if it was attacked before
+        return
+    attack(key, args)
+    if not args.keep:
+        shutil.rmtree(checkpoints)
 
 
 def outcome(key: dict, args: argparse.Namespace) -> dict | None:
     """A row of the table; None if the run is not there."""
     folder = args.results_dir / name_of(key, args.validate)
-    if not (folder / "config.json").exists() or '"finished"' not in (folder / "config.json").read_text():
+    config = folder / "config.json"
+    if not config.exists() or configs.read(config)["status"] != "finished":
         return None
     rounds = pd.read_csv(folder / "rounds.csv")
     last = rounds[(rounds["round"] == rounds["round"].max()) & (rounds["split"] != "train")].set_index("stage")
@@ -154,18 +177,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     keys = [dict(zip(KEY, (dataset, partition, setting, seed), strict=True)) for seed in args.seeds
             for dataset in args.datasets for partition in args.partitions for setting in args.settings]
-    if not args.table:
-        driver = load_driver()
-        for key in keys:
-            train(driver, key, args)
-            checkpoints = args.models_dir / name_of(key, False)
-            if not args.validate and list(checkpoints.glob("round_*")):   # none if it was attacked before
-                attack(key, args)
-                if not args.keep:
-                    shutil.rmtree(checkpoints)
-    rows = list(filter(None, (outcome(key, args) for key in keys)))
-    if not rows:
-        print("frontier.py: no finished run", file=sys.stderr)
+    try:
+        if not args.table:
+            driver = load_driver()
+            for key in keys:
+                play(key, args, driver)
+        rows = list(filter(None, (outcome(key, args) for key in keys)))
+        if not rows:
+            raise InputError("no finished run; leave --table out to train what is missing")
+    except InputError as error:
+        print(f"frontier.py: error: {error}", file=sys.stderr)
         return 2
     table = pd.DataFrame(rows).sort_values(KEY, kind="stable")
     means = table.groupby(KEY[:-1], sort=False).mean(numeric_only=True).drop(columns="seed")

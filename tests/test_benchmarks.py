@@ -2,6 +2,7 @@
 import csv
 import importlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT
 
 from attack import classes
+from engine.signals import Interrupted
 
 
 @pytest.fixture
@@ -125,6 +127,33 @@ def test_the_frontier_trains_attacks_and_draws(script, place, tiny_run, monkeypa
     assert frontier.main([*flags, "--validate", "--settings", "published"]) == 0
     assert frontier.main([*flags, "--csv", str(table)]) == 0   # nothing is left to train or attack
     assert pd.read_csv(table).set_index("setting").equals(found)
+
+
+def test_the_frontier_keeps_what_it_did_not_attack(script, place, tiny_run, monkeypatch, capsys):
+    """What ends an attack ends the script, and leaves the checkpoints; where nothing fits, they go."""
+    def ctrl_c(args):
+        raise Interrupted(2)
+    folders, frontier, table = tiny_run("fedavg")[2:], script("frontier"), place.folder / "frontier.csv"
+    flags = [*folders, "--datasets", "tiny10k", "--partitions", "shards", "--seeds", "1", "2", "--rounds", "2",
+             "--local_ep", "1", "--local_bs", "16", "--images", "2", "--iterations", "2", "--settings", "fedavg"]
+    first, second = (place.folder / "models" / f"frontier-tiny10k-shards-fedavg-s{seed}" for seed in (1, 2))
+    for more, stops, status in ((["--public", "none"], frontier.mi_attack.attack_all, 2), ([], ctrl_c, 130)):
+        monkeypatch.setattr(frontier.mi_attack, "attack_all", stops)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            frontier.main([*flags, *more])
+        assert stop.value.code == status and len(capsys.readouterr().err.strip().splitlines()) == 1
+        assert list(first.glob("round_*")) and not second.exists()
+    monkeypatch.setattr(frontier, "unfit", lambda *which: "nothing fits")
+    assert frontier.main(flags) == 0 and not first.exists() and not second.exists()
+    config = place.folder / "results" / first.name / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "status": "unfinished", "was": "finished"}))
+    assert frontier.main([*flags, "--table", "--csv", str(table)]) == 0
+    assert pd.read_csv(table)["seed"].tolist() == [2]
+    config.write_text("[]")
+    capsys.readouterr()
+    assert frontier.main([*flags, "--table"]) == 2
+    assert capsys.readouterr().err.startswith("frontier.py: error: ")
 
 
 @pytest.mark.parametrize("name, flag", [("ladder", "--run"), ("public_images", "--run"),
