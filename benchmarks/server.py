@@ -9,11 +9,14 @@ that a cell takes seconds. A cell plays a few short rounds on a part of each cli
 heads of rve_pfl alone from their initial weights, on latents of encoders that clean rounds have trained and that
 stay as they are: no private encoder then makes up for a bad head. `models` trains fedavg's whole models, which as
 many clean rounds under the plain mean have begun. Rules are told the true share of malicious clients, 0.3 where
-nobody is. Results go to FOLDER/cells.csv, a line a cell; interrupted, it goes on where it stopped.
+nobody is. Results go to FOLDER/cells.csv, a line a cell; interrupted, it goes on where it stopped. All of a FOLDER
+is played at one scale, that of FOLDER/scale.json.
 """
 import argparse
 import csv
 import itertools
+import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,12 +35,13 @@ from methods import METHODS
 from metrics import over_clients
 from models import Classifier, Network, Output, kl_to_standard_normal, reparameterise
 from options import args_parser
+from runs.configs import read_json
 from server import threat_aware, triggers
 from server.malicious import BEHAVIOURS, MaliciousClients
 from server.mean import Round, Server, Setting
 from server.rules import RULES
 from update import Diverged, Private, Trainer, one_by_one, training_of
-from utils import ROOT, choose_precision, keep_freed_memory, rng, seed_torch, write_whole
+from utils import ROOT, InputError, choose_precision, keep_freed_memory, rng, seed_torch, write_whole
 
 SCOPES = {"heads": "rve_pfl", "models": "fedavg"}
 PARTITIONS = ("shards", "dirichlet", "iid")
@@ -45,6 +49,7 @@ FRACS = (0.3, 0.1, 0.2, 0.4)
 # The behaviours that cost most on the seeds that were looked at first, in that order.
 FIRST = ("adaptive", "optimal_ipm", "min_max", "mimic", "scaling", "label_flip", "backdoor_projected",
          "backdoor_patch", "optimal_alie", "mpaf", "min_sum")
+SCALE = {"rounds": 3, "local_ep": 1, "local_bs": 32, "images": 300, "after": 0}   # what no line of a CSV says
 CLEAN_ROUNDS = 3   # behind the encoders, and before the cells with whole models
 TRIGGERS = {triggers.patch: 1, triggers.blend: 2}   # trigger -> which third of a latent row
 # What the constants of `threat` are halved and doubled in; of COPY and KEEP it is what is left to 1.
@@ -258,10 +263,24 @@ def read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
+def keep_to_one_scale(scale: argparse.Namespace) -> None:
+    """Note the scale of a new folder; InputError if what is there was played at another."""
+    path, own = scale.out / "scale.json", {name: getattr(scale, name) for name in SCALE}
+    older = any((scale.out / name).exists() for name in ("cells.csv", "sensitivity.csv"))
+    try:
+        there = read_json(path) if path.exists() else SCALE if older else own   # older: had no such file
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); give another --out") from error
+    for name, value in own.items():
+        if there.get(name) != value:
+            raise InputError(f"--{name} {value}: {scale.out} was played with {there.get(name)}; give the same, or "
+                             "another --out")
+    write_whole(path, lambda file: file.write((json.dumps(own) + "\n").encode()))
+
+
 def run(scale: argparse.Namespace) -> None:
     """Play the cells that are missing, a world at a time within each share and behaviour."""
     path, worlds = scale.out / "cells.csv", {}
-    scale.out.mkdir(parents=True, exist_ok=True)
     done = {Cell(*row) for row in read(path)[list(Cell._fields)].itertuples(index=False)}
     for cell in list(plan(scale))[scale.part[0]::scale.part[1]]:
         if cell in done:
@@ -282,7 +301,6 @@ def run(scale: argparse.Namespace) -> None:
 def sensitivity(scale: argparse.Namespace) -> None:
     """What `threat` reaches with each constant halved and doubled, with nobody malicious and under `adaptive`."""
     path = scale.out / "sensitivity.csv"
-    scale.out.mkdir(parents=True, exist_ok=True)
     done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["constant", "factor", "behaviour"])
     worlds = itertools.product(scale.datasets, scale.seeds, scale.scopes, scale.partitions)
     for key in worlds:
@@ -338,7 +356,7 @@ def tables(cells: pd.DataFrame) -> str:
     return "\n\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of cells.csv")
@@ -350,26 +368,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     rest = [name for name in BEHAVIOURS if name not in (*FIRST, "absent", "passive")]
     parser.add_argument("--behaviours", nargs="*", choices=BEHAVIOURS, default=[*FIRST, *rest])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--local_ep", type=int, default=1)
-    parser.add_argument("--local_bs", type=int, default=32)
-    parser.add_argument("--images", type=int, default=300, help="training images a client at most")
-    parser.add_argument("--after", type=int, default=0, metavar="ROUND",
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--local_ep", type=int)
+    parser.add_argument("--local_bs", type=int)
+    parser.add_argument("--images", type=int, help="training images a client at most")
+    parser.add_argument("--after", type=int, metavar="ROUND",
                         help="number rounds from there, and so train by other draws: what chance alone moves")
     parser.add_argument("--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
                         help="each N-th cell from the I-th only, so that N processes share the work")
     parser.add_argument("--table", action="store_true", help="play nothing")
     parser.add_argument("--sensitivity", action="store_true", help="vary the constants of `threat` instead")
+    parser.set_defaults(**SCALE)
     scale = parser.parse_args(argv)
-    if scale.sensitivity:
-        sensitivity(scale)
-        return
-    if not scale.table:
-        run(scale)
-    cells = read(scale.out / "cells.csv")
-    if len(cells):
+    try:
+        if scale.sensitivity or not scale.table:
+            keep_to_one_scale(scale)
+            (sensitivity if scale.sensitivity else run)(scale)
+    except InputError as error:
+        print(f"server.py: error: {error}", file=sys.stderr)
+        return 2
+    if not scale.sensitivity and len(cells := read(scale.out / "cells.csv")):
         print(tables(cells))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

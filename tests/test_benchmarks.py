@@ -279,11 +279,42 @@ def test_crowds_prints_each_round(script, capsys):
     assert all(float(line.split()[-2]) > 100 for line in lines[:1])
 
 
-def test_the_grid_of_the_server_plays_resumes_and_varies(script, tmp_path, tiny_arrays, monkeypatch, capsys):
+@pytest.fixture
+def server(script):
+    """benchmarks/server.py, which has the name of a package."""
     script("_path")
-    spec = importlib.util.spec_from_file_location("grid", ROOT / "benchmarks" / "server.py")   # not the package
-    server = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(server)
+    spec = importlib.util.spec_from_file_location("grid", ROOT / "benchmarks" / "server.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_folder_of_the_grid_is_of_one_scale(server, tmp_path, monkeypatch, capsys):
+    """That of its first call; the defaults' for a folder of a version that did not note it."""
+    played = []
+    monkeypatch.setattr(server, "run", lambda scale: played.append(scale.rounds))
+    monkeypatch.setattr(server, "sensitivity", lambda scale: played.append("varied"))
+    new, old = (["--out", str(tmp_path / name)] for name in ("new", "old"))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "cells.csv").write_text("\n")
+    monkeypatch.setattr(server, "read", lambda path: [])
+    for flags in ([*new, "--rounds", "6"], [*new, "--rounds", "6", "--seeds", "5"], [*new, "--table"], old):
+        assert server.main(flags) == 0
+    assert played == [6, 6, 3]
+    (tmp_path / "old" / "scale.json").unlink()
+    for flags, said in ((new, "--rounds 3"), ([*new, "--rounds", "6", "--after", "3"], "--after 3"),
+                        ([*new, "--rounds", "6", "--images", "9", "--sensitivity"], "--images 9"),
+                        ([*old, "--local_bs", "8"], "--local_bs 8"), ([*old, "--local_ep", "2"], "--local_ep 2")):
+        capsys.readouterr()
+        assert server.main(flags) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"server.py: error: {said}: ")
+    (tmp_path / "new" / "scale.json").write_text("[")
+    assert server.main(new) == 2 and "is damaged" in capsys.readouterr().err
+    assert played == [6, 6, 3]
+
+
+def test_the_grid_of_the_server_plays_resumes_and_varies(server, tmp_path, tiny_arrays, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     arrays = {name: np.concatenate([part] * 2) for name, part in tiny_arrays.items()}
     np.savez(tmp_path / "data" / "tiny.npz", **arrays)
