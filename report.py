@@ -72,7 +72,7 @@ def write_report(folder: Path) -> int:
     if not folder.is_dir():
         raise InputError(f"--results_dir {folder}: no such folder")
     for name in ("report.html", "summary.csv"):
-        remove_leftovers(folder, f"{name}.*")
+        remove_leftovers(folder, name)
     found = {path.name: _guarded(read, path) for path in sorted(folder.iterdir()) if path.is_dir()}
     try:
         runs, others, table, text = made(found)

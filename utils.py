@@ -119,7 +119,7 @@ def remove_leftovers(folder: Path, names: str) -> None:
     Args:
         names: a pattern for the names of the finished files.
     """
-    for path in folder.glob(f".{names}.tmp"):
+    for path in folder.glob(f".{names}.*.tmp"):
         owner = path.name.split(".")[-2]
         if owner.isdecimal() and not _lives(int(owner)):
             path.unlink(missing_ok=True)

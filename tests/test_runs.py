@@ -180,6 +180,8 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
     remove_leftovers(tmp_path, "attack*")
     assert {p.name for p in tmp_path.iterdir()} == {
         names[os.getppid()], ".attack.csv.none.tmp", f".report.html.{dead.pid}.tmp", "attack.csv"}
+    remove_leftovers(tmp_path, "report.html")   # a name without a star is a pattern as well
+    assert not list(tmp_path.glob(".report*"))
 
 
 def unfinish(folder):
