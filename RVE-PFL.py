@@ -117,7 +117,11 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
 
 
 def deal(args: Namespace, labels: np.ndarray) -> tuple[list, list]:
-    """What each client owns, and its (training, held-out) split, as index arrays."""
+    """What each client owns, and its (training, held-out) split, as index arrays.
+
+    Raises:
+        InputError: there are too few images or classes for that many clients.
+    """
     owned = sampling.partition(
         labels, args.num_users, args.partition, rng(args.seed, "partition"), alpha=args.alpha,
         classes_per_client=args.classes_per_client, unequal=args.unequal,
@@ -125,6 +129,9 @@ def deal(args: Namespace, labels: np.ndarray) -> tuple[list, list]:
     splits = sampling.split_all(owned, labels, HELD_OUT, args.seed, "split")
     if args.validate:
         splits = sampling.split_all([train for train, _ in splits], labels, HELD_OUT, args.seed, "validation")
+        if not all(len(train) for train, _ in splits):
+            raise InputError(f"--num_users {args.num_users} --validate: a client has two images, and none is left "
+                             "to train on; use fewer clients")
     return owned, splits
 
 
