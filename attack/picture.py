@@ -3,7 +3,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from runs.pictures import plt
+from runs.pictures import drawable, plt
 from utils import write_whole
 
 MOST = 10   # images in a picture
@@ -21,7 +21,7 @@ def grid(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str) -> Non
                                 squeeze=False, layout="constrained")
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for i, place in enumerate(line):
-            place.imshow(images[i].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            place.imshow(drawable(images[i].permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=1)
             place.set(xticks=[], yticks=[])
             if line is axes[0]:
                 place.set_title(int(labels[i]), fontsize=8)

@@ -84,10 +84,15 @@ def triggered_picture(path: Path, images: np.ndarray, triggered: np.ndarray, tit
                                 squeeze=False)
     for row, shown in zip(grid, (images, triggered), strict=True):
         for axes, image in zip(row, shown, strict=True):
-            axes.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
+            axes.imshow(drawable(image), cmap="gray", vmin=0, vmax=255)
             axes.set_axis_off()
     figure.suptitle(f"{title}\nabove: as they are; below: with the backdoor's trigger", fontsize=9)
     _save(figure, path)
+
+
+def drawable(image: np.ndarray) -> np.ndarray:
+    """An image ``H x W x C`` as Matplotlib takes it: in colour if of three channels, else the first in grey."""
+    return image if image.shape[2] == 3 else image[:, :, 0]
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
+from attack import picture
 from methods import METHODS
-from runs import checkpoint
+from runs import checkpoint, pictures
 from runs.checkpoint import load_checked
 from runs.run import Run
 from utils import remove_leftovers
@@ -182,6 +183,18 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
         names[os.getppid()], ".attack.csv.none.tmp", f".report.html.{dead.pid}.tmp", "attack.csv"}
     remove_leftovers(tmp_path, "report.html")   # a name without a star is a pattern as well
     assert not list(tmp_path.glob(".report*"))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
+def test_images_of_any_number_of_channels_are_drawn(tmp_path, channels):
+    """Red, green and blue in colour; otherwise the first alone, since a fourth would be opacity."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, channels), np.uint8)
+    shown = pictures.drawable(images[0])
+    assert shown.tolist() == (images[0] if channels == 3 else images[0, :, :, 0]).tolist()
+    pictures.triggered_picture(tmp_path / "triggered.png", images, 255 - images, "")
+    truth = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    picture.grid(tmp_path / "attack.png", {"truth": truth, "found": 1 - truth}, torch.tensor([0, 1]), "")
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 2
 
 
 def unfinish(folder):
