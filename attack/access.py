@@ -72,6 +72,13 @@ class Target:
         names = (p.name.removeprefix("round_") for p in self.models.glob("round_*"))
         return sorted(int(name) for name in names if name.isdecimal())
 
+    def latest_round(self) -> int:
+        """The latest round that has a checkpoint; InputError if none has."""
+        if not (rounds := self.rounds()):
+            raise InputError(f"--run {self.models.name}: {self.models} holds no checkpoint; go on with the run "
+                             "(--resume), or train it again (--overwrite)")
+        return rounds[-1]
+
     def file(self, round: int, name: str) -> Path:
         """The path of a checkpoint's file; InputError if the round has no checkpoint."""
         folder = self.models / f"round_{round}"

@@ -36,9 +36,7 @@ def folder_options() -> list[Option]:
 
 def chosen_rounds(target: Target, args: Namespace) -> list[int]:
     """The rounds to attack; InputError if a checkpoint or a client of the command line does not exist."""
-    rounds = args.rounds or target.rounds()[-1:]
-    if not rounds:
-        raise InputError(f"--run {args.run}: {target.models} holds no checkpoint yet")
+    rounds = args.rounds or [target.latest_round()]
     last = target.options["num_users"] - 1
     if max(args.clients) > last:
         raise InputError(f"--clients {max(args.clients)}: the run's clients are 0 to {last}")

@@ -71,7 +71,7 @@ def compare(argv: list[str] | None) -> None:
     args = mi_attack.make_parser().parse(argv)
     art_miface()
     run = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
-    round, client = (args.rounds or run.rounds()[-1:])[0], args.clients[0]
+    round, client = (args.rounds or [run.latest_round()])[0], args.clients[0]
     view, scene = hold(run, "curious_server", round, client), Scene(run, args)
     if view.head is None or view.has_encoder:
         raise InputError(f"--run {args.run}: its server cannot go from images to classes; give a fedavg run")

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
-        round = target.rounds()[-1] if args.round is None else args.round
+        round = target.latest_round() if args.round is None else args.round
         if not 0 <= args.client < target.options["num_users"]:
             raise InputError(f"--client {args.client}: clients are 0 to {target.options['num_users'] - 1}")
         if args.images < 1:

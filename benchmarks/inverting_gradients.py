@@ -54,7 +54,7 @@ def compare(argv: list[str] | None) -> None:
     run = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
     if run.has_encoder:
         raise InputError(f"--run {args.run}: behind an encoder there are latents; give a fedavg run")
-    round, client = (args.rounds or run.rounds()[-1:])[0], args.clients[0]
+    round, client = (args.rounds or [run.latest_round()])[0], args.clients[0]
     scene = Scene(run, args)
     adversary = scene.adversary("curious_server", round, client)
     head = held(adversary.holdings.next_head)

@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
         if not target.has_encoder:
             raise InputError(f"--run {args.run}: its method has no encoder, and so no ladder")
-        rows = [row for round in args.rounds or target.rounds()[-1:] for client in args.clients
+        rows = [row for round in args.rounds or [target.latest_round()] for client in args.clients
                 for row in climb(target, round, client, args)]
     except InputError as error:
         print(f"ladder.py: error: {error}", file=sys.stderr)

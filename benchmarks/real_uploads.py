@@ -251,7 +251,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
     if min(args.images) < 1 or max(args.images) > len(target.owned()[0][args.client]) or min(args.epochs) < 1:
         raise InputError("--images and --epochs: at least 1, and no more images than the client has")
     found = []
-    for round in args.rounds or target.rounds()[-1:]:
+    for round in args.rounds or [target.latest_round()]:
         for case in cases(args):
             found.append(row_of(target, round, case, args))
             print("  ".join(f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -26,6 +26,7 @@ def rows_of(name: str, args: argparse.Namespace) -> list[dict]:
     target = open_target(name, args.results_dir, args.models_dir, args.data_dir)
     train, _ = target.owned()
     rows = []
+    target.latest_round()   # refuses a run without checkpoints, of which there is nothing to say
     for round in target.rounds():
         shared = target.shared(round)
         if BIAS not in shared["sent"]:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -162,6 +163,22 @@ def test_a_run_that_is_not_there_is_one_line(script, name, flag, tmp_path, capsy
     assert script(name).main([flag, "none", "--results_dir", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{name}.py: error: ")
+
+
+@pytest.mark.parametrize("method, names", [
+    ("fedavg", ["art_miface", "inverting_gradients", "real_uploads", "which_classes"]),
+    ("lg_fedavg", ["conditioning", "ladder"])])
+def test_a_run_without_checkpoints_is_one_line(script, place, tiny_run, monkeypatch, capsys, method, names):
+    """Such as benchmarks/study.py leaves."""
+    flags = tiny_run(method)
+    shutil.rmtree(place.models)
+    monkeypatch.setattr(script("art_miface"), "art_miface", lambda: None)   # need not be installed
+    for name in names:
+        capsys.readouterr()
+        assert script(name).main(["--runs" if name == "which_classes" else "--run", *flags[1:]]) == 2
+        said = capsys.readouterr()
+        line, = said.err.splitlines()
+        assert line.startswith(f"{name}.py: error: --run run: ") and "no checkpoint" in line and not said.out
 
 
 # Stands in for the interpreter of gpu.sh: notes its arguments, and writes what a run of RVE-PFL.py would.
