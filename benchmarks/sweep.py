@@ -3,8 +3,8 @@
     python benchmarks/sweep.py 3 --dataset cifar --rounds 3 --local_ep 5 -- "--kl_weight 0" "--kl_weight 1e-4"
 
 The first argument is how many of the clients take part, in every round; then options of RVE-PFL.py common
-to all settings, `--`, and the settings. A tenth of each client's training images, held out, is evaluated
-(`--validate`); test images are never looked at.
+to all settings, `--`, and the settings. A setting ends where a client's loss does not stay finite. A tenth of each
+client's training images, held out, is evaluated (`--validate`); test images are never looked at.
 """
 import sys
 import time
@@ -15,8 +15,8 @@ from _path import load_driver  # lets this script import the project
 import datasets
 from options import args_parser
 from server.mean import Round
-from update import Private
-from utils import choose_device, keep_freed_memory
+from update import Diverged, Private
+from utils import InputError, choose_device, keep_freed_memory
 
 driver = load_driver()
 
@@ -44,7 +44,7 @@ def sweep(args, clients: int) -> None:
               f"{time.monotonic() - start:.0f} s", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     if "--" not in sys.argv:   # also --help
         sys.exit(__doc__)
     keep_freed_memory()
@@ -52,8 +52,15 @@ def main() -> None:
     clients, common = int(sys.argv[1]), sys.argv[2:cut]
     for setting in sys.argv[cut + 1:]:
         print(" ".join(common), setting, flush=True)
-        sweep(args_parser([*common, "--validate", *setting.split()]), clients)
+        try:
+            sweep(args_parser([*common, "--validate", *setting.split()]), clients)
+        except Diverged as error:
+            print(f"  {error}", flush=True)
+        except InputError as error:
+            print(f"sweep.py: error: {error}", file=sys.stderr)
+            return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

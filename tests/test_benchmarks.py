@@ -181,6 +181,16 @@ def test_a_run_without_checkpoints_is_one_line(script, place, tiny_run, monkeypa
         assert line.startswith(f"{name}.py: error: --run run: ") and "no checkpoint" in line and not said.out
 
 
+def test_a_sweep_goes_on_after_a_setting_that_diverges(script, place, monkeypatch, capsys):
+    def main(*settings):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", "1", *place.argv("--rounds", 2), "--", *settings])
+        return script("sweep").main()
+    assert main("--optimizer sgd --lr 1000", "--lr 1e-3") == 0
+    lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert lines == ["  client 0, round 1", "  round 1", "  round 2"]
+    assert main("--dataset none") == 2 and capsys.readouterr().err.startswith("sweep.py: error: --dataset none")
+
+
 # Stands in for the interpreter of gpu.sh: notes its arguments, and writes what a run of RVE-PFL.py would.
 STUB = r"""#!/usr/bin/env bash
 [ "$1" != -c ] || exit "${NO_GPU:-0}"
