@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attack import learnt
-from attack.access import Holdings, Target, Victim, held, hold, posterior_in_parts
+from attack.access import Holdings, Target, Victim, hold, posterior_in_parts
 from attack.attacks import shared_head, whole_head
 from attack.scene import MIN_PUBLIC, as_floats, same_classes, unowned_images
 from attack.tables import Unit
 from models import Network, as_image, reparameterise
+from server.mean import State
 from utils import choose_precision, seed_torch
 
 Answer = Callable[[Tensor], Tensor]   # images N x C x H x W -> log-probabilities N x num_classes
@@ -200,14 +201,19 @@ def fedmia(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Te
     the server puts one before all heads of a round: a shadow encoder, trained with the head that it had sent.
     """
     scores, target = [], adversary.target
-    for r in uploaded(target, adversary.rounds, adversary.client):
+    for r in adversary.rounds:
+        uploads = target.shared(r)["uploads"]   # read once: that is every client's head
+        if not comparable(uploads, adversary.client):
+            continue
         inputs = images[:, None]
         if target.has_encoder:
             encoded = Holdings(None, shadow(adversary, r, labels), True, target.data.image_shape)
             inputs = latents(encoded, images, adversary.args.draws)
-        heads = {k: held(hold(target, "curious_server", r, k).head) for k in target.shared(r)["uploads"]}
-        losses = {k: -F.logsigmoid(confidence(partial(mean_answer, head), inputs, labels))
-                  for k, head in heads.items()}
+        network, losses = target.network().requires_grad_(False), {}
+        head = network.get_submodule("classifier").to(memory_format=torch.channels_last)
+        for k, upload in uploads.items():
+            network.load_state_dict(upload, strict=False)
+            losses[k] = -F.logsigmoid(confidence(partial(mean_answer, head), inputs, labels))
         own = losses.pop(adversary.client)
         others = torch.stack(list(losses.values()))
         scores.append((others.mean(0) - own) / others.std(0).clamp_min(1e-12))
@@ -237,10 +243,9 @@ def shadow(adversary: Adversary, round: int, labels: Tensor) -> nn.Module | None
     return learnt.shadow_encoder(sent, start, public, known, adversary.epochs(round), adversary.kl_weight).encoder
 
 
-def uploaded(target: Target, rounds: list[int], client: int) -> list[int]:
-    """The rounds in which the client and at least two others uploaded."""
-    seen = {r: target.shared(r)["uploads"] for r in rounds}
-    return [r for r, uploads in seen.items() if client in uploads and len(uploads) > 2]
+def comparable(uploads: dict[int, State], client: int) -> bool:
+    """Whether the client and at least two others uploaded."""
+    return client in uploads and len(uploads) > 2
 
 
 @dataclass(frozen=True)
@@ -282,6 +287,6 @@ def unfit(target: Target, unit: Unit, rounds: list[int]) -> str | None:
         return None
     if why := shared_head(target, unit.adversary) or whole_head(target, unit.adversary):
         return why
-    if not uploaded(target, rounds, unit.client):
+    if not any(comparable(target.shared(r)["uploads"], unit.client) for r in rounds):
         return f"client {unit.client} and two others uploaded together in no round"
     return None
