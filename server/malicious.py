@@ -112,25 +112,6 @@ BEHAVIOURS = {
 }
 
 
-def poisoned(trainer: Trainer, indices: dict[int, np.ndarray],
-             trigger: Callable[[Tensor], Tensor] | None) -> tuple[Trainer, dict[int, np.ndarray]]:
-    """A trainer with triggered copies behind its images, and the images of each client with its copies.
-
-    The honest clients' trainer, which also evaluates, never holds them.
-    """
-    if trigger is None:
-        return trainer, indices
-    chosen = {k: triggers.chosen(own) for k, own in indices.items()}
-    copied = trainer.images[torch.from_numpy(np.concatenate(list(chosen.values()))).to(trainer.labels.device)]
-    trained_on, start = {}, len(trainer.images)
-    for k, own in indices.items():
-        trained_on[k] = np.concatenate([own, np.arange(start, start + len(chosen[k]))])
-        start += len(chosen[k])
-    target = torch.full((len(copied),), triggers.TARGET, dtype=trainer.labels.dtype, device=trainer.labels.device)
-    return replace(trainer, images=torch.cat([trainer.images, trigger(copied)]),
-                   labels=torch.cat([trainer.labels, target])), trained_on
-
-
 class MaliciousClients:
     """The malicious clients of a run.
 
@@ -143,25 +124,39 @@ class MaliciousClients:
         self.behaviour, self.seed = BEHAVIOURS[behaviour or "passive"], seed
         count = round_down(frac * clients)
         self.members = frozenset(rng(seed, "malicious").permutation(clients)[:count].tolist())
-        self.liars: dict[int, tuple[Trainer, Trainer]] = {}   # by id: a trainer, and the same with other labels
+        self.liars: dict[int, tuple[Trainer, Trainer]] = {}   # by id: a trainer, and that of malicious clients
 
     def groups(self, trainer: Trainer,
                indices: dict[int, np.ndarray]) -> list[tuple[Trainer, dict[int, np.ndarray]]]:
         """The clients that train, honest and malicious apart, and with which trainer: malicious ones may have
-        other labels, and triggered images as well."""
+        other labels, and triggered images as well.
+
+        The honest clients' trainer, which also evaluates, never holds those.
+        """
         honest = {k: own for k, own in indices.items() if k not in self.members}
         bad = {k: own for k, own in indices.items() if k in self.members}
         if not bad:
             return [(trainer, honest)]
-        return [(trainer, honest), poisoned(self._liar(trainer), bad, self.behaviour.trigger)]
+        if self.behaviour.trigger is not None:   # image i's triggered copy is image N + i
+            bad = {k: np.concatenate([own, len(trainer.images) + triggers.chosen(own)]) for k, own in bad.items()}
+        return [(trainer, honest), (self._liar(trainer), bad)]
 
     def _liar(self, trainer: Trainer) -> Trainer:
-        """The trainer of malicious clients: the same one in every round, since it may hold a captured step."""
-        if self.behaviour.relabel is None:
+        """The trainer of malicious clients: the same one in every round, since it may hold a captured step.
+
+        Its triggered copies are therefore those of all images, whoever trains and on which of them.
+        """
+        relabel, trigger = self.behaviour.relabel, self.behaviour.trigger
+        if relabel is None and trigger is None:
             return trainer
         if id(trainer) not in self.liars:   # both are kept, so that the id stays theirs
-            labels = self.behaviour.relabel(trainer.labels, trainer.num_classes)
-            self.liars[id(trainer)] = trainer, replace(trainer, labels=labels)
+            images, labels = trainer.images, trainer.labels
+            if relabel is not None:
+                labels = relabel(labels, trainer.num_classes)
+            if trigger is not None:   # in parts: blended images are floats for a moment
+                labels = torch.cat([labels, torch.full_like(labels, triggers.TARGET)])
+                images = torch.cat([images, *map(trigger, images.split(1024))])
+            self.liars[id(trainer)] = trainer, replace(trainer, images=images, labels=labels)
         return self.liars[id(trainer)][1]
 
     def retrained(self, trainer: Trainer, client: int, number: int, images: int, trained: Trained) -> Trained:

@@ -10,7 +10,7 @@ import torch
 
 from server import forging, triggers
 from server.forging import Knowledge, harm, min_max_reach, min_sum_reach, tuned
-from server.malicious import BEHAVIOURS, MaliciousClients, pair_flipped, poisoned
+from server.malicious import BEHAVIOURS, MaliciousClients, pair_flipped
 from server.mean import Round, Server, Setting, moved, updates_of
 from server.rules import RULES
 from update import Trainer
@@ -143,10 +143,11 @@ def test_only_the_malicious_train_on_triggered_copies():
     assert clean is trainer and sorted(honest) == sorted(set(own) - {bad})
     assert len(trainer.images) == 12 and torch.equal(liar.images[:12], images)
     chosen = own[bad][::2]
-    assert trained_on[bad].tolist() == [*own[bad], 12, 13]
-    assert torch.equal(liar.images[12:], triggers.patch(images[chosen])) and liar.labels[12:].tolist() == [0, 0]
+    assert trained_on[bad][:3].tolist() == own[bad].tolist() and len(trained_on[bad]) == 5
+    copies = trained_on[bad][3:]
+    assert torch.equal(liar.images[copies], triggers.patch(images[chosen])) and not liar.labels[copies].any()
     assert torch.equal(liar.labels[:12], trainer.labels)
-    assert poisoned(trainer, own, None) == (trainer, own)
+    assert MaliciousClients("passive", 0.25, 4, seed=1).groups(trainer, own)[1] == (trainer, {bad: own[bad]})
 
 
 def test_success_is_counted_on_triggered_images_of_other_classes():
