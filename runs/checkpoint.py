@@ -276,10 +276,10 @@ def finished_source(args: Namespace) -> Path:
     except InputError as error:
         raise InputError(f"--encoders_from {name}: {error}; give another run") from error
     theirs, finished = config["options"], config["status"] == "finished"
-    deal = ("dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "resplit",
-            "validate", "method")
+    deal = ["dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "resplit",
+            "validate", "method"]
     if args.partition == "dirichlet":   # a client needs images for one batch, which is dealt for
-        deal += ("local_bs",)
+        deal.append("local_bs")
     differ = [key for key in deal if theirs.get(key) != getattr(args, key)]
     if differ or not finished:
         why = f"its --{differ[0]} is {theirs.get(differ[0])}" if differ else "it is not finished"
