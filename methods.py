@@ -239,5 +239,6 @@ METHODS = {
         {**VARIATIONAL, WARM_ROUNDS: 0}, ON_CIFAR),
     "nbafl_prox": Method(
         "NbAFL with its proximal term", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
-        {**NBAFL, PROX: 1.0}, CNN_ON_CIFAR, PROX_ON_MIXED, server=NbAFL, loss=proximal),
+        {**NBAFL, PROX: 1.0}, {"cifar": {**CNN_ON_CIFAR["cifar"], PROX: 0.1}}, PROX_ON_MIXED, server=NbAFL,
+        loss=proximal),
 }
