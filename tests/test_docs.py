@@ -400,3 +400,13 @@ def test_figures_in_prose_stand_in_a_table(page):
     loose = prose - elsewhere
     assert not loose - excused, f"in no table of {page}: {', '.join(sorted(loose - excused))}"
     assert not excused - loose, f"not in {page}'s prose, or in a table: {', '.join(sorted(excused - loose))}"
+
+
+def test_each_csv_of_docs_and_its_columns_are_explained():
+    section = (ROOT / "docs" / "outputs.md").read_text().split("## The CSVs in `docs/`")[1].split("\n## ")[0]
+    lines, common = section.splitlines(), " ".join(line for line in section.splitlines() if line[:1] != "|")
+    for path in sorted((ROOT / "docs").glob("*.csv")):
+        row, = (line for line in lines if f"`{path.name}`" in line and line.startswith("|"))
+        known = [word.replace("*", ".*") for word in re.findall(r"`([\w.*]+)`", row + common)]
+        for column in next(csv.reader(path.open())):
+            assert any(re.fullmatch(word, column) for word in known), f"{path.name}: {column} is nowhere explained"
