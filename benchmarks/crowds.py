@@ -1,11 +1,12 @@
 """Memory of runs with many clients, by round: what their uploads take.
 
-    python benchmarks/crowds.py [--clients 1000] [--tiny 10000]
+    python benchmarks/crowds.py [--clients 1000] [--tiny 10000] [--encoders N]
 
-Two runs on the CPU. Heads: clients of ten MNIST images who share a whole head of full size, 3.3 MB, weighed by the
+Runs on the CPU. Heads: clients of ten MNIST images who share a whole head of full size, 3.3 MB, weighed by the
 threat-aware rule, two rounds. Tiny: clients of ten 8 x 8 images, a twentieth of whom train in each of six rounds.
-Private encoders of full size, 79 MB a client, would need a disk of their own; here nothing, or a last layer, is
-private. Prints, a round, the seconds and the most anonymous memory: what the kernel cannot take back. Linux only.
+There nothing, or a last layer, is private. Encoders, if asked for: RVE-PFL itself at full size, one round, whose
+private parameters take 79 MB of disk a client. Prints, a round, the seconds and the most anonymous memory: what
+the kernel cannot take back. Linux only.
 """
 import argparse
 import subprocess
@@ -56,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=1000, help="with heads of full size; 0: not run")
     parser.add_argument("--tiny", type=int, default=10_000, help="tiny clients; 0: not run")
+    parser.add_argument("--encoders", type=int, default=0, help="clients of rve_pfl, with 79 MB of disk each")
+    parser.add_argument("--folder", type=Path, help="where the runs' files go for the while (the system's "
+                                                    "temporary folder if not given)")
     parser.add_argument("--driver", type=Path, default=ROOT / "RVE-PFL.py", help="or that of another version")
     args = parser.parse_args(argv)
     common = ("--partition", "iid", "--local_ep", "1", "--local_bs", "9")
@@ -63,9 +67,10 @@ def main(argv: list[str] | None = None) -> int:
             ("heads", args.clients, 28, ("--method", "fedavg", "--aggregation", "threat", "--rounds", "2",
                                          "--eval_every", "2")),
             ("tiny", args.tiny, 8, ("--method", "fedper", "--frac", "0.05", "--rounds", "6",
-                                    "--eval_every", "6"))):
+                                    "--eval_every", "6")),
+            ("encoders", args.encoders, 28, ("--method", "rve_pfl", "--aggregation", "threat", "--rounds", "1"))):
         if clients:
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
                 data = drawn(Path(folder), side, clients)
                 rows = by_round(Path(folder), args.driver, "--dataset", data, "--num_users", str(clients), *common,
                                 *flags)

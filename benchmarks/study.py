@@ -45,6 +45,7 @@ LABELS: Final[dict[str, dict]] = {   # the plain mean everywhere, so that method
     "nbafl-L1": {"method": "nbafl"},
     "nbafl-LT": {"method": "nbafl", "exposures": None},   # None: as often as there are rounds
     "trunk": {"method": "rve_pfl_trunk", "head_lr": 1},
+    "trunk-slow": {"method": "rve_pfl_trunk"},   # its head learns as slowly as rve_pfl's
     "trunk-class": {"method": "rve_pfl_trunk", "head_lr": 1, "prior": "class", "kl_weight": 1e-2},
     "class": {"method": "rve_pfl", "aggregation": "mean", "head_lr": 1, "prior": "class", "kl_weight": 0.1},
     "rve_pfl-resplit": {"method": "rve_pfl", "aggregation": "mean", "resplit": True, **RELEASED},
@@ -137,12 +138,12 @@ def cells_of(part: str) -> Iterator[Cell]:
             for seed in (11, 12, 13):
                 for dataset, scale in SMALL.items():
                     for partition in ("iid", "dirichlet", "shards"):
-                        for label in (*COMPARED[:-1], "trunk", "class", "trunk-class"):
+                        for label in (*COMPARED[:-1], "trunk", "trunk-slow", "class", "trunk-class"):
                             yield Cell(dataset, partition, label, seed, scale, SMALL_BATCH)
         case "twenty":
             for seed in (11, 12, 13):
                 for partition in ("iid", "dirichlet", "shards"):
-                    for label in ("local", "trunk", "fedper"):
+                    for label in ("local", "trunk", "trunk-slow", "fedper"):
                         yield Cell("cifar10k", partition, label, seed, SMALL["cifar10k"],
                                    {"num_users": 20, **SMALL_BATCH})
 

@@ -14,11 +14,11 @@ from reporting.summary import STAGES, last_round
 # The labels of a table's columns, as headings.
 MAIN = ("`rve_pfl`", "`local`", "`lg_fedavg`", "`fedper`", "`fedavg`", "`nbafl-L1`", "`nbafl-LT`",
         "`nbafl_prox`")
-VARIANTS = ("`local`", "`rve_pfl`", "`class`", "`trunk`", "`trunk-class`", "`fedper`", "`fedavg`")
+VARIANTS = ("`local`", "`rve_pfl`", "`class`", "`trunk`", "`trunk-slow`", "`trunk-class`", "`fedper`", "`fedavg`")
 RESPLIT = ("`rve_pfl-held_out`", "`rve_pfl-resplit`", "`nbafl-held_out`", "`nbafl-resplit`")
 RELEASED, ALONE, NBAFL = "`rve_pfl`", ("`local`",), ("`nbafl-L1`", "`nbafl-LT`", "`nbafl_prox`")
 PRIVATE = ("`fedavg`", "`client_dp-8`")
-TWENTY = ("`local`", "`trunk`", "`fedper`")
+TWENTY = ("`local`", "`trunk`", "`trunk-slow`", "`fedper`")
 FULL, SMALL = ("mnist", "fmnist", "cifar"), ("mnist10k", "fmnist10k", "cifar10k")
 PAPER = dict(zip(FULL, (8, 20, 59), strict=True))   # points over NbAFL, shards
 Key = tuple[str, str, str]   # data set, partition (and clients), rounds x local epochs

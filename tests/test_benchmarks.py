@@ -300,9 +300,10 @@ def test_gpu_scripts_run_at_a_toy_size(gpu, tiny_arrays):
 
 
 def test_crowds_prints_each_round(script, capsys):
-    assert script("crowds").main(["--clients", "0", "--tiny", "40"]) == 0
+    assert script("crowds").main(["--clients", "0", "--tiny", "40", "--encoders", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"tiny, 40 clients, round {r}" for r in range(1, 7)]
+    assert [line.split(":")[0] for line in lines] == [
+        *(f"tiny, 40 clients, round {r}" for r in range(1, 7)), "encoders, 2 clients, round 1"]
     assert all(float(line.split()[-2]) > 100 for line in lines[:1])
 
 
