@@ -32,7 +32,9 @@ NOT_FROM_A_TABLE = {
         "beside the Adversarial Robustness Toolbox": "0.9941 0.9895 13.5 0.34 13.3 0.33"},
     "docs/claims.md": {"the paper's abstract": "8 59"},
     "docs/frontier.md": {
-        "a gap of two rows": "0.7 1.1",
+        "a gap of two rows": "0.7 1.1 0.0 0.4",
+        "a ratio of two ranks": "1.4",
+        "the level of an interval": "95",
         "ln 250, in nats": "5.5",
         "validation runs, not kept": "0.716 0.731 0.403 0.457"},
     "docs/membership.md": {
@@ -207,7 +209,7 @@ def test_members_by_hand():
     ("frontier-digits", "`--prior class`, beta 1", "13 | 0.990, 0.955 | 1.6, 2.3 | 0.47 (0.48), 148.5 (154.5) | "
                                                    "0.46 (0.48), 145.5 (166) | 37, 1 of 16"),   # the last of three
     ("frontier-clothes", "the same, beta 1, `--prior_apart 0.25`",
-     "11 | 0.969, 0.820 | 2.3, 3.0 | 0.27 (0.26), 226 (266.5) | 0.34 (0.34), 118.5 (163) | 88, 1 of 16"),
+     "13 | 0.993, 0.970 | 1.1, 1.8 | 0.53 (0.55), 97 (131) | 0.59 (0.54), 118.5 (153.5) | 73, 2 of 16"),
     ("server-others", "`mimic`, heads",
      "6 | -0.0, 0.1 | 0.7, 2.9 | 28.0, 77.5 | 9.3, 32.9 | 1.3, 8.0 | 20.1, 55.2 | -0.3, 1.1 | -0.4, 1.1"),
     ("server-nobody", "heads, shards",   # means of 0.97416 and 0.98876, and of 0.88764 and 0.96629
