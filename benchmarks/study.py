@@ -289,10 +289,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.list:
             for cell in cells:
                 print("missing" if cell in queue.missing else "there  ", cell.name)
-            print(f"{len(cells) - len(queue.missing)} of {len(cells)} runs are there")
+            print(f"{len(cells) - len(queue.missing)} of {len(cells)} runs are there", flush=True)
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
         return queue.run()
+    except BrokenPipeError:   # `study.py --list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (InputError, OSError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2

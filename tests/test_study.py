@@ -88,6 +88,15 @@ def test_what_is_there_is_not_made_again(studied, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "1 of 1 runs are there"
 
 
+def test_a_list_may_be_cut_short(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)   # `study.py --list | head`, once head has seen enough
+    cut = subprocess.run([sys.executable, ROOT / "benchmarks" / "study.py", "--list", "--out", tmp_path],
+                         stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (cut.returncode, cut.stderr) == (0, "")
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(studied, capsys):
     studied.cells.insert(0, studied.study.Cell("none", "shards", "fedavg", 1, (1, 1)))
     assert studied.main() == 1
