@@ -63,6 +63,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def processes_a_gpu() -> int:
+    """At most so many of torchrun's processes are given the same GPU by ``choose_device``."""
+    return -(-int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // torch.cuda.device_count())
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether the chip multiplies bfloat16 natively: elsewhere it is emulated, slower than float32."""
     if device.type == "cuda":

@@ -6,12 +6,13 @@
 #   benchmarks/gpu.sh study    under 30 minutes: the study behind the README's table at the paper's scale, 10 clients,
 #                              100 rounds x 10 local epochs, the runs that matter most first. Called again, it goes
 #                              on where it stopped
+# On a machine lent for 10 minutes: MINUTES=9, and a run that is cut off starts anew, since its files are lost.
 # From the environment:
 #   OUT        folder for rounds.csv, server.csv and log.txt, of all runs (results/gpu)
 #   MINUTES    after which it stops (9.5; study: 29)
 #   DATA_DIR   where mnist.npz, fmnist.npz and cifar.npz are (data); what needs one that is not there waits
 #   RESULTS_DIR, MODELS_DIR   where the runs are (results, saved_models), which the next call goes on with
-#   PYTHON     the interpreter (.venv/bin/python, or python where there is none)
+#   PYTHON     the interpreter (.venv/bin/python; where there is none, python3 or python)
 #   SCALE=toy  a CPU and a few steps, to see whether these scripts work; SETS, METHODS: of the study, fewer
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -22,8 +23,7 @@ case $mode-$scale in
     *) echo "gpu.sh: MODE $mode, SCALE $scale: choose check or study, paper or toy" >&2; exit 2 ;;
 esac
 out=${OUT:-results/gpu} data=${DATA_DIR:-data} results=${RESULTS_DIR:-results} models=${MODELS_DIR:-saved_models}
-python=${PYTHON:-.venv/bin/python}
-[ -x "$python" ] || command -v "$python" > /dev/null || python=python
+python=$(command -v "${PYTHON:-.venv/bin/python}" python3 python | head -n 1)
 seconds=$(awk -v m="${MINUTES:-$default}" 'BEGIN { if (m !~ /^[0-9.]+$/ || m <= 0) exit 1; printf "%d", 60 * m }') ||
     { echo "gpu.sh: MINUTES $MINUTES: must be a number over 0" >&2; exit 2; }
 mkdir -p "$out" || exit 2
@@ -32,8 +32,9 @@ limit=240 tests="" speed=(--device cuda --repeats 3)
 if [ "$scale" = toy ]; then
     device=cpu clients=4 rounds=2 epochs=1 study_clients=2 study_rounds=2 study_epochs=1 batch=16
     tests="test_cuda and rounding" speed=(--help)   # its workloads have one size
-elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu.sh: PyTorch of $python finds no GPU here; SCALE=toy tries the scripts on a CPU" >&2
+elif ! why=$("$python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("PyTorch finds no GPU")' 2>&1)
+then
+    echo "gpu.sh: $python: ${why##*$'\n'}; SCALE=toy tries the scripts on a CPU" >&2
     exit 2
 fi
 left() { echo $((seconds - SECONDS)); }
@@ -54,9 +55,14 @@ step() {   # NAME SECONDS COMMAND...: at most so long, and no longer than is lef
         *) echo "FAILED  $1 (status $status): $(tail -n 1 "$out/log.txt")"; failed=1 ;;
     esac
 }
-train() {   # NAME SECONDS FLAG...: one run, unless it is finished
+train() {   # NAME SECONDS SET FLAG...: one run, unless it is finished or its images are not there
+    if [ ! -e "$data/$3.npz" ]; then
+        late+=("$1: no $data/$3.npz")
+        return
+    fi
     step "$1" "$2" "$python" RVE-PFL.py --resume --run_name "gpu-$scale-$1" --device $device --local_bs $batch \
-        --data_dir "$data" --results_dir "$results" --models_dir "$models" "${@:3}"
+        --data_dir "$data" --results_dir "$results" --models_dir "$models" \
+        --dataset "$3" "${@:4}"
     gather   # after each, since what comes next may be cut off
 }
 gather() {   # every run's rows, after the run's name
@@ -71,8 +77,8 @@ gather() {   # every run's rows, after the run's name
 check() {
     # tests/test_cuda.py tests the CPU always, and CUDA where it is.
     step tests 150 "$python" -m pytest -q tests/test_cuda.py tests/test_graphed.py tests/test_stacked.py -k "$tests"
-    train "mnist-${clients}x${rounds}x$epochs" $limit --dataset mnist --num_users $clients --rounds $rounds \
-        --local_ep $epochs
+    train "mnist-${clients}x${rounds}x$epochs" $limit mnist --num_users $clients --rounds $rounds \
+        --local_ep $epochs --checkpoint_seconds 600   # each of 100 encoders has 79 MB
     step speed "$(left)" "$python" benchmarks/speed.py "${speed[@]}"
     [ ${#late[@]} = 0 ] || failed=1
 }
@@ -80,14 +86,10 @@ study() {
     local set method common
     for method in ${METHODS:-rve_pfl nbafl nbafl_prox fedavg local lg_fedavg fedper}; do   # the claim on all sets first
         for set in ${SETS:-mnist fmnist cifar}; do
-            common=(--method "$method" --dataset "$set" --partition shards --num_users $study_clients
+            common=(--method "$method" --partition shards --num_users $study_clients
                     --rounds $study_rounds --local_ep $study_epochs)
             [ "$method" = local ] || common+=(--aggregation mean)   # so that methods are compared, and not servers
-            if [ -e "$data/$set.npz" ]; then
-                train "$set-$method" "$seconds" "${common[@]}"
-            else
-                late+=("$set-$method: no $data/$set.npz")
-            fi
+            train "$set-$method" "$seconds" "$set" "${common[@]}"
         done
     done
 }

@@ -33,7 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import models
+from engine.graphed import GraphedTrainer
 from engine.several import train_each
+from engine.stacked import side_by_side, stack_size, steps_of
 from engine.threaded import one_thread_each, threads_for
 from metrics import Tally
 from server.mean import weighted_mean
@@ -53,12 +55,17 @@ WORKLOADS = {
 }
 
 
+def trainer_on(device: torch.device) -> type[Trainer]:
+    """What RVE-PFL.py trains with there."""
+    return GraphedTrainer if device.type == "cuda" else Trainer
+
+
 class Ours:
     """The project's own client, at its defaults."""
 
     def __init__(self, work: Workload, images: np.ndarray, labels: np.ndarray, device: torch.device,
                  precision: str):
-        self.trainer = Trainer(
+        self.trainer = trainer_on(device)(
             work.model().to(device, memory_format=torch.channels_last), work.method,
             torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), 10,
             Training(seed=1, epochs=1, batch_size=work.batch, optimizer=work.optimizer, lr=1e-3, head_lr=0.1,
@@ -68,15 +75,24 @@ class Ours:
         self.head, private = self.trainer.shared_and_private(self.trainer.state())
         self.private = dict.fromkeys(range(work.clients), Private(private))
         self.rounds, self.batch = 0, work.batch
-        self.endless = [self._endless() for _ in range(threads_for(self.trainer))]
+        self.stack = min(stack_size(device, work.batch), work.clients)
+        self.endless = [self._stacked()] if self.stack > 1 else [
+            self._endless() for _ in range(threads_for(self.trainer))]
+
+    def _stacked(self) -> Iterator:
+        """As ``_endless``, but a step of each client of a stack."""
+        trainer = dataclasses.replace(
+            self.trainer, training=dataclasses.replace(self.trainer.training, epochs=10**9))
+        parameters = side_by_side([trainer.state()] * self.stack, trainer.labels.device)
+        return steps_of(trainer, 1, dict(enumerate(self.parts[:self.stack])), parameters, 0)
 
     def _endless(self):
         """A client's training, step by step; what ``Trainer.train`` does around it is timed by ``round``."""
         trainer = dataclasses.replace(self.trainer, model=copy.deepcopy(self.trainer.model).train())
-        optimizer, tally = trainer.make_optimizer(dict(trainer.model.named_parameters())), Tally()
+        (optimizer, received), tally = trainer.prepare({}), Tally()
         while True:
             for batch in torch.randperm(len(self.parts[0])).to(trainer.labels.device).split(self.batch):
-                tally.add(*trainer._step(optimizer, 1, batch, {}), trainer.labels[batch])
+                tally.add(*trainer._step(optimizer, 1, batch, received), trainer.labels[batch])
                 yield
 
     def step(self, times: int) -> float:
@@ -85,7 +101,7 @@ class Ours:
             for _ in range(times):
                 next(client)
         if len(self.endless) == 1:
-            return timed(lambda: some(self.endless[0]), self.trainer.labels.device) / times
+            return timed(lambda: some(self.endless[0]), self.trainer.labels.device) / times / self.stack
         with one_thread_each(len(self.endless)) as pool:
             whole = timed(lambda: list(pool.map(some, self.endless)), self.trainer.labels.device)
         return whole / times / len(self.endless)
@@ -208,11 +224,12 @@ def measure(name: str, work: Workload, args: argparse.Namespace, device: torch.d
 def round_over_steps(work: Workload, device: torch.device, precision: str) -> float:
     """How much longer a whole round of RVE-PFL.py takes, evaluation and files included, than its steps.
 
+    Clients train one after another, also where the program would stack them: a stack has no step of one client.
     Two rounds of ten local epochs, two clients of three batches: a tenth of the paper's data, so that what
     does not grow with the data weighs ten times as much as there. The first round does not count.
     """
-    driver = load_driver()
-    stepping, ends, step, end = [0.0], [], driver.Trainer._step, driver.Run.end_round
+    driver, kind = load_driver(), trainer_on(device)
+    stepping, ends, step, end = [0.0], [], kind._step, driver.Run.end_round
 
     def timed_step(self, *arguments):
         start = time.perf_counter()
@@ -231,12 +248,12 @@ def round_over_steps(work: Workload, device: torch.device, precision: str) -> fl
     count = round(2 * 3 * work.batch / 0.9)
     images = drawn.integers(0, 256, (count, *work.image_shape[1:], channels), np.uint8)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
-            mock.patch.object(driver.Trainer, "_step", timed_step), \
+            mock.patch.object(kind, "_step", timed_step), \
             mock.patch.object(driver.Run, "end_round", timed_end):
         np.savez(f"{folder}/drawn.npz", train_images=images[1:], test_images=images[:1],
                  train_labels=drawn.integers(0, 10, count - 1), test_labels=np.array([9]))
         driver.main(["--dataset", "drawn", "--data_dir", folder, "--results_dir", folder, "--models_dir",
-                     f"{folder}/models", "--partition", "iid", "--num_users", "2", "--rounds", "2",
+                     f"{folder}/models", "--partition", "iid", "--num_users", "2", "--rounds", "2", "--stack", "1",
                      "--local_bs", str(work.batch), "--device", str(device), "--precision", precision])
     return (ends[1] - ends[0]) / stepping[1]
 
@@ -260,7 +277,8 @@ def main() -> None:
     for name, work in WORKLOADS.items():
         if args.only in name:
             tqdm.write(measure(name, work, args, device, rate))
-    print("\na whole round of RVE-PFL.py, evaluation and files included, over its training steps:")
+    print("\na whole round of RVE-PFL.py, evaluation and files included, over its training steps, "
+          "one client after another:")
     for name, work in WORKLOADS.items():
         if args.only in name and work.network is models.RVE:
             print(f"{name:<34}{round_over_steps(work, device, args.precision):9.2f}", flush=True)

@@ -67,6 +67,8 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.d
         graph.reset()
     with suppress(RuntimeError):
         torch._C._cuda_releasePool(index, pool)
+    with suppress(RuntimeError):   # kernels of the warm-up may still write what is about to be put back
+        torch.cuda.synchronize(index)
     abandoned.append(graph)
 
 
@@ -101,7 +103,7 @@ class GraphedTrainer(Trainer):
 
     capture: Capture | None = cuda_graph
     _static: Static | None = field(default=None, init=False)
-    _replays: dict[float, Replay] = field(default_factory=dict, init=False)   # by beta
+    _replays: dict[tuple[float, int], Replay] = field(default_factory=dict, init=False)   # by beta and swaps
 
     def prepare(self, sent: State) -> tuple[torch.optim.Optimizer, State]:
         """``Trainer.prepare`` at the same addresses in every round: the one optimiser, set back to its start, and
@@ -130,17 +132,17 @@ class GraphedTrainer(Trainer):
         if self.capture is None or static is None or len(batch) < self.training.batch_size:
             return super()._step(optimizer, round, batch, sent)
         static.batch.copy_(batch)
-        beta = self.training.beta(round)
-        if beta not in self._replays:
+        key = self.training.beta(round), Before.swaps
+        if key not in self._replays:
             try:
-                # A warm-up's earlier ones are over.
-                self._replays = {beta: self._captured(self.capture, static, round)}
+                # Earlier ones are over.
+                self._replays = {key: self._captured(self.capture, static, round)}
             except RuntimeError as error:
                 why = error.__context__ or error   # the first of two: ending a broken capture fails as well
                 warnings.warn(f"no CUDA graph of the training step, so it is slower: {why}", stacklevel=2)
                 self.capture = None
                 return super()._step(optimizer, round, batch, sent)
-        replay = self._replays[beta]
+        replay = self._replays[key]
         replay.run()
         loss, kl, logits = replay.noted[-1]
         return loss.clone(), None if kl is None else kl.clone(), logits.clone()
@@ -177,7 +179,13 @@ class GraphedTrainer(Trainer):
 
 
 class Before:
-    """What a capture's runs of a step change, as it was before them."""
+    """What a capture's runs of a step change, as it was before them.
+
+    Attributes:
+        swaps: how often ``leave`` gave a generator another state. Graphs from before still draw from the old one.
+    """
+
+    swaps = 0
 
     def __init__(self, static: Static, parameters: list[Tensor], device: torch.device):
         self.static, self.parameters = static, parameters
@@ -211,3 +219,4 @@ class Before:
         self.static.optimizer.zero_grad(set_to_none=True)
         if self.generator.device.type == "cuda":
             self.generator.graphsafe_set_state(self.untouched)
+            Before.swaps += 1

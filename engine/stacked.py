@@ -6,6 +6,7 @@ own optimiser (Adam and SGD work element by element) and its own loss. What it d
 and the encoder's noise, are the numbers that it draws when it trains alone: neither its neighbours in the stack
 nor the number of processes change them.
 """
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,21 +173,45 @@ def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: S
     """``Trainer.train`` for clients with as many batches, and steps behind them, as one another."""
     how, device = trainer.training, trainer.labels.device
     received = {name: value.to(device) for name, value in sent.items()}
-    parameters = {name: value.requires_grad_() for name, value in side_by_side(
-        [{**received, **own.parameters} for own in privates.values()], device).items()}
-    optimizer, before = trainer.make_optimizer(parameters), next(iter(privates.values())).steps
-    steps, largest = before, max(map(len, indices.values()))   # as many batches for all
+    parameters = side_by_side([{**received, **own.parameters} for own in privates.values()], device)
+    before = next(iter(privates.values())).steps
+    batches = -(-max(map(len, indices.values())) // how.batch_size)   # as many for all
+    epoch = deque(steps_of(trainer, round, indices, parameters, before), batches)   # the last one
+    for s, k in enumerate(indices):
+        tally = Tally()
+        for step in epoch:
+            own = step.counted[s] > 0
+            kl = None if step.output.kl is None else step.output.kl[s][own]
+            tally.add(step.loss[s][own], kl, step.output.logits[s][own], step.labels[s][own])
+        try:
+            yield k, trainer.trained(k, round, {name: value[s].detach().clone() for name, value
+                                                in parameters.items()}, before + how.epochs * batches, tally)
+        except Diverged as error:
+            yield k, error
+
+
+def steps_of(trainer: Trainer, round: int, indices: dict[int, np.ndarray], parameters: State,
+             before: int) -> Iterator[StackedStep]:
+    """All steps of ``epochs`` local epochs; each overwrites ``parameters``, the clients' side by side.
+
+    Args:
+        before: steps that each client has made in earlier rounds.
+    """
+    how, device = trainer.training, trainer.labels.device
+    for value in parameters.values():
+        value.requires_grad_()
+    optimizer, done = trainer.make_optimizer(parameters), 0
+    largest = max(map(len, indices.values()))
     orders = {k: rng(how.seed, "order", k, round) for k in indices}
     draws = OwnDraws(trainer, round, indices)
     trainer.model.train()
     gradient = vmap(grad(_objective(trainer, round), has_aux=True))   # a draw in it is an error
     for _ in range(how.epochs):
-        epoch: list[StackedStep] = []
         numbers, counts = _batches({k: orders[k].permutation(own) for k, own in indices.items()},
                                    how.batch_size)
         real = counts.sum(2).int().tolist()   # by step and client
         for batch, counted, images_of in zip(numbers.to(device), counts.to(device), real, strict=True):   # S x B
-            trainer.set_lr(optimizer, steps, steps - before, largest)
+            trainer.set_lr(optimizer, before + done, done, largest)
             placed, noise = draws.step(images_of)
             size = max(images_of)   # no client has more: a last batch may be short for all
             batch, counted = batch[:, :size], counted[:, :size]
@@ -195,22 +220,12 @@ def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: S
             values = {name: value.detach() for name, value in parameters.items()}
             with trainer.autocast():
                 found, (loss, logits, *kl) = gradient(values, images, labels, counted, noise)
-            for name, value in parameters.items():
-                value.grad = found[name]
+            for name, value in parameters.items():   # a fused optimiser takes both in the order of memory
+                same = found[name].stride() == value.stride()
+                value.grad = found[name] if same else torch.empty_like(value).copy_(found[name])
             optimizer.step()
-            steps += 1
-            epoch.append(StackedStep(loss, Output(logits, *kl), labels, counted))
-    for s, k in enumerate(indices):
-        tally = Tally()
-        for step in epoch:
-            own = step.counted[s] > 0
-            kl = None if step.output.kl is None else step.output.kl[s][own]
-            tally.add(step.loss[s][own], kl, step.output.logits[s][own], step.labels[s][own])
-        try:
-            yield k, trainer.trained(k, round, {name: value[s].detach().clone()
-                                                for name, value in parameters.items()}, steps, tally)
-        except Diverged as error:
-            yield k, error
+            done += 1
+            yield StackedStep(loss, Output(logits, *kl), labels, counted)
 
 
 def _objective(trainer: Trainer, round: int) -> Callable:

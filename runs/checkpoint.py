@@ -20,7 +20,7 @@ import torch
 from runs import configs
 from server.mean import State, is_finite
 from update import Private
-from utils import InputError, write_whole
+from utils import InputError, processes_a_gpu, write_whole
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
 UPLOADS = 2**29      # bytes of uploads, likewise
@@ -152,9 +152,9 @@ class WaitingUploads:
 class PrivateStore:
     """What stays with each client between its turns.
 
-    It is kept on the GPU that trains, up to half of what is free there; then in memory, up to MEMORY bytes; then
-    in files. ``put`` takes effect at ``commit``, so an interrupted round changes no client. A file is never
-    written twice, so that a checkpoint can hard-link it instead of copying it.
+    It is kept on the GPU that trains, up to half of what is free there, shared with the processes beside this one;
+    then in memory, up to MEMORY bytes; then in files. ``put`` takes effect at ``commit``, so an interrupted round
+    changes no client. A file is never written twice, so that a checkpoint can hard-link it instead of copying it.
 
     Attributes:
         base: what a client has of parameters that it never trained as its own: what travelled in the warm rounds.
@@ -170,7 +170,7 @@ class PrivateStore:
         self.free = {"cpu": memory}   # bytes left, by the kind of device
         if initial.kind == "cuda":
             device = next(iter(initial.parameters.values())).device
-            self.free["cuda"] = torch.cuda.mem_get_info(device)[0] // 2
+            self.free["cuda"] = torch.cuda.mem_get_info(device)[0] // (2 * processes_a_gpu())
 
     def get(self, client: int) -> Private:
         """The client's latest; a client that has never trained has what all started from."""

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 
 from attack import classes
+from engine.graphed import GraphedTrainer
 from engine.signals import Interrupted
 
 
@@ -193,7 +194,8 @@ def test_a_sweep_goes_on_after_a_setting_that_diverges(script, place, monkeypatc
 
 # Stands in for the interpreter of gpu.sh: notes its arguments, and writes what a run of RVE-PFL.py would.
 STUB = r"""#!/usr/bin/env bash
-[ "$1" != -c ] || exit "${NO_GPU:-0}"
+[ "$1" != -c ] || { echo "a warning
+${WHY:-}" >&2; exit "${NO_GPU:-0}"; }
 echo "$*" >> "$NOTES"
 [[ -z ${SLEEPS:-} || "$*" != *"$SLEEPS"* ]] || sleep 20
 [[ -z ${FAILS:-} || "$*" != *"$FAILS"* ]] || { echo "it went wrong" >&2; exit 3; }
@@ -271,16 +273,19 @@ def test_gpu_check_says_how_each_step_ended(gpu):
         ["ok", "tests"], ["ok", "mnist-100x10x10"], ["ok", "speed"]]
     tests, run, speed = gpu.calls()
     assert "tests/test_cuda.py" in tests and "benchmarks/speed.py" in speed
-    assert " ".join(run[-8:]) == "--dataset mnist --num_users 100 --rounds 10 --local_ep 10"
+    assert "--dataset mnist --num_users 100 --rounds 10 --local_ep 10" in " ".join(run)
     status, lines, _ = gpu.run(FAILS="speed.py")
     assert status == 1 and lines[-1] == "FAILED  speed (status 3): it went wrong"
     status, lines, _ = gpu.run("check", MINUTES="0.04", SLEEPS="RVE-PFL")
     assert status == 1 and lines[-1].startswith("LATE    speed")
+    (gpu.folder / "mnist.npz").unlink()
+    status, lines, _ = gpu.run()
+    assert status == 1 and f"LATE    mnist-100x10x10: no {gpu.folder}/mnist.npz" in lines
 
 
 @pytest.mark.parametrize("words, environment, says", [
     (["both"], {}, "MODE both"), ([], {"SCALE": "large"}, "SCALE large"), ([], {"MINUTES": "ten"}, "MINUTES ten"),
-    ([], {"NO_GPU": "1"}, "finds no GPU")])
+    ([], {"NO_GPU": "1", "WHY": "no module torch"}, "python: no module torch; SCALE=toy")])
 def test_gpu_mistakes_are_one_line(gpu, words, environment, says):
     status, lines, error = gpu.run(*words, **environment)
     assert status == 2 and not lines and len(error.splitlines()) == 1 and says in error
@@ -408,6 +413,23 @@ def test_tricks_times_a_step_without_each(script, monkeypatch, capsys):
     tricks.main(["--repeats", "1"])
     lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("  ")[1] for line in lines[1:]] == ["all of them", "channels first"]
+
+
+def test_speed_trains_as_the_program_does_on_a_gpu(script, monkeypatch):
+    """With graphs, and small clients in stacks: here one of two clients, whose step is half of the stack's."""
+    speed, cpu = script("speed"), torch.device("cpu")
+    assert speed.trainer_on(torch.device("cuda")) is GraphedTrainer and speed.trainer_on(cpu) is speed.Trainer
+    monkeypatch.setattr(speed, "stack_size", lambda device, batch: 64)
+    work, drawn = speed.Workload(speed.models.CNN, (1, 8, 8), 4, "adam", 2, 3, 2), np.random.default_rng(1)
+    images, labels = drawn.integers(0, 256, (24, 8, 8, 1), np.uint8), drawn.integers(0, 10, 24)
+    ours = speed.Ours(work, images, labels, cpu, "fp32")
+    assert ours.stack == 2 and len(ours.endless) == 1
+    steps, count = [], iter(range(10**6))
+    monkeypatch.setattr(speed, "timed", lambda run, on: (run(), 12.0)[1])
+    ours.endless = [(steps.append(next(count)) for _ in iter(int, 1))]
+    assert ours.step(3) == 12 / 3 / 2 and len(steps) == 3
+    fresh = speed.Ours(work, images, labels, cpu, "fp32")
+    assert next(fresh.endless[0]).loss.shape[0] == 2   # a step of both
 
 
 @pytest.mark.parametrize("network", ["RVE", "CNN"])

@@ -85,7 +85,8 @@ def test_float32_is_no_tf32(device):
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "adam", "lr": 1e-3}, {"augment": "flip+shift"}])
 def test_replays_draw_what_plain_steps_draw(tiny_arrays, device, changes):
     found = []
-    with warnings.catch_warnings(action="error"):   # no capture fails
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no CUDA graph")
         for kind in (on, graphed):
             client, head, private, start = set_up(tiny_arrays, **changes)
             client = kind(device, client)

@@ -12,7 +12,7 @@ import torch
 from test_update import FIRST, SECOND, equal, make
 
 from engine import graphed as module
-from engine.graphed import WARM_UP, GraphedTrainer, cuda_graph
+from engine.graphed import WARM_UP, Before, GraphedTrainer, cuda_graph
 from methods import METHODS
 from server.malicious import MaliciousClients
 from utils import InputError, choose_device
@@ -105,6 +105,16 @@ def state_of(client):
                                  in enumerate(static.optimizer.param_groups)},
             **{f"moment {i}": tensor.clone() for i, tensor in enumerate(static.moments())},
             "generator": torch.get_rng_state()}
+
+
+def test_a_failed_capture_elsewhere_has_steps_captured_again(tiny_arrays):
+    """It gave the generator another state; a graph from before would go on drawing from the old one."""
+    client, head, private = make(tiny_arrays)
+    replayed, captures, _ = graphed(client)
+    for swaps, count in ((0, 1), (0, 1), (1, 2), (0, 2)):
+        Before.swaps += swaps
+        replayed.train(0, 1, FIRST, head, private)
+        assert len(captures) == count
 
 
 @pytest.mark.parametrize("ends", ["well", "badly", "early"])

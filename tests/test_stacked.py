@@ -4,8 +4,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_update import make
-from torch import nn
+from test_update import equal, make
+from torch import nn, vmap
 
 from engine.several import train_each
 from engine.stacked import draws_of, side_by_side, stack_size
@@ -44,6 +44,30 @@ def test_stacked_and_sequential_clients_agree(tiny_arrays, name, changes):
                 assert all(torch.allclose(one[n], other[n], atol=2e-5) for n in one)
             assert kept.steps == stacked[k][1].steps == 2 * -(-len(INDICES[k]) // 32)
             assert figures == pytest.approx(stacked[k][2], abs=1e-4, nan_ok=True)
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do(tiny_arrays, monkeypatch):
+    """PyTorch's fused optimisers read both in the order of memory: else they would pair each weight with another's
+    gradient. On a GPU convolutions may give them in an order of their own."""
+    def transposed(function):
+        def run(*given):
+            gradients, rest = vmap(function)(*given)
+            return {name: value.mT.contiguous().mT if value.dim() > 2 else value
+                    for name, value in gradients.items()}, rest
+        return run
+    client, head, private = make(tiny_arrays)
+    expected, strides, make_optimizer = outcomes(client, 4, head, private), [], type(client).make_optimizer
+
+    def spied(self, parameters):
+        optimizer = make_optimizer(self, parameters)
+        optimizer.register_step_pre_hook(lambda *_: strides.extend(
+            (value.stride(), value.grad.stride()) for value in parameters.values()))
+        return optimizer
+    monkeypatch.setattr(type(client), "make_optimizer", spied)
+    monkeypatch.setattr("engine.stacked.vmap", transposed)
+    found = outcomes(client, 4, head, private)
+    assert len(strides) > 10 and all(value == gradient for value, gradient in strides)
+    assert all(equal(found[k].upload, expected[k].upload) for k in INDICES)
 
 
 @pytest.mark.parametrize("augment", ["none", "flip", "flip+shift"])
