@@ -309,18 +309,13 @@ def test_what_z_can_tell_stands_beside_the_attacks(trained, capsys):
     assert not (path.parent.parent / "lg_fedavg" / path.name).exists()
 
 
-def median_psnr(trained, run, how):
-    table = trained.csv(run)
-    first = table[(table["attack"] == how) & (table["control"] == "") & (table["restart"] == 0)]
-    return first["psnr"].median()
-
-
 def test_gradients_of_a_trained_run_give_its_images_away(trained):
-    """Victim and server at the same weights; matched on the upload's instead, it fails."""
+    """Victim and server at the same weights; matched on the upload's instead: 13 dB, ranks of 3 to 39."""
     flags = ("--adversary", "curious_server", "--attack", "analytic", "--images", 6, "--iterations", 300)
     assert trained.attack("fedavg", "--overwrite", "--rounds", 1, *flags) == 0
-    assert median_psnr(trained, "fedavg", "analytic") > 25
-    assert (trained.csv("fedavg")["label_match"] == 1)[:6].all()
+    found = trained.csv("fedavg").query("control == '' and restart == 0")
+    assert len(found) == 6 and (found["label_match"] == 1).all()
+    assert (found["nearest_rank"] == 1).all() and found["psnr"].median() > 18   # 21 to 78 dB, by the processor
 
 
 def test_a_candidate_is_identified_by_its_latent(trained):
