@@ -2,7 +2,8 @@
 
     python benchmarks/frontier.py                train and attack what is missing, then print the table
     python benchmarks/frontier.py --validate     choose a setting on validation images; nothing is attacked
-    python benchmarks/frontier.py --table        print the table of what is there, and draw the pictures
+    python benchmarks/frontier.py --table        print the table of what is there
+    python benchmarks/frontier.py --csv docs/frontier.csv --out results/reference    and have the pages show it
 
 A run is one setting of SETTINGS on one data set, partition and seed. Its client 0 is attacked after the last
 round: the thief of its encoder and head has --public_images images of its classes, the curious server the gradient
@@ -18,6 +19,7 @@ from types import ModuleType
 
 import pandas as pd
 from _path import ROOT, load_driver
+from study import publish
 
 from attack import mi_attack
 from attack.access import open_target
@@ -107,6 +109,12 @@ def play(key: dict, args: argparse.Namespace, driver: ModuleType) -> None:
         shutil.rmtree(checkpoints)
 
 
+def placed(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """These rows and those of other runs that the table at ``path`` has, if there is one."""
+    table = pd.concat([pd.read_csv(path), rows]) if path.exists() else rows
+    return table.drop_duplicates(KEY, keep="last").sort_values(KEY, kind="stable")
+
+
 def outcome(key: dict, args: argparse.Namespace) -> dict | None:
     """A row of the table; None if the run is not there."""
     folder = args.results_dir / name_of(key, args.validate)
@@ -137,7 +145,7 @@ def outcome(key: dict, args: argparse.Namespace) -> dict | None:
 def picture(table: pd.DataFrame, dataset: str, path: Path) -> None:
     """Deployed accuracy over the thief's median rank, a panel a partition, a point a run."""
     partitions = list(dict.fromkeys(table["partition"]))
-    figure, panels = plt.subplots(1, len(partitions), figsize=(4.6 * len(partitions), 4), squeeze=False,
+    figure, panels = plt.subplots(1, len(partitions), figsize=(4.6 * len(partitions), 4.2), squeeze=False,
                                   layout="constrained")
     colours = {setting: f"C{i % 10}" for i, setting in enumerate(SETTINGS)}
     for axes, partition in zip(panels[0], partitions, strict=True):
@@ -148,8 +156,12 @@ def picture(table: pd.DataFrame, dataset: str, path: Path) -> None:
         axes.axvline(1, color="grey", linewidth=1, linestyle=":")
         axes.set(xscale="log", xlabel="median rank of the true image,\nthief's over the class mean's",
                  title=f"{dataset}, {partition}")
+        middle, least = sum(axes.get_ylim()) / 2, 0.015   # a narrower scale would make much of single images
+        axes.set_ylim(min(axes.get_ylim()[0], middle - least), max(axes.get_ylim()[1], middle + least))
     panels[0][0].set_ylabel("deployed accuracy, held out")
-    panels[0][0].legend(fontsize=7)
+    shown = {label: handle for axes in panels[0]
+             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -171,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--validate", action="store_true", help="evaluate on validation images; attack nothing")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints of what has been attacked")
     parser.add_argument("--table", action="store_true", help="train and attack nothing")
-    parser.add_argument("--csv", type=Path, help="write the table there, and the pictures beside it")
+    parser.add_argument("--csv", type=Path, help="put the rows into that table, and draw its pictures beside it")
+    parser.add_argument("--out", type=Path, help="copy the small files of finished runs there")
     for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
     args = parser.parse_args(argv)
@@ -182,16 +195,19 @@ def main(argv: list[str] | None = None) -> int:
             driver = load_driver()
             for key in keys:
                 play(key, args, driver)
-        rows = list(filter(None, (outcome(key, args) for key in keys)))
-        if not rows:
+        found = {name_of(key, args.validate): row for key in keys if (row := outcome(key, args))}
+        if not found:
             raise InputError("no finished run; leave --table out to train what is missing")
+        for name in found if args.out else ():
+            publish(args.results_dir / name, args.out / name)
     except InputError as error:
         print(f"frontier.py: error: {error}", file=sys.stderr)
         return 2
-    table = pd.DataFrame(rows).sort_values(KEY, kind="stable")
+    table = pd.DataFrame(list(found.values())).sort_values(KEY, kind="stable")
     means = table.groupby(KEY[:-1], sort=False).mean(numeric_only=True).drop(columns="seed")
     print(means.to_string(float_format="%.3f", na_rep="-"))
     if args.csv:
+        table = placed(table, args.csv)
         table.to_csv(args.csv, index=False, float_format="%.4g")
         for dataset in dict.fromkeys(table["dataset"]):
             own = table[table["dataset"] == dataset]

@@ -56,6 +56,7 @@ LABELS: Final[dict[str, dict]] = {   # the plain mean everywhere, so that method
     "client_dp-8": {"method": "client_dp", "epsilon": 8},
 }
 COMPARED: Final = ("rve_pfl", "nbafl-L1", "nbafl_prox", "fedavg", "local", "lg_fedavg", "fedper", "nbafl-LT")
+ATTACKED: Final = ("attack.json", "attack_latents.csv", "attack_summary.csv")
 FOLDERS: Final = {"data_dir": "data", "results_dir": "results", "models_dir": "saved_models"}
 
 
@@ -241,12 +242,14 @@ class Queue:
 
 
 def publish(run: Path, place: Path) -> None:
-    """Copy a run's small files: all rounds' means, and every client's last round.
+    """Copy a run's small files: all rounds' means, every client's last round, and what its attacks came to.
 
     config.json comes last, so that a folder that has one is complete.
     """
     place.mkdir(parents=True, exist_ok=True)
-    for name, condense in (("rounds.csv", bytes), ("clients.csv", last_round), ("config.json", without_paths)):
+    attacked = [(name, bytes) for name in ATTACKED if (run / name).exists()]
+    for name, condense in (("rounds.csv", bytes), ("clients.csv", last_round), *attacked,
+                           ("config.json", without_paths)):
         content = condense((run / name).read_bytes())
         write_whole(place / name, lambda file, content=content: file.write(content))   # noqa: B023 - called at once
 

@@ -55,7 +55,7 @@ ASKED = {("stolen_model", "loss"): "`loss`, stolen model", ("stolen_model", "rmi
          ("prediction_api", "loss"): "`loss`, service", ("prediction_api", "rmia"): "`rmia`, service",
          ("curious_server", "fedmia"): "`fedmia`"}
 
-SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`",
+SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`", "warm": "`--warm_rounds 2`",
             "class prior, beta 1": "`--prior class`, beta 1", "class prior, beta 0.1": "`--prior class`, beta 0.1",
             "class prior, beta 1, nearer": "the same, beta 1, `--prior_apart 0.25`",
             "class prior, beta 0.1, nearer": "the same, beta 0.1, `--prior_apart 0.25`"}
@@ -228,21 +228,24 @@ def membership(root: Path) -> list[str]:
     return grid(["", *ASKED.values()], rows)
 
 
-def frontier(root: Path, dataset: str) -> list[str]:
-    """Accuracy, what z holds, and what a thief and the server find, a row a setting and seed."""
+def frontier(root: Path, dataset: str, partitions: Sequence[str] = ("shards",)) -> list[str]:
+    """Accuracy, what z holds, and what a thief and the server find, a row a partition, setting and seed."""
     columns = ["deployed", "worst", *(f"{who}_{what}" for who in ("thief", "server") for what in (
         "ssim", "rank", "mean_ssim", "mean_rank")), "candidates_identified"]
-    table = csv(root, "frontier.csv", ["seed", *columns], ["dataset", "setting"])
-    table, rows = table[table["dataset"] == dataset], []
-    for setting, name in SETTINGS.items():
-        for one in table[table["setting"] == setting].sort_values("seed").to_dict("records"):
-            folder = f"frontier-{dataset}-shards-{setting.replace(',', '').replace(' ', '_')}-s{one['seed']:.0f}"
-            nats, rank = _latents(root / REFERENCE / folder)
-            rows.append([name, f"{one['seed']:.0f}", f"{one['deployed']:.3f}, {one['worst']:.3f}", nats,
+    table = csv(root, "frontier.csv", ["seed", *columns], ["dataset", "partition", "setting"])
+    table, rows = table[table["dataset"] == dataset].sort_values("seed"), []
+    for partition, (setting, name) in itertools.product(partitions, SETTINGS.items()):
+        same = table[(table["partition"] == partition) & (table["setting"] == setting)]
+        for one in same.to_dict("records"):
+            words = setting.replace(",", "").replace(" ", "_")
+            where = "" if len(partitions) == 1 else f"{partition}: "
+            nats, rank = _latents(root / REFERENCE / f"frontier-{dataset}-{partition}-{words}-s{one['seed']:.0f}")
+            rows.append([where + name, f"{one['seed']:.0f}", f"{one['deployed']:.3f}, {one['worst']:.3f}", nats,
                          *(_beside(one, who) for who in ("thief", "server")),
                          f"{rank}, {one['candidates_identified'] * FRONTIER_IMAGES:.0f} of {FRONTIER_IMAGES}"])
-    return grid([f"`{dataset}`, shards", "seed", "deployed, lowest decile", "KL of these images, bound",
-                 "thief's decoder", "server's gradient", "candidates: mean rank, identified"], rows)
+    return grid([f"`{dataset}`, {', '.join(partitions)}", "seed", "deployed, lowest decile",
+                 "KL of these images, bound", "thief's decoder", "server's gradient",
+                 "candidates: mean rank, identified"], rows)
 
 
 def _beside(row: dict, who: str) -> str:
@@ -433,7 +436,9 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "real-uploads-shards": partial(real_uploads, run="m10-fedavg-s1", rounds=[1, 5]),
     "real-uploads-others": other_uploads,
     "membership": membership, "frontier-digits": partial(frontier, dataset="mnist10k"),
+    "frontier-digits-mixed": partial(frontier, dataset="mnist10k", partitions=("dirichlet", "iid")),
     "frontier-clothes": partial(frontier, dataset="fmnist10k"),
+    "frontier-clothes-mixed": partial(frontier, dataset="fmnist10k", partitions=("dirichlet", "iid")),
     "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
     "server-nobody-longer": nobody_longer, "server-chance": chance,
     "server-behaviours": partial(behaviours, dataset="mnist10k", rules=RULES),

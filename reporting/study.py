@@ -8,8 +8,12 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
-from reporting.sources import DASH, PARTITIONS, grid, study
-from reporting.summary import STAGES, last_round
+import pandas as pd
+
+from reporting.sources import DASH, PARTITIONS, REFERENCE, grid, study
+from reporting.summary import STAGES, Finished, last_round, one_line
+from runs.configs import EVALUATION_SPLIT
+from utils import InputError
 
 # The labels of a table's columns, as headings.
 MAIN = ("`rve_pfl`", "`local`", "`lg_fedavg`", "`fedper`", "`fedavg`", "`nbafl-L1`", "`nbafl-LT`",
@@ -18,6 +22,8 @@ VARIANTS = ("`local`", "`rve_pfl`", "`class`", "`trunk`", "`trunk-slow`", "`trun
 RESPLIT = ("`rve_pfl-held_out`", "`rve_pfl-resplit`", "`nbafl-held_out`", "`nbafl-resplit`")
 RELEASED, ALONE, NBAFL = "`rve_pfl`", ("`local`",), ("`nbafl-L1`", "`nbafl-LT`", "`nbafl_prox`")
 PRIVATE = ("`fedavg`", "`client_dp-8`")
+UNEVEN = ("`local`", "`rve_pfl`", "`class`", "`trunk`", "`trunk-slow`", "`fedper`", "`fedavg`", "`nbafl-L1`",
+          "`nbafl_prox`")
 TWENTY = ("`local`", "`trunk`", "`trunk-slow`", "`fedper`")
 FULL, SMALL = ("mnist", "fmnist", "cifar"), ("mnist10k", "fmnist10k", "cifar10k")
 PAPER = dict(zip(FULL, (8, 20, 59), strict=True))   # points over NbAFL, shards
@@ -25,14 +31,38 @@ Key = tuple[str, str, str]   # data set, partition (and clients), rounds x local
 Seeds = dict[int, dict[str, float]]   # seed -> stage -> accuracy
 
 
-def accuracies(root: Path) -> dict[Key, dict[str, Seeds]]:
-    """Held-out accuracy in the last round of every run of the study, by key, label, seed and stage."""
+def accuracies(root: Path, per_image: bool = False) -> dict[Key, dict[str, Seeds]]:
+    """Held-out accuracy in the last round of every run of the study, by key, label, seed and stage.
+
+    Args:
+        per_image: the share of all clients' test images, instead of the mean over clients, and only of runs under
+            Dirichlet, where clients have different numbers of them.
+    """
     found = dict[Key, dict[str, Seeds]]()
     for key, label, seed, run in study(root):
+        if per_image and key[1] != "dirichlet":
+            continue
         ends = {stage: last_round(run, stage)["accuracy"] for stage in STAGES}
         found.setdefault(key, {}).setdefault(f"`{label}`", {})[seed] = {
-            stage: float(end.iloc[0]) for stage, end in ends.items() if len(end)}
+            stage: of_images(root, run, stage) if per_image else float(end.iloc[0])
+            for stage, end in ends.items() if len(end)}
     return found
+
+
+def of_images(root: Path, run: Finished, stage: str) -> float:
+    """The share of all clients' test images that the last round's models know.
+
+    Raises:
+        InputError: clients.csv is missing or damaged.
+    """
+    name = REFERENCE / run.name / "clients.csv"
+    try:
+        table = pd.read_csv(root / name)
+        rows = table[(table["round"] == run.options["rounds"]) & (table["stage"] == stage)
+                     & (table["split"] == EVALUATION_SPLIT[run.protocol])]
+        return float((rows["accuracy"] * rows["n"]).sum() / rows["n"].sum())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{name}: {one_line(error)}") from error
 
 
 def wanted(keys: Iterable[Key], datasets: Sequence[str]) -> list[Key]:
@@ -44,13 +74,15 @@ def wanted(keys: Iterable[Key], datasets: Sequence[str]) -> list[Key]:
     return sorted((key for key in keys if key[0] in datasets), key=place)
 
 
-def accuracy(root: Path, datasets: Sequence[str], labels: Sequence[str], many: bool = False) -> list[str]:
+def accuracy(root: Path, datasets: Sequence[str], labels: Sequence[str], many: bool = False,
+             per_image: bool = False) -> list[str]:
     """``deployed / trained``, a row a data set and partition, a column a label.
 
     Args:
         many: the runs whose names say how many clients they have, instead of the others.
+        per_image: as in ``accuracies``.
     """
-    found, rows = accuracies(root), []
+    found, rows = accuracies(root, per_image), []
     for key in wanted(found, datasets):
         by = [found[key].get(label, {}) for label in labels]
         if any(by) and key[1].endswith("clients") == many:
@@ -133,6 +165,7 @@ STUDY: dict[str, Callable[[Path], list[str]]] = {
     "accuracy": partial(accuracy, datasets=FULL, labels=MAIN),
     "accuracy-small": partial(accuracy, datasets=SMALL, labels=MAIN),
     "accuracy-variants": partial(accuracy, datasets=SMALL, labels=VARIANTS),
+    "accuracy-images": partial(accuracy, datasets=SMALL, labels=UNEVEN, per_image=True),
     "headline": headline,
     "accuracy-dp": partial(accuracy, datasets=SMALL, labels=PRIVATE, many=True),
     "accuracy-twenty": partial(accuracy, datasets=SMALL, labels=TWENTY, many=True),

@@ -127,8 +127,14 @@ def test_the_frontier_trains_attacks_and_draws(script, place, tiny_run, monkeypa
     assert not list((place.folder / "models").glob("frontier*"))   # checkpoints are large
     monkeypatch.setattr(frontier, "attack", None)
     assert frontier.main([*flags, "--validate", "--settings", "published"]) == 0
-    assert frontier.main([*flags, "--csv", str(table)]) == 0   # nothing is left to train or attack
-    assert pd.read_csv(table).set_index("setting").equals(found)
+    assert frontier.main([*flags, "--csv", str(table), "--settings", "published"]) == 0   # nothing is left to do
+    assert pd.read_csv(table).set_index("setting").equals(found)   # rows of other runs stay
+    assert frontier.main([*flags, "--out", str(place.folder / "out")]) == 0
+    kept = place.folder / "out" / "frontier-tiny10k-shards-published-s1"
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "attack.json", "attack_latents.csv", "attack_summary.csv", "clients.csv", "config.json", "rounds.csv"]
+    assert str(place.folder) not in (kept / "config.json").read_text()
+    assert set(pd.read_csv(kept / "clients.csv")["round"]) == {3} and len(list(kept.parent.iterdir())) == 4
 
 
 def test_the_frontier_keeps_what_it_did_not_attack(script, place, tiny_run, monkeypatch, capsys):

@@ -30,13 +30,24 @@ NOT_FROM_A_TABLE = {
         "client 0's attacks, whose CSV was not kept": "0.0019",
         "starts of a search, a prototype": "0.27 0.4",
         "beside the Adversarial Robustness Toolbox": "0.9941 0.9895 13.5 0.34 13.3 0.33"},
+    "docs/accuracy.md": {
+        "a gap of two cells":
+            "10.5 10.6 10.8 12.0 12.9 13.6 17.1 17.8 24.8 25.4 27.3 3.6 4.3 4.5 42.1 6.7 8.9 9.0 10.4 0.5 0.7 0.8",
+        "a standard deviation of a gap": "1.8 2.2",
+        "a gap, validation": "1.2",
+        "pairs of classes, not kept": "0.76 0.84 0.88 0.92",
+        "the released protocol on digits, not kept": "0.474 0.557",
+        "what the released code reaches": "100",
+        "a version": "2.15"},
     "docs/claims.md": {"the paper's abstract": "8 59"},
     "docs/frontier.md": {
-        "a gap of two rows": "0.7 0.0 0.3 0.4 0.6",
+        "a gap of two rows": "0.7 0.0 0.3 0.4 0.6 0.2 1.9 2.9 4.9",
+        "over all clients, frontier.csv": "5.3",
+        "a gap of mean ranks, attack_summary.csv": "8",
         "a ratio of two ranks": "1.4",
         "the level of an interval": "95",
         "ln 250, in nats": "5.5",
-        "validation runs, not kept": "0.716 0.731 0.403 0.457"},
+        "validation runs, not kept": "0.716 0.731"},
     "docs/membership.md": {
         "a setting": "0.01 0.001 1",
         "the level of an interval, and a guess": "95 0.5",
@@ -205,7 +216,10 @@ def test_members_by_hand():
     ("which-classes", "`rve_pfl`, Dirichlet", "1 | 0.97, 0.99 | 0.00, 0.50 | 0.83, 0.47"),
     ("real-uploads", "SGD, dropout, 5 epochs", "28.8, 1 | – | 32.6, 4 | 41.9, 8 | 39.5, 13 | –"),
     ("real-uploads-shards", "Adam, dropout, 1 epoch, round 5", "19.2, 1 | 11.0, 1 | 2.6, 0"),
-    ("frontier-cifar", "default prior", "11 | 0.855, 0.620 | – | 0.23 (0.26), 9.5 (246) | – | –, 16 of 16"),
+    ("frontier-cifar", "default prior", "12 | 0.881, 0.710 | 3,135, 3,135 | 0.23 (0.26), 29 (200) | "
+                                        "0.04 (0.25), 366.5 (286.5) | 1, 16 of 16"),   # the last of two
+    ("frontier-digits-mixed", "iid: the same, beta 1, `--prior_apart 0.25`",
+     "11 | 0.899, 0.840 | 4.4, 6.7 | 0.45 (0.48), 37 (36) | 0.43 (0.48), 51 (28.5) | 7, 2 of 16"),
     ("frontier-digits", "`--prior class`, beta 1", "13 | 0.990, 0.955 | 1.6, 2.3 | 0.47 (0.48), 148.5 (154.5) | "
                                                    "0.46 (0.48), 145.5 (166) | 37, 1 of 16"),   # the last of three
     ("frontier-clothes", "the same, beta 1, `--prior_apart 0.25`",
@@ -268,6 +282,22 @@ def test_accuracy_over_seeds(make_run, tmp_path):
         "0.800 ± 0.100 (3) / 0.500 ± 0.265 (3)", "–", "–", "–", "–", "–", "0.500 / 0.750", "–"]
     assert table["`mnist`, iid, 5 x 2"][4] == "0.600 / 0.650"
     assert cells(study.accuracy(tmp_path, ("fmnist",), study.MAIN)).keys() == {"data set, partition, rounds", "–"}
+
+
+def test_accuracy_counts_each_image_once_where_clients_differ_in_size(make_run, tmp_path):
+    """Two clients of 10 and 30 test images: a mean of 0.75 over clients is 0.625 of the images."""
+    folder = make_run("mnist10k-dirichlet-5x2-local-seed11", 0.75, 0.75)
+    make_run("mnist10k-iid-5x2-local-seed11", 0.6, 0.6)   # clients of one size: not shown
+    head, last = "round,client,stage,split,n,accuracy", "5,{},{},test,{},{}"
+    rows = [last.format(0, "deployed", 10, 1), last.format(1, "deployed", 30, 0.5),
+            last.format(0, "trained", 10, 0), last.format(1, "trained", 30, 1),
+            "1,0,deployed,test,90,0.1", "5,0,trained,train,90,0.1"]
+    (folder / "clients.csv").write_text("\n".join([head, *rows, ""]))
+    table = cells(study.accuracy(tmp_path, study.SMALL, ("`local`",), per_image=True))
+    assert list(table.items())[1:] == [("`mnist10k`, dirichlet, 5 x 2", ["0.625 / 0.750"])]
+    (folder / "clients.csv").write_text(head.replace("n,", ""))
+    with pytest.raises(InputError, match="seed11/clients.csv"):
+        study.accuracy(tmp_path, study.SMALL, ("`local`",), per_image=True)
 
 
 def test_the_released_protocol_is_read_from_its_own_split(make_run, tmp_path):
@@ -355,10 +385,11 @@ def test_claims_of_leakage_by_hand():
              and (row["attack"], row["control"]) == ("latent_likelihood", "")]
     share = 100 * sum(float(row["nearest_rank"]) == 1 for row in found) / len(found)
     assert claims.candidates(ROOT, "cifar10k")[2] == pytest.approx(share)
+    assert claims.candidates(ROOT, "fmnist10k") == {11: 100, 12: 100, 13: 37.5}
     assert claims.more_identified(ROOT, "cifar10k", "curious_server") == {}   # never attacked there
     assert claims.more_identified(ROOT, "mnist10k", "curious_server") == {1: -100, 2: -100}
     assert claims.class_prior(ROOT, "mnist10k", "candidates_identified") == {11: 12.5, 12: 0, 13: 6.25}
-    assert claims.class_prior(ROOT, "cifar10k", "deployed") == {11: pytest.approx(-0.7)}
+    assert claims.class_prior(ROOT, "cifar10k", "deployed") == {11: pytest.approx(-0.7), 12: pytest.approx(-1.4)}
 
 
 def test_losses_to_the_oracle_by_hand():
