@@ -21,6 +21,7 @@ from server.mean import State
 
 DONE = 1e-6                 # squared error of all equations at which an input counts as found
 DRAWN, RIDGE = 16_384, 1e-2   # inputs that the start's regression is fitted to; its penalty, relative
+STEPS, FEWER = 40, 15       # of a first search; of one behind a shake, and of one with the features alone
 SHAKES = (0.2, 0.4, 0.6)    # sizes of random steps, in standard deviations of the input
 SPREADS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)   # standard deviations that an input may have
 
@@ -49,7 +50,7 @@ def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, in
     with torch.no_grad():
         found = ridge_start(problem.before, problem.features, shape)
     every = torch.arange(len(found))
-    found, error = search(problem, every, found, 40)
+    found, error = search(problem, every, found, STEPS)
     for _ in range(hops):
         todo = every[error > DONE]
         if not len(todo):
@@ -58,7 +59,7 @@ def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, in
         size = torch.tensor(SHAKES)[torch.arange(copies) % len(SHAKES)].repeat_interleave(len(todo))
         spread = start.flatten(1).std(1)
         start = start + (size * spread)[:, None, None, None] * torch.randn_like(start)
-        tried, value = search(problem, todo.repeat(copies), start, 15)
+        tried, value = search(problem, todo.repeat(copies), start, FEWER)
         value, best = value.view(copies, -1).min(0)
         better = value < error[todo]
         tried = tried.unflatten(0, (copies, -1))[best, torch.arange(len(todo))]
@@ -123,7 +124,7 @@ def search(problem: Problem, which: Tensor, start: Tensor, steps: int) -> tuple[
     """
     every = problem.residuals(which, with_routed=True)
     x, error = gauss_newton(every, start, steps)
-    near, _ = gauss_newton(problem.residuals(which, with_routed=False), x, 15)
+    near, _ = gauss_newton(problem.residuals(which, with_routed=False), x, FEWER)
     with torch.no_grad():
         value = every(near).square().sum(1)
     better = value < error

@@ -73,6 +73,11 @@ def _changed(folder: Path) -> float:
     return max((path.stat().st_mtime for path in folder.glob("*")), default=0)
 
 
+def state(root: Path) -> tuple[tuple[str, float], ...]:
+    """All runs and when each last changed: what tells whether a result made from them is stale."""
+    return tuple((folder.name, _changed(folder)) for folder in sorted((root / REFERENCE).glob("*")))
+
+
 def attacked(folder: Path) -> pd.DataFrame:
     """What an attacked run's adversaries handed in (restart 0), and the controls: rows of its attack.csv.
 

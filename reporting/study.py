@@ -4,13 +4,13 @@ A run is DATASET-PARTITION[-Nclients]-ROUNDSxEPOCHS-LABEL-seedN in results/refer
 a dash where nothing is, so a table grows as runs are committed.
 """
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 
 import pandas as pd
 
-from reporting.sources import DASH, PARTITIONS, REFERENCE, grid, study
+from reporting.sources import DASH, PARTITIONS, REFERENCE, grid, state, study
 from reporting.summary import STAGES, Finished, last_round, one_line
 from runs.configs import EVALUATION_SPLIT
 from utils import InputError
@@ -38,6 +38,12 @@ def accuracies(root: Path, per_image: bool = False) -> dict[Key, dict[str, Seeds
         per_image: the share of all clients' test images, instead of the mean over clients, and only of runs under
             Dirichlet, where clients have different numbers of them.
     """
+    return _accuracies(root, per_image, state(root))
+
+
+@cache
+def _accuracies(root: Path, per_image: bool, changed: tuple) -> dict[Key, dict[str, Seeds]]:
+    """``accuracies``, once for each state of the runs: most tables and claims begin with it."""
     found = dict[Key, dict[str, Seeds]]()
     for key, label, seed, run in study(root):
         if per_image and key[1] != "dirichlet":

@@ -31,6 +31,14 @@ def driver():
     return _load("rve_pfl_driver", ROOT / "RVE-PFL.py")
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """The attacks that train or search for long stop early: for tests of what is written, not of what is found."""
+    for name, steps in (("attacks.PRIOR_STEPS", 8), ("learnt.ALIGNED_STEPS", 8), ("newton.STEPS", 2),
+                        ("newton.FEWER", 2)):
+        monkeypatch.setattr(f"attack.{name}", steps)
+
+
 @pytest.fixture(scope="session")
 def tiny_arrays():
     """Four classes of 8 x 8 images, 60 of each: a bright quarter on noise, learnt in seconds."""

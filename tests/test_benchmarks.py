@@ -81,7 +81,7 @@ def tiny_run(place, tiny_arrays):
     return train
 
 
-def test_the_ladder_has_all_its_rungs(script, place, tiny_run):
+def test_the_ladder_has_all_its_rungs(script, place, tiny_run, few_steps):
     flags = tiny_run("rve_pfl")
     assert script("ladder").main([*flags, "--public", "tiny", "--other", "tiny", "--images", "2", "--hops", "1",
                                   "--train_epochs", "1", "--seen", "40"]) == 0
@@ -91,7 +91,7 @@ def test_the_ladder_has_all_its_rungs(script, place, tiny_run):
     assert set(table["latent"].dropna()) == {"observed", "recovered"} and np.isfinite(table["ssim"]).all()
 
 
-def test_more_public_images(script, place, tiny_run):
+def test_more_public_images(script, place, tiny_run, few_steps):
     flags = tiny_run("lg_fedavg")
     table = place.folder / "public.csv"
     assert script("public_images").main([*flags, "--public", "tiny", "--counts", "200", "300", "--images", "2",
@@ -101,7 +101,7 @@ def test_more_public_images(script, place, tiny_run):
     assert not list(place.results.glob("attack*"))   # the run's own results are as they were
 
 
-def test_the_published_settings_beside_ours(script, place, tiny_run, capsys):
+def test_the_published_settings_beside_ours(script, place, tiny_run, few_steps, capsys):
     flags = tiny_run("fedavg")
     main = script("inverting_gradients").main
     assert main([*flags, "--public", "tiny", "--images", "2", "--iterations", "8"]) == 0
@@ -109,7 +109,7 @@ def test_the_published_settings_beside_ours(script, place, tiny_run, capsys):
         "published", "cosine_tv", "analytic", "gauss_newton"]
 
 
-def test_the_frontier_trains_attacks_and_draws(script, place, tiny_run, monkeypatch, capsys):
+def test_the_frontier_trains_attacks_and_draws(script, place, tiny_run, few_steps, monkeypatch, capsys):
     """Each run once; what is there is not trained again, and validation leaves no attack behind."""
     folders, table = tiny_run("fedavg")[2:], place.folder / "frontier.csv"
     frontier = script("frontier")

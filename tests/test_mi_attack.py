@@ -79,7 +79,7 @@ def expected(method):
 
 
 @pytest.mark.parametrize("method", ["rve_pfl", "fedavg", "lg_fedavg", "local", "fedper"])
-def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, method):
+def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, few_steps, method):
     assert trained.attack(method, "--overwrite") == 0
     table = trained.csv(method)
     assert list(table.columns) == tables.ATTACK_COLUMNS
@@ -134,7 +134,7 @@ def test_an_adversary_opens_its_own_files_only(trained, adversary, allowed):
     assert not any("partition" in name or "/data/" in name for name in opened)
 
 
-def test_no_attack_opens_a_file(trained, monkeypatch):
+def test_no_attack_opens_a_file(trained, few_steps, monkeypatch):
     """Once it has what it holds and observes, an attack asks for nothing else."""
     def watched(solve):
         def call(*arguments):
@@ -152,7 +152,7 @@ def test_no_attack_opens_a_file(trained, monkeypatch):
     assert not [name for name in opened if name.startswith(folder)]
 
 
-def test_an_attack_is_the_same_whichever_came_before(trained):
+def test_an_attack_is_the_same_whichever_came_before(trained, few_steps):
     """The server's shadow encoder, its decoder and `aligned`'s own shadow, alone and behind each other."""
     def rows(*attacks):
         flags = ("--adversary", "curious_server", "--attack", *attacks)
