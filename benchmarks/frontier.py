@@ -125,7 +125,7 @@ def outcome(key: dict, args: argparse.Namespace) -> dict | None:
     last = rounds[(rounds["round"] == rounds["round"].max()) & (rounds["split"] != "train")].set_index("stage")
     row = {**key, "deployed": last.loc["deployed", "accuracy"], "worst": last.loc["deployed", "accuracy_worst"],
            "trained": last.loc["trained", "accuracy"], "kl_nats": last.loc["deployed", "kl_nats"]}
-    if not (folder / "attack.csv").exists():
+    if not (folder / "attack_summary.csv").exists():   # what an attack that ended writes last
         return row
     found = pd.read_csv(folder / "attack.csv", keep_default_na=False)
     for who, attacks in IMAGE_ATTACKS.items():

@@ -12,6 +12,8 @@ import pandas as pd
 
 from methods import HEAD_LR, METHODS
 from reporting.sources import DASH, PARTITIONS, REFERENCE, attacked, csv, grid, runs
+from reporting.sources import run as finished
+from reporting.study import of_images
 from reporting.summary import one_line
 from utils import InputError
 
@@ -57,8 +59,8 @@ ASKED = {("stolen_model", "loss"): "`loss`, stolen model", ("stolen_model", "rmi
 
 SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`", "warm": "`--warm_rounds 2`",
             "class prior, beta 1": "`--prior class`, beta 1", "class prior, beta 0.1": "`--prior class`, beta 0.1",
-            "class prior, beta 1, nearer": "the same, beta 1, `--prior_apart 0.25`",
-            "class prior, beta 0.1, nearer": "the same, beta 0.1, `--prior_apart 0.25`"}
+            "class prior, beta 1, nearer": "`--prior class`, beta 1, `--prior_apart 0.25`",
+            "class prior, beta 0.1, nearer": "`--prior class`, beta 0.1, `--prior_apart 0.25`"}
 FRONTIER_IMAGES = 16   # attacked in each run
 RULES = ("threat", "mean", "median", "caf")
 OTHERS = ("threat", "trimmed_mean", "krum", "multi_krum", "nnm_trimmed_mean", "geometric_median",
@@ -229,8 +231,12 @@ def membership(root: Path) -> list[str]:
 
 
 def frontier(root: Path, dataset: str, partitions: Sequence[str] = ("shards",)) -> list[str]:
-    """Accuracy, what z holds, and what a thief and the server find, a row a partition, setting and seed."""
-    columns = ["deployed", "worst", *(f"{who}_{what}" for who in ("thief", "server") for what in (
+    """Accuracy, what z holds, and what a thief and the server find, a row a partition, setting and seed.
+
+    With other partitions than shards, clients differ in size: there accuracy also counts each image once.
+    """
+    mixed = tuple(partitions) != ("shards",)
+    columns = ["deployed", "worst", "kl_nats", *(f"{who}_{what}" for who in ("thief", "server") for what in (
         "ssim", "rank", "mean_ssim", "mean_rank")), "candidates_identified"]
     table = csv(root, "frontier.csv", ["seed", *columns], ["dataset", "partition", "setting"])
     table, rows = table[table["dataset"] == dataset].sort_values("seed"), []
@@ -238,13 +244,17 @@ def frontier(root: Path, dataset: str, partitions: Sequence[str] = ("shards",)) 
         same = table[(table["partition"] == partition) & (table["setting"] == setting)]
         for one in same.to_dict("records"):
             words = setting.replace(",", "").replace(" ", "_")
-            where = "" if len(partitions) == 1 else f"{partition}: "
-            nats, rank = _latents(root / REFERENCE / f"frontier-{dataset}-{partition}-{words}-s{one['seed']:.0f}")
-            rows.append([where + name, f"{one['seed']:.0f}", f"{one['deployed']:.3f}, {one['worst']:.3f}", nats,
+            folder = root / REFERENCE / f"frontier-{dataset}-{partition}-{words}-s{one['seed']:.0f}"
+            nats, rank = _latents(folder)
+            accuracies = [one["deployed"], *([of_images(root, finished(folder), "deployed")] if mixed else []),
+                          one["worst"]]
+            rows.append([f"{partition}: {name}" if mixed else name, f"{one['seed']:.0f}",
+                         ", ".join(f"{accuracy:.3f}" for accuracy in accuracies), _nats(one["kl_nats"]), nats,
                          *(_beside(one, who) for who in ("thief", "server")),
                          f"{rank}, {one['candidates_identified'] * FRONTIER_IMAGES:.0f} of {FRONTIER_IMAGES}"])
-    return grid([f"`{dataset}`, {', '.join(partitions)}", "seed", "deployed, lowest decile",
-                 "KL of these images, bound", "thief's decoder", "server's gradient",
+    return grid([f"`{dataset}`, {', '.join(partitions)}", "seed",
+                 "deployed, per image, lowest decile" if mixed else "deployed, lowest decile",
+                 "KL, all clients", "KL of these images, bound", "thief's decoder", "server's gradient",
                  "candidates: mean rank, identified"], rows)
 
 
@@ -264,10 +274,13 @@ def _latents(folder: Path) -> tuple[str, str]:
         told = pd.read_csv(nats).iloc[-1]
         found = pd.read_csv(rank, keep_default_na=False)
         mean = found[(found["attack"] == CHOOSES) & (found["control"] == "")]["nearest_rank"].astype(float).iloc[0]
-        digits = 0 if told["kl_nats"] >= 100 else 1
-        return f"{told['kl_nats']:,.{digits}f}, {told['bound_nats']:,.{digits}f}", f"{mean:.0f}"
+        return f"{_nats(told['kl_nats'])}, {_nats(told['bound_nats'])}", f"{mean:.0f}"
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{REFERENCE / folder.name} is damaged ({one_line(error)})") from error
+
+
+def _nats(value: float) -> str:
+    return f"{value:,.{0 if value >= 100 else 1}f}"
 
 
 def server_cells(root: Path) -> pd.DataFrame:
