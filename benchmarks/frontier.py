@@ -25,9 +25,10 @@ from attack import mi_attack
 from attack.access import open_target
 from attack.attacks import unfit
 from methods import METHODS
+from reporting.summary import one_line
 from runs import configs
 from runs.pictures import plt
-from utils import InputError
+from utils import InputError, write_whole
 
 PRIVATE = {"prior": "class", "kl_weight": 1e-2, "head_lr": 1}
 SETTINGS: dict[str, dict] = {
@@ -110,9 +111,19 @@ def play(key: dict, args: argparse.Namespace, driver: ModuleType) -> None:
 
 
 def placed(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """These rows and those of other runs that the table at ``path`` has, if there is one."""
-    table = pd.concat([pd.read_csv(path), rows]) if path.exists() else rows
-    return table.drop_duplicates(KEY, keep="last").sort_values(KEY, kind="stable")
+    """These rows and those of other runs that the table at ``path`` has, if there is one.
+
+    Raises:
+        InputError: the table is damaged.
+    """
+    if not path.exists():
+        return rows
+    try:
+        others = pd.read_csv(path).set_index(KEY).reset_index()
+    except (ValueError, KeyError) as error:
+        why = one_line(error)
+        raise InputError(f"--csv {path}: no table of this command ({why}); give another name") from error
+    return pd.concat([others, rows]).drop_duplicates(KEY, keep="last").sort_values(KEY, kind="stable")
 
 
 def outcome(key: dict, args: argparse.Namespace) -> dict | None:
@@ -188,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
     args = parser.parse_args(argv)
+    if args.validate and args.csv:
+        parser.error("--csv: is of test images; not with --validate")
     keys = [dict(zip(KEY, (dataset, partition, setting, seed), strict=True)) for seed in args.seeds
             for dataset in args.datasets for partition in args.partitions for setting in args.settings]
     try:
@@ -200,20 +213,25 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("no finished run; leave --table out to train what is missing")
         for name in found if args.out else ():
             publish(args.results_dir / name, args.out / name)
-    except InputError as error:
+        write(pd.DataFrame(list(found.values())).sort_values(KEY, kind="stable"), args.csv)
+    except (InputError, OSError) as error:
         print(f"frontier.py: error: {error}", file=sys.stderr)
         return 2
-    table = pd.DataFrame(list(found.values())).sort_values(KEY, kind="stable")
+    return 0
+
+
+def write(table: pd.DataFrame, path: Path | None) -> None:
+    """Print means over seeds; with a ``path`` put the rows into that table, and draw its pictures beside it."""
     means = table.groupby(KEY[:-1], sort=False).mean(numeric_only=True).drop(columns="seed")
     print(means.to_string(float_format="%.3f", na_rep="-"))
-    if args.csv:
-        table = placed(table, args.csv)
-        table.to_csv(args.csv, index=False, float_format="%.4g")
-        for dataset in dict.fromkeys(table["dataset"]):
-            own = table[table["dataset"] == dataset]
-            if "thief_rank" in own:
-                picture(own, dataset, args.csv.with_name(f"{args.csv.stem}_{dataset}.png"))
-    return 0
+    if path is None:
+        return
+    table = placed(table, path)
+    write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.4g"))
+    for dataset in dict.fromkeys(table["dataset"]):
+        own = table[table["dataset"] == dataset]
+        if "thief_rank" in own:
+            picture(own, dataset, path.with_name(f"{path.stem}_{dataset}.png"))
 
 
 if __name__ == "__main__":

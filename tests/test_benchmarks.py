@@ -129,6 +129,13 @@ def test_the_frontier_trains_attacks_and_draws(script, place, tiny_run, few_step
     assert frontier.main([*flags, "--validate", "--settings", "published"]) == 0
     assert frontier.main([*flags, "--csv", str(table), "--settings", "published"]) == 0   # nothing is left to do
     assert pd.read_csv(table).set_index("setting").equals(found)   # rows of other runs stay
+    table.write_text("seed\n1\n")
+    capsys.readouterr()
+    for path, word in ((table, "no table of this command"), (place.folder, "directory")):
+        assert frontier.main([*flags, "--csv", str(path)]) == 2
+        assert word in capsys.readouterr().err.splitlines()[-1] and table.read_text() == "seed\n1\n"
+    with pytest.raises(SystemExit):
+        frontier.main([*flags, "--validate", "--csv", str(table)])
     assert frontier.main([*flags, "--out", str(place.folder / "out")]) == 0
     kept = place.folder / "out" / "frontier-tiny10k-shards-published-s1"
     assert sorted(path.name for path in kept.iterdir()) == [
