@@ -11,9 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from methods import HEAD_LR, METHODS
-from reporting.sources import DASH, PARTITIONS, REFERENCE, attacked, csv, grid, runs
+from reporting.sources import DASH, PARTITIONS, REFERENCE, attacked, csv, grid, of_images, runs
 from reporting.sources import run as finished
-from reporting.study import of_images
 from reporting.summary import one_line
 from utils import InputError
 

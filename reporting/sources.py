@@ -11,6 +11,7 @@ import pandas as pd
 
 from attack.tables import read_attack
 from reporting.summary import Finished, one_line, read
+from runs.configs import EVALUATION_SPLIT
 from utils import InputError
 
 DASH = "–"   # was not run
@@ -94,6 +95,22 @@ def _attacked(folder: Path, changed: float) -> pd.DataFrame:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{REFERENCE / folder.name}/attack.csv: {one_line(error)}") from error
     return rows[(rows["restart"] == 0) | (rows["control"] != "")]
+
+
+def of_images(root: Path, run: Finished, stage: str) -> float:
+    """The share of all clients' test images that the last round's models know.
+
+    Raises:
+        InputError: clients.csv is missing or damaged.
+    """
+    name = REFERENCE / run.name / "clients.csv"
+    try:
+        table = pd.read_csv(root / name)
+        rows = table[(table["round"] == run.options["rounds"]) & (table["stage"] == stage)
+                     & (table["split"] == EVALUATION_SPLIT[run.protocol])]
+        return float((rows["accuracy"] * rows["n"]).sum() / rows["n"].sum())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{name}: {one_line(error)}") from error
 
 
 def study(root: Path) -> Iterator[tuple[tuple[str, str, str], str, int, Finished]]:

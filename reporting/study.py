@@ -8,12 +8,8 @@ from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 
-import pandas as pd
-
-from reporting.sources import DASH, PARTITIONS, REFERENCE, grid, state, study
-from reporting.summary import STAGES, Finished, last_round, one_line
-from runs.configs import EVALUATION_SPLIT
-from utils import InputError
+from reporting.sources import DASH, PARTITIONS, grid, of_images, state, study
+from reporting.summary import STAGES, last_round
 
 # The labels of a table's columns, as headings.
 MAIN = ("`rve_pfl`", "`local`", "`lg_fedavg`", "`fedper`", "`fedavg`", "`nbafl-L1`", "`nbafl-LT`",
@@ -53,22 +49,6 @@ def _accuracies(root: Path, per_image: bool, changed: tuple) -> dict[Key, dict[s
             stage: of_images(root, run, stage) if per_image else float(end.iloc[0])
             for stage, end in ends.items() if len(end)}
     return found
-
-
-def of_images(root: Path, run: Finished, stage: str) -> float:
-    """The share of all clients' test images that the last round's models know.
-
-    Raises:
-        InputError: clients.csv is missing or damaged.
-    """
-    name = REFERENCE / run.name / "clients.csv"
-    try:
-        table = pd.read_csv(root / name)
-        rows = table[(table["round"] == run.options["rounds"]) & (table["stage"] == stage)
-                     & (table["split"] == EVALUATION_SPLIT[run.protocol])]
-        return float((rows["accuracy"] * rows["n"]).sum() / rows["n"].sum())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{name}: {one_line(error)}") from error
 
 
 def wanted(keys: Iterable[Key], datasets: Sequence[str]) -> list[Key]:
