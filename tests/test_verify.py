@@ -1,10 +1,12 @@
 """`make verify`: what it takes for the same figures, and what it says."""
 import dataclasses
 import importlib
+import json
 import re
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -51,13 +53,20 @@ def test_no_rounds_at_all(verify, rounds):
 def test_it_runs_what_make_run_runs(verify):
     command, = re.findall(r"^run:.*\n\t\S+ RVE-PFL.py (.*)$", (ROOT / "Makefile").read_text(), re.M)
     assert command == verify.COMMAND
-    options = verify.finished(ROOT / "results" / "reference" / verify.RUN).options
-    assert (options["dataset"], options["rounds"], options["local_ep"]) == ("mnist10k", 5, 2)
+    for precision, name in verify.REFERENCES.items():
+        options = verify.finished(ROOT / "results" / "reference" / name).options
+        assert (options["dataset"], options["rounds"], options["local_ep"]) == ("mnist10k", 5, 2)
+        config = json.loads((ROOT / "results" / "reference" / name / "config.json").read_text())
+        assert config["precision"] == str(precision)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("factor, status, said", [(1, 0, "verified: "), (0.5, 1, "differs: round 1: KL")])
-def test_what_it_says_and_how_it_ends(verify, rounds, monkeypatch, capsys, factor, status, said):
-    reference = verify.finished(ROOT / "results" / "reference" / verify.RUN)
+def test_what_it_says_and_how_it_ends(verify, monkeypatch, capsys, precision, factor, status, said):
+    """It compares with the run of the chip's precision."""
+    monkeypatch.setattr(verify, "choose_precision", lambda name, device: precision)
+    reference = verify.finished(ROOT / "results" / "reference" / verify.REFERENCES[precision])
+    rounds = reference.rounds
     monkeypatch.setattr(verify.report, "main", lambda argv: 0)
     ours = dataclasses.replace(reference, rounds=rounds.assign(kl_nats=factor * rounds["kl_nats"]))
     monkeypatch.setattr(verify, "again", lambda folder: ours)
