@@ -129,6 +129,13 @@ def test_the_frontier_trains_attacks_and_draws(script, place, tiny_run, few_step
     assert frontier.main([*flags, "--validate", "--settings", "published"]) == 0
     assert frontier.main([*flags, "--csv", str(table), "--settings", "published"]) == 0   # nothing is left to do
     assert pd.read_csv(table).set_index("setting").equals(found)   # rows of other runs stay
+    summary = place.folder / "results" / "frontier-tiny10k-shards-published-s1" / "attack_summary.csv"
+    kept = summary.read_bytes()
+    summary.unlink()   # as while an attack goes on
+    assert "thief_rank" not in frontier.outcome(
+        {"dataset": "tiny10k", "partition": "shards", "setting": "published", "seed": 1},
+        frontier.argparse.Namespace(results_dir=summary.parents[1], validate=False))
+    summary.write_bytes(kept)
     table.write_text("seed\n1\n")
     capsys.readouterr()
     for path, word in ((table, "no table of this command"), (place.folder, "directory")):

@@ -311,11 +311,11 @@ def test_what_z_can_tell_stands_beside_the_attacks(trained, capsys):
 
 def test_gradients_of_a_trained_run_give_its_images_away(trained):
     """Victim and server at the same weights; matched on the upload's instead: 13 dB, ranks of 3 to 39."""
-    flags = ("--adversary", "curious_server", "--attack", "analytic", "--images", 6, "--iterations", 300)
+    flags = ("--adversary", "curious_server", "--attack", "analytic", "--images", 6, "--iterations", 1000)
     assert trained.attack("fedavg", "--overwrite", "--rounds", 1, *flags) == 0
     found = trained.csv("fedavg").query("control == '' and restart == 0")
     assert len(found) == 6 and (found["label_match"] == 1).all()
-    assert (found["nearest_rank"] == 1).all() and found["psnr"].median() > 18   # 21 to 78 dB, by the processor
+    assert (found["nearest_rank"] == 1).all() and found["psnr"].median() > 25   # 300 steps: 24.7
 
 
 def test_a_candidate_is_identified_by_its_latent(trained):
