@@ -218,7 +218,8 @@ def test_members_by_hand():
     ("frontier-cifar", "default prior", "12 | 0.881, 0.710 | 3,097 | 3,135, 3,135 | 0.23 (0.26), 29 (200) | "
                                         "0.04 (0.25), 366.5 (286.5) | 1, 16 of 16"),   # the last of two
     ("frontier-digits-mixed", "dirichlet: default prior",   # a mean over clients, and each image once
-     "11 | 0.951, 0.979, 0.714 | 1,869 | 1,430, 1,430 | 0.77 (0.48), 1 (210) | 0.44 (0.46), 211 (185) | 1, 16 of 16"),
+     "11 | 0.951, 0.979, 0.714 | 1,869 | 1,430, 1,430 | 0.77 (0.48), 1 (210) | "
+     "0.44 (0.46), 211 (185) | 1, 16 of 16"),
     ("frontier-digits-mixed", "iid: `--prior class`, beta 1, `--prior_apart 0.25`",
      "11 | 0.899, 0.899, 0.840 | 6.0 | 4.4, 6.7 | 0.45 (0.48), 37 (36) | 0.43 (0.48), 51 (28.5) | 7, 2 of 16"),
     ("frontier-digits", "`--prior class`, beta 1",   # the last of three
