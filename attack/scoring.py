@@ -8,20 +8,45 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from attack.learnt import fit, shape_of
 from models import CNN
 
 SMALLEST_MSE = 1e-10   # what is less counts as this, so that PSNR is at most 100 dB
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5   # side and standard deviation, pixels
 
 
 def similarity(found: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """``mse``, ``psnr`` in dB and ``ssim`` of each image and its true one, ``N`` each."""
     mse = (found - truth).double().square().mean((1, 2, 3)).clamp_min(SMALLEST_MSE)
-    ssim = structural_similarity_index_measure(found, truth, data_range=1.0, reduction="none")
-    assert isinstance(ssim, Tensor)   # it returns a tuple only when asked for more
-    return {"mse": mse, "psnr": -10 * mse.log10(), "ssim": ssim.reshape(-1)}
+    return {"mse": mse, "psnr": -10 * mse.log10(), "ssim": ssim(found, truth)}
+
+
+def ssim(found: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity of each image and its true one, ``N`` (Wang et al. 2004, IEEE TIP 13(4):600).
+
+    The window is Gaussian, 11 x 11 with a standard deviation of 1.5 pixels, and only windows that lie within the
+    image count: scikit-image's ``structural_similarity(gaussian_weights=True, use_sample_covariance=False)``.
+    In an image of fewer than 11 pixels a side the window is the largest odd square that fits. Colours are
+    averaged.
+    """
+    side = min(SSIM_WINDOW, (min(found.shape[2:]) + 1) // 2 * 2 - 1)
+    line = (-0.5 * ((torch.arange(side, dtype=torch.double) - side // 2) / SSIM_SIGMA).square()).exp()
+    window = torch.outer(line, line)[None, None] / line.sum() ** 2
+    parts = [_ssim(one.double(), true.double(), window)
+             for one, true in zip(found.split(256), truth.split(256), strict=True)]
+    return torch.cat(parts)
+
+
+def _ssim(x: Tensor, y: Tensor, window: Tensor) -> Tensor:
+    """``ssim`` in windows of the given weights, ``1 x 1 x S x S``."""
+    planes = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
+    means = torch.nn.functional.conv2d(planes, window).unflatten(0, (5, *x.shape[:2])).squeeze(3)
+    mx, my, xx, yy, xy = means
+    c1, c2 = 0.01**2, 0.03**2
+    similar = ((2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
+               / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2)))
+    return similar.mean((1, 2, 3))
 
 
 def distances(found: Tensor, pool: Tensor) -> Tensor:

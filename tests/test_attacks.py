@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics import mean_squared_error
 from torch import nn
 
@@ -271,17 +272,34 @@ def test_features_are_what_the_evaluators_last_layer_takes():
     assert torch.equal(made.features(x), made.features(x))
 
 
-def test_likeness_is_what_others_compute():
-    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-    psnr, ssim = PeakSignalNoiseRatio(data_range=1.0), StructuralSimilarityIndexMeasure(data_range=1.0)
-    x, y = torch.rand(3, 1, 28, 28), torch.rand(3, 1, 28, 28)
-    like = scoring.similarity(x, y)
-    for i in range(3):
-        a, b = x[i:i + 1], y[i:i + 1]
-        assert like["mse"][i].item() == pytest.approx(
-            mean_squared_error(a.flatten().double(), b.flatten().double()), abs=1e-9)
-        assert like["psnr"][i].item() == pytest.approx(psnr(a, b).item(), abs=1e-3)
-        assert like["ssim"][i].item() == pytest.approx(ssim(a, b).item(), abs=1e-5)
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 11, 17), (3, 12, 11)])
+def test_likeness_is_what_scikit_image_computes(shape):
+    """Its default border handling, which takes the mean over windows within the image."""
+    x, noise = torch.rand(3, *shape), torch.rand(3, *shape)
+    for y in (noise, (x + 0.1 * noise).clamp(0, 1), torch.zeros_like(x)):
+        like = scoring.similarity(x, y)
+        for i in range(3):
+            a, b = x[i].numpy().astype(float), y[i].numpy().astype(float)
+            assert like["mse"][i].item() == pytest.approx(mean_squared_error(a.ravel(), b.ravel()), abs=1e-9)
+            assert like["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1), abs=1e-4)
+            assert like["ssim"][i].item() == pytest.approx(structural_similarity(
+                a, b, data_range=1, channel_axis=0, gaussian_weights=True, use_sample_covariance=False), abs=1e-8)
+
+
+@pytest.mark.parametrize("size, side", [(8, 7), (7, 7), (2, 1)])
+def test_a_small_image_is_compared_by_the_largest_window_that_fits(size, side):
+    """Over all its places, in NumPy."""
+    x, y = torch.rand(1, 1, size, size), torch.rand(1, 1, size, size)
+    line = np.exp(-0.5 * ((np.arange(side) - side // 2) / 1.5) ** 2)
+    weights, found = np.outer(line, line) / line.sum() ** 2, []
+    for row in range(size - side + 1):
+        for column in range(size - side + 1):
+            a, b = (one[0, 0, row:row + side, column:column + side].double().numpy() for one in (x, y))
+            ma, mb = (weights * a).sum(), (weights * b).sum()
+            va, vb, ab = (weights * (a - ma) ** 2).sum(), (weights * (b - mb) ** 2).sum(), (
+                weights * (a - ma) * (b - mb)).sum()
+            found.append((2 * ma * mb + 1e-4) * (2 * ab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
+    assert scoring.ssim(x, y).item() == pytest.approx(np.mean(found), abs=1e-9)
 
 
 def test_matching_is_by_assignment_not_greedy():
