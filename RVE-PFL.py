@@ -37,7 +37,9 @@ from utils import (
     choose_device,
     choose_precision,
     environment,
+    error_line,
     keep_freed_memory,
+    printable,
     rng,
     seed_torch,
 )
@@ -58,17 +60,16 @@ def main(argv: list[str] | None = None) -> int:
             run_all(args, ranks, interrupts)
         return 0
     except InputError as error:
-        line, status = f"RVE-PFL.py: error: {error}", 2
+        line, status = error_line("RVE-PFL.py", error), 2
     except OSError as error:
-        line, status = (f"RVE-PFL.py: error: {error.filename or 'a file'}: {error.strerror or error}; "
-                        f"mend that, then: {again}"), 2
+        line, status = error_line("RVE-PFL.py", error, f"; mend that, then: {again}"), 2
     except PeerLost:
         line, status = lost, 1
     except Interrupted as stop:
         by_user = ranks.alone or stop.args[0] == signal.SIGINT
         line, status = f"interrupted; to go on: {again}" if by_user else lost, 130
     if ranks.speaks():
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     return status
 
 

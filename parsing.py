@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import error_line, shown
+
 # What values of a type are, and that in words; bool stands for a flag without a value.
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"), float: ((int, float), "a number"), Path: ((str, Path), "a path"),
@@ -86,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         said_elsewhere = os.environ.get("RANK", "0") != "0"   # by the first of torchrun's processes
-        self.exit(2, None if said_elsewhere else f"{self.prog}: error: {message}\n")
+        self.exit(2, None if said_elsewhere else f"{error_line(self.prog, message)}\n")
 
     def heading(self, name: str) -> argparse._ArgumentGroup:
         """A heading of ``--help``; they stand in the order in which they are first asked for."""
@@ -112,7 +114,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             near = self._suggestion(unknown[0])
-            self.error(f"unknown argument {unknown[0]}" + (f" (did you mean --{near}?)" if near else ""))
+            self.error(f"unknown argument {shown(unknown[0])}" + (f" (did you mean --{near}?)" if near else ""))
         if fault := self.fault(vars(args)):
             self.error(fault)
         return args
@@ -165,10 +167,3 @@ def _fault_of(option: Option, value: object) -> str | None:
         return f"choose from {', '.join(map(str, option.choices))}"
     pattern, words = option.pattern or ("", "")
     return words if pattern and not re.fullmatch(pattern, str(value)) else None
-
-
-def shown(value: object) -> str:
-    """A value on one line, cut to a length that still says which it is: files may be anybody's."""
-    plain = value is None or isinstance(value, (str, int, float, Path))   # a list may be nested too deeply
-    text = str(value)[:200] if plain else f"a {type(value).__name__}"
-    return text if text.isprintable() else ascii(text)

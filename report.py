@@ -17,12 +17,12 @@ from typing import Final
 import pandas as pd
 
 from engine.signals import steady_output
-from parsing import Option, Parser, shown
+from parsing import Option, Parser
 from reporting import docs
 from reporting.page import page
 from reporting.summary import Finished, one_line, read, summarise
 from reporting.tables import TABLES
-from utils import ROOT, InputError, remove_leftovers, write_whole
+from utils import ROOT, InputError, error_line, printable, remove_leftovers, shown, write_whole
 
 ESCAPED: Final = "backslashreplace"   # bytes of a folder's name that are no text: \xNN
 
@@ -49,7 +49,7 @@ def _guarded(call: Callable, run: Path | Finished) -> Finished | str:
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser("report.py", __doc__.splitlines()[0])
+    parser = Parser("report.py", "Put all finished runs of a results folder into one page and one table.")
     parser.add(Option("results_dir", "folder whose subfolders are runs", Path, ROOT / "results"))
     parser.add(Option("docs", "write the measured tables of README.md and docs/ instead", bool))
     parser.add(Option("check", "with --docs: only say which of them are out of date", bool))
@@ -83,8 +83,9 @@ def write_report(folder: Path) -> int:
     write_whole(folder / "report.html", lambda file: file.write(text.encode(errors=ESCAPED)))
     write_whole(folder / "summary.csv", lambda file: table.to_csv(
         file, index=False, float_format="%.6g", errors=ESCAPED))
-    print(f"{len(runs)} runs in {folder / 'report.html'} and {folder / 'summary.csv'}"
-          + "".join(f"\nleft out: {shown(name)}: {why}" for name, why in others.items()))
+    place = printable(folder)
+    print(f"{len(runs)} runs in {place}/report.html and {place}/summary.csv"
+          + "".join(f"\nleft out: {shown(name)}: {printable(why)}" for name, why in others.items()))
     return 0
 
 
@@ -98,11 +99,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--results_dir {args.results_dir}: --docs reads results/reference alone; leave it out")
     try:
         return update_docs(ROOT, args.check) if args.docs else write_report(args.results_dir)
-    except InputError as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"report.py: error: {error.filename or args.results_dir}: {error.strerror or error}",
-              file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(error_line("report.py", error), file=sys.stderr)
     return 2
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,54 @@ import torch
 ROOT = Path(__file__).resolve().parent   # the project's folder
 
 
+MOST_SHOWN = 80   # characters of a value in a message
+LONGEST_WORD = 256   # characters of a message without a space: more than any file's name has
+
+
 class InputError(Exception):
     """A user's mistake or a broken surrounding: its text is the one line the user sees."""
+
+
+def printable(text: object, kept: str = "") -> str:
+    """Return a text in which all that a terminal would obey, such as an escape sequence, is written as an escape.
+
+    Args:
+        kept: characters that stay although they are not printable.
+    """
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in str(text))
+
+
+def shortened(text: str, most: int = MOST_SHOWN) -> str:
+    """Return a text of at most ``most`` characters: its beginning and its end."""
+    return text if len(text) <= most else f"{text[:most - 23]}...{text[-20:]}"
+
+
+def shown(value: object) -> str:
+    """Return a value of a command line or a file for a message: printable, and at most MOST_SHOWN characters."""
+    plain = value is None or isinstance(value, (str, int, float, Path))   # a list may be nested too deeply
+    return shortened(printable(value)) if plain else f"a {type(value).__name__}"
+
+
+def error_line(program: str, error: Exception | str, hint: str = "") -> str:
+    """Return the one line that a user sees of an error: printable, and without more of a long word than its ends.
+
+    Args:
+        hint: what to do, where the error does not say it.
+    """
+    text = f"{error.filename or 'a file'}: {error.strerror or error}" if isinstance(error, OSError) else error
+    line = printable(f"{program}: error: {text}{hint}")
+    return shortened(re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: shortened(word[0]), line), 10 * LONGEST_WORD)
+
+
+def plain_file(path: Path) -> Path:
+    """Return the path, unless something else than a regular file is there: reading a pipe would wait for ever.
+
+    Raises:
+        ValueError: it is a folder, a pipe, or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("no plain file")
+    return path
 
 
 def rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> np.random.Generator:
@@ -110,6 +157,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with open(partial, "wb") as file:
             write(file)
         partial.replace(path)
+    except OSError as error:   # of a full disk, which does not say of which file, or of the partial one
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except RuntimeError as error:   # torch.save's name for a write that failed
         raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0]})", str(path)) from error
     finally:

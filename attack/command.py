@@ -7,7 +7,7 @@ from pathlib import Path
 from attack.access import Target
 from engine.signals import Interrupted, Interrupts
 from parsing import HUGE, NAME, Option
-from utils import ROOT, InputError
+from utils import ROOT, InputError, error_line
 
 
 def public_options(most: int) -> list[Option]:
@@ -51,10 +51,8 @@ def exit_status(program: str, work: Callable[[], None], interrupted: str) -> int
         with Interrupts():
             work()
         return 0
-    except InputError as error:
-        line, status = f"{program}: error: {error}", 2
-    except OSError as error:
-        line, status = f"{program}: error: {error.filename or 'a file'}: {error.strerror or error}", 2
+    except (InputError, OSError) as error:
+        line, status = error_line(program, error), 2
     except Interrupted:
         line, status = interrupted, 130
     print(line, file=sys.stderr)

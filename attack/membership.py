@@ -26,7 +26,7 @@ from attack.roc import FALSE_POSITIVE_RATES, measure
 from attack.tables import Unit
 from engine.signals import steady_output
 from parsing import HUGE, Option, Parser
-from utils import InputError, keep_freed_memory, remove_leftovers, seed_torch, write_whole
+from utils import InputError, keep_freed_memory, printable, remove_leftovers, seed_torch, write_whole
 
 ADVERSARIES = ("curious_server", *MODELS)
 METRICS = ("auc", *(f"tpr_at_fpr_{rate:g}" for rate in FALSE_POSITIVE_RATES))
@@ -36,7 +36,8 @@ COLUMNS = [*Unit._fields, *NUMBERS]   # of membership.csv
 
 def make_parser() -> Parser:
     """The options."""
-    parser = Parser("membership.py", __doc__.splitlines()[0])
+    parser = Parser("membership.py", "Tell which of a run's images a client was trained on, and say of each "
+                    "attack whether it leaks.")
     for option in (
             Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
             Option("adversary", "the adversaries", default=list(ADVERSARIES), choices=ADVERSARIES, several=True),
@@ -89,7 +90,7 @@ def attack_all(args: Namespace) -> None:
         started, row = time.monotonic(), attack(adversaries[unit.round, unit.client], unit)
         write(target, row)
         print(f"{in_words(row)} ({time.monotonic() - started:.0f} s)", flush=True)
-    print(f"results:     {target.results / 'membership.csv'}")
+    print(f"results:     {printable(target.results)}/membership.csv")
 
 
 def planned(target: Target, args: Namespace, rounds: list[int], together: list[int]) -> list[Unit]:

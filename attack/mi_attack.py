@@ -31,9 +31,9 @@ from attack.scene import MAX_CANDIDATES, Scene
 from attack.tables import ATTACK_COLUMNS, Unit, read_attack, summarise
 from attack.verdict import judge
 from engine.signals import steady_output
-from parsing import HUGE, Option, Parser, shown
+from parsing import HUGE, Option, Parser
 from runs.configs import read_json
-from utils import InputError, keep_freed_memory, remove_leftovers, write_whole
+from utils import InputError, keep_freed_memory, printable, remove_leftovers, shown, write_whole
 
 SCOPE_OPTIONS = ("adversary", "attack", "clients", "rounds")   # choose attacks, and do not change them
 PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
@@ -44,7 +44,8 @@ SHOWN = {"ssim": ("SSIM", "{:.2f}"), "nearest_rank": ("mean rank", "{:.0f}"), "p
 
 def make_parser() -> Parser:
     """The options."""
-    parser = Parser("mi_attack.py", __doc__.splitlines()[0])
+    parser = Parser("mi_attack.py", "Attack a trained run, and say of each attack whether it leaks, is as a "
+                    "guess, or fails.")
     for option in (
             Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
             Option("adversary", "the adversaries", default=list(ADVERSARIES), choices=ADVERSARIES, several=True),
@@ -96,7 +97,7 @@ def attack_all(args: Namespace) -> None:
     latents = write_latents(target, [scene.latents(r, k) for r, k in dict.fromkeys(
         (r, k) for r in rounds for k in args.clients)])
     print("", scene.about(), *latents, sep="\n")
-    print(f"results:     {target.results / 'attack.csv'}, attack_summary.csv, attack_*.png")
+    print(f"results:     {printable(target.results)}/attack.csv, attack_summary.csv, attack_*.png")
 
 
 def planned(scene: Scene, args: Namespace, rounds: list[int]) -> list[Unit]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from utils import printable
+
 
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, whose number is its argument."""
@@ -47,8 +49,8 @@ class Steady:
     """A standard stream that never fails: if it cannot be written any more, the text is dropped.
 
     What the program prints is also in its files. So a full disk behind standard output, or a reader who has
-    seen enough (``| head``), is no reason to lose a training. Characters that the stream cannot encode are shown
-    as escapes.
+    seen enough (``| head``), is no reason to lose a training. Characters that the stream cannot encode, or that a
+    terminal would obey, are shown as escapes: names of files may hold any.
     """
 
     def __init__(self, stream: TextIO | None, lost: str = ""):
@@ -61,7 +63,7 @@ class Steady:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
+        self._try(self.stream.write, printable(text, kept="\n\r\t"))
         return len(text)
 
     def flush(self) -> None:

@@ -37,9 +37,9 @@ from attack.tables import (
 )
 from attack.verdict import WORDS, judge
 from methods import METHODS
-from parsing import shown
 from runs.configs import read_json
 from runs.pictures import matplotlib, plt
+from utils import shown
 
 NUMBERS = ["round", *SUMMARY_NUMBERS]
 COMPLETE = [name for name in NUMBERS if name in OLDER_SUMMARY]   # without gaps in any version

@@ -12,13 +12,12 @@ import numpy as np
 import pandas as pd
 
 from options import args_parser, make_parser
-from parsing import shown
 from reporting import leakage
 from reporting.images import png
 from runs import configs
 from runs.configs import EVALUATION_SPLIT
 from runs.run import csv_columns
-from utils import InputError
+from utils import InputError, shown
 
 # Options that do not change the result: not part of a setting, and left out of its command, but for the seed.
 BOOKKEEPING_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",

@@ -42,7 +42,7 @@ from server.malicious import BEHAVIOURS
 from server.mean import State
 from server.rules import RULES
 from update import Private
-from utils import InputError, write_whole
+from utils import InputError, printable, write_whole
 
 # Options that do not change a run's numbers, and so may differ when it is resumed.
 MAY_DIFFER = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "data_dir",
@@ -265,7 +265,7 @@ class Run:
         who = f"{self.clients} clients" if everybody else "honest clients (trained: those that trained)"
         return (f"\n{self._title()}\nround {last['round'].max()}, split {self.evaluation_split}, means over "
                 f"{who}:\n{shown.to_string(index=False, na_rep='-', float_format='%.4f')}\n"
-                f"results:     {self.results}\ncheckpoints: {self.models}")
+                f"results:     {printable(self.results)}\ncheckpoints: {printable(self.models)}")
 
     def _title(self) -> str:
         mark = {"resplit": ", RESPLIT: tested on images trained on", "validate": ", validation images"}

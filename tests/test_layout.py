@@ -84,6 +84,15 @@ def test_no_function_takes_and_no_call_passes_more_than_eight(path):
             assert len(node.args) + len(node.keywords) <= 8, (path.name, node.lineno)
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_an_assertion_only_helps_the_type_checker(path):
+    """Under PYTHONOPTIMIZE there are none, so what must be checked is checked otherwise."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assert):
+            assert re.search(r"isinstance\(|is not None$", ast.unparse(node.test)), (path.name, node.lineno)
+            assert node.msg is None, (path.name, node.lineno)
+
+
 def test_a_method_is_named_in_its_row_alone():
     """Nothing outside the table knows a method by name, but for the default of ``--method``."""
     from methods import METHODS

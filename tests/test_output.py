@@ -1,5 +1,6 @@
 """The programs where outputs or surroundings are broken: no work lost, no traceback, at most one line."""
 import errno
+import io
 import json
 import os
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, _load
 
 import utils
+from attack import membership, mi_attack
+from engine.signals import Steady
 
 MADE = {"RVE-PFL.py": "run/curves.png", "mi_attack.py": "run/attack_summary.csv", "report.py": "report.html"}
 
@@ -88,3 +91,58 @@ def test_without_git_or_a_repository_the_commit_is_unknown(monkeypatch):
     monkeypatch.delenv("GIT_DIR")
     monkeypatch.setenv("PATH", "")
     assert commit() == "unknown"
+
+
+OBEYED = "\x1b]0;owned\x07 \x1b[2J\r\x9b1m\x7f\u202e"   # a title, a cleared screen, and text from right to left
+
+
+def test_what_a_terminal_would_obey_is_written_as_escapes():
+    stream = io.StringIO()
+    Steady(stream).write(f"a{OBEYED}b\n\té")
+    assert stream.getvalue() == "a\\x1b]0;owned\\x07 \\x1b[2J\r\\x9b1m\\x7f\\u202eb\n\té"
+    line = utils.error_line("p.py", utils.InputError(f"{OBEYED}\nand a second line"))
+    assert line.isprintable() and "owned" in line and "\\nand a second line" in line
+
+
+def test_names_of_folders_reach_no_terminal(tmp_path, capsys):
+    """Those of a results folder, in what report.py says and in the attack's list of runs."""
+    name = OBEYED.replace("/", "") + "\nleft out: forged"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text("{}")
+    process = subprocess.run([sys.executable, "report.py", "--results_dir", tmp_path], cwd=ROOT, text=True,
+                             capture_output=True)
+    assert process.returncode == 0 and len(process.stdout.splitlines()) == 2, process.stdout
+    assert all(line.isprintable() for line in process.stdout.splitlines())
+    assert mi_attack.main(["--run", "none", "--results_dir", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.isprintable() and "owned" in line
+
+
+def test_long_values_are_cut(place, capsys):
+    long = "x" * 10**6
+    for flags in (("--run_name", long), ("--run_name", f"{long} {long}"), ("--method", long), ("--lr", long),
+                  ("--partition", "y " * 10**6), (f"--{long}", 1), ("--dataset", long)):
+        line = place.refuses(capsys, *flags)
+        assert len(line) < 3000 and ("xxx" in line or "y y" in line), line
+    assert len(utils.shown(long)) == utils.MOST_SHOWN and utils.shown("x" * 80) == "x" * 80
+    path = "/" + "/".join(["folder"] * 30)   # longer than a value, and still a path that somebody has
+    assert path in utils.error_line("p.py", FileNotFoundError(2, "No such file", path))
+
+
+@pytest.mark.parametrize("program", [mi_attack, membership, _load("report_without", ROOT / "report.py")])
+def test_a_program_needs_no_docstrings(program, monkeypatch):
+    """Under PYTHONOPTIMIZE=2 there are none."""
+    monkeypatch.setattr(program, "__doc__", None)
+    assert "--results_dir" in program.make_parser().format_help()
+
+
+def full(path):
+    """As a disk without room answers: the error does not know of which file."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_said_of_a_file(tmp_path):
+    path = tmp_path / "rounds.csv"
+    with pytest.raises(OSError, match="No space") as caught:
+        utils.write_whole(path, full)
+    assert caught.value.filename == str(path)
