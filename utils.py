@@ -74,12 +74,25 @@ def rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> np.random.G
 
 def torch_rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> torch.Generator:
     """``rng`` as a generator of PyTorch's, on the CPU."""
-    return torch.Generator().manual_seed(int(rng(seed, purpose, client, round).integers(2**63)))
+    generator = torch.Generator()
+    generator.set_state(_torch_state(rng(seed, purpose, client, round))[1])
+    return generator
 
 
 def seed_torch(seed: int, purpose: str, client: int = 0, round: int = 0) -> None:
     """Seed PyTorch's own generators, dropout's included, for one client's work in one round."""
-    torch.manual_seed(int(rng(seed, purpose, client, round).integers(2**63)))
+    number, state = _torch_state(rng(seed, purpose, client, round))
+    torch.manual_seed(number)   # for GPUs, whose Philox uses all of it
+    torch.default_generator.set_state(state)
+
+
+def _torch_state(drawn: np.random.Generator) -> tuple[int, torch.Tensor]:
+    """Draw a seed of 63 bits, and a whole state of PyTorch's Mersenne twister, which uses 32 bits of a seed."""
+    number = int(drawn.integers(2**63))
+    state = torch.Generator().manual_seed(number).get_state()
+    words = state[24:24 + 8 * 624].view(torch.int64)   # ATen/CPUGeneratorImpl.cpp: 32 bits in each
+    words.copy_(torch.from_numpy(drawn.integers(2**32, size=624)))
+    return number, state
 
 
 def generator_of(device: torch.device) -> torch.Generator:
