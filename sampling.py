@@ -100,8 +100,7 @@ def _dirichlet(labels: np.ndarray, shares: np.ndarray, alpha: float, min_images:
     dealt: list[list[np.ndarray]] = [[] for _ in shares]
     for c in np.unique(labels):
         pile = rng.permutation(np.flatnonzero(labels == c))
-        # A Dirichlet draw as normalised gammas; the tiny constant saves an all-zero draw.
-        proportions = rng.gamma(alpha * len(shares) * shares) + 1e-300
+        proportions = _dirichlet_draw(alpha * len(shares) * shares, rng)
         for client, part in enumerate(np.split(pile, _cut(len(pile), proportions, 0))):
             dealt[client].append(part)
     owned = [rng.permutation(np.concatenate(parts)) for parts in dealt]
@@ -113,6 +112,17 @@ def _dirichlet(labels: np.ndarray, shares: np.ndarray, alpha: float, min_images:
         sizes[poor] += moved
         sizes[rich] -= moved
     return owned
+
+
+def _dirichlet_draw(concentrations: np.ndarray, rng: Generator) -> np.ndarray:
+    """Draw proportions from a Dirichlet distribution, ``K`` concentrations -> ``K`` numbers of sum 1.
+
+    They are normalised gammas, of which all underflow to 0 where every concentration is under 0.002 or so. Their
+    logarithms do not: ``log Gamma(a) = log Gamma(a + 1) + log(U) / a``, U uniform (Marsaglia and Tsang 2000).
+    """
+    logs = np.log(rng.gamma(concentrations + 1)) - rng.standard_exponential(len(concentrations)) / concentrations
+    shares = np.exp(logs - logs.max())
+    return shares / shares.sum()
 
 
 def split(indices: np.ndarray, labels: np.ndarray, share: float,

@@ -77,6 +77,35 @@ def test_a_small_alpha_is_more_heterogeneous():
     assert classes_held(0.05) > 0.5 > 0.2 > classes_held(100)
 
 
+@pytest.mark.parametrize("alpha", [1e-4, 1e-3, 0.01])
+def test_the_smallest_alphas_give_each_class_to_one_client(alpha):
+    """Gammas of such a concentration underflow to 0; a class in which all did would be dealt evenly."""
+    labels = np.repeat(np.arange(100), 20)
+    owned = partition(labels, 5, "dirichlet", rng(1, "partition"), alpha=alpha)
+    counts = np.stack([np.bincount(labels[indices], minlength=100) for indices in owned])
+    assert (counts.max(0) >= 19).sum() >= {1e-4: 100, 1e-3: 98, 0.01: 85}[alpha]
+    holders = counts.argmax(0)
+    assert np.bincount(holders, minlength=5).min() > 8   # each is as likely to be it
+
+
+@pytest.mark.parametrize("alpha, clients", [(0.001, 4), (0.1, 10), (1.0, 10)])
+def test_dirichlets_concentration_is_alpha_times_the_clients(alpha, clients):
+    """Var p = m (1 - m) / (alpha K + 1) with m = 1 / K, over classes."""
+    labels = np.repeat(np.arange(1000), 50)
+    owned = partition(labels, clients, "dirichlet", rng(1, "partition"), alpha=alpha)
+    shares = np.stack([np.bincount(labels[indices], minlength=1000) for indices in owned]) / 50
+    expected = (1 / clients) * (1 - 1 / clients) / (alpha * clients + 1)
+    assert shares.mean(1) == pytest.approx(1 / clients, rel=0.15)
+    assert shares.var() == pytest.approx(expected, rel=0.06)
+
+
+def test_unequal_skews_the_expected_sizes_of_dirichlet():
+    """At a large alpha sizes are the log-normal shares, which are drawn first."""
+    shares = rng(1, "partition").lognormal(0, 0.5, 10)
+    owned = partition(LABELS, 10, "dirichlet", rng(1, "partition"), alpha=1e4, unequal=True)
+    assert np.array(list(map(len, owned))) / len(LABELS) == pytest.approx(shares / shares.sum(), rel=0.03)
+
+
 def test_unequal_sizes_differ_and_equal_ones_do_not():
     sizes = {unequal: [len(i) for i in partition(LABELS, 10, "iid", rng(1, "partition"), unequal=unequal)]
              for unequal in (False, True)}
@@ -110,6 +139,18 @@ def test_splits_do_not_depend_on_other_clients():
     alone = split_all([owned[0]], LABELS, 0.1, 1, "split")[0]
     among = split_all(owned, LABELS, 0.1, 1, "split")[0]
     assert all(np.array_equal(a, b) for a, b in zip(alone, among, strict=True))
+
+
+def test_each_clients_split_is_drawn_by_itself():
+    """Two clients with images of the same classes, a hundred each: other seeds, purposes and rounds differ too."""
+    labels = np.tile(np.repeat(np.arange(4), 25), 2)
+    owned = [np.arange(100), np.arange(100, 200)]
+
+    def aside(client=0, **changes):
+        drawn = split_all(owned, labels, 0.1, **{"seed": 1, "purpose": "split", **changes})
+        return tuple(drawn[client][1] - 100 * client)
+    draws = {aside(), aside(1), aside(seed=2), aside(purpose="validation"), aside(round=1)}
+    assert len(draws) == 5
 
 
 @pytest.mark.parametrize("kind, num_clients, classes", [
