@@ -6,17 +6,21 @@ in training, and to class probabilities and KL in ``predict``.
 
 Parameter names route the protocol: ``encoder.*`` stays with its client, ``classifier.*`` travels.
 """
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
 APART = 0.5    # how far apart the class priors start, unless said otherwise
 PATCH = 4      # side in pixels of the patches of which these means are made
+LATENTS = 4096   # draws of z that a head answers at a time: 8 of each image of an evaluation's batch of 512
 
 
 class Output(NamedTuple):
@@ -170,6 +174,25 @@ class Classifier(nn.Module):
 def reparameterise(mu: Tensor, logvar: Tensor) -> Tensor:
     """``z = mu + sigma * eps``, eps ~ N(0, I) (Kingma and Welling 2014, section 2.4)."""
     return torch.addcmul(mu, torch.exp(0.5 * logvar), torch.randn_like(mu))
+
+
+def over_draws(answer: Callable[[Tensor], Tensor], mu: Tensor, logvar: Tensor, draws: int) -> Tensor:
+    """Answer several draws of z for each image: mu and logvar ``N x D`` -> ``draws x N x C``.
+
+    At most LATENTS are in memory at a time, or one for each image. Where a gradient is wanted, what led to an
+    answer is not kept but computed again.
+
+    Args:
+        answer: latents ``M x D`` -> ``M x C``.
+    """
+    def part(count: int) -> Tensor:
+        z = reparameterise(mu.expand(count, *mu.shape), logvar.expand(count, *mu.shape))   # count x N x D
+        return answer(z.flatten(0, 1)).unflatten(0, (count, -1))
+    at_once = max(1, LATENTS // max(1, len(mu)))
+    if draws <= at_once:
+        return part(draws)
+    run = partial(checkpoint, part, use_reentrant=False) if torch.is_grad_enabled() else part
+    return torch.cat([run(min(at_once, draws - done)) for done in range(0, draws, at_once)])
 
 
 def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -360,6 +383,5 @@ class RVE(Network):
         The encoder runs once; only the head, a tenth of the arithmetic, runs for every draw.
         """
         mu, logvar = self.encoder(x)
-        z = reparameterise(mu.expand(draws, *mu.shape), logvar.expand(draws, *mu.shape))  # S x N x D
-        probabilities = self.classifier(as_image(z, self.image_shape)).softmax(1)
-        return probabilities.unflatten(0, (draws, -1)).mean(0), self.kl(mu, logvar, y)
+        each = over_draws(lambda z: self.classifier(as_image(z, self.image_shape)).softmax(1), mu, logvar, draws)
+        return each.mean(0), self.kl(mu, logvar, y)

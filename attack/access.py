@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import datasets
 from methods import METHODS, Method
-from models import RVE, Network, as_image, reparameterise
+from models import RVE, Network, as_image, over_draws, reparameterise
 from runs import configs
 from runs.checkpoint import checked_head, load_checked, read_private, read_shared
 from server.mean import State
@@ -232,9 +232,8 @@ class Holdings:
         mu, logvar = self.posterior(x)
         if not draws or logvar is None:
             return head(as_image(mu, self.image_shape)).log_softmax(1)
-        z = reparameterise(mu.expand(draws, *mu.shape), logvar.expand(draws, *mu.shape))
-        each = head(as_image(z, self.image_shape)).log_softmax(1)
-        return each.unflatten(0, (draws, -1)).logsumexp(0) - float(np.log(draws))
+        each = over_draws(lambda z: head(as_image(z, self.image_shape)).log_softmax(1), mu, logvar, draws)
+        return each.logsumexp(0) - float(np.log(draws))
 
 
 def held(part: Part | None) -> Part:

@@ -4,6 +4,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+import models
+from attack.access import Holdings
 from models import (
     CNN,
     RVE,
@@ -95,6 +97,42 @@ def test_prediction_averages_probabilities_over_draws():
     single = [model.classifier(as_image(mu + (0.5 * logvar).exp() * e, (1, 8, 8))).softmax(1) for e in noise]
     assert torch.allclose(averaged, torch.stack(single).mean(0), atol=1e-6)
     assert not torch.allclose(single[0], single[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("draws", [8, 37])
+def test_many_draws_go_through_the_head_in_parts(monkeypatch, draws):
+    """The same answers as all at once, with at most LATENTS in the head, or a draw of each image."""
+    torch.manual_seed(0)
+    model, x = RVE((1, 8, 8), 3, 2.0).eval(), torch.rand(4, 1, 8, 8)
+    holdings, sizes = Holdings(model.classifier, model.encoder, True, (1, 8, 8)), []
+    model.classifier.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+
+    def answers(latents):
+        monkeypatch.setattr(models, "LATENTS", latents)
+        torch.manual_seed(1)
+        probabilities = model.predict(x, draws)[0]
+        torch.manual_seed(1)
+        logs = holdings.logits(x, draws)
+        assert torch.allclose(logs.exp(), probabilities, atol=1e-5)
+        return probabilities, logs, torch.autograd.grad(logs[:, 0].sum(), model.encoder.mu.weight)[0]
+    whole = answers(10**6)
+    assert sizes == [4 * draws] * 2   # 4 images of 64 numbers: parts begin where the generator's blocks of 16 do
+    for latents, most in ((32, 32), (3, 4)):
+        sizes.clear()
+        parts = answers(latents)
+        assert max(sizes) == most and sum(sizes) >= 2 * 4 * draws
+        for one, other in zip(whole, parts, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_gradient_through_many_draws_keeps_no_part(monkeypatch):
+    """What is saved for it is the mean and log variance, not the head's feature maps."""
+    monkeypatch.setattr(models, "LATENTS", 16)
+    head, kept = Classifier((1, 8, 8), 3).requires_grad_(False), []
+    mu, logvar = (torch.rand(4, 64).requires_grad_() for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value.numel()) or value, lambda v: v):
+        models.over_draws(lambda z: head(as_image(z, (1, 8, 8))), mu, logvar, 40)
+    assert sum(kept) < 32 * 64 * 16   # one feature map of one part
 
 
 def test_dense_image_classes_need_no_square():
