@@ -5,12 +5,16 @@ the same draws; ``receive`` is what a client would do before its upload leaves i
 """
 import math
 import statistics
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from server.mean import Aggregated, Judgement, Round, Server, Setting, State, is_finite, required
 from utils import InputError, rng, torch_rng
+
+SPACING = 0.05   # of the privacy losses that are accounted for, as a share of their scale frac / z
+MOST_Z = 1e6     # the largest noise multiplier
 
 
 def norm(state: State) -> float:
@@ -126,7 +130,7 @@ class ClientDP(Server):
         """The guarantee and what it costs."""
         s = self.setting
         return {"epsilon": spent(self.z, s), "delta": s.delta, "noise_multiplier": self.z,
-                "accountant": "dp-accounting, RDP, Poisson sampling, add or remove one client",
+                "accountant": "dp-accounting, PLD, Poisson sampling, add or remove one client",
                 "clip": self.memory["clip"],
                 "sigma_of_the_mean": self.sum_multiplier() * self.memory["clip"] / self.expected}
 
@@ -197,37 +201,52 @@ def added(one: State, other: State) -> dict[str, Tensor]:
     return {name: value + other[name] for name, value in one.items()}
 
 
-def _event(z: float, setting: Setting):
-    import dp_accounting as dp  # seconds to import, and only these methods need it
-
-    release = dp.GaussianDpEvent(z)
-    if setting.frac < 1:
-        release = dp.PoissonSampledDpEvent(setting.frac, release)
-    return dp.SelfComposedDpEvent(release, setting.rounds)
-
-
-def _accountant():
-    from dp_accounting.rdp import RdpAccountant
-
-    return RdpAccountant(orders=[*range(2, 64), *range(64, 513, 16)])   # whole orders: exact and fast
-
-
 def spent(z: float, setting: Setting) -> float:
     """Epsilon of a run at noise multiplier ``z``, for ``setting.delta``."""
-    return float(_accountant().compose(_event(z, setting)).get_epsilon(setting.delta))
+    return _epsilon(z, setting.frac, setting.rounds, required(setting.delta))
+
+
+@cache
+def _epsilon(z: float, frac: float, rounds: int, delta: float) -> float:
+    import dp_accounting as dp  # seconds to import, and only these methods need it
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    if frac < 1:
+        event = dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(frac, dp.GaussianDpEvent(z)), rounds)
+    else:   # Gaussian releases together are one, whose inverse variance is the sum (Dong et al. 2022, cor. 3.3)
+        z, rounds = z / math.sqrt(rounds), 1
+        event = dp.GaussianDpEvent(z)
+    spacing = SPACING * frac / z
+    if spacing > 100 or rounds > 3e5 * z:   # losses overflow an exponential, or memory; Renyi DP bounds them
+        accountant = RdpAccountant(orders=[1.05, 1.1, 1.2, 1.5, *range(2, 64)])
+    else:
+        accountant = PLDAccountant(value_discretization_interval=spacing)
+    return float(accountant.compose(event).get_epsilon(delta))
 
 
 def calibrated(setting: Setting) -> float:
-    """The smallest noise multiplier that keeps a run at ``setting.epsilon``.
+    """The smallest noise multiplier that keeps a run at ``setting.epsilon``, to 0.1 %.
 
     Raises:
-        InputError: epsilon is so small that the accountant's orders cannot tell it from 0.
+        InputError: epsilon is so small that no noise multiplier up to MOST_Z keeps to it.
     """
-    import dp_accounting as dp
+    return _noise(required(setting.epsilon), setting.frac, setting.rounds, required(setting.delta))
 
-    z = float(dp.calibrate_dp_mechanism(_accountant, lambda z: _event(z, setting), setting.epsilon,
-                                        setting.delta, dp.LowerEndpointAndGuess(0.0, 1.0), tol=1e-4))
-    if spent(z, setting) < required(setting.epsilon) / 2:
-        raise InputError(f"--epsilon {setting.epsilon:g}: too small to be accounted for over "
-                         f"{setting.rounds} rounds; give a larger one, or --noise_multiplier")
-    return z
+
+@cache
+def _noise(epsilon: float, frac: float, rounds: int, delta: float) -> float:
+    from scipy.optimize import brentq
+
+    def excess(log_z: float) -> float:
+        return math.log(max(_epsilon(math.exp(log_z), frac, rounds, delta), 1e-3 * epsilon) / epsilon)
+    low, step, tolerance = 0.0, 1.0, 5e-4
+    while excess(low) <= 0:   # too much noise
+        low -= step
+    high = low + step
+    while excess(high) > 0:
+        low, high = high, high + step
+        if high > math.log(MOST_Z):
+            raise InputError(f"--epsilon {epsilon:g}: too small to be kept to over {rounds} rounds; give a larger "
+                             "one, or --noise_multiplier")
+    return math.exp(brentq(excess, low, high, xtol=tolerance, rtol=1e-12) + tolerance)
