@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from attack import learnt
 from attack.access import Holdings, Target, Victim, hold, posterior_in_parts
 from attack.attacks import shared_head, whole_head
+from attack.references import Alone
 from attack.scene import MIN_PUBLIC, as_floats, same_classes, unowned_images
 from attack.tables import Unit
-from models import Network, as_image, reparameterise
+from methods import METHODS
+from models import RVE, Network, as_image, reparameterise
 from server.mean import State
-from utils import choose_precision, seed_torch
+from utils import rng, seed_torch
 
 Answer = Callable[[Tensor], Tensor]   # images N x C x H x W -> log-probabilities N x num_classes
 NOBODY = -1         # no client's number: it uploads nothing, and ``hold`` gives the head that was sent
@@ -57,12 +59,6 @@ def asked(target: Target, client: int) -> Asked | None:
     numbers = np.concatenate([members, others])
     return Asked(as_floats(target.data.images[numbers]), torch.from_numpy(labels[numbers]),
                  np.arange(len(numbers)) < len(members))
-
-
-def fast() -> torch.autocast:
-    """Training as clients train by default: in bfloat16 where the chip multiplies it."""
-    precision = choose_precision("auto", torch.device("cpu"))
-    return torch.autocast("cpu", precision, enabled=precision != torch.float32)
 
 
 class Adversary:
@@ -103,11 +99,18 @@ class Adversary:
         """Of the KL term in a client's loss."""
         return self.target.options.get("kl_weight") or 0.0
 
-    def references(self, images: Tensor, labels: Tensor, count: int) -> list[Network]:
-        """Models of the method's own kind, each trained on ``count`` of the public images.
+    def stolen(self) -> Network:
+        """The client's own model, all of it."""
+        private = self.target.private(self.round, self.client)
+        head, network = self.target.own_head(self.round, self.client, private), self.target.network()
+        network.load_state_dict({**head, **private.parameters})
+        return network.requires_grad_(False)
 
-        Which network a method has is no secret. A reference has to be as sure of images as the victim would be
-        if it had not seen them, and a network of another kind would not be.
+    def references(self, images: Tensor, labels: Tensor, count: int) -> list[Network]:
+        """Models trained as the victim was, each on ``count`` of the public images.
+
+        Which network a method has and how clients train it is no secret. A reference has to be as sure of images
+        as the victim would be if it had not seen them, and one trained otherwise would not be.
         """
         key = (count, *labels.unique().tolist())
         if key not in self.trained:
@@ -115,19 +118,10 @@ class Adversary:
         return self.trained[key]
 
     def _reference(self, number: int, images: Tensor, labels: Tensor, count: int) -> Network:
-        seed_torch(self.args.seed, f"reference {number}", self.client, self.round)
-        network = self.target.network().train()
-        assert isinstance(network, Network)
-        chosen = torch.randperm(len(images))[:count]
-
-        def loss(part: Tensor) -> Tensor:
-            output = network(images[chosen[part]], labels[chosen[part]])
-            kl = 0.0 if output.kl is None else self.kl_weight * output.kl.mean()
-            return F.cross_entropy(output.logits, labels[chosen[part]]) + kl
-        with fast():
-            learnt.fit(list(network.parameters()), loss, len(chosen), self.epochs(self.round),
-                       batch=self.target.options.get("local_bs", 128))
-        return network.eval().requires_grad_(False)
+        draw = rng(self.args.seed, f"reference {number}", self.client, self.round)
+        chosen = torch.from_numpy(draw.permutation(len(images))[:count])
+        how = Alone(self.round, self.client, self.args.train_epochs, int(draw.integers(2**31)))
+        return how.train(self.target, images[chosen], labels[chosen])
 
 
 # What a model says of images: (adversary) -> images N x C x H x W -> log-probabilities N x num_classes.
@@ -171,6 +165,18 @@ def confidence(answer: Answer, images: Tensor, labels: Tensor) -> Tensor:
 def loss(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Tensor:
     """A threshold on the loss (Yeom et al. 2018, arXiv 1709.01604): the surer, the likelier a member."""
     return confidence(MODELS[who](adversary), images, labels)
+
+
+@torch.no_grad()
+def kl(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Tensor:
+    """``-KL(q(z|x) || p_y)`` in nats: trained to be small, it is smaller for a member.
+
+    p_y is the label's own Gaussian with a prior for each class, N(0, I) otherwise.
+    """
+    network = adversary.stolen()
+    assert isinstance(network, RVE)   # or it was not planned
+    mu, logvar = map(torch.cat, zip(*(network.encoder(x) for x in images.split(PART)), strict=True))
+    return -learnt.kl_of(network, mu, logvar, labels).double()
 
 
 def rmia(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Tensor:
@@ -266,6 +272,7 @@ class Attack:
 
 ATTACKS = {
     "loss": Attack(loss, tuple(MODELS), "Yeom et al. 2018, arXiv 1709.01604"),
+    "kl": Attack(kl, ("stolen_model",), "the KL term of the client's own loss"),
     "rmia": Attack(rmia, tuple(MODELS), "Zarifzadeh et al. 2024, arXiv 2312.03262"),
     "fedmia": Attack(fedmia, ("curious_server",), "after Zhu et al. 2025, arXiv 2402.06289", all_rounds=True),
 }
@@ -283,6 +290,10 @@ def unfit(target: Target, unit: Unit, rounds: list[int]) -> str | None:
         return "needs what this adversary does not have"
     if asked(target, unit.client) is None:
         return f"client {unit.client} holds out no image of a class that it trained on"
+    if unit.attack == "kl" and not METHODS[target.options["method"]].network.variational:
+        return "needs an encoder with noise"
+    if unit.attack == "rmia" and target.options.get("encoders_from"):
+        return "needs references whose encoders are trained as in the run of --encoders_from"
     if not attack.all_rounds:
         return None
     if why := shared_head(target, unit.adversary) or whole_head(target, unit.adversary):

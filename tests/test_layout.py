@@ -23,7 +23,7 @@ FLOORS = [
     ["runs.run", "attack.access"],
     ["RVE-PFL", "attack.gradients", "attack.learnt", "attack.picture", "attack.uploads", "attack.split",
      "attack.command"],
-    ["attack.classes", "attack.newton", "attack.scoring"],
+    ["attack.classes", "attack.newton", "attack.scoring", "attack.references"],
     ["attack.attacks"],
     ["attack.scene", "attack.verdict", "reporting.images"],
     ["attack.mi_attack", "attack.members", "reporting.leakage"],

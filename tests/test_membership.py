@@ -1,5 +1,6 @@
 """Membership inference: its measures, its controls in both directions, and its command line."""
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -7,17 +8,31 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from test_mi_attack import guard, opened, watching  # noqa: F401 - guard is a fixture
+from torch.distributions import Normal, kl_divergence
 
-from attack import access, members, membership, roc
+from attack import access, members, membership, references, roc
+from attack.scene import as_floats
+from models import VariationalEncoder
+from utils import InputError
 
 KEY = ["adversary", "attack", "round", "client"]
 
 
+RUNS = {method: ("--method", method, "--rounds", 2, "--save_rounds", 1)
+        for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper")}
+RUNS["by_heart"] = ("--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--rounds", 2,
+                    "--save_rounds", 1, "--local_ep", 60)
+
+
 class Trained:
-    """A folder with trained runs in it, and the attack on them."""
+    """A folder with trained runs in it, and the attack on them. Those of RUNS are trained when they are needed."""
 
     def __init__(self, place):
         self.place = place
+
+    def ready(self, run):
+        if run in RUNS and not (self.place.folder / "results" / run).exists():
+            self.train(run, *RUNS[run])
 
     def train(self, name, *flags):
         assert self.place.main("--run_name", name, "--num_users", 3, *flags) == 0
@@ -26,9 +41,11 @@ class Trained:
         return tuple(self.place.folder / name for name in ("results", "models", "data"))
 
     def target(self, run):
+        self.ready(run)
         return access.open_target(run, *self.folders())
 
     def attack(self, run, *flags):
+        self.ready(run)
         results, models, data = self.folders()
         return membership.main(["--run", run, "--references", "2", "--draws", "2", "--public", "public",
                                 "--results_dir", str(results), "--models_dir", str(models),
@@ -50,7 +67,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, make_place, tiny_arrays):
-    """Runs on ``tiny``, and one of noise whose labels say nothing, so that they can only be learnt by heart."""
+    """Data for runs: ``tiny``, and noise whose labels say nothing, so that it can only be learnt by heart."""
     place = make_place(tmp_path_factory.mktemp("members"))
     data = place.folder / "data"
     arrays = {name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()}
@@ -61,13 +78,7 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
         labels = rng.integers(0, 4, size).astype(np.uint8)
         np.savez(data / f"{name}.npz", train_images=images[50:], train_labels=labels[50:],
                  test_images=images[:50], test_labels=labels[:50])
-    found = Trained(place)
-    for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper"):
-        found.train(method, "--method", method, "--rounds", 2, "--save_rounds", 1)
-    noise = ("--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--rounds", 2, "--save_rounds", 1)
-    found.train("untrained", *noise, "--lr", 1e-12)
-    found.train("by_heart", *noise, "--local_ep", 60)
-    return found
+    return Trained(place)
 
 
 # Measures
@@ -117,6 +128,22 @@ def test_intervals_are_seeded_and_hold_what_they_are_of():
     assert found["tpr_at_fpr_0.01_low"] <= found["tpr_at_fpr_0.01"] <= found["tpr_at_fpr_0.01_high"]
 
 
+@pytest.mark.parametrize("sizes", [(120, 12), (12, 120)])
+def test_intervals_hold_a_guess_as_often_as_they_say(monkeypatch, sizes):
+    """A percentile bootstrap of 12 images and 120 holds 0.5 in 90 % of draws of scores that say nothing.
+
+    Fewer than 155 or more than 195 of 200 have a probability under 1e-4 together. If the half of 12 images is not
+    resampled, the intervals hold it in 44 %.
+    """
+    monkeypatch.setattr(roc, "DRAWS", 100)
+    monkeypatch.setattr(roc, "FALSE_POSITIVE_RATES", ())
+    rng, member, held = np.random.default_rng(1), np.repeat([True, False], sizes), 0
+    for _ in range(200):
+        found = roc.measure(rng.normal(size=132), np.arange(132) % 2, member)
+        held += found["auc_low"] <= 0.5 <= found["auc_high"]
+    assert 155 <= held <= 195, held
+
+
 def test_the_score_is_in_the_order_of_the_loss_and_exact_where_a_probability_rounds_to_one():
     logits = torch.tensor([[30.0, 0, 0], [40.0, 0, 0], [1.0, 2, 0], [0.0, 0, 0]])
     labels = torch.tensor([0, 0, 1, 2])
@@ -161,15 +188,30 @@ def test_non_members_are_of_the_clients_classes_and_its_own(trained, tiny_arrays
 
 # Controls
 
-def test_nothing_trained_on_is_a_guess(trained):
-    assert trained.attack("untrained", "--public", "other", "--clients", 0, 1) == 0
-    table = trained.csv("untrained")
-    assert len(table) == 10
-    assert ((table["auc_low"] <= 0.5) & (table["auc_high"] >= 0.5)).all(), table[[*KEY, "auc_low", "auc_high"]]
+def test_images_of_other_clients_dealt_at_random_are_a_guess(trained):
+    """The victim learnt its own images by heart, but is asked of its neighbours' as if half were its own.
+
+    Each score is then exchangeable, and its AUC has a standard deviation of at most ``sqrt((M + N + 1) / 12MN)``,
+    as a rank sum has without ties. One of five is over 4.3 of these away with a probability under 1e-4.
+    """
+    target = trained.target("by_heart")
+    partition = target.results / "partition.npz"
+    whole = dict(np.load(partition))
+    others = np.random.default_rng(1).permutation(np.concatenate([whole["train_1"], whole["train_2"]]))
+    inside, outside = np.sort(others[:len(others) // 2]), np.sort(others[len(others) // 2:])
+    try:
+        np.savez(partition, **{**whole, "train_0": inside, "test_0": outside})
+        assert trained.attack("by_heart", "--public", "other", "--train_epochs", 20) == 0
+    finally:
+        np.savez(partition, **whole)
+    table, sizes = trained.csv("by_heart"), (len(inside), len(outside))
+    assert len(table) == 5 and min(sizes) > 150
+    deviation = np.sqrt((sum(sizes) + 1) / (12 * sizes[0] * sizes[1]))
+    assert (abs(table["auc"] - 0.5) < 4.3 * deviation).all(), table[[*KEY, "auc"]]
 
 
 def test_what_was_learnt_by_heart_leaks(trained, capsys):
-    assert trained.attack("by_heart", "--public", "other") == 0
+    assert trained.attack("by_heart", "--public", "other", "--train_epochs", 60) == 0
     table = trained.csv("by_heart").set_index(["adversary", "attack"])
     assert set(table.index) == {(who, how) for who in ("stolen_model", "prediction_api")
                                 for how in ("loss", "rmia")} | {("curious_server", "fedmia")}
@@ -230,6 +272,29 @@ def test_rmia_by_hand(trained, monkeypatch):
     assert members.rmia("stolen_model", adversary, x, labels).tolist() == expected != [1.0, 0.5, 1.0]
 
 
+@pytest.mark.parametrize("prior", ["class", "normal"])
+def test_kl_by_hand(trained, prior, monkeypatch):
+    """Against PyTorch's own divergence of two Gaussians, with the priors of ``client_1.pt``."""
+    if prior == "class":
+        trained.train("priors", "--prior", "class", "--kl_weight", 0.1, "--rounds", 2)
+    monkeypatch.setattr(members, "PART", 16)
+    target = trained.target("priors" if prior == "class" else "rve_pfl")
+    asked = members.asked(target, 1)
+    adversary = members.Adversary(target, Namespace(draws=1), [2], 2, 1)
+    found = members.kl("stolen_model", adversary, asked.images, asked.labels)
+    private = target.private(2, 1).parameters
+    encoder = VariationalEncoder(target.data.image_shape, 0.0).eval()
+    encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in private.items()
+                             if key.startswith("encoder.")})
+    with torch.no_grad():
+        mu, logvar = encoder(asked.images)
+    at, spread = torch.zeros(64), torch.ones(64)
+    if prior == "class":
+        at, spread = private["prior.mu"][asked.labels], (0.5 * private["prior.logvar"][asked.labels]).exp()
+    apart = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(at, spread)).sum(1)
+    assert torch.allclose(found.float(), -apart, rtol=1e-4) and found.dtype == torch.float64
+
+
 def test_no_reference_has_seen_the_images_it_is_compared_on(trained, monkeypatch):
     target = trained.target("fedavg")
     args = membership.make_parser().parse(["--run", "fedavg", "--public", "public", "--references", "2",
@@ -244,6 +309,81 @@ def test_no_reference_has_seen_the_images_it_is_compared_on(trained, monkeypatch
     population = scored[0]
     distances = torch.cdist(population.flatten(1), seen["trained"].flatten(1))
     assert len(population) >= 30 and distances.min() > 0 and seen["count"] == len(asked.images)
+
+
+# Reference models
+
+@pytest.mark.parametrize("flags", [
+    ("rve_pfl", "--prior", "class", "--kl_weight", 0.1, "--kl_warmup", 2, "--aggregation", "mean"),
+    ("rve_pfl", "--head_lr", 0.5, "--lr_decay", 0.1, "--lr_warmup", 0.9, "--augment", "flip+shift"),
+    ("local", "--optimizer", "sgd", "--momentum", 0.5, "--lr", 0.01),
+    ("ressfl", "--loss_weight", 2, "--aggregation", "mean"),
+    ("nbafl_prox", "--prox", 5, "--rounds", 1)])   # with more rounds, of what the server's noise left
+def test_a_reference_is_trained_as_a_client(trained, flags):
+    """The only client of a run, and a reference with its images and draws, end with the same parameters."""
+    name = "-".join(map(str, flags)).replace("+", "")
+    trained.train(name, "--method", flags[0], "--num_users", 1, "--partition", "iid", "--rounds", 2,
+                  "--local_ep", 2, "--stack", 1, *flags[1:])
+    target = trained.target(name)
+    last, own, labels = target.latest_round(), target.owned()[0][0], torch.from_numpy(target.data.labels)
+    private = target.private(last, 0)
+    victim = {**target.own_head(last, 0, private), **private.parameters}
+    reference = references.Alone(last, 0, None, 1).train(target, as_floats(target.data.images[own]), labels[own])
+    assert all(torch.equal(value, victim[key]) for key, value in reference.state_dict().items())
+    assert not reference.training and not any(value.requires_grad for value in reference.parameters())
+
+
+def test_references_differ_in_images_and_draws(trained, monkeypatch):
+    target = trained.target("rve_pfl")
+    args = membership.make_parser().parse(["--run", "rve_pfl", "--public", "public", "--references", "3",
+                                           "--data_dir", str(trained.folders()[2])])
+    adversary, made = members.Adversary(target, args, [2], 2, 1), []
+    train = references.Alone.train
+    monkeypatch.setattr(references.Alone, "train", lambda how, target, images, labels: made.append(
+        (how, images, labels)) or train(how, target, images, labels))
+    images = torch.arange(40.0).div(255)[:, None, None, None].expand(40, 1, 8, 8)
+    labels = torch.arange(40) % 4
+    found = adversary.references(images, labels, 25)
+    assert found is adversary.references(images, labels, 25) and len(found) == len(made) == 3
+    assert len({how.seed for how, _, _ in made}) == 3
+    assert all((how.round, how.client, how.epochs) == (2, 1, None) for how, _, _ in made)
+    chosen = [(255 * part[:, 0, 0, 0]).round().long() for _, part, _ in made]
+    assert all(len(part.unique()) == 25 for part in chosen) and len({tuple(part.tolist()) for part in chosen}) == 3
+    assert all(torch.equal(known, labels[part]) for part, (_, _, known) in zip(chosen, made, strict=True))
+    first, *others = (model.state_dict()["encoder.mu.weight"] for model in found)
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_a_reference_trains_in_the_rounds_of_its_client(trained):
+    """And in all where everything travels, since then somebody trained the client's model in each."""
+    trained.train("some", "--rounds", 6, "--frac", 0.6, "--local_ep", 2)
+    target = trained.target("some")
+    table = pd.read_csv(target.results / "clients.csv").query("stage == 'trained'")
+
+    def schedule(client, epochs=None, **options):
+        return references.Alone(6, client, epochs, 1).schedule(replace(target, options=target.options | options))
+    for k in range(3):
+        asked = set(table[table["client"] == k]["round"])
+        assert schedule(k) == [(r, 2) for r in sorted(asked)]
+        assert schedule(k, warm_rounds=3) == [(r, 2) for r in sorted({1, 2, 3} | asked)]
+        assert schedule(k, method="fedavg") == [(r, 2) for r in range(1, 7)]
+    assert len(table[["client", "round"]].drop_duplicates()) == 12   # not 18
+    assert schedule(0, 5) == [(1, 2), (2, 2), (3, 1)] and schedule(0, 1) == [(1, 1)]
+
+
+def test_a_reference_that_cannot_be_trained_is_one_line(trained, tiny_arrays):
+    target, images = trained.target("fedavg"), as_floats(tiny_arrays["train_images"])
+    labels = torch.from_numpy(tiny_arrays["train_labels"]).long()
+
+    def fault(options):
+        with pytest.raises(InputError) as error:
+            references.Alone(2, 0, None, 1).train(replace(target, options=options), images, labels)
+        return str(error.value)
+    diverged = fault(target.options | {"lr": 1e30})
+    assert "diverged" in diverged and "--train_epochs" in diverged
+    for name in ("lr", "local_ep", "precision", "frac"):
+        lacks = fault({key: value for key, value in target.options.items() if key != name})
+        assert "config.json" in lacks and f"--{name}" in lacks
 
 
 # What an adversary reads
@@ -274,6 +414,7 @@ def test_an_adversary_opens_its_own_files_only(trained, how, who, allowed):
 def fits(method):
     """What fits, by hand."""
     models = {(who, how) for who in ("stolen_model", "prediction_api") for how in ("loss", "rmia")}
+    models |= {("stolen_model", "kl")} if method in ("rve_pfl", "local") else set()
     return models if method in ("local", "fedper") else models | {("curious_server", "fedmia")}
 
 
@@ -294,7 +435,7 @@ def test_every_attack_that_fits_leaves_a_row(trained, method, capsys):
 
 
 def test_a_second_call_replaces_its_rows_and_keeps_others(trained):
-    path = trained.place.folder / "results" / "fedavg" / "membership.csv"
+    path = trained.target("fedavg").results / "membership.csv"
     path.unlink(missing_ok=True)
     flags = ("--adversary", "stolen_model", "--attack", "loss")
     left = path.with_name(f".membership.csv.{10**30}.tmp")   # by a process that was killed
@@ -335,13 +476,19 @@ def test_what_does_not_fit_says_why(trained, capsys):
     assert "nothing travels" in trained.refuses(capsys, "local", *server)
     assert "head stays" in trained.refuses(capsys, "fedper", *server)
     assert "needs what" in trained.refuses(capsys, "fedavg", *server, "--attack", "loss")
+    assert "encoder with noise" in trained.refuses(capsys, "lg_fedavg", "--attack", "kl")
+    assert "encoder with noise" in trained.refuses(capsys, "fedavg", "--attack", "kl")
+    target = trained.target("rve_pfl")
+    borrowed = replace(target, options=target.options | {"encoders_from": "rve_pfl"})
+    assert "--encoders_from" in members.unfit(borrowed, membership.Unit("stolen_model", "rmia", 2, 0), [2])
+    assert members.unfit(borrowed, membership.Unit("stolen_model", "kl", 2, 0), [2]) is None
     trained.train("pair", "--method", "fedavg", "--num_users", 2, "--rounds", 1)
     assert "two others" in trained.refuses(capsys, "pair", *server)
     assert not (trained.place.folder / "results" / "pair" / "membership.csv").exists()
 
 
 def test_damaged_files_are_one_line_and_change_nothing(trained, capsys):
-    path = trained.place.folder / "results" / "lg_fedavg" / "membership.csv"
+    path = trained.target("lg_fedavg").results / "membership.csv"
     path.write_text("adversary\nx\n")
     assert "damaged" in trained.refuses(capsys, "lg_fedavg", "--attack", "loss")
     path.unlink()
@@ -363,5 +510,5 @@ def test_no_public_images_are_needed_where_nothing_is_trained(trained):
 def test_scores_that_are_not_numbers_are_no_guess(trained, capsys, monkeypatch):
     monkeypatch.setattr(members, "confidence", lambda answer, x, y: torch.full((len(x),), torch.nan).double())
     assert "not numbers" in trained.refuses(capsys, "lg_fedavg", "--adversary", "curious_server", "--rounds", 1)
-    path = trained.place.folder / "results" / "lg_fedavg" / "membership.csv"
+    path = trained.target("lg_fedavg").results / "membership.csv"
     assert not path.exists() or 1 not in set(trained.csv("lg_fedavg")["round"])
