@@ -52,8 +52,7 @@ OTHER_UPLOADS = {"m10-iid-fedavg-s2": "`mnist10k`, IID, seed 2",
 # docs/membership.md.
 MEMBERS = {"m10-iid-fedavg": "`fedavg`, IID", "m10-fedavg": "`fedavg`, two classes", "m10-lg": "`lg_fedavg`",
            "m10-rve-1e-5": "`rve_pfl`, beta 1e-5", "m10-rve-1e-3": "`rve_pfl`, beta 1e-3"}
-ASKED = {("stolen_model", "loss"): "`loss`, stolen model", ("stolen_model", "rmia"): "`rmia`, stolen model",
-         ("prediction_api", "loss"): "`loss`, service", ("prediction_api", "rmia"): "`rmia`, service",
+ASKED = {("stolen_model", "loss"): "`loss`, stolen model", ("prediction_api", "loss"): "`loss`, service",
          ("curious_server", "fedmia"): "`fedmia`"}
 
 SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`", "warm": "`--warm_rounds 2`",
