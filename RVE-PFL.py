@@ -50,8 +50,14 @@ HELD_OUT = 0.1   # of a client's images for testing; under --validate, of the re
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if None) and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    args = args_parser(argv)
-    ranks = Ranks(args.rendezvous_seconds)
+    try:
+        ranks = Ranks()
+    except InputError as error:
+        print(error_line("RVE-PFL.py", error), file=sys.stderr)
+        return 2
+    with ranks.first_voice():
+        args = args_parser(argv)
+    ranks.patience = args.rendezvous_seconds
     again = "the same command with --resume" if not ranks.alone else shlex.join(
         ["python", "RVE-PFL.py", *(a for a in argv if a not in ("--overwrite", "--resume")), "--resume"])
     lost = f"another process of this run died, or torchrun was stopped; to go on: {again}"
@@ -76,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
     """Options -> data -> partition -> rounds -> pictures and table."""
     keep_freed_memory()
-    device = choose_device(args.device)
+    device = choose_device(args.device, ranks.local)
     with ranks.first_before_others():
         data = datasets.load(args.dataset, args.data_dir)
     owned, splits = deal(args, data.labels)
@@ -295,6 +301,7 @@ def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
     federation.server.memory.update(run.progress.memory)
     warned = False
     for number in range(run.progress.round + 1, federation.args.rounds + 1):
+        interrupts.check()
         started, sent = time.monotonic(), federation.send(number, run)
         splits = federation.splits_in(number)
 

@@ -6,7 +6,6 @@ stand beside its row. The same check serves command lines, edited defaults and t
 import argparse
 import difflib
 import math
-import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -87,8 +86,7 @@ class Parser(argparse.ArgumentParser):
         self._headings: dict[str, argparse._ArgumentGroup] = {}
 
     def error(self, message: str):
-        said_elsewhere = os.environ.get("RANK", "0") != "0"   # by the first of torchrun's processes
-        self.exit(2, None if said_elsewhere else f"{error_line(self.prog, message)}\n")
+        self.exit(2, f"{error_line(self.prog, message)}\n")
 
     def heading(self, name: str) -> argparse._ArgumentGroup:
         """A heading of ``--help``; they stand in the order in which they are first asked for."""

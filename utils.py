@@ -102,30 +102,28 @@ def generator_of(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, turn: int = 0) -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> a device that exists, or InputError.
 
-    Without a number, processes that torchrun started on one machine take its GPUs in turn. A GPU becomes PyTorch's
-    current device, on which streams and graphs are made unless they are told otherwise, and computes float32 as
-    such: by itself PyTorch rounds the operands of convolutions to TF32's ten bits.
+    A GPU becomes PyTorch's current device, on which streams and graphs are made unless they are told otherwise,
+    and computes float32 as such: by itself PyTorch rounds the operands of convolutions to TF32's ten bits.
+
+    Args:
+        turn: this process's number on the machine: without a number in ``name``, they take its GPUs in turn.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if name == "cuda" and torch.cuda.device_count():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices "
-                         "that PyTorch can use; use --device cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if name == "cpu":
+        return torch.device(name)
+    count, number = torch.cuda.device_count(), name.removeprefix("cuda").removeprefix(":")
+    index = int(number) if number else turn % max(count, 1)
+    if index >= count:
+        raise InputError(f"--device {name}: this machine has {count} CUDA devices that PyTorch can use; use "
+                         "--device cpu")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
-
-
-def processes_a_gpu() -> int:
-    """At most so many of torchrun's processes are given the same GPU by ``choose_device``."""
-    return -(-int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // torch.cuda.device_count())
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -24,7 +24,7 @@ from attack.command import chosen_rounds, exit_status, folder_options, public_op
 from attack.members import ATTACKS, MODELS, Adversary, asked, needs_public, unfit
 from attack.roc import FALSE_POSITIVE_RATES, measure
 from attack.tables import Unit
-from engine.signals import steady_output
+from engine.signals import check, steady_output
 from parsing import HUGE, Option, Parser
 from utils import InputError, keep_freed_memory, printable, remove_leftovers, seed_torch, write_whole
 
@@ -87,6 +87,7 @@ def attack_all(args: Namespace) -> None:
     remove_leftovers(target.results, "membership.csv")
     read(target)
     for unit in plan:
+        check()
         started, row = time.monotonic(), attack(adversaries[unit.round, unit.client], unit)
         write(target, row)
         print(f"{in_words(row)} ({time.monotonic() - started:.0f} s)", flush=True)

@@ -30,7 +30,7 @@ from attack.command import chosen_rounds, exit_status, folder_options, public_op
 from attack.scene import MAX_CANDIDATES, Scene
 from attack.tables import ATTACK_COLUMNS, Unit, read_attack, summarise
 from attack.verdict import judge
-from engine.signals import steady_output
+from engine.signals import check, steady_output
 from parsing import HUGE, Option, Parser
 from runs.configs import read_json
 from utils import InputError, keep_freed_memory, printable, remove_leftovers, shown, write_whole
@@ -128,6 +128,7 @@ def run_planned(scene: Scene, plan: list[Unit], options: dict, rows: list[dict])
             bar.write(f"{unit.adversary} {unit.attack} round {unit.round} client {unit.client}: "
                       f"{in_words(found, unit)} ({time.monotonic() - started:.0f} s)")
             bar.update(1)
+            check()
 
 
 def begin(target: Target, args: Namespace) -> tuple[dict, list[dict]]:

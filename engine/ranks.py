@@ -7,21 +7,43 @@ the same program. The first is also the server, and it alone writes CSVs. Heads 
 to the first rank, and the new head to all. They are in main memory and travel over gloo, whatever device trains.
 """
 import datetime
+import io
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from utils import InputError
+from utils import InputError, shown
 
 T = TypeVar("T")
 DAY = datetime.timedelta(days=1)   # ranks may wait long for one another; one that died is noticed at once
 SILENCE = 10   # seconds of waiting for the others before anything is printed
+
+
+LAST_WORDS = 20   # seconds that the first rank has to say that the options are wrong
+MOST = 10_000   # processes
+
+
+def number(name: str, low: int, high: int, default: int | None) -> int:
+    """Return a variable of the environment as a whole number between ``low`` and ``high``.
+
+    Raises:
+        InputError: it is something else, or not set and has no default.
+    """
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        said = "is not set" if text is None else f"is {shown(text)}, not a whole number between {low} and {high}"
+        raise InputError(f"the environment's {name} {said}; start several processes with torchrun, or one without "
+                         "RANK and WORLD_SIZE")
+    return int(text)
 
 
 class PeerLost(Exception):
@@ -34,29 +56,53 @@ class Ranks:
     Reads torchrun's environment: without it, a run is one process and nothing is exchanged. Use it as a
     context manager, and ``speaks`` to have one process, whichever is first, tell the user how it ended.
 
-    Args:
+    Attributes:
         patience: seconds within which all must have met.
+        local, local_size: its number among the processes on this machine, and theirs.
 
-    Raises (every exchange):
-        PeerLost: a process of the run has died.
+    Raises:
+        InputError (at the start): the environment does not describe such a process.
+        PeerLost (every exchange): a process of the run has died.
     """
 
-    def __init__(self, patience: float = 300):
-        self.patience = patience
+    def __init__(self) -> None:
+        self.patience = 300.0
         self.store: dist.Store | None = None   # where ranks say that they are there
-        self.rank, self.size = (int(os.environ.get(name, default))
-                                for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        self.size = number("WORLD_SIZE", 1, MOST, 1)
+        self.rank = number("RANK", 0, self.size - 1, 0 if self.size == 1 else None)
         self.alone, self.first = self.size == 1, self.rank == 0
+        self.local, self.local_size = 0, 1
+        if not self.alone:
+            self.local_size = number("LOCAL_WORLD_SIZE", 1, self.size, self.size)
+            self.local = number("LOCAL_RANK", 0, self.local_size - 1, 0)
+            self.port = number("MASTER_PORT", 1, 2**16 - 1, None)
+            self.address = os.environ.get("MASTER_ADDR", "")
+            if not self.address:
+                raise InputError("the environment's MASTER_ADDR is not set; start several processes with torchrun")
+
+    @contextmanager
+    def first_voice(self) -> Iterator[None]:
+        """While entered, only the first rank's standard error is shown: all would say the same.
+
+        The others end LAST_WORDS seconds later: torchrun stops all processes when one has ended.
+        """
+        try:
+            with redirect_stderr(sys.stderr if self.first else io.StringIO()):
+                yield
+        except SystemExit as stop:
+            if stop.code and not self.first:
+                time.sleep(LAST_WORDS)
+            raise
 
     def __enter__(self) -> "Ranks":
         if not self.alone:
             me = f"rank {self.rank} of {self.size}"
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            place = f"{self.address}:{self.port}"
             try:
                 self._meet(f"{me} waits for the others at {place}")
                 dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size,
                                         timeout=DAY)
-            except (OSError, RuntimeError, ValueError, KeyError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise InputError(f"{me} did not reach the others at {place} ({str(error).splitlines()[0]}); "
                                  "check torchrun's --master-addr and --master-port, or wait longer with "
                                  "--rendezvous_seconds") from error
@@ -79,15 +125,14 @@ class Ranks:
     def _missing(self) -> str:
         """What keeps the ranks from having met; nothing once they have."""
         if self.store is None:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             # As PyTorch's env:// has it: the first rank is the server, if torchrun itself is not.
             serves = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             if not serves:   # PyTorch would print its stack where nobody answers
                 try:
-                    socket.create_connection((address, port), timeout=5).close()
+                    socket.create_connection((self.address, self.port), timeout=5).close()
                 except OSError as error:
                     return error.strerror or str(error)
-            store = dist.TCPStore(address, port, self.size, serves, wait_for_workers=False)
+            store = dist.TCPStore(self.address, self.port, self.size, serves, wait_for_workers=False)
             store.set_timeout(DAY)
             # torchrun keeps its store when it starts the processes again: what they said before is over.
             self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

@@ -4,9 +4,12 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from utils import printable
 
@@ -16,22 +19,46 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM raise Interrupted; inside ``held()``, at its end."""
+    """While entered, SIGINT and SIGTERM raise Interrupted; inside ``held()``, at its end.
+
+    Python drops an exception that is raised while it frees an object. So a signal is remembered, and raised once
+    more at the next step of an optimiser, at ``check()``, or at the end. Entered in another thread than the main
+    one, it leaves signals alone: Python would not deliver them there.
+    """
+
+    entered: "list[Interrupts]" = []   # the innermost is the last
 
     def __enter__(self):
-        self.holding, self.pending = False, None
-        self.before = {number: signal.signal(number, self._arrived)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
+        self.holding, self.pending, self.thread = False, None, threading.current_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if self.thread is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self._arrived) for number in numbers}
+        self.unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
+        self.step_hook = register_optimizer_step_pre_hook(lambda *_: self.check())
+        self.entered.append(self)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        self.entered.remove(self)
+        self.step_hook.remove()
+        sys.unraisablehook = self.unraisable
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if kind is None:
+            self.check()
 
     def _arrived(self, number, frame):
         self.pending = number
-        if not self.holding:
-            raise Interrupted(number)
+        self.check()
+
+    def _dropped(self, what) -> None:
+        """Print nothing about an Interrupted that Python drops: it comes again."""
+        if not isinstance(what.exc_value, Interrupted):
+            self.unraisable(what)
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come, unless signals are held, or another thread asks."""
+        if self.pending and not self.holding and threading.current_thread() is self.thread:
+            raise Interrupted(self.pending)
 
     @contextmanager
     def held(self):
@@ -41,8 +68,13 @@ class Interrupts:
             yield
         finally:
             self.holding = False
-        if self.pending:
-            raise Interrupted(self.pending)
+        self.check()
+
+
+def check() -> None:
+    """Raise Interrupted if a signal has come that was dropped. Called where it is safe to stop."""
+    for interrupts in Interrupts.entered:
+        interrupts.check()
 
 
 class Steady:

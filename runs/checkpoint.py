@@ -20,7 +20,7 @@ import torch
 from runs import configs
 from server.mean import State, is_finite
 from update import Private
-from utils import InputError, processes_a_gpu, write_whole
+from utils import InputError, write_whole
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
 UPLOADS = 2**29      # bytes of uploads, likewise
@@ -156,11 +156,15 @@ class PrivateStore:
     then in memory, up to MEMORY bytes; then in files. ``put`` takes effect at ``commit``, so an interrupted round
     changes no client. A file is never written twice, so that a checkpoint can hard-link it instead of copying it.
 
+    Args:
+        memory: bytes to keep on the heap at most.
+        processes: of this run on this machine.
+
     Attributes:
         base: what a client has of parameters that it never trained as its own: what travelled in the warm rounds.
     """
 
-    def __init__(self, folder: Path, initial: Private, memory: int = MEMORY):
+    def __init__(self, folder: Path, initial: Private, memory: int = MEMORY, *, processes: int = 1):
         self.folder, self.initial = folder, initial
         self.kept: dict[int, Private | Path] = {}
         self.new: dict[int, Private | Path] = {}
@@ -170,7 +174,8 @@ class PrivateStore:
         self.free = {"cpu": memory}   # bytes left, by the kind of device
         if initial.kind == "cuda":
             device = next(iter(initial.parameters.values())).device
-            self.free["cuda"] = torch.cuda.mem_get_info(device)[0] // (2 * processes_a_gpu())
+            sharing = -(-processes // torch.cuda.device_count())   # that ``choose_device`` gave the same GPU
+            self.free["cuda"] = torch.cuda.mem_get_info(device)[0] // (2 * sharing)
 
     def get(self, client: int) -> Private:
         """The client's latest; a client that has never trained has what all started from."""

@@ -140,7 +140,7 @@ class Run:
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
         self.finished = ranks.share(
             owner is not None and self._admit(options["resume"], options["overwrite"], owner))
-        self.private = PrivateStore(self.models / ".private", initial)
+        self.private = PrivateStore(self.models / ".private", initial, processes=ranks.local_size)
         self.uploads = WaitingUploads(self.models / ".private")
         self.progress = start
         if not self.finished:

@@ -33,14 +33,13 @@ def test_the_store_keeps_rounds_apart_whatever_the_memory(tmp_path, memory):
     assert len(spilled) == {0: 4, 6000: 3, 10**9: 0}[memory]
 
 
-@pytest.mark.parametrize("processes, size", [("1", 4000), ("2", 4000), ("5", 1333)])
+@pytest.mark.parametrize("processes, size", [(1, 4000), (2, 4000), (5, 1333)])
 def test_processes_share_what_is_free_on_a_gpu(monkeypatch, tmp_path, processes, size):
     """Half of 8,000 bytes on each of two GPUs."""
     monkeypatch.setattr(Private, "kind", "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000, 9000))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    assert PrivateStore(tmp_path, private(0)).free["cuda"] == size
+    assert PrivateStore(tmp_path, private(0), processes=processes).free["cuda"] == size
 
 
 @pytest.mark.parametrize("small", [0, 2**16])

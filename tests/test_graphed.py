@@ -338,8 +338,8 @@ def test_after_a_capture_that_failed_the_gpu_can_draw(tiny_arrays, monkeypatch):
     assert generator.state == (1, 0) and not generator.broken
 
 
-@pytest.mark.parametrize("name, local, index", [("cuda", "1", 1), ("cuda", "2", 0), ("cuda:1", "0", 1),
-                                                ("auto", "1", 1)])
+@pytest.mark.parametrize("name, local, index", [("cuda", 1, 1), ("cuda", 2, 0), ("cuda:1", 0, 1),
+                                                ("auto", 1, 1)])
 def test_a_process_makes_its_gpu_the_current_one(monkeypatch, name, local, index):
     """Streams, graphs and generators that name no device belong to it; and float32 is computed as such."""
     chosen = []
@@ -348,8 +348,7 @@ def test_a_process_makes_its_gpu_the_current_one(monkeypatch, name, local, index
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
     monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=True))
-    monkeypatch.setenv("LOCAL_RANK", local)
-    assert choose_device(name) == torch.device("cuda", index) and chosen == [torch.device("cuda", index)]
+    assert choose_device(name, local) == torch.device("cuda", index) and chosen == [torch.device("cuda", index)]
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 

@@ -1,5 +1,6 @@
 """Several processes under torchrun: one process's numbers, a death that ends all, another number goes on."""
 import ast
+import itertools
 import json
 import os
 import signal
@@ -11,9 +12,12 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
+from attack import membership, mi_attack
 from engine import ranks
+from utils import choose_device
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -116,6 +120,52 @@ def test_two_hosts(place, alone):
         _, err = host.communicate(timeout=240)
         assert host.returncode == 0, err
     same(alone[0], pd.read_csv(place.results / "clients.csv"))
+
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "1",
+         "LOCAL_WORLD_SIZE": "2"}   # started by hand, with one more process on another machine
+
+
+@pytest.mark.parametrize("name, value", [
+    ("WORLD_SIZE", None), ("RANK", None), ("MASTER_PORT", None), ("MASTER_ADDR", None), ("MASTER_ADDR", ""),
+    *itertools.product(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
+                       ("abc", "-1", "", "1.5", "99999", "9" * 5000, "\x1b[2J")),
+    ("RANK", "3"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "0"),
+    ("LOCAL_WORLD_SIZE", "4"), ("MASTER_PORT", "0")])
+def test_an_environment_of_no_process_is_refused(place, capsys, monkeypatch, name, value):
+    """Even without a mistake in the options, and whichever rank it would be: nobody else says so."""
+    for key, usual in WHOLE.items():
+        monkeypatch.setenv(key, usual)
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    line = place.refuses(capsys)
+    assert ("RANK" if name == "WORLD_SIZE" else name) in line and len(line) < 400
+    assert not place.results.exists()
+
+
+def test_an_environment_of_one_process_among_others_is_read(monkeypatch):
+    for key, usual in WHOLE.items():
+        monkeypatch.setenv(key, usual)
+    one = ranks.Ranks()
+    assert (one.rank, one.size, one.local, one.local_size, one.alone, one.first) == (1, 3, 1, 2, False, False)
+    for key in WHOLE:
+        monkeypatch.delenv(key)
+    for key, left in (("LOCAL_RANK", "5"), ("LOCAL_WORLD_SIZE", "8")):   # of another program
+        monkeypatch.setenv(key, left)
+    one = ranks.Ranks()
+    assert (one.rank, one.size, one.local, one.local_size, one.alone, one.first) == (0, 1, 0, 1, True, True)
+
+
+@pytest.mark.parametrize("program", [mi_attack, membership])
+def test_only_training_looks_at_ranks(monkeypatch, capsys, program):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        program.main(["--run", "x", "--clients", "-1"])
+    assert "--clients" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert choose_device("auto").index == 0
 
 
 @pytest.mark.parametrize("rank, missing", [(0, "rank 1 is not there"), (1, "Connection refused")])

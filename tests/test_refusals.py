@@ -238,6 +238,7 @@ def test_a_shortened_csv_is_refused(unfinished, capsys):
 @pytest.mark.parametrize("flags, named", [
     (["--dataset", "nothing"], "nothing.npz"), (["--num_users", 200], "--num_users"),
     (["--classes_per_client", 5], "--classes_per_client"), (["--device", "cuda:99"], "--device"),
+    (["--device", "cuda:128"], "--device"), (["--device", "cuda:064"], "--device"),
     (["--frac", 0], "--frac"), (["--num_users", 100, "--validate", "--partition", "iid"], "100 --validate"),
     (["--num_users", 100, "--validate", "--classes_per_client", 1], "100 --validate")])
 def test_bad_input_leaves_nothing_behind(place, capsys, flags, named):
