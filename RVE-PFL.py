@@ -20,6 +20,7 @@ import torch
 import datasets
 import sampling
 from engine.graphed import GraphedTrainer
+from engine.memory import in_one_line, said_of
 from engine.ranks import PeerLost, Ranks
 from engine.several import train_each
 from engine.signals import Interrupted, Interrupts, steady_output
@@ -65,12 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         with Interrupts() as interrupts, ranks:
             run_all(args, ranks, interrupts)
         return 0
-    except InputError as error:
-        line, status = error_line("RVE-PFL.py", error), 2
-    except OSError as error:
-        line, status = error_line("RVE-PFL.py", error, f"; mend that, then: {again}"), 2
     except PeerLost:
         line, status = lost, 1
+    except Exception as error:
+        said = in_one_line("RVE-PFL.py", error, f"; mend that, then: {again}")
+        if said is None:
+            raise
+        line, status = said, 2
     except Interrupted as stop:
         by_user = ranks.alone or stop.args[0] == signal.SIGINT
         line, status = f"interrupted; to go on: {again}" if by_user else lost, 130
@@ -85,7 +87,10 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
     device = choose_device(args.device, ranks.local)
     with ranks.first_before_others():
         data = datasets.load(args.dataset, args.data_dir)
-    owned, splits = deal(args, data.labels)
+    owned, splits = deal(args, data)
+    if ranks.first and (large := said_of(parameters(args, data), args.num_users, args.optimizer, device)):
+        print(f"note: {large}", file=sys.stderr)
+    images, notes = sampling.described(data, owned, splits, args)
     trainer = make_trainer(args, data, device)
     warm = replace(trainer, method=trainer.method.in_round(1, vars(args))) if args.warm_rounds else trainer
     head, private = warm.shared_and_private(trainer.state())
@@ -94,7 +99,7 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
         "processes": ranks.size,
         "precision": str(trainer.training.dtype), "parameters": trainer.method.count(trainer.model),
-        "images": {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}}
+        "images": images}
     server = make_server(args, trainer, splits)
     if args.encoders_from and not args.resume:   # before anything of this run is written
         finished_source(args)
@@ -102,6 +107,8 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
     with open_run(config, Private(private), head, dict(server.memory), ranks) as run:
         if not run.finished:
             if ranks.first:
+                for note in notes:
+                    run.say(f"note: {note}")
                 run.write_partition(owned, splits, data.labels)
                 if malicious.behaviour.trigger is not None:
                     run.write_triggered(data.images[:8], malicious.behaviour.trigger)
@@ -123,23 +130,31 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
             print(run.table())
 
 
-def deal(args: Namespace, labels: np.ndarray) -> tuple[list, list]:
+def deal(args: Namespace, data: datasets.Dataset) -> tuple[list, list]:
     """What each client owns, and its (training, held-out) split, as index arrays.
 
     Raises:
         InputError: there are too few images or classes for that many clients.
     """
-    owned = sampling.partition(
-        labels, args.num_users, args.partition, rng(args.seed, "partition"), alpha=args.alpha,
+    owned = sampling.by_client(data.clients, args.num_users) if args.partition == "file" else sampling.partition(
+        data.labels, args.num_users, args.partition, rng(args.seed, "partition"), alpha=args.alpha,
         classes_per_client=args.classes_per_client, unequal=args.unequal,
         min_images=int(np.ceil(args.local_bs / (1 - HELD_OUT))))   # one full batch to train on
-    splits = sampling.split_all(owned, labels, HELD_OUT, args.seed, "split")
+    splits = sampling.by_half(owned, data.train_size) if args.keep_split else sampling.split_all(
+        owned, data.labels, HELD_OUT, args.seed, "split")
     if args.validate:
-        splits = sampling.split_all([train for train, _ in splits], labels, HELD_OUT, args.seed, "validation")
+        splits = sampling.split_all([train for train, _ in splits], data.labels, HELD_OUT, args.seed, "validation")
         if not all(len(train) for train, _ in splits):
             raise InputError(f"--num_users {args.num_users} --validate: a client has two images, and none is left "
                              "to train on; use fewer clients")
     return owned, splits
+
+
+def parameters(args: Namespace, data: datasets.Dataset) -> int:
+    """How many parameters a client's network has, before any memory is taken for it."""
+    with torch.device("meta"):
+        return METHODS[args.method].count(METHODS[args.method].build(
+            data.image_shape, data.num_classes, vars(args)))["total"]
 
 
 def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) -> Trainer:

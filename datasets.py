@@ -1,33 +1,55 @@
 """Data sets: ``DATA_DIR/NAME.npz``, whatever NAME is, into one pooled array of images.
 
-The file holds ``train_images`` and ``test_images`` (uint8, N x H x W x C) and ``train_labels`` and
-``test_labels`` (N integers from 0). MNIST, Fashion-MNIST and CIFAR-10 are fetched by torchvision on
+What the file may hold is in data/README.md. MNIST, Fashion-MNIST and CIFAR-10 are fetched by torchvision on
 first use and cached in that form: one decode, then a fast start.
 """
 import contextlib
+import difflib
 import io
+import math
+import re
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from utils import InputError, write_whole
+from engine.memory import available, size_of
+from utils import InputError, shown, write_whole
 
 TORCHVISION = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar": "CIFAR10"}
+ALIASES = {"fashionmnist": "fmnist", "cifar10": "cifar"}   # in lower case, without - and _
+HALVES = ("train", "val", "test")   # in the order in which they are pooled; val is optional
+NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
 MIN_SIDE = 8   # pixels; the encoder's two valid convolutions and the head's two poolings need some room
+MAX_CLASSES = 10_000
 WAY_OUT = "or use --dataset mnist10k, which needs no download"
+LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both halves pooled, the train half first: ``images`` N x H x W x C uint8, ``labels`` N int64."""
+    """All halves pooled, in the order train, val, test.
+
+    Attributes:
+        images: ``N x H x W x C``, uint8.
+        labels: ``N``, int64, from 0 to ``num_classes - 1``.
+        train_size: how many of them are before the test half.
+        names: the label in the file of each class, ``num_classes``.
+        clients: the client of each image from the file's ``client`` array, ``N``, -1 for nobody; None without it.
+        notes: what was changed or is unusual, one line each.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
     train_size: int
+    names: np.ndarray
+    clients: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -36,46 +58,219 @@ class Dataset:
         return channels, height, width
 
 
+def canonical(name: str, data_dir: Path) -> str:
+    """The name of a data set as this program has it, of one as others write it: `FashionMNIST` is `fmnist`.
+
+    A file of exactly that name in ``data_dir`` comes first.
+    """
+    name = name.removesuffix(".npz")
+    plain = re.sub("[-_]", "", name.lower())
+    plain = ALIASES.get(plain, plain)
+    return plain if plain in TORCHVISION and name not in _names_in(data_dir) else name
+
+
 def load(name: str, data_dir: Path) -> Dataset:
     """Read ``data_dir/name.npz``, fetching it first if it is one of torchvision's.
 
     Raises:
-        InputError: the file is missing, cannot be fetched, is damaged or has other contents.
+        InputError: the file is missing, cannot be fetched or read, is damaged or has other contents.
     """
+    name = canonical(name, data_dir)
     path = data_dir / f"{name}.npz"
     if not path.exists():
         if name not in TORCHVISION:
-            raise InputError(f"--dataset {name}: {path} does not exist; put it there {WAY_OUT}")
+            raise InputError(_unknown(name, data_dir))
         fetch(name, data_dir)
     try:
+        return _pooled(_read(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        again = "; move it away, and the next run downloads it again" if name in TORCHVISION else ""
+        raise InputError(f"{path}: {error}{again}") from error
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.npz"))
+
+
+def _unknown(name: str, data_dir: Path) -> str:
+    there, made = _names_in(data_dir), ", ".join(TORCHVISION)
+    near = difflib.get_close_matches(name.lower(), dict.fromkeys([*there, *TORCHVISION]), 1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return (f"--dataset {name}: {data_dir / name}.npz does not exist ({meant}There are: "
+            f"{shown(', '.join(there) or 'none')}; downloaded on first use: {made}); put it there, {WAY_OUT}")
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that a run looks at, by key.
+
+    Raises:
+        OSError: the file is whole, perhaps, but cannot be read.
+        ValueError: it is no .npz file, is damaged, lacks keys, or would not fit in memory.
+    """
+    if not path.is_file():   # reading a pipe would wait for ever
+        raise ValueError("is not a file")
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ValueError("is a pointer of Git LFS, not the data; fetch them with `git lfs pull`")
+    if not zipfile.is_zipfile(path):
+        raise ValueError("damaged or not an .npz file")
+    wanted = [f"{half}_{part}" for half in HALVES for part in ("images", "labels", "client")] + ["client"]
+    try:
         with np.load(path, allow_pickle=False) as file:
-            parts = {key: file[f"{key}"] for key in
-                     ("train_images", "test_images", "train_labels", "test_labels")}
+            if missing := [key for key in NEEDED if key not in file.files]:
+                there, needed = shown(", ".join(file.files) or "nothing"), ", ".join(NEEDED)
+                raise InputError(f"lacks {', '.join(missing)}; it holds {there}, and {needed} are needed")
+            keys = [key for key in wanted if key in file.files]
+            _check_size(sum(_declared(file, key) for key in keys))
+            return {key: file[key] for key in keys}
+    except InputError as error:
+        raise ValueError(error) from error
+    except MemoryError:
+        raise
     except Exception as error:   # NumPy parses headers as Python, so damage can raise nearly anything
-        raise InputError(f"{path}: damaged or not a data set ({_first_line(error)}); "
-                         f"delete it to have it made again, {WAY_OUT}") from error
-    return _pool(parts, path)
+        raise ValueError(f"damaged or not an .npz file ({_first_line(error)})") from error
 
 
-def _pool(parts: dict[str, np.ndarray], path: Path) -> Dataset:
-    for half in ("train", "test"):
-        images, labels = parts[f"{half}_images"], parts[f"{half}_labels"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise InputError(f"{path}: {half}_images is {images.dtype} of shape {images.shape}, "
-                             "expected uint8 of shape N x H x W x C")
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any():
-            raise InputError(f"{path}: {half}_labels is {labels.dtype} of shape {labels.shape}, expected "
-                             f"{len(images)} integers from 0, one an image")
-        parts[f"{half}_images"] = images.reshape(*images.shape[:3], -1)   # N x H x W -> N x H x W x 1
-    sides = {parts[f"{half}_images"].shape[1:] for half in ("train", "test")}
-    if len(sides) > 1 or min(min(sides)[:2]) < MIN_SIDE or min(min(sides)) < 1:
-        raise InputError(f"{path}: images of shape {' and '.join(map(str, sorted(sides)))}; expected one "
-                         f"shape, at least {MIN_SIDE} x {MIN_SIDE}")
-    labels = np.concatenate([parts["train_labels"], parts["test_labels"]]).astype(np.int64)
-    if not len(labels) or not 1 <= labels.max() < 10_000:
-        raise InputError(f"{path}: labels must name between 2 and 10,000 classes, counted from 0")
-    images = np.concatenate([parts["train_images"], parts["test_images"]])
-    return Dataset(images, labels, int(labels.max()) + 1, len(parts["train_labels"]))
+def _declared(file: Any, key: str) -> int:
+    """The size in bytes of an array of an open .npz file, as its header says.
+
+    Raises:
+        InputError: it is another one than is there, or the array holds Python objects.
+    """
+    info = file.zip.getinfo(f"{key}.npy" if f"{key}.npy" in file.zip.namelist() else key)
+    with file.zip.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        rest = info.file_size - member.tell()
+    if dtype.hasobject:
+        raise InputError(f"{key} holds Python objects, which are not read because they could run code; save "
+                         "numbers")
+    size = math.prod(shape) * dtype.itemsize
+    if size != rest:
+        raise InputError(f"damaged: {key} should have {size:,} bytes by its header and has {rest:,}")
+    return size
+
+
+def _check_size(size: int) -> None:
+    there = available(torch.device("cpu"))
+    if 2 * size > there:   # once as read, once pooled
+        raise InputError(f"its arrays have {size_of(size)} and need twice that to be pooled; there are "
+                         f"{size_of(there)} of memory: use fewer or smaller images")
+
+
+def _pooled(arrays: dict[str, np.ndarray]) -> Dataset:
+    """The arrays of a file -> a data set; ValueError says which is not as expected."""
+    notes: list[str] = []
+    halves = [half for half in HALVES if f"{half}_images" in arrays or f"{half}_labels" in arrays]
+    if "val" in halves and not {"val_images", "val_labels"} <= arrays.keys():
+        raise ValueError("val_images and val_labels go together; it holds one of them")
+    # An empty half has often lost its shape and type.
+    halves = [half for half in halves if any(arrays[f"{half}_{part}"].size for part in ("images", "labels"))]
+    if not halves:
+        raise ValueError("holds no images")
+    given = arrays[f"{halves[0]}_images"].shape
+    images = {half: _channels_last(arrays.pop(f"{half}_images"), f"{half}_images") for half in halves}
+    sizes = {half: len(part) for half, part in images.items()}
+    labels = _joined([_labels(arrays[f"{half}_labels"], size, f"{half}_labels") for half, size in sizes.items()])
+    if len({(str(part.dtype), part.shape[1:]) for part in images.values()}) > 1:
+        raise ValueError("images of one type and shape are needed; " + ", ".join(
+            f"{half}_images is {part.dtype} of shape {part.shape}" for half, part in images.items()))
+    if given[1] != images[halves[0]].shape[1]:
+        notes.append("images are taken for N x C x H x W")
+    pixels = np.ascontiguousarray(_as_bytes(_joined([images.pop(half) for half in halves]), notes))
+    if pixels.shape[3] not in (1, 3):
+        notes.append(f"images have {pixels.shape[3]} channels, and all are trained on")
+    classes, numbers = np.unique(labels, return_inverse=True)
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise ValueError(f"labels must name between 2 and {MAX_CLASSES:,} classes, not {len(classes):,}")
+    if classes[-1] != len(classes) - 1:
+        notes.append(f"labels are {_some(classes)}; classes are numbered 0 to {len(classes) - 1} in that order")
+    return Dataset(pixels, numbers.astype(np.int64), len(classes), len(numbers) - sizes.get("test", 0), classes,
+                   _clients(arrays, sizes), tuple(notes))
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _some(values: np.ndarray) -> str:
+    """The first and the last values in words."""
+    return ", ".join(map(str, values)) if len(values) <= 12 else (
+        f"{', '.join(map(str, values[:5]))}, ..., {values[-1]}")
+
+
+def _channels_last(images: np.ndarray, key: str) -> np.ndarray:
+    """Images in any order that is clear -> ``N x H x W x C``."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim == 4 and 1 <= images.shape[1] < MIN_SIDE <= images.shape[3]:
+        images = np.moveaxis(images, 1, -1)
+    if images.ndim != 4:
+        raise ValueError(f"{key} is of shape {images.shape}; expected N x H x W x C or N x H x W")
+    if min(images.shape[1:3]) < MIN_SIDE or not images.shape[3]:
+        raise ValueError(f"{key} is of shape {images.shape}; expected N x H x W x C, at least {MIN_SIDE} x "
+                         f"{MIN_SIDE} pixels")
+    return images
+
+
+def _as_bytes(images: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Pixels of any type that is clear -> uint8: whole numbers to 255 as they are, others in [0, 1] times 255."""
+    if images.dtype.kind not in "buif":
+        raise ValueError(f"images are {images.dtype}; expected uint8")
+    low, high = images.min(), images.max()
+    if not (low >= 0 and high <= 255):   # NaN is in no range
+        raise ValueError(f"pixels are {images.dtype} from {low} to {high}; expected uint8, or floats from 0 to 1")
+    if images.dtype.kind == "b" or (images.dtype.kind == "f" and high <= 1):
+        notes.append(f"pixels are {images.dtype} from {low} to {high}; multiplied by 255 and rounded")
+        scaled = np.multiply(images, 255, dtype=np.float32)
+        return np.rint(scaled, out=scaled).astype(np.uint8)
+    if images.dtype.kind == "f" and not (images == np.rint(images)).all():
+        raise ValueError(f"pixels are {images.dtype} from {low} to {high}, and not whole; expected uint8, or "
+                         "floats from 0 to 1")
+    if high <= 1:
+        notes.append(f"no pixel is over {high} of 255: images are nearly black (0 and 1 alone are saved as bool)")
+    return images.astype(np.uint8, copy=False)
+
+
+def _labels(values: np.ndarray, count: int, key: str) -> np.ndarray:
+    labels = _whole(values, count, key)
+    if labels.min() < 0:
+        raise ValueError(f"{key} holds {labels.min()} (as int64); labels are whole numbers from 0: leave out "
+                         "images that have none")
+    return labels
+
+
+def _whole(values: np.ndarray, count: int, key: str) -> np.ndarray:
+    """Whole numbers of any type, ``N`` or ``N x 1`` -> int64 ``N``; an unsigned one over 2^63 turns negative."""
+    flat = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    if flat.shape != (count,):
+        raise ValueError(f"{key} is of shape {values.shape}; expected one whole number per image, {count} of them")
+    if not (flat.dtype.kind in "bui" or (flat.dtype.kind == "f" and (np.abs(flat.astype(float)) < 2**53).all()
+                                         and (flat == np.rint(flat)).all())):
+        raise ValueError(f"{key} is {flat.dtype}, and not all are whole numbers; expected one per image, from 0")
+    return flat.astype(np.int64)
+
+
+def _clients(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> np.ndarray | None:
+    """The ``client`` array, pooled, or those of each half -> clients 0 to K - 1 by sorted name, -1 for nobody."""
+    given = [f"{half}_client" for half in sizes if f"{half}_client" in arrays]
+    if not given and "client" not in arrays:
+        return None
+    if "client" in arrays and given:
+        raise ValueError(f"client and {given[0]} say the same; leave one out")
+    if given and len(given) < len(sizes):
+        raise ValueError(f"{', '.join(given)} alone; expected one for each of {', '.join(sizes)}")
+    keys = {"client": sum(sizes.values())} if not given else {f"{half}_client": sizes[half] for half in sizes}
+    if all(arrays[key].dtype.kind in "SU" and arrays[key].shape == (count,) for key, count in keys.items()):
+        return np.unique(_joined([arrays[key] for key in keys]), return_inverse=True)[1]
+    numbers = _joined([_whole(arrays[key], count, key) for key, count in keys.items()])
+    clients = np.unique(numbers[numbers >= 0])
+    if not len(clients):
+        raise ValueError(f"{', '.join(keys)}: no image has a client; expected whole numbers from 0, -1 for nobody")
+    return np.where(numbers >= 0, np.searchsorted(clients, numbers), -1)
 
 
 def fetch(name: str, data_dir: Path) -> None:

@@ -7,8 +7,9 @@ released code gets wrong (README, deviations).
 import argparse
 from pathlib import Path
 
+import datasets
 from methods import METHODS, Method
-from parsing import HUGE, NAME, TINY, Option, Parser
+from parsing import DATA_NAME, HUGE, NAME, TINY, Option, Parser
 from server.malicious import BEHAVIOURS
 from server.rules import RULES
 from utils import ROOT
@@ -31,12 +32,15 @@ def common() -> list[Option]:
     """The options that every run reads, in the order of ``--help``."""
     return [
         Option("dataset", "mnist, fmnist, cifar (downloaded on first use), mnist10k (ships with the project), or "
-               "the NAME of any DATA_DIR/NAME.npz", default="mnist", pattern=NAME, group="data"),
+               "the NAME of any DATA_DIR/NAME.npz", default="mnist", pattern=DATA_NAME, group="data"),
         Option("data_dir", "where data sets are", Path, ROOT / "data", group="data"),
-        Option("partition", "who owns which image: at random, a fixed number of classes each, or Dirichlet class "
-               "mixes", default="shards", choices=("iid", "shards", "dirichlet"), group="data"),
+        Option("partition", "who owns which image: at random, a fixed number of classes each, Dirichlet class "
+               "mixes, or as the data file's `client` array says", default="shards",
+               choices=("iid", "shards", "dirichlet", "file"), group="data"),
         CLASSES_PER_CLIENT, ALPHA,
         Option("unequal", "clients differ in size (log-normal, sigma 0.5)", bool, False, group="data"),
+        Option("keep_split", "hold out each client's images of the data file's own test half, instead of a tenth "
+               "of all of its images", bool, False, group="data"),
         Option("resplit", "the released protocol, for comparison: train and test images are drawn afresh every "
                "round, so the test images have been trained on; file names and CSVs say so", bool, False,
                group="data"),
@@ -137,6 +141,7 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = make_parser()
     args = parser.parse(argv)
+    args.dataset = datasets.canonical(args.dataset, args.data_dir)
     if fault := contradiction(args):
         parser.error(fault)
     method = METHODS[args.method]
@@ -190,7 +195,10 @@ def contradiction(args: argparse.Namespace) -> str | None:
     if args.warm_rounds is not None and args.warm_rounds >= args.rounds:
         return (f"--warm_rounds {args.warm_rounds}: none of --rounds {args.rounds} would be left for the method's "
                 "own rule; give fewer")
-    for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("warm_rounds", "encoders_from")):
+    if args.unequal and args.partition == "file":
+        return "--unequal: --partition file does not read it; leave it out"
+    for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("resplit", "keep_split"),
+                          ("warm_rounds", "encoders_from")):
         if getattr(args, first) and getattr(args, second):
             return f"--{first} and --{second} contradict each other; leave one out"
     return None

@@ -18,6 +18,7 @@ KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"), float: ((int, float), "a number"), Path: ((str, Path), "a path"),
     str: ((str,), "text"), bool: ((bool,), "true or false")}
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", "a name of letters, digits, _ . = + -, not a path"
+DATA_NAME = NAME[0], f"{NAME[1]}; for a file DIR/NAME.npz give --data_dir DIR --dataset NAME"
 TINY, HUGE = 1e-12, 10**9   # the least and the most of options that have no natural bound
 
 # What other programs call our options; suggested where a program has the option.

@@ -16,13 +16,14 @@ from typing import Final
 
 import pandas as pd
 
+from engine.memory import in_one_line
 from engine.signals import steady_output
 from parsing import Option, Parser
 from reporting import docs
 from reporting.page import page
 from reporting.summary import Finished, one_line, read, summarise
 from reporting.tables import TABLES
-from utils import ROOT, InputError, error_line, printable, remove_leftovers, shown, write_whole
+from utils import ROOT, InputError, printable, remove_leftovers, shown, write_whole
 
 ESCAPED: Final = "backslashreplace"   # bytes of a folder's name that are no text: \xNN
 
@@ -99,8 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--results_dir {args.results_dir}: --docs reads results/reference alone; leave it out")
     try:
         return update_docs(ROOT, args.check) if args.docs else write_report(args.results_dir)
-    except (InputError, OSError) as error:
-        print(error_line("report.py", error), file=sys.stderr)
+    except Exception as error:
+        if (line := in_one_line("report.py", error)) is None:
+            raise
+        print(line, file=sys.stderr)
     return 2
 
 

@@ -3,9 +3,12 @@
 Index arrays point into the pooled data (train half first). Every function takes its own generator,
 so the same seed gives the same partition whatever else a run draws.
 """
+from argparse import Namespace
+
 import numpy as np
 from numpy.random import Generator
 
+from datasets import Dataset
 from utils import InputError
 from utils import rng as make_rng
 
@@ -123,6 +126,99 @@ def _dirichlet_draw(concentrations: np.ndarray, rng: Generator) -> np.ndarray:
     logs = np.log(rng.gamma(concentrations + 1)) - rng.standard_exponential(len(concentrations)) / concentrations
     shares = np.exp(logs - logs.max())
     return shares / shares.sum()
+
+
+def by_client(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
+    """The user's own partition, ``--partition file``: one sorted index array per client.
+
+    Args:
+        clients: the client of each image, ``N`` integers from 0, -1 for nobody; None if the file does not say.
+
+    Raises:
+        InputError: the file does not say, has another number of clients, or one of them has too few images.
+    """
+    if clients is None:
+        raise InputError("--partition file: the data file has no array `client` (the client of each image, train "
+                         "half first); add it, or give --partition shards, dirichlet or iid")
+    sizes = np.bincount(clients[clients >= 0])
+    if len(sizes) != num_clients:
+        raise InputError(f"--num_users {num_clients}: the data file has {len(sizes)} clients; give --num_users "
+                         f"{len(sizes)}")
+    if sizes.min() < MIN_IMAGES:
+        raise InputError(f"--partition file: client {sizes.argmin()} has {sizes.min()} images; every client needs "
+                         f"at least {MIN_IMAGES}")
+    order = np.argsort(clients, kind="stable")[(clients < 0).sum():]
+    return np.split(order, np.cumsum(sizes)[:-1])
+
+
+def unused(labels: np.ndarray, owned: list[np.ndarray], names: np.ndarray) -> str | None:
+    """How many images ``--partition shards`` leaves to nobody and which class is short, in one line; or None.
+
+    Args:
+        labels: the class of every image, ``N``.
+        names: what each class is called.
+    """
+    counts, used, holders = (np.bincount(classes, minlength=len(names)) for classes in (
+        labels, labels[np.concatenate(owned)], np.concatenate([np.unique(labels[indices]) for indices in owned])))
+    if (counts == used).all():
+        return None
+    short = np.where(holders > 0, counts - used, len(labels)).argmin()
+    absent = ", ".join(map(str, names[holders == 0][:10]))
+    return (f"--partition shards leaves {(counts - used).sum():,} of {len(labels):,} images to nobody: class "
+            f"{names[short]} is short, {counts[short]:,} for {holders[short]} clients, and a client has as many "
+            "images of each of its classes" + (f"; nobody has class {absent}" if absent else ""))
+
+
+def by_half(owned: list[np.ndarray], train_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """``--keep_split``: each client's images of the file's train (and val) half, and of its test half.
+
+    Raises:
+        InputError: a client has none of one of them.
+    """
+    splits = [(indices[indices < train_size], indices[indices >= train_size]) for indices in owned]
+    for part, half in enumerate(("train", "test")):
+        if without := [k for k, pair in enumerate(splits) if not len(pair[part])]:
+            raise InputError(f"--keep_split: {len(without)} of {len(owned)} clients, client {without[0]} first, "
+                             f"have no image of the file's {half} half; use fewer clients or another --partition, "
+                             "or leave it out")
+    return splits
+
+
+def twins(images: np.ndarray, splits: list[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int]:
+    """How many held-out images are also training images, pixel by pixel: of any client, and of the same client.
+
+    Args:
+        images: ``N x ...``, all of them.
+        splits: the training and the held-out images of each client, as index arrays.
+    """
+    hashed = [[{i: hash(images[i].tobytes()) for i in part} for part in pair] for pair in splits]
+    trained = [set(train.values()) for train, _ in hashed]
+    everybodys = set().union(*trained)
+    found = [(key in everybodys, key in own) for own, (_, held_out) in zip(trained, hashed, strict=True)
+             for key in held_out.values()]
+    return sum(anybody for anybody, _ in found), sum(own for _, own in found)
+
+
+def described(data: Dataset, owned: list[np.ndarray], splits: list, args: Namespace) -> tuple[dict, list[str]]:
+    """What ``config.json`` says of a run's images, and what is unusual about them, one line each.
+
+    Args:
+        splits: the training and the held-out images of each client.
+        args: the run's options.
+    """
+    facts = {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}
+    notes = list(data.notes)
+    if data.names[-1] != data.num_classes - 1:   # numbered anew
+        facts["labels"] = data.names.tolist()
+    if args.partition == "shards" and (note := unused(data.labels, owned, data.names)):
+        notes.append(note)
+    if not args.resplit:   # which draws other splits in every round
+        facts["duplicates"], own = twins(data.images, splits)
+        if facts["duplicates"]:
+            held_out = sum(len(aside) for _, aside in splits)
+            notes.append(f"{facts['duplicates']:,} of {held_out:,} held-out images are also training images, "
+                         f"pixel by pixel, {own:,} of them of the same client")
+    return facts, notes
 
 
 def split(indices: np.ndarray, labels: np.ndarray, share: float,

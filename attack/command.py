@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attack.access import Target
+from engine.memory import in_one_line
 from engine.signals import Interrupted, Interrupts
-from parsing import HUGE, NAME, Option
-from utils import ROOT, InputError, error_line
+from parsing import DATA_NAME, HUGE, Option
+from utils import ROOT, InputError
 
 
 def public_options(most: int) -> list[Option]:
@@ -15,7 +16,7 @@ def public_options(most: int) -> list[Option]:
     return [
         Option("public", "images that adversaries train on: `unowned`, the images of the run's data set that no "
                "client has, or the NAME of another data set with images of the same shape", default="unowned",
-               pattern=NAME),
+               pattern=DATA_NAME),
         Option("public_images", "an adversary trains on at most so many of them", int, most, within=(200, HUGE)),
         Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1))]
 
@@ -51,9 +52,12 @@ def exit_status(program: str, work: Callable[[], None], interrupted: str) -> int
         with Interrupts():
             work()
         return 0
-    except (InputError, OSError) as error:
-        line, status = error_line(program, error), 2
     except Interrupted:
         line, status = interrupted, 130
+    except Exception as error:
+        said = in_one_line(program, error)
+        if said is None:
+            raise
+        line, status = said, 2
     print(line, file=sys.stderr)
     return status

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project,
 
 import pandas as pd
 
+import datasets
 from attack.access import Target, Victim, hold, open_target
 from attack.command import chosen_rounds, exit_status, folder_options, public_options, service_options
 from attack.members import ATTACKS, MODELS, Adversary, asked, needs_public, unfit
@@ -72,6 +73,7 @@ def attack_all(args: Namespace) -> None:
         InputError: no attack fits, the run cannot be attacked, or membership.csv is damaged.
     """
     keep_freed_memory()
+    args.public = datasets.canonical(args.public, args.data_dir)
     target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
     together = sorted(set(args.rounds or target.rounds()))   # what `fedmia` looks at
     plan = planned(target, args, chosen_rounds(target, args), together)

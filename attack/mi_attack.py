@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project,
 import pandas as pd
 from tqdm import tqdm
 
+import datasets
 from attack.access import ADVERSARIES, Target, Victim, open_target
 from attack.attacks import ATTACKS, unfit
 from attack.command import chosen_rounds, exit_status, folder_options, public_options, service_options
@@ -81,6 +82,7 @@ def attack_all(args: Namespace) -> None:
         InputError: no attack fits, the run cannot be attacked, or an earlier attack had other options.
     """
     keep_freed_memory()
+    args.public = datasets.canonical(args.public, args.data_dir)
     target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
     rounds = chosen_rounds(target, args)
     scene = Scene(target, args)

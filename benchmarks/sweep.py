@@ -24,7 +24,7 @@ driver = load_driver()
 def sweep(args, clients: int) -> None:
     """Train the first ``clients`` clients under one setting and print a line a round."""
     data = datasets.load(args.dataset, args.data_dir)
-    splits = driver.deal(args, data.labels)[1][:clients]
+    splits = driver.deal(args, data)[1][:clients]
     trainer = driver.make_trainer(args, data, choose_device(args.device))
     head, private = trainer.shared_and_private(trainer.state())
     kept, server = [Private(private)] * clients, driver.make_server(args, trainer, splits)

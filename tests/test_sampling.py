@@ -1,4 +1,5 @@
 """Partitions, as properties over sizes, seeds and kinds; splits; client sampling."""
+import re
 import time
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampling import partition, sample_clients, split, split_all
+from sampling import by_client, by_half, partition, sample_clients, split, split_all, twins, unused
 from utils import InputError, rng
 
 LABELS = np.random.default_rng(0).integers(0, 10, 4000)
@@ -166,3 +167,58 @@ def test_sample_clients():
     assert len(set(some)) == 10 and some == sorted(some)
     assert some != sample_clients(100, 0.1, rng(1, "sample", round=2))
     assert len(sample_clients(5, 1e-6, rng(1, "sample"))) == 1
+
+
+def test_a_partition_of_the_users_own():
+    owned = by_client(np.array([1, 0, -1, 1, 0, 0, 1]), 2)
+    assert [part.tolist() for part in owned] == [[1, 4, 5], [0, 3, 6]]
+
+
+@pytest.mark.parametrize("clients, num_clients, said", [
+    (None, 2, "no array `client`"), (np.array([0, 0, 1, 1, 2, 2]), 2, "3 clients; give --num_users 3"),
+    (np.array([0, 0, 1, -1]), 2, "client 1 has 1 images")])
+def test_a_partition_that_the_file_does_not_have(clients, num_clients, said):
+    with pytest.raises(InputError, match=said):
+        by_client(clients, num_clients)
+
+
+@pytest.mark.parametrize("counts, users, said", [
+    (np.round(300 * 0.01 ** (np.arange(10) / 9)).astype(int), 5, "715 of 745 images .* class 9 is short, 3 for"),
+    (np.round(5000 * 0.01 ** (np.arange(10) / 9)).astype(int), 10, "11,908 of 12,408 .* class 9 is short, 50 for"),
+    (np.full(10, 1000), 4, "2,000 of 10,000 .*; nobody has class 3, 5$"), (np.full(10, 1000), 5, None)])
+def test_shards_say_what_they_leave_to_nobody(counts, users, said):
+    labels, names = np.repeat(np.arange(10), counts), np.arange(10)
+    line = unused(labels, partition(labels, users, "shards", rng(1, "partition")), names)
+    assert line is None if said is None else re.search(said, line)
+
+
+def test_classes_are_named_as_in_the_file():
+    labels = np.repeat([0, 1], [594, 6])
+    line = unused(labels, partition(labels, 3, "shards", rng(1, "partition")), np.array([10, 20]))
+    assert "588 of 600" in line and "class 20 is short, 6 for 3 clients" in line
+
+
+def test_the_files_own_split_is_kept():
+    splits = by_half([np.array([0, 2, 7, 9]), np.array([1, 8])], 8)
+    assert [[part.tolist() for part in pair] for pair in splits] == [[[0, 2, 7], [9]], [[1], [8]]]
+    with pytest.raises(InputError, match="2 of 3 clients, client 1 first, have no image of the file's test half"):
+        by_half([np.array([0, 9]), np.array([1, 2]), np.array([3, 4])], 8)
+    with pytest.raises(InputError, match="1 of 1 clients, client 0 first, have no image of the file's train half"):
+        by_half([np.array([8, 9])], 8)
+
+
+def test_twins_are_counted_once_a_held_out_image():
+    images = np.arange(8)[:, None, None] * np.ones((8, 2, 2), np.uint8)
+    images[[3, 6, 7]] = images[0]
+    splits = [(np.array([0, 1]), np.array([2, 3])), (np.array([4, 5]), np.array([6, 7]))]
+    assert twins(images, splits) == (3, 1)
+    images[3] = np.flip(images[1] + [[0, 0], [0, 1]])   # the same pixels, elsewhere
+    assert twins(images, splits) == (2, 0)
+
+
+def test_twins_among_70_000_images_take_no_time():
+    images = np.random.default_rng(0).integers(0, 255, (70_000, 28, 28), dtype=np.uint8)
+    numbers = np.arange(70_000).reshape(10, -1)
+    start = time.process_time()
+    assert twins(images, [(part[700:], part[:700]) for part in numbers]) == (0, 0)
+    assert time.process_time() - start < 5

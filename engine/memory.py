@@ -1,0 +1,78 @@
+"""Memory: how much there is, whether a network fits in it, and running out of it as one line."""
+import errno
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from utils import InputError, error_line
+
+LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")   # of a container
+COPIES = {"adam": 10, "sgd": 8}   # of the parameters, at the peak of a round: measured with 73 M and 135 M
+LARGE = 2**30      # bytes of a client's model from which its size is said
+# How PyTorch, CUDA and C++ say it where they raise no error of their own kind.
+WORDS = "can't allocate memory", "out of memory", "not enough memory", "bad_alloc", "ALLOC_FAILED"
+
+
+def available(device: torch.device) -> int:
+    """Bytes of memory that a process can have: the GPU's, or the machine's, the container's or ``ulimit -v``'s."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    found += [int(text) for path in LIMITS if path.is_file() and (text := path.read_text().strip()).isdecimal()]
+    found += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    return min(found)
+
+
+def size_of(number: float) -> str:
+    """Bytes in words, such as `6.7 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
+
+
+def said_of(parameters: int, clients: int, optimizer: str, device: torch.device) -> str | None:
+    """The size of a large model in one line; None if a client's is under 1 GiB and fits in memory.
+
+    Args:
+        parameters: of one client's network, float32.
+        clients: how many keep one.
+        optimizer: a client's, ``adam`` or ``sgd``.
+
+    Raises:
+        InputError: no client could be trained in the memory of this device.
+    """
+    each, there = 4 * parameters, available(device)
+    needed = each * COPIES[optimizer]
+    line = (f"the network has {parameters / 1e6:,.0f} M parameters, {size_of(each)} per client; training takes "
+            f"about {size_of(needed)} of memory, of which there are {size_of(there)}, and a checkpoint of "
+            f"{clients} clients {size_of(each * clients)} of disk")
+    if needed > 2 * there:   # half of the copies have to be there at one time
+        raise InputError(f"{line}: use smaller images, or a method without an encoder (--method fedavg)")
+    return line if each >= LARGE or needed > there else None
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
+
+
+def in_one_line(program: str, error: Exception, hint: str = "") -> str | None:
+    """A mistake of the user's, a file's fault or a lack of memory as one line; None for a fault of the program.
+
+    Args:
+        hint: what to do about a file or the memory.
+    """
+    if isinstance(error, InputError):
+        return error_line(program, error)
+    if is_exhausted(error):
+        return error_line(program, "out of memory; use fewer images at a time (--local_bs, --eval_samples, --stack, "
+                          "--images or --draws, whichever it has), smaller images, or another --device", hint)
+    return error_line(program, error, hint) if isinstance(error, OSError) else None

@@ -1,0 +1,126 @@
+"""Running out of memory is one line, and a network that will not fit is refused before it is built."""
+import errno
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import report
+from attack import membership, mi_attack
+from engine import memory
+from utils import InputError
+
+EXHAUSTED = [
+    MemoryError(), np._core._exceptions._ArrayMemoryError((9,), np.dtype("u1")), OSError(errno.ENOMEM, "none"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                 "tried to allocate 400 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError("CUDA error: out of memory"), RuntimeError("std::bad_alloc"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]
+
+
+@pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
+def test_whoever_says_that_memory_ran_out(error):
+    line = memory.in_one_line("p.py", error, "; then: again")
+    assert line.startswith("p.py: error: out of memory; ") and line.endswith("; then: again")
+    assert "--local_bs" in line and "\n" not in line
+
+
+def test_other_errors():
+    assert memory.in_one_line("p.py", InputError("--lr 7: no"), "; again") == "p.py: error: --lr 7: no"
+    denied = PermissionError(13, "Permission denied", "a.csv")
+    assert memory.in_one_line("p.py", denied, "; again") == "p.py: error: a.csv: Permission denied; again"
+    assert memory.in_one_line("p.py", RuntimeError("shapes cannot be multiplied")) is None
+    assert memory.in_one_line("p.py", KeyError("x")) is None
+
+
+def test_pytorch_and_numpy_say_it_so():
+    """With an allocation that no machine grants."""
+    for ask in (lambda: torch.empty(2**60, dtype=torch.uint8), lambda: np.empty(2**60, np.uint8)):
+        with pytest.raises(Exception) as caught:
+            ask()
+        assert memory.is_exhausted(caught.value)
+
+
+def exhausted(*args, **kwargs):
+    raise EXHAUSTED[4]
+
+
+def test_every_program_says_it_in_one_line(place, capsys, monkeypatch):
+    folders = [word for name in ("results", "models", "data")
+               for word in (f"--{name}_dir", str(place.folder / name))]
+    monkeypatch.setattr(mi_attack, "open_target", exhausted)
+    monkeypatch.setattr(membership, "open_target", exhausted)
+    monkeypatch.setattr(report, "write_report", exhausted)
+    monkeypatch.setattr(place.driver, "federate", exhausted)
+    for call, name in ((lambda: place.main(), "RVE-PFL.py"),
+                       (lambda: mi_attack.main(["--run", "run", *folders]), "mi_attack.py"),
+                       (lambda: membership.main(["--run", "run", *folders]), "membership.py"),
+                       (lambda: report.main(folders[:2]), "report.py")):
+        capsys.readouterr()
+        assert call() == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"{name}: error: out of memory; ")
+        assert ("--resume" in line) is (name == "RVE-PFL.py")
+
+
+def test_faults_of_the_program_stay_tracebacks(place, monkeypatch):
+    def fault(*args):
+        raise ZeroDivisionError
+    monkeypatch.setattr(place.driver, "federate", fault)
+    with pytest.raises(ZeroDivisionError):
+        place.main()
+
+
+def test_large_images_are_refused_before_anything_is_built(place, driver, capsys, monkeypatch):
+    """224 x 224 in colour; by hand 64 * 220^2 * 512 and 2 * 512 * 3 * 224^2 in the encoder, 64 * 56^2 * 256 in the
+    head, and 0.3 M of biases and convolutions: 1,791.8 M.
+    """
+    y = np.arange(40) % 2
+    x = np.random.default_rng(0).integers(0, 255, (40, 224, 224, 3), dtype=np.uint8)
+    np.savez(place.folder / "data" / "large.npz", train_images=x, train_labels=y, test_images=[], test_labels=[])
+    monkeypatch.setattr(driver, "make_trainer", exhausted)
+    monkeypatch.setattr(memory, "available", lambda device: 16 * 10**9)
+    line = place.refuses(capsys, "--dataset", "large", "--num_users", 10, "--partition", "iid")
+    assert "1,792 M parameters, 7.17 GB per client" in line and "71.7 GB of memory" in line and "16 GB" in line
+    assert "10 clients 71.7 GB of disk" in line and "fedavg" in line
+    assert not place.results.exists() and not place.models.exists()
+    monkeypatch.setattr(memory, "available", lambda device: 64 * 10**9)
+    assert place.main("--dataset", "large", "--num_users", 10, "--partition", "iid") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("note: the network has 1,792 M parameters") and "out of memory" in said[1]
+
+
+def test_a_usual_network_is_not_worth_a_word():
+    cpu = torch.device("cpu")
+    assert memory.said_of(30_000_000, 10, "adam", cpu) is None
+    assert 2**28 < memory.available(cpu) < 2**50
+
+
+def test_what_is_unusual_about_the_images_is_said_and_recorded(place, tiny_arrays, capsys):
+    images = tiny_arrays["train_images"].copy()
+    images[1:150] = images[0]
+    labels = {key: tiny_arrays[key] + 1 for key in ("train_labels", "test_labels")}
+    np.savez(place.folder / "data" / "odd.npz", **{**tiny_arrays, **labels, "train_images": images})
+    assert place.main("--dataset", "odd", "--rounds", 1, "--method", "fedavg") == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    config = json.loads((place.results / "config.json").read_text())["images"]
+    assert config["labels"] == [1, 2, 3, 4] and config["pooled"] == 240 and config["classes"] == 4
+    assert notes[0] == "note: labels are 1, 2, 3, 4; classes are numbered 0 to 3 in that order"
+    assert notes[-1].startswith(f"note: {config['duplicates']} of ") and 5 < config["duplicates"] < 30
+
+
+def test_the_users_own_clients_and_split(place, tiny_arrays, capsys):
+    clients = np.tile([0, 1, 2, -1], 60)
+    np.savez(place.folder / "data" / "own.npz", **tiny_arrays, client=clients)
+    flags = ("--dataset", "own", "--rounds", 1, "--method", "fedavg", "--partition", "file", "--keep_split")
+    assert "--num_users 3" in place.refuses(capsys, *flags)
+    assert "--unequal" in place.refuses(capsys, *flags, "--num_users", 3, "--unequal")
+    assert "--keep_split" in place.refuses(capsys, *flags, "--num_users", 3, "--resplit")
+    assert place.main(*flags, "--num_users", 3) == 0
+    with np.load(place.results / "partition.npz") as file:
+        for k in range(3):
+            assert file[f"train_{k}"].tolist() == [i for i in range(200) if i % 4 == k]
+            assert file[f"test_{k}"].tolist() == [i for i in range(200, 240) if i % 4 == k]
+    assert "no array `client`" in place.refuses(capsys, "--partition", "file", "--overwrite")
