@@ -73,6 +73,6 @@ def in_one_line(program: str, error: Exception, hint: str = "") -> str | None:
     if isinstance(error, InputError):
         return error_line(program, error)
     if is_exhausted(error):
-        return error_line(program, "out of memory; use fewer images at a time (--local_bs, --eval_samples, --stack, "
-                          "--images or --draws, whichever it has), smaller images, or another --device", hint)
+        return error_line(program, "out of memory; use fewer images at a time (--local_bs, --eval_samples, "
+                          "--stack, --images or --draws, whichever it has), or smaller images", hint)
     return error_line(program, error, hint) if isinstance(error, OSError) else None

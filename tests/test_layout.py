@@ -8,8 +8,10 @@ from conftest import ROOT
 # From the ground up. A module imports from rows below its own only.
 FLOORS = [
     ["utils"],
-    ["parsing", "engine.signals", "engine.ranks", "models", "sampling", "datasets", "metrics", "runs.csvs",
+    ["parsing", "engine.signals", "engine.ranks", "engine.memory", "models", "metrics", "runs.csvs",
      "runs.pictures", "attack.tables", "attack.roc"],
+    ["datasets"],
+    ["sampling"],
     ["server.mean", "server.filtering"],
     ["server.robust", "server.privacy", "server.threat_aware", "server.forging", "server.triggers"],
     ["server.rules"],
