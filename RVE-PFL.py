@@ -151,7 +151,7 @@ def deal(args: Namespace, data: datasets.Dataset) -> tuple[list, list]:
 
 
 def parameters(args: Namespace, data: datasets.Dataset) -> int:
-    """How many parameters a client's network has, before any memory is taken for it."""
+    """Count the parameters of a client's network, before any memory is taken for it."""
     with torch.device("meta"):
         return METHODS[args.method].count(METHODS[args.method].build(
             data.image_shape, data.num_classes, vars(args)))["total"]

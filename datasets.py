@@ -59,7 +59,7 @@ class Dataset:
 
 
 def canonical(name: str, data_dir: Path) -> str:
-    """The name of a data set as this program has it, of one as others write it: `FashionMNIST` is `fmnist`.
+    """Return this program's name of a data set that others write otherwise: `fmnist` for `FashionMNIST`.
 
     A file of exactly that name in ``data_dir`` comes first.
     """
@@ -103,7 +103,7 @@ def _unknown(name: str, data_dir: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays that a run looks at, by key.
+    """Read the arrays that a run looks at, by key.
 
     Raises:
         OSError: the file is whole, perhaps, but cannot be read.
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _declared(file: Any, key: str) -> int:
-    """The size in bytes of an array of an open .npz file, as its header says.
+    """Return the size in bytes of an array of an open .npz file, as its header says.
 
     Raises:
         InputError: it is another one than is there, or the array holds Python objects.
@@ -162,7 +162,7 @@ def _check_size(size: int) -> None:
 
 
 def _pooled(arrays: dict[str, np.ndarray]) -> Dataset:
-    """The arrays of a file -> a data set; ValueError says which is not as expected."""
+    """Pool the arrays of a file; ValueError says which is not as expected."""
     notes: list[str] = []
     halves = [half for half in HALVES if f"{half}_images" in arrays or f"{half}_labels" in arrays]
     if "val" in halves and not {"val_images", "val_labels"} <= arrays.keys():
@@ -197,13 +197,13 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _some(values: np.ndarray) -> str:
-    """The first and the last values in words."""
+    """List the first and the last values."""
     return ", ".join(map(str, values)) if len(values) <= 12 else (
         f"{', '.join(map(str, values[:5]))}, ..., {values[-1]}")
 
 
 def _channels_last(images: np.ndarray, key: str) -> np.ndarray:
-    """Images in any order that is clear -> ``N x H x W x C``."""
+    """Turn images in any order that is clear into ``N x H x W x C``."""
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim == 4 and 1 <= images.shape[1] < MIN_SIDE <= images.shape[3]:
@@ -217,7 +217,7 @@ def _channels_last(images: np.ndarray, key: str) -> np.ndarray:
 
 
 def _as_bytes(images: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Pixels of any type that is clear -> uint8: whole numbers to 255 as they are, others in [0, 1] times 255."""
+    """Turn pixels of any type that is clear into uint8: whole numbers to 255, or floats in [0, 1] times 255."""
     if images.dtype.kind not in "buif":
         raise ValueError(f"images are {images.dtype}; expected uint8")
     low, high = images.min(), images.max()
@@ -244,7 +244,7 @@ def _labels(values: np.ndarray, count: int, key: str) -> np.ndarray:
 
 
 def _whole(values: np.ndarray, count: int, key: str) -> np.ndarray:
-    """Whole numbers of any type, ``N`` or ``N x 1`` -> int64 ``N``; an unsigned one over 2^63 turns negative."""
+    """Cast whole numbers of any type, ``N`` or ``N x 1``, to int64 ``N``; those over 2^63 turn negative."""
     flat = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     if flat.shape != (count,):
         raise ValueError(f"{key} is of shape {values.shape}; expected one whole number per image, {count} of them")
@@ -255,7 +255,7 @@ def _whole(values: np.ndarray, count: int, key: str) -> np.ndarray:
 
 
 def _clients(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> np.ndarray | None:
-    """The ``client`` array, pooled, or those of each half -> clients 0 to K - 1 by sorted name, -1 for nobody."""
+    """Number the clients of the file 0 to K - 1 in sorted order, ``N``, -1 for nobody; None if it has none."""
     given = [f"{half}_client" for half in sizes if f"{half}_client" in arrays]
     if not given and "client" not in arrays:
         return None

@@ -129,7 +129,7 @@ def _dirichlet_draw(concentrations: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def by_client(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
-    """The user's own partition, ``--partition file``: one sorted index array per client.
+    """Return the user's own partition, ``--partition file``: one sorted index array per client.
 
     Args:
         clients: the client of each image, ``N`` integers from 0, -1 for nobody; None if the file does not say.
@@ -152,7 +152,7 @@ def by_client(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
 
 
 def unused(labels: np.ndarray, owned: list[np.ndarray], names: np.ndarray) -> str | None:
-    """How many images ``--partition shards`` leaves to nobody and which class is short, in one line; or None.
+    """Say how many images ``--partition shards`` leaves to nobody, and which class is short; None for no images.
 
     Args:
         labels: the class of every image, ``N``.
@@ -170,7 +170,7 @@ def unused(labels: np.ndarray, owned: list[np.ndarray], names: np.ndarray) -> st
 
 
 def by_half(owned: list[np.ndarray], train_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """``--keep_split``: each client's images of the file's train (and val) half, and of its test half.
+    """Split each client's images as the file does (``--keep_split``): its train and val halves, and its test half.
 
     Raises:
         InputError: a client has none of one of them.
@@ -185,7 +185,7 @@ def by_half(owned: list[np.ndarray], train_size: int) -> list[tuple[np.ndarray, 
 
 
 def twins(images: np.ndarray, splits: list[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int]:
-    """How many held-out images are also training images, pixel by pixel: of any client, and of the same client.
+    """Count held-out images that are also training images, pixel by pixel: of any client, and of the same client.
 
     Args:
         images: ``N x ...``, all of them.
@@ -200,7 +200,7 @@ def twins(images: np.ndarray, splits: list[tuple[np.ndarray, np.ndarray]]) -> tu
 
 
 def described(data: Dataset, owned: list[np.ndarray], splits: list, args: Namespace) -> tuple[dict, list[str]]:
-    """What ``config.json`` says of a run's images, and what is unusual about them, one line each.
+    """Return what ``config.json`` says of a run's images, and lines about what is unusual in them.
 
     Args:
         splits: the training and the held-out images of each client.

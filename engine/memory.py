@@ -16,7 +16,7 @@ WORDS = "can't allocate memory", "out of memory", "not enough memory", "bad_allo
 
 
 def available(device: torch.device) -> int:
-    """Bytes of memory that a process can have: the GPU's, or the machine's, the container's or ``ulimit -v``'s."""
+    """Return the bytes of memory of a GPU, or the least of the machine's, the container's and ``ulimit -v``'s."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -26,7 +26,7 @@ def available(device: torch.device) -> int:
 
 
 def size_of(number: float) -> str:
-    """Bytes in words, such as `6.7 GB`."""
+    """Write a number of bytes as `6.7 GB`, say."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -35,7 +35,7 @@ def size_of(number: float) -> str:
 
 
 def said_of(parameters: int, clients: int, optimizer: str, device: torch.device) -> str | None:
-    """The size of a large model in one line; None if a client's is under 1 GiB and fits in memory.
+    """Say the size of a large model in one line; None if a client's is under 1 GiB and fits in memory.
 
     Args:
         parameters: of one client's network, float32.
@@ -56,7 +56,7 @@ def said_of(parameters: int, clients: int, optimizer: str, device: torch.device)
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
+    """Return whether an error says that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -65,7 +65,7 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 def in_one_line(program: str, error: Exception, hint: str = "") -> str | None:
-    """A mistake of the user's, a file's fault or a lack of memory as one line; None for a fault of the program.
+    """Return the line for a user's mistake, a file's fault or a lack of memory; None for a fault of the program.
 
     Args:
         hint: what to do about a file or the memory.
