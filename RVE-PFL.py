@@ -24,14 +24,13 @@ from engine.memory import in_one_line, said_of
 from engine.ranks import PeerLost, Ranks
 from engine.several import train_each
 from engine.signals import Interrupted, Interrupts, steady_output
-from methods import METHODS
+from methods import METHODS, make_server
 from metrics import over_clients
 from options import args_parser
 from runs.checkpoint import borrowed_encoders, finished_source
 from runs.run import Progress, Run, open_run
 from server.malicious import MaliciousClients
-from server.mean import Aggregated, Round, Server, Setting, State
-from server.rules import RULES
+from server.mean import Aggregated, Round, Server, State
 from update import Diverged, Private, Trained, Trainer, training_of
 from utils import (
     InputError,
@@ -39,6 +38,7 @@ from utils import (
     choose_precision,
     environment,
     error_line,
+    fingerprint,
     keep_freed_memory,
     printable,
     rng,
@@ -99,8 +99,8 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
         "processes": ranks.size,
         "precision": str(trainer.training.dtype), "parameters": trainer.method.count(trainer.model),
-        "images": images}
-    server = make_server(args, trainer, splits)
+        "start": fingerprint(trainer.state()), "images": images}
+    server = make_server(vars(args), min(len(train) for train, _ in splits))
     if args.encoders_from and not args.resume:   # before anything of this run is written
         finished_source(args)
     malicious = MaliciousClients(args.malicious_behaviour, args.malicious_frac, args.num_users, args.seed)
@@ -170,16 +170,6 @@ def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) 
     return kind(model.to(device).to(memory_format=torch.channels_last), method,
                 torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).to(device),
                 data.num_classes, training)
-
-
-def make_server(args: Namespace, trainer: Trainer, splits: list) -> Server:
-    """How the method aggregates: by a server of its own, or by the rule asked for."""
-    setting = Setting(
-        seed=args.seed, clients=args.num_users, frac=args.frac, rounds=args.rounds,
-        smallest=min(len(train) for train, _ in splits), epsilon=args.epsilon, delta=args.delta,
-        clip=args.clip, exposures=args.exposures, noise_multiplier=args.noise_multiplier,
-        tolerate=args.tolerate, options=vars(args))
-    return (trainer.method.server or RULES[args.aggregation].server)(setting)
 
 
 @dataclass(frozen=True)

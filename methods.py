@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import models
 from parsing import HUGE, TINY, Option
-from server.mean import Server, State
+from server.mean import Server, Setting, State
 from server.privacy import AdaptiveClientDP, ClientDP, NbAFL
 from server.rules import RULES
 
@@ -161,6 +161,19 @@ class Method:
         """
         chosen = {name: options[name] for name in self.network.options if name in options}
         return self.network(image_shape, num_classes, **chosen)
+
+
+def make_server(options: Mapping[str, Any], smallest: int) -> Server:
+    """Return the server of a run: the method's own, or that of the rule asked for.
+
+    Args:
+        options: the run's, by name.
+        smallest: training images of the smallest local data set.
+    """
+    same = ("seed", "frac", "rounds", "epsilon", "delta", "clip", "exposures", "noise_multiplier", "tolerate")
+    setting = Setting(clients=options["num_users"], smallest=smallest, options=options,
+                      **{name: options[name] for name in same})
+    return (METHODS[options["method"]].server or RULES[options["aggregation"]].server)(setting)
 
 
 def client_dp_budget(args: Namespace) -> str | None:

@@ -156,6 +156,14 @@ def keep_freed_memory() -> None:
     mallopt(m_top_pad, 64 * 2**20)
 
 
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """Return a digest of a state dict's values, 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(state):
+        digest.update(state[name].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then rename it: a reader sees all of it or nothing.
 

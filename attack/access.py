@@ -16,24 +16,27 @@ A gradient that is observed at a checkpoint is the gradient of the next training
 step with the encoder just stored and with the head just aggregated, which the server sends next. The server
 knows this head, so it matches the gradient on exactly these weights.
 """
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import datasets
-from methods import METHODS, Method
+from attack import gradients
+from methods import METHODS, Method, make_server
 from models import RVE, Network, as_image, over_draws, reparameterise
 from runs import configs
-from runs.checkpoint import checked_head, load_checked, read_private, read_shared
-from server.mean import State
-from update import Private
-from utils import InputError, seed_torch
+from runs.checkpoint import checked_head, load_checked, read_private, read_shared, same_memory
+from server.mean import Round, Server, State
+from server.privacy import NbAFL
+from update import Private, Trainer, training_of
+from utils import InputError, fingerprint, seed_torch
 
 Query = Callable[[Tensor], Tensor]   # images N x C x H x W -> probabilities N x num_classes
 Part = TypeVar("Part")
@@ -47,12 +50,14 @@ class Target:
     Attributes:
         results, models: the run's two folders.
         options: the ``options`` of its ``config.json``.
+        start_digest: of the weights that it began with, as ``utils.fingerprint`` gives it; "" if unknown.
     """
 
     results: Path
     models: Path
     options: dict
     data: datasets.Dataset
+    start_digest: str = ""
 
     @property
     def has_encoder(self) -> bool:
@@ -79,6 +84,26 @@ class Target:
                              "(--resume), or train it again (--overwrite)")
         return rounds[-1]
 
+    def require(self, round: int) -> None:
+        """Check that there is something to attack of a round; 0 is the start, before the first round.
+
+        Raises:
+            InputError: the round has no checkpoint, or the start can't be made again.
+        """
+        if round:
+            self.file(round, "shared.pt")
+        elif source := self.options.get("encoders_from"):
+            raise InputError(f"--rounds 0: this run's clients began with the encoders of run {source}, which no "
+                             "seed gives; attack a later round")
+        elif fingerprint(self.seeded) != self.start_digest:
+            raise InputError(f"--rounds 0: by {self.results / 'config.json'} the run began with other weights "
+                             "than its seed gives here; use the PyTorch and the program that trained it")
+
+    @cached_property
+    def seeded(self) -> State:
+        """The weights that a run begins with, drawn from its seed: no secret of anybody."""
+        return self.start(0).state_dict()
+
     def file(self, round: int, name: str) -> Path:
         """The path of a checkpoint's file; InputError if the round has no checkpoint."""
         folder = self.models / f"round_{round}"
@@ -90,12 +115,14 @@ class Target:
 
     def shared(self, round: int) -> dict:
         """``shared.pt``: ``sent``, the head that clients started from, and ``uploads``, theirs by client."""
+        if not round:
+            return {"sent": self.sent_next(0), "uploads": {}}
         travels = self.row(round).shared_and_private(self.network().state_dict())[0]
         return read_shared(self.file(round, "shared.pt"), travels, self.options["num_users"])
 
     def row(self, round: int) -> Method:
-        """The row of METHODS that held in a round."""
-        return METHODS[self.options["method"]].in_round(round, self.options)
+        """The row of METHODS that held in a round; before the first, that which holds in it."""
+        return METHODS[self.options["method"]].in_round(max(round, 1), self.options)
 
     def start(self, round: int) -> Network:
         """The network that every client's own part began with: the seeded start, or what the warm rounds left.
@@ -119,13 +146,38 @@ class Target:
         Raises:
             InputError: the file is damaged, or of another method.
         """
+        if not round:
+            return self.row(0).shared_and_private(self.seeded)[0]
         path = self.file(round, "server.pt")
         travels = self.row(round).shared_and_private(self.network().state_dict())[0]
         return checked_head(load_checked(path).get("head"), travels, path)
 
+    @cached_property
+    def first_server(self) -> Server:
+        """The run's server as it was before the first round."""
+        return make_server(self.options, min(map(len, self.owned()[0])))
+
+    def server(self, round: int) -> Server:
+        """The run's server, with what it remembers after a round.
+
+        What it learned later only, it has too: NbAFL's clip is that of the first uploads, and stays.
+        """
+        found, start = copy.copy(self.first_server), self.first_server.memory
+        found.memory = {**self._memory(self.latest_round()), **(self._memory(round) if round else start)}
+        return found
+
+    def _memory(self, round: int) -> dict:
+        path = self.file(round, "server.pt")
+        memory = load_checked(path).get("memory")
+        if not (isinstance(memory, dict) and same_memory(memory, self.first_server.memory)):
+            raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
+        return memory
+
     def private(self, round: int, client: int) -> Private:
         """``client_<k>.pt``: what never left the client."""
-        travels, stays = self.row(round).shared_and_private(self.network().state_dict())
+        travels, stays = self.row(round).shared_and_private(self.network().state_dict() if round else self.seeded)
+        if not round:
+            return Private(stays)
         return read_private(self.file(round, f"client_{client}.pt"), stays, travels)
 
     def own_head(self, round: int, client: int, private: Private) -> State:
@@ -174,8 +226,10 @@ def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path) 
     if not path.exists():
         there = sorted(p.parent.name for p in results_dir.glob("*/config.json"))
         raise InputError(f"--run {name}: there is no {path}; runs there: {', '.join(there) or 'no runs'}")
-    options = configs.read(path, "dataset", "method", "num_users", "init_logvar", "seed")["options"]
-    return Target(results_dir / name, models_dir / name, options, datasets.load(options["dataset"], data_dir))
+    config = configs.read(path, "dataset", "method", "num_users", "init_logvar", "seed")
+    options = config["options"]
+    data = datasets.load(options["dataset"], data_dir)
+    return Target(results_dir / name, models_dir / name, options, data, str(config.get("start", "")))
 
 
 @dataclass(frozen=True)
@@ -260,7 +314,7 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
     if adversary == "curious_server" and not shared["sent"]:
         raise InputError(f"--adversary curious_server: --method {target.options['method']} sends it nothing")
     if adversary == "curious_server":
-        parameters = shared["uploads"].get(client, shared["sent"])
+        parameters = shared["uploads"].get(client, shared["sent"]) if round else target.seeded
     elif adversary == "curious_client":   # it never sees the upload of another client
         parameters = {**shared["sent"], **target.private(round, own).parameters}
     else:
@@ -296,7 +350,8 @@ class Victim:
     """The attacked client. Its methods give what the adversary observes of given images."""
 
     def __init__(self, target: Target, round: int, client: int) -> None:
-        self.target, self.sent_next = target, target.sent_next(round)
+        self.target, self.round, self.client, self.sent_next = target, round, client, target.sent_next(round)
+        self.uploads = 0   # observed so far
         private = target.private(round, client)
         self.private, self.own = private.parameters, target.own_head(round, client, private)
 
@@ -309,6 +364,10 @@ class Victim:
         network = self._network(shared)
         return Holdings(network.get_submodule("classifier"), getattr(network, "encoder", None),
                         self.target.has_encoder, self.target.data.image_shape)
+
+    def stolen(self) -> Holdings:
+        """The client's own model."""
+        return self._holdings(self.own)
 
     @torch.no_grad()
     def head_input(self, x: Tensor) -> Tensor:
@@ -344,32 +403,59 @@ class Victim:
                 "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item(),
                 "bound_nats": kl + (0.0 if network.prior is None else torch.special.entr(shares).sum().item())}
 
-    def update(self, x: Tensor, y: Tensor, change: Callable[[nn.Module, Tensor, Tensor], State]) -> State:
-        """What the server observes of the client's next step, or epoch, on images ``x`` with labels ``y``.
+    def update(self, x: Tensor, y: Tensor, lr: float, batch: int | None = None,
+               inputs: list[Tensor] | None = None) -> State:
+        """Return what the server makes of the upload that a client's next steps cause: the sum of their gradients.
 
-        There is no dropout, which is the best case for the adversary.
+        The client takes SGD steps on images ``x`` with labels ``y`` from the head that it is sent next. Each
+        follows the gradient of its whole objective: the cross-entropy, the KL term, the method's own loss and,
+        with a prior for each class, the replay of draws from the priors. Its private parameters stay as they are.
+        There is no dropout and no augmentation, which is the best case for the adversary.
+
+        Where the method protects uploads, what is observed is ``sent - lr * sum`` as ``Server.receive`` lets it
+        through, every upload with noise of its own. The server then divides by the step (``gradients.of_upload``).
+        Other uploads give the sum itself; that float32 rounds them is left out.
 
         Args:
-            change: head, its input, labels -> a gradient or an update, by parameter name.
-        """
-        holdings = self._holdings(self.sent_next)
-        with torch.no_grad():
-            z = as_image(holdings.sample(x), holdings.image_shape) if self.target.has_encoder else x
-        return change(held(holdings.head), z, y)
+            lr: size of a step, which the server knows.
+            batch: images in a step; all of them if not given.
+            inputs: the head's inputs are appended to this list, for scoring alone.
 
-    def trunk_gradient(self, x: Tensor, y: Tensor) -> State:
-        """The gradient that the server observes of an encoder's trunk, where that travels: by parameter name.
-
-        It is of the client's next step on images ``x`` with labels ``y``, without dropout, as in ``update``.
+        Returns:
+            By parameter name, of all parameters that travel.
         """
-        network = self._network(self.sent_next)
-        trunk = network.get_submodule("encoder.trunk")
-        output = network(x, y)
-        value = F.cross_entropy(output.logits, y)
-        if output.kl is not None:
-            value = value + (self.target.options.get("kl_weight") or 0.0) * output.kl.mean()
-        names, parameters = zip(*trunk.named_parameters(prefix="trunk"), strict=True)
-        return dict(zip(names, torch.autograd.grad(value, parameters), strict=True))
+        total = self._steps(x, y, lr, batch or len(x), inputs)
+        if not METHODS[self.target.options["method"]].protects:
+            return total
+        server = self.target.server(self.round)
+        self.uploads += 1
+        sent = {name: value.double() for name, value in self.sent_next.items()}
+        upload = {name: value - lr * total[name] for name, value in sent.items()}
+        arrived = server.receive(Round(self.round + self.uploads, sent, {self.client: upload}, {}))[self.client]
+        return gradients.of_upload(sent, arrived, lr, clipped=isinstance(server, NbAFL))
+
+    def _steps(self, x: Tensor, y: Tensor, lr: float, batch: int, inputs: list[Tensor] | None) -> State:
+        """The sum of the gradients of a client's steps, of what travels; arguments as of ``update``."""
+        target, network = self.target, self._network(self.sent_next)
+        network.training = True   # for the priors' replay; the layers themselves stay without dropout
+        noted: list[Tensor] = []   # what the head is given in a step: first its input, then the replay
+        network.classifier.register_forward_pre_hook(lambda _, given: noted.append(given[0].detach()))
+        trainer = Trainer(network, METHODS[target.options["method"]], torch.empty(0), torch.empty(0),
+                          target.data.num_classes, training_of(target.options, torch.float32))
+        travels = {name: value for name, value in network.named_parameters() if name in self.sent_next}
+        total = {name: torch.zeros_like(value) for name, value in travels.items()}
+        for part, labels in zip(x.split(batch), y.split(batch), strict=True):
+            objective, _ = trainer.objective(part, network(part, labels), labels, self.round + 1, self.sent_next)
+            if inputs is not None:
+                inputs.append(noted[0])
+            noted.clear()
+            slopes = torch.autograd.grad(objective.mean(), list(travels.values()), allow_unused=True,
+                                         materialize_grads=True)
+            with torch.no_grad():
+                for (name, value), slope in zip(travels.items(), slopes, strict=True):
+                    total[name] += slope
+                    value.sub_(lr * slope)
+        return total
 
     @torch.no_grad()
     def answers(self, x: Tensor, draws: int, keep: int) -> Tensor:

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attack import classes, gradients, learnt, newton
+from attack import classes, gradients, latents, learnt, newton
 from attack.access import Holdings, Target, Victim, held, posterior_in_parts
 from methods import METHODS
-from models import FlattenHWC, as_image
+from models import FlattenHWC
 from server.mean import State
 
-PRIOR_STEPS = 600   # of training, at least, before a generator draws what looks like its images
 flatten = FlattenHWC()
 
 
@@ -164,14 +163,24 @@ def mi_prior(adversary: Adversary, labels: Tensor) -> Tensor:
 # attack understands. And attacks on them: (adversary, observed, N) -> images R x N x C x H x W, labels N.
 
 def observe_gradients(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
-    """The gradient of each image alone."""
-    return [victim.update(x[i:i + 1], y[i:i + 1], gradients.gradient) for i in range(len(x))]
+    """The gradient behind the upload of a step on each image alone, of the head."""
+    return [part_of(victim.update(x[i:i + 1], y[i:i + 1], budget.lr), "classifier.") for i in range(len(x))]
+
+
+def observe_trunk(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
+    """``observe_gradients``, of the head and of an encoder's trunk."""
+    updates = [victim.update(x[i:i + 1], y[i:i + 1], budget.lr) for i in range(len(x))]
+    return [{**part_of(one, "classifier."), **part_of(one, "encoder.")} for one in updates]
 
 
 def observe_update(victim: Victim, x: Tensor, y: Tensor, budget: Budget, steps: int) -> list[State]:
-    """One update, over ``steps`` steps that share the images out. Of one step, it is the batch's gradient."""
-    batch = -(-len(x) // steps)
-    return [victim.update(x, y, lambda head, z, t: gradients.epoch_update(head, z, t, budget.lr, batch))]
+    """The sum of the gradients behind one upload, over ``steps`` steps that share the images out, of the head."""
+    return [part_of(victim.update(x, y, budget.lr, batch=-(-len(x) // steps)), "classifier.")]
+
+
+def part_of(update: State, prefix: str) -> State:
+    """The values whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in update.items() if name.startswith(prefix)}
 
 
 def stacked(observed: list[State]) -> State:
@@ -216,12 +225,6 @@ def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[T
     return adversary.decode_inputs(found, labels), labels
 
 
-def observe_trunk(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
-    """The gradient of each image alone, of an encoder's trunk and of the head."""
-    heads = observe_gradients(victim, x, y, budget)
-    return [{**head, **victim.trunk_gradient(x[i:i + 1], y[i:i + 1])} for i, head in enumerate(heads)]
-
-
 def trunk_analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """``analytic``, through an encoder's trunk that travels: its input is the image itself."""
     trunk = held(adversary.holdings.next_trunk)
@@ -256,6 +259,18 @@ def aligned(adversary: Adversary, observed: list[State], count: int) -> tuple[Te
     return decode(found)[None], labels
 
 
+def gradient_likelihood(adversary: Adversary, observed: list[State], candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """``newton.head_input``, then the log-likelihood ``N x M`` of candidates for the latents found.
+
+    The encoder is the seeded start before the first round, which the server knows, and later a shadow encoder.
+    """
+    holdings, budget = adversary.holdings, adversary.budget
+    found = flatten(newton.head_input(held(holdings.next_head), observed, holdings.image_shape,
+                                      hops=max(1, budget.iterations // 40), copies=budget.restarts))
+    labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
+    return latents.log_likelihood(adversary, [latents.Seen(found[None])], candidates), labels
+
+
 def invert_update(adversary: Adversary, observed: list[State], count: int,
                   steps: int) -> tuple[Tensor, Tensor]:
     """``gradients.invert`` on what ``observe_update`` gives, by simulating the same steps."""
@@ -267,78 +282,6 @@ def invert_update(adversary: Adversary, observed: list[State], count: int,
                                 stacked(observed), labels[None], start, budget.iterations,
                                 adversary.tv_weight(1e-2), not holdings.has_encoder)
     return adversary.decode_inputs(found.squeeze(1), labels), labels
-
-
-def observe_latents(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
-    """One draw of z for each image, ``N x CHW``."""
-    return flatten(victim.head_input(x))
-
-
-def decode_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """A decoder of latents that was trained on public images.
-
-    Where these show other classes it is ridge regression, since hidden layers would not work on the victim's.
-    """
-    labels = label_of_latent(adversary, z)
-    learn = learnt.cleaned_ridge if adversary.public.of_classes is None else learnt.latent_decoder
-    return adversary.train_decoder(learn, labels)(z)[None], labels
-
-
-def search_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Search images whose mean latent is z (Mahendran and Vedaldi 2015, arXiv 1412.0035)."""
-    start = adversary.random_images(len(z))
-    found, _ = gradients.from_features(lambda x: adversary.whole_model.posterior(x)[0], z, start,
-                                       adversary.budget.iterations, 0.3, True)
-    return found, label_of_latent(adversary, z)
-
-
-def prior_of_latent(adversary: Adversary, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The most likely image that a generator can draw: the largest ``log q(z|G(c)) + log N(c; 0, I)``.
-
-    The generator learns public images of the classes that z shows. The search over its codes c starts at the
-    picture that ``decode_latent`` makes: from a random code it ends far from the image.
-    """
-    (rough,), labels = decode_latent(adversary, z, count)
-    model, (images, _) = adversary.whole_model, adversary.public_of(labels)
-    generator = learnt.generator(images, max(adversary.budget.epochs, -(-PRIOR_STEPS // learnt.steps(images))))
-    code = generator.encode(rough)[:, :generator.size].repeat(adversary.budget.restarts, 1)
-    code[len(z):] += 0.5 * torch.randn_like(code[len(z):])   # the first restart is the decoder's own picture
-    code.requires_grad_()
-    goal = z.repeat(adversary.budget.restarts, 1)
-    optimizer = torch.optim.Adam([code], 0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, adversary.budget.iterations)
-
-    def unlikeliness() -> Tensor:
-        mu, logvar = model.posterior(generator.decode(code))
-        logvar = torch.zeros_like(mu) if logvar is None else logvar
-        return 0.5 * (((goal - mu).square() / logvar.exp() + logvar).sum(1) + code.square().sum(1))
-    for _ in range(adversary.budget.iterations):
-        optimizer.zero_grad()
-        unlikeliness().sum().backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        value = unlikeliness().unflatten(0, (-1, len(z)))
-        images = generator.decode(code).unflatten(0, (-1, len(z)))
-    return gradients.best_first(images, value)[0], labels
-
-
-def likelihood_of_latent(adversary: Adversary, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """``log q(z|x)`` of each of M candidates up to a constant, ``N x M``, and the labels of z.
-
-    For an encoder without noise it is minus half the squared distance of the latents.
-    """
-    mu, logvar = adversary.posterior(candidates)
-    labels = label_of_latent(adversary, z)
-    z, mu, logvar = (value.double() for value in (z, mu, torch.zeros_like(mu) if logvar is None else logvar))
-    weight = (-logvar).exp()   # sum (z - mu)^2 / sigma^2, expanded so that no tensor is N x M x D
-    distance = z.square() @ weight.T - 2 * z @ (mu * weight).T + (mu.square() * weight + logvar).sum(1)
-    return -0.5 * distance, labels
-
-
-def label_of_latent(adversary: Adversary, z: Tensor) -> Tensor:
-    """The label that the head gives each latent."""
-    return held(adversary.holdings.head)(as_image(z, adversary.holdings.image_shape)).argmax(1)
 
 
 def observe_scores(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
@@ -424,6 +367,11 @@ class Attack:
     chooses: bool = False
 
     @property
+    def of_latents(self) -> bool:
+        """Whether ``--observe`` says what is observed."""
+        return self.observe is latents.observe
+
+    @property
     def kind(self) -> str:
         """``class`` or ``image``: whether it draws a class, or observes something of single images."""
         return "class" if self.observe is None else "image"
@@ -453,13 +401,18 @@ ATTACKS = {
                       (*HEAD, encoder)),
     "trunk_analytic": Attack(trunk_analytic, observe_trunk, SERVER, "analytic, through a trunk that is shared",
                              (shared_head, shared_trunk)),
-    "latent_decoder": Attack(decode_latent, observe_latents, STOLEN, "a decoder trained on public images",
+    "gradient_likelihood": Attack(gradient_likelihood, observe_gradients, SERVER,
+                                  "gauss_newton, and the candidate with the largest log q(z|x)", (*HEAD, encoder),
+                                  chooses=True),
+    "latent_decoder": Attack(latents.decode, latents.observe, STOLEN, "a decoder trained on public images",
                              (encoder,)),
-    "latent_likelihood": Attack(likelihood_of_latent, observe_latents, STOLEN,
+    "latent_likelihood": Attack(latents.likelihood, latents.observe, STOLEN,
                                 "the candidate with the largest log q(z|x)", (encoder,), chooses=True),
-    "latent_prior": Attack(prior_of_latent, observe_latents, STOLEN,
+    "latent_prior": Attack(latents.most_likely, latents.observe, STOLEN,
                            "a search in a generator of public images", (encoder,)),
-    "latent_search": Attack(search_latent, observe_latents, STOLEN, "Mahendran and Vedaldi 2015", (encoder,)),
+    "latent_search": Attack(latents.search, latents.observe, STOLEN, "Mahendran and Vedaldi 2015", (encoder,)),
+    "posterior_mean": Attack(latents.posterior_mean, latents.observe, STOLEN,
+                             "the public images' mean, weighted by q(z|x)", (encoder,)),
     "score_decoder": Attack(decode_scores, observe_scores, SERVICE, "Yang et al. 2019, arXiv 1902.08552"),
 }
 

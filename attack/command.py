@@ -42,7 +42,7 @@ def chosen_rounds(target: Target, args: Namespace) -> list[int]:
     if max(args.clients) > last:
         raise InputError(f"--clients {max(args.clients)}: the run's clients are 0 to {last}")
     for r in rounds:
-        target.file(r, "shared.pt")
+        target.require(r)
     return rounds
 
 

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 from server.mean import State
 
 BETA1, BETA2 = 0.9, 0.999   # of Adam, PyTorch's own
+POWER = 30   # iterations towards a first singular vector
 
 
 def loss_of(head: nn.Module) -> Callable[[State, Tensor, Tensor], Tensor]:
@@ -72,6 +73,24 @@ def adam_update(head: nn.Module, x: Tensor, y: Tensor, rates: list[float], batch
     return total
 
 
+def of_upload(sent: State, arrived: State, lr: float, clipped: bool) -> State:
+    """Return the sum of gradients behind an upload, ``(sent - arrived / s) / lr``, in single precision.
+
+    Args:
+        sent, arrived: the parameters that the client started from, and those that arrived, in double precision.
+        lr: size of the client's steps.
+        clipped: whether the client's parameters were scaled as one vector, by s. Most parameters hardly move in a
+            step, so s is the median of ``arrived / sent``, weighted by ``|sent|``: the least absolute deviation.
+    """
+    scale = 1.0
+    if clipped:
+        before, after = (torch.cat([state[name].flatten() for name in sent]) for state in (sent, arrived))
+        ratio, order = (after / before).nan_to_num(0.0).sort()
+        weight = before.abs()[order].cumsum(0)
+        scale = float(ratio[torch.searchsorted(weight, weight[-1] / 2)].clamp(1e-6, 1))
+    return {name: ((value - arrived[name] / scale) / lr).float() for name, value in sent.items()}
+
+
 def labels_of(observed: State, count: int, steps: int = 1, layer: str = "output.bias") -> Tensor:
     """The labels of the images behind an observed gradient, or behind the sum of several steps' gradients.
 
@@ -97,9 +116,10 @@ def labels_of(observed: State, count: int, steps: int = 1, layer: str = "output.
 
 
 def dense_input(observed: State, layer: str) -> Tensor:
-    """The exact input of a dense layer for one image (Phong et al., IEEE TIFS 2018).
+    """The input of a dense layer for one image (Phong et al., IEEE TIFS 2018), exact without noise.
 
-    It follows from ``dL/dW = (dL/db) input^T``, averaged over the layer's units with weights ``(dL/db)^2``.
+    It follows from ``dL/dW = (dL/db) input^T``: with a 1 appended to the input, ``[dL/dW, dL/db]`` has rank 1.
+    Under noise its first singular vectors are used, by power iterations from ``dL/db``.
 
     Args:
         observed: the gradient of one image.
@@ -109,7 +129,11 @@ def dense_input(observed: State, layer: str) -> Tensor:
         The input, ``D`` values.
     """
     weight, bias = observed[f"{layer}.weight"].double(), observed[f"{layer}.bias"].double()
-    return ((weight * bias[:, None]).sum(0) / bias.square().sum()).float()
+    whole, units = torch.cat([weight, bias[:, None]], 1), bias
+    for _ in range(POWER):
+        units = whole @ (units @ whole)
+        units = units / units.norm()
+    return ((units @ weight) / (units @ bias)).float()
 
 
 def total_variation(x: Tensor) -> Tensor:

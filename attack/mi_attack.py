@@ -7,7 +7,8 @@ Every attack that fits is run by every adversary, unless options choose some. Wr
 - attack.csv: a row for each reconstruction and each control;
 - attack_summary.csv: their means with 95 % bootstrap intervals;
 - attack_latents.csv: how much a latent z can tell at most;
-- attack_<adversary>_<attack>_round<r>_client<k>.png: reconstructions beside the true images and controls.
+- attack_<adversary>_<attack>_round<r>_client<k>.png: reconstructions beside the true images and controls; after
+  the attack's name what it observes, if that is not one draw of z.
 
 An adversary reads only its own files (access.py). Whatever it trains, it trains on images that no client
 owns, or on another data set (--public). After an interruption, the same command goes on where it stopped.
@@ -28,6 +29,7 @@ import datasets
 from attack.access import ADVERSARIES, Target, Victim, open_target
 from attack.attacks import ATTACKS, unfit
 from attack.command import chosen_rounds, exit_status, folder_options, public_options, service_options
+from attack.latents import OBSERVED
 from attack.scene import MAX_CANDIDATES, Scene
 from attack.tables import ATTACK_COLUMNS, Unit, read_attack, summarise
 from attack.verdict import judge
@@ -36,7 +38,7 @@ from parsing import HUGE, Option, Parser
 from runs.configs import read_json
 from utils import InputError, keep_freed_memory, printable, remove_leftovers, shown, write_whole
 
-SCOPE_OPTIONS = ("adversary", "attack", "clients", "rounds")   # choose attacks, and do not change them
+SCOPE_OPTIONS = ("adversary", "attack", "observe", "clients", "rounds")   # choose attacks, and do not change them
 PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
 # What is printed of an attack, and how: means over its first choices.
 SHOWN = {"ssim": ("SSIM", "{:.2f}"), "nearest_rank": ("mean rank", "{:.0f}"), "psnr": ("PSNR", "{:.1f} dB"),
@@ -54,8 +56,11 @@ def make_parser() -> Parser:
                    + ", ".join(f"{name} ({row.source})" for name, row in ATTACKS.items()), default=list(ATTACKS),
                    choices=ATTACKS, several=True),
             Option("clients", "numbers of the victims", int, [0], within=(0, HUGE), several=True),
-            Option("rounds", "attack the checkpoints of these rounds (the latest if not given)", int,
-                   within=(1, HUGE), several=True),
+            Option("rounds", "attack the checkpoints of these rounds (the latest if not given); 0 is the start",
+                   int, within=(0, HUGE), several=True),
+            Option("observe", "what attacks on latents see of an image: z is one draw, zN are N draws, as z8; "
+                   "rounds is one draw in each round so far, with that round's encoder; mu is the mean of z; "
+                   "train is one draw with the encoder's dropout", default=["z"], pattern=OBSERVED, several=True),
             Option("images", "how many of a client's training images are attacked, by attacks on single images",
                    int, 8, within=(1, MAX_CANDIDATES)),
             Option("restarts", "how often a search starts anew", int, 3, within=(1, 1000)),
@@ -106,11 +111,17 @@ def planned(scene: Scene, args: Namespace, rounds: list[int]) -> list[Unit]:
     """The attacks to run, each once; InputError if none fits."""
     why = {(who, how, k): unfit(how, who, scene.target) or scene.unscorable(how, k)
            for who in args.adversary for how in args.attack for k in args.clients}
-    plan = [Unit(who, how, r, k) for r in rounds for k in args.clients for who in args.adversary
-            for how in args.attack if why[who, how, k] is None]
+    plan = [Unit(who, how, r, k, observed) for r in rounds for k in args.clients for who in args.adversary
+            for how in args.attack if why[who, how, k] is None
+            for observed in (args.observe if ATTACKS[how].of_latents else [""])]
     if not plan:
         reasons = "; ".join(sorted({reason for reason in why.values() if reason}))
         raise InputError(f"--run {args.run}: none of these attacks fits ({reasons})")
+    for last in {unit.round for unit in plan if unit.observed == "rounds"}:
+        gone = set(range(1, last + 1)) - set(scene.target.rounds())
+        if gone or not last:
+            raise InputError(f"--observe rounds: there is no checkpoint of round {min(gone, default=1)}; attack a "
+                             "later round, and train with --save_rounds and every round up to it")
     return list(dict.fromkeys(plan))
 
 
@@ -127,7 +138,7 @@ def run_planned(scene: Scene, plan: list[Unit], options: dict, rows: list[dict])
                 write_options(scene.target, options)
             rows += found
             write_rows(scene.target, rows)
-            bar.write(f"{unit.adversary} {unit.attack} round {unit.round} client {unit.client}: "
+            bar.write(f"{unit.adversary} {unit.words} round {unit.round} client {unit.client}: "
                       f"{in_words(found, unit)} ({time.monotonic() - started:.0f} s)")
             bar.update(1)
             check()

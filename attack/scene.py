@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from utils import InputError, rng, seed_torch
 OTHER_DATA = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # suggested for --public
 MIN_PUBLIC = 200       # images; with fewer, training on them is no use
 MAX_CANDIDATES = 500   # images of the client, among which a true image is ranked
-CLIENT_LR = 0.1        # learning rate of the local epoch that the attack `epoch` observes and simulates
+# Size of the SGD steps whose upload the curious server observes. A run's own steps are some hundred times shorter,
+# and noise hides less of a longer step: this is the best case for the adversary.
+CLIENT_LR = 0.1
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,9 @@ class Scene:
             return f"nobody held out an image of client {client}'s classes"
         return None
 
-    def attack(self, adversary: str, attack: str, round: int, client: int) -> list[dict]:
+    def attack(self, adversary: str, attack: str, round: int, client: int, observed: str = "") -> list[dict]:
         """Run one attack, draw its picture, and return its rows of attack.csv, and its controls'."""
-        unit = Unit(adversary, attack, round, client)
+        unit = Unit(adversary, attack, round, client, observed or "z" * ATTACKS[attack].of_latents)
         attacker = self.adversary(adversary, round, client)
         seed_torch(self.args.seed, f"{adversary} {attack}", client, round)
         attack_it = self._attack_classes if ATTACKS[attack].kind == "class" else self._attack_images
@@ -173,9 +176,7 @@ class Scene:
         drawn = rng(self.args.seed, f"images {unit.attack}", client, unit.round)
         numbers = torch.from_numpy(drawn.permutation(self.train[client]))[:self.args.images]
         true, labels = self.pixels(numbers), self.labels(numbers)
-        if attack.observe is None:
-            raise ValueError(f"{unit.attack} observes no images")
-        observed = attack.observe(Victim(self.target, unit.round, client), true, labels, self.budget)
+        observed = self.observe(unit, true, labels)
         pool, is_true = self.pool(numbers, client)
 
         def find_truth(images: Tensor) -> Truth:
@@ -196,6 +197,14 @@ class Scene:
             truth = find_truth(images)
         return Outcome(labels, images, truth, (guessed == labels).expand(len(images), -1)), find_truth
 
+    def observe(self, unit: Unit, images: Tensor, labels: Tensor) -> Any:
+        """What an attack on single images observes of these, ``N x C x H x W`` with labels ``N``."""
+        observe = ATTACKS[unit.attack].observe
+        if observe is None:
+            raise ValueError(f"{unit.attack} observes no images")
+        of_latents = (unit.observed,) if unit.observed else ()
+        return observe(Victim(self.target, unit.round, unit.client), images, labels, self.budget, *of_latents)
+
     def _controls(self, unit: Unit, outcome: Outcome, find_truth: FindTruth) -> dict[str, Outcome]:
         """What controls hand in, scored in the same way."""
         labels, public = outcome.labels, self.public
@@ -209,8 +218,7 @@ class Scene:
         true = "nearest of the client's" if ATTACKS[unit.attack].kind == "class" else "truth"
         rows = {true: outcomes[""].truth.images[0],
                 **{name or unit.attack: one.images[0] for name, one in outcomes.items()}}
-        name = f"attack_{unit.adversary}_{unit.attack}_round{unit.round}_client{unit.client}.png"
-        picture.grid(self.target.results / name, rows, outcomes[""].labels,
+        picture.grid(self.target.results / unit.picture, rows, outcomes[""].labels,
                      f"{self.target.results.name}: {unit.adversary}, round {unit.round}")
 
     def rows(self, unit: Unit, outcome: Outcome, control: str) -> list[dict]:

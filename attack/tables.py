@@ -10,23 +10,38 @@ from utils import rng
 
 
 class Unit(NamedTuple):
-    """One attack by one adversary on one client after one round: the first columns of attack.csv."""
+    """One attack by one adversary on one client after one round: columns of attack.csv.
+
+    Attributes:
+        observed: what an attack on latents sees of them (``--observe``); "" for other attacks.
+    """
 
     adversary: str
     attack: str
     round: int
     client: int
+    observed: str = ""
+
+    @property
+    def words(self) -> str:
+        """The attack's name, and what it observes unless that is one draw of z."""
+        return self.attack if self.observed in ("", "z") else f"{self.attack} ({self.observed})"
+
+    @property
+    def picture(self) -> str:
+        """The file name of the attack's picture."""
+        observed = "" if self.observed in ("", "z") else f"_{self.observed}"
+        return f"attack_{self.adversary}_{self.attack}{observed}_round{self.round}_client{self.client}.png"
 
 
 METRICS = ["mse", "psnr", "ssim", "label_match", "evaluator_correct", "nearest_rank"]
-NEWER_METRICS = ["feature_distance", "knn_distance", "identified", "guess"]   # files of older versions lack them
-OLDER_COLUMNS = [*Unit._fields, "label", "image", "restart", *METRICS, "control"]
-ATTACK_COLUMNS = [*OLDER_COLUMNS, *NEWER_METRICS]
+NEWER_METRICS = ["feature_distance", "knn_distance", "identified", "guess"]
+ATTACK_COLUMNS = [*Unit._fields, "label", "image", "restart", *METRICS, "control", *NEWER_METRICS]
 WHOLE_NUMBERS = ["round", "client", "label", "image", "restart"]   # columns of attack.csv
-SUMMARY_KEY = ["adversary", "attack", "round", "control"]
+SUMMARY_KEY = ["adversary", "attack", "round", "observed", "control"]
 SUMMARY_NUMBERS = ["n", *(name + end for name in (*METRICS, *NEWER_METRICS) for end in ("", "_low", "_high"))]
 SUMMARY_COLUMNS = [*SUMMARY_KEY, *SUMMARY_NUMBERS]
-OLDER_SUMMARY = SUMMARY_COLUMNS[:-3 * len(NEWER_METRICS)]
+NEWER = ("observed",)   # columns that committed tables lack
 BLANK_CONTROLS = ("grey", "noise")               # show no class
 BLIND_CONTROLS = (*BLANK_CONTROLS, "class_mean")   # know nothing of the victim's images
 CONTROLS = (*BLIND_CONTROLS, "nearest_public")     # this one knows the true image
@@ -35,30 +50,30 @@ CONTROLS = (*BLIND_CONTROLS, "nearest_public")     # this one knows the true ima
 def read_attack(path: Path) -> pd.DataFrame:
     """An ``attack.csv``: one row for each reconstruction, whose ``control`` is "", and for each control.
 
-    In rows of an older version, ``NEWER_METRICS`` are NaN.
-
     Raises:
         OSError: it cannot be read.
         ValueError, KeyError: it is not what mi_attack.py writes.
     """
     if path.exists() and not path.is_file():   # reading a pipe would wait for ever
         raise ValueError("no plain file")
-    rows = with_newer(pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"control": str}),
-                      ATTACK_COLUMNS, OLDER_COLUMNS)
+    rows = with_newer(pd.read_csv(path, keep_default_na=False, na_values=[""],
+                                  dtype={"control": str, "observed": str}), ATTACK_COLUMNS)
     whole = {rows[name].dtype.kind for name in WHOLE_NUMBERS}
     if whole != {"i"} or not {rows[name].dtype.kind for name in (*METRICS, *NEWER_METRICS)} <= {"i", "f"}:
         raise ValueError("a column holds something else than numbers")
-    return rows.fillna({"control": ""})
+    return rows.fillna({"control": "", "observed": ""})
 
 
-def with_newer(table: pd.DataFrame, columns: list[str], older: list[str]) -> pd.DataFrame:
-    """A table as it is written today, from one that has today's columns or only an older version's.
+def with_newer(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Return the named columns of a table; those of ``NEWER`` are "" where it lacks them.
 
     Raises:
-        KeyError: it has neither.
+        ValueError: it lacks another one.
     """
-    known = columns if set(columns) <= set(table.columns) else older
-    return table[known].reindex(columns=columns)
+    lacking = {name: "" for name in NEWER if name not in table}
+    if missing := [name for name in columns if name not in table and name not in lacking]:
+        raise ValueError(f"its columns are not those of an attack: {missing[0]} is missing")
+    return table.assign(**lacking)[columns]
 
 
 def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
@@ -81,7 +96,7 @@ def summarise(rows: Sequence[dict]) -> pd.DataFrame:
         row: dict[str, object] = {**dict(zip(SUMMARY_KEY, key, strict=True)), "n": len(part)}
         for name in (*METRICS, *NEWER_METRICS):
             values = part[name].to_numpy(float)
-            low, high = interval(values)   # NaN where rows of an older version are among them
+            low, high = interval(values)
             row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
         found.append(row)
     return pd.DataFrame(found)

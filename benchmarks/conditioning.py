@@ -17,9 +17,10 @@ import torch
 from _path import ROOT
 from torch.func import jvp, vmap
 
-from attack import gradients, newton
+from attack import newton
 from attack.access import Victim, held, hold, open_target
-from attack.scene import as_floats
+from attack.attacks import part_of
+from attack.scene import CLIENT_LR, as_floats
 from utils import InputError, keep_freed_memory, rng, seed_torch, write_whole
 
 AT_ONCE = 32       # columns of a Jacobian
@@ -38,11 +39,8 @@ def singular_values(problem: newton.Problem, x: torch.Tensor, with_routed: bool)
 def examine(victim: Victim, head: torch.nn.Module, image: torch.Tensor, label: torch.Tensor) -> list[dict]:
     """The rows of one image ``1 x C x H x W``."""
     behind: list[torch.Tensor] = []
-
-    def noted(head: torch.nn.Module, z: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        behind.append(z.detach())
-        return gradients.gradient(head, z, y)
-    problem = newton.problem_of(head, [victim.update(image, label, noted)])
+    update = victim.update(image, label, CLIENT_LR, inputs=behind)
+    problem = newton.problem_of(head, [part_of(update, "classifier.")])
     rows = []
     for equations in ("features", "features and gradient"):
         values = singular_values(problem, behind[0], equations != "features")

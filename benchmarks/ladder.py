@@ -30,9 +30,10 @@ from _path import ROOT
 from torch import Tensor
 
 import datasets
-from attack import gradients, learnt, newton, scoring
+from attack import learnt, newton, scoring
 from attack.access import Holdings, Target, Victim, held, hold, open_target, posterior_in_parts
-from attack.scene import as_floats
+from attack.attacks import part_of
+from attack.scene import CLIENT_LR, as_floats
 from methods import METHODS
 from models import FlattenHWC
 from update import Private, Trainer, training_of
@@ -105,11 +106,8 @@ def climb(target: Target, round: int, client: int, args: argparse.Namespace) -> 
     server, thief = (hold(target, who, round, client) for who in ("curious_server", "stolen_model"))
     # What the server sees: each image's own gradient at the head sent next. The z behind it is noted for scoring.
     behind: list[Tensor] = []
-
-    def noted(head: torch.nn.Module, z: Tensor, y: Tensor) -> dict[str, Tensor]:
-        behind.append(z)
-        return gradients.gradient(head, z, y)
-    observed = [victim.update(truth[i:i + 1], labels[i:i + 1], noted) for i in range(len(truth))]
+    observed = [part_of(victim.update(truth[i:i + 1], labels[i:i + 1], CLIENT_LR, inputs=behind), "classifier.")
+                for i in range(len(truth))]
     z = torch.cat(behind)
     recovered = newton.head_input(held(server.next_head), observed, target.data.image_shape, args.hops, 3)
     cosine = torch.cosine_similarity(recovered.flatten(1), z.flatten(1), dim=1)

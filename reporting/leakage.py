@@ -28,10 +28,10 @@ from attack.attacks import ATTACKS
 from attack.tables import (
     BLANK_CONTROLS,
     CONTROLS,
-    OLDER_SUMMARY,
     SUMMARY_COLUMNS,
     SUMMARY_KEY,
     SUMMARY_NUMBERS,
+    Unit,
     read_attack,
     with_newer,
 )
@@ -42,11 +42,10 @@ from runs.pictures import matplotlib, plt
 from utils import shown
 
 NUMBERS = ["round", *SUMMARY_NUMBERS]
-COMPLETE = [name for name in NUMBERS if name in OLDER_SUMMARY]   # without gaps in any version
 KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK_CONTROLS)}   # metric, beside which
-FOUND = ["adversary", "round", "kind", "attack", "n", "score", "low", "high", "control", "control_score",
-         "leakage", "psnr", "rank_attack", "rank", "control_rank", "identified", "guess", "attacks",
-         "budget", "word", "few"]
+FOUND = ["adversary", "round", "kind", "attack", "pictures", "n", "score", "low", "high", "control",
+         "control_score", "leakage", "psnr", "rank_attack", "rank", "control_rank", "identified", "guess",
+         "attacks", "budget", "word", "few"]
 NONE = pd.DataFrame(columns=FOUND)
 WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]   # of summary.csv
 MARKERS = dict(zip(ADVERSARIES, itertools.cycle("osD^vP")))   # noqa: B905 - a cycle is endless
@@ -80,20 +79,18 @@ def read(folder: Path) -> pd.DataFrame:
     if not path.is_file():   # reading a pipe would wait for ever
         raise ValueError("no plain file")
     table = pd.read_csv(path, keep_default_na=False)
-    if list(table.columns) not in (SUMMARY_COLUMNS, OLDER_SUMMARY):
-        raise ValueError("its columns are not those of an attack")
-    table = with_newer(table, SUMMARY_COLUMNS, OLDER_SUMMARY)
+    table = with_newer(table, SUMMARY_COLUMNS)
     table[NUMBERS] = table[NUMBERS].apply(pd.to_numeric)
-    if not len(table) or not np.isfinite(table[COMPLETE]).all(axis=None):
+    if not len(table) or not np.isfinite(table[NUMBERS]).all(axis=None):
         raise ValueError("it has gaps")
     for column, known in (("adversary", ADVERSARIES), ("attack", ATTACKS)):
         if foreign := set(table[column]) - set(known):
             raise ValueError(f"{column} {shown(foreign.pop())} is unknown to this version")
-    whole = table.groupby(SUMMARY_KEY[:3])["control"].agg(sorted)
+    whole = table.groupby(SUMMARY_KEY[:-1])["control"].agg(sorted)
     if any(controls != sorted(["", *CONTROLS]) for controls in whole):
         raise ValueError("an attack does not have one row of its own and one of each control")
-    if (table[["round", "n"]] < 1).any(axis=None) or (table[["round", "n"]] % 1).any(axis=None):
-        raise ValueError("a round or a number of images is not a whole number from 1")
+    if (table["n"] < 1).any() or (table["round"] < 0).any() or (table[["round", "n"]] % 1).any(axis=None):
+        raise ValueError("a round or a number of images is not a whole number that it can be")
     spent = read_json(folder / "attack.json")
     restarts, iterations, epochs, public = (
         shown(spent[name]) for name in ("restarts", "iterations", "train_epochs", "public"))
@@ -121,10 +118,10 @@ def with_words(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     for one in found.to_dict("records"):
         same = rows[(rows["adversary"] == one["adversary"]) & (rows["round"] == one["round"])
                     & (rows["kind"] == one["kind"])]
-        verdicts = {name: judge(part, ATTACKS[str(name)]) for name, part in same.groupby("attack")}
-        for name, count in one["attacks"].items():
-            if name not in verdicts or verdicts[name].count < count:
-                raise ValueError(f"it lacks rows of {name} by {one['adversary']} in round {one['round']}")
+        verdicts = {key: judge(part, ATTACKS[str(key[0])]) for key, part in same.groupby(["attack", "observed"])}
+        for key, count in one["attacks"].items():
+            if key not in verdicts or verdicts[key].count < count:
+                raise ValueError(f"it lacks rows of {key[0]} by {one['adversary']} in round {one['round']}")
         worst = min(verdicts.values(), key=lambda verdict: (WORDS.index(verdict.word), verdict.few))
         words.append(worst.word)
         few.append(worst.few)
@@ -146,18 +143,25 @@ def condense(table: pd.DataFrame) -> pd.DataFrame:
         ranked = own.iloc[int(own["nearest_rank"].argmin())]
         if best["nearest_rank"] == ranked["nearest_rank"]:
             ranked = best
-        beside, guesses = (part[(part["attack"] == one["attack"]) & part["control"].isin(controls)]
-                           for one in (best, ranked))
+        beside, guesses = (part[(part["attack"] == one["attack"]) & (part["observed"] == one["observed"])
+                                & part["control"].isin(controls)] for one in (best, ranked))
         control = beside.iloc[int(beside[metric].argmax())]
-        rows.append({"adversary": adversary, "round": int(round), "kind": kind, "attack": best["attack"],
+        rows.append({"adversary": adversary, "round": int(round), "kind": kind, "attack": unit_of(best).words,
+                     "pictures": unit_of(best).picture.replace("client0", "client*"),
                      "n": int(best["n"]), "score": best[metric], "low": best[f"{metric}_low"],
                      "high": best[f"{metric}_high"], "control": control["control"],
                      "control_score": control[metric], "leakage": best[metric] - control[metric],
-                     "psnr": best["psnr"], "rank_attack": ranked["attack"], "rank": ranked["nearest_rank"],
+                     "psnr": best["psnr"], "rank_attack": unit_of(ranked).words, "rank": ranked["nearest_rank"],
                      "control_rank": guesses["nearest_rank"].min(),
                      "identified": ranked["identified"], "guess": ranked["guess"],
-                     "attacks": dict(zip(own["attack"], own["n"], strict=True))})
+                     "attacks": dict(zip(zip(own["attack"], own["observed"], strict=True), own["n"],
+                                         strict=True))})
     return pd.DataFrame(rows)
+
+
+def unit_of(row: pd.Series) -> Unit:
+    """Return the attack of a row of ``attack_summary.csv``, on client 0."""
+    return Unit(row["adversary"], row["attack"], int(row["round"]), 0, row["observed"])
 
 
 def latest(found: pd.DataFrame) -> pd.DataFrame:
@@ -167,8 +171,7 @@ def latest(found: pd.DataFrame) -> pd.DataFrame:
 
 def pictures(found: pd.DataFrame) -> list[str]:
     """Patterns that match the file names of the pictures of ``latest``'s attacks."""
-    return [f"attack_{row['adversary']}_{row['attack']}_round{row['round']}_client*.png"
-            for row in latest(found).to_dict("records")]
+    return list(latest(found)["pictures"])
 
 
 def worst(found: pd.DataFrame) -> dict[str, object]:

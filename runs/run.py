@@ -315,6 +315,9 @@ class Run:
         if differ:
             raise InputError(f"--resume: run {name} was started with --{differ[0]} {before.get(differ[0])}, "
                              f"not {now[differ[0]]}; give the same options, or another --run_name")
+        if old.get("start") != self.config.get("start"):
+            raise InputError(f"--resume: run {name} began with other weights than its seed gives here; resume it "
+                             "with the PyTorch version that it began with, or use --overwrite")
         return finished
 
     def _checkpoints(self) -> dict[int, Path]:

@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics import mean_squared_error
 from torch import nn
 
-from attack import attacks, classes, gradients, learnt, newton, scoring
+from attack import attacks, classes, gradients, latents, learnt, newton, scoring
 from attack.access import Holdings
 from models import CNN, Classifier, Encoder, VariationalEncoder, as_image
 from utils import seed_torch
@@ -133,8 +133,9 @@ class Client:
     def __init__(self, head):
         self.head = head
 
-    def update(self, x, y, change):
-        return change(self.head, x, y)
+    def update(self, x, y, lr, batch=None):
+        summed = gradients.epoch_update(self.head, x, y, lr, batch or len(x))
+        return {f"classifier.{name}": value for name, value in summed.items()}
 
 
 def test_a_batchs_gradient_gives_its_images_back():
@@ -245,7 +246,7 @@ def test_the_likelihood_of_a_candidate_is_that_of_its_posterior(kind):
     adversary = attacks.Adversary(view, head, attacks.PublicImages(candidates, None), 0.0, None)
     with torch.no_grad():
         z = view.sample(candidates[:3])
-        found, labels = attacks.likelihood_of_latent(adversary, z, candidates)
+        found, labels = latents.likelihood(adversary, [latents.Seen(z[None])], candidates)
         mu, logvar = view.posterior(candidates)
         sigma = torch.ones_like(mu) if logvar is None else (0.5 * logvar).exp()
         expected = torch.distributions.Normal(mu, sigma).log_prob(z[:, None]).sum(2)
@@ -405,11 +406,11 @@ def test_a_search_in_a_generator_finds_an_image_that_it_can_draw(kind, monkeypat
         return (code @ directions).sigmoid().unflatten(1, SHAPE)
     drawing = SimpleNamespace(size=2, decode=decode, encode=lambda x: torch.zeros(len(x), 4))
     monkeypatch.setattr(learnt, "generator", lambda *_: drawing)   # in place of one that is trained
-    monkeypatch.setattr(attacks, "decode_latent", lambda adversary, z, count: (
-        torch.zeros(1, count, *SHAPE), attacks.label_of_latent(adversary, z)))
+    monkeypatch.setattr(latents, "decode", lambda adversary, seen, count: (
+        torch.zeros(1, count, *SHAPE), latents.labels_of(adversary, seen)))
     truth = decode(torch.tensor([[0.5, -0.4], [-0.3, 0.6], [0.1, 0.1]]))
     z = adversary.whole_model.posterior(truth)[0].detach()
-    found, labels = attacks.prior_of_latent(adversary, z, 3)
+    found, labels = latents.most_likely(adversary, [latents.Seen(z[None])], 3)
     assert found.shape == (4, 3, *SHAPE) and torch.equal(labels, head(as_image(z, SHAPE)).argmax(1))
     errors = (found - truth).square().mean((2, 3, 4))
     blank = (decode(torch.zeros(3, 2)) - truth).square().mean((1, 2, 3))

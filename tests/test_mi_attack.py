@@ -67,10 +67,10 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
 def expected(method):
     """What fits, by hand."""
     classes = {"mi_face", "mi_strong", "mi_prior"}
-    steps = {"dlg", "cosine_tv", "analytic", "gauss_newton", "aligned", "batch", "epoch"}
-    latent = {"latent_decoder", "latent_prior", "latent_search", "latent_likelihood"}
-    server = {"rve_pfl": classes | steps, "fedavg": classes | steps - {"aligned"}, "lg_fedavg": classes | steps,
-              "local": set(), "fedper": set()}[method]
+    steps = {"dlg", "cosine_tv", "analytic", "gauss_newton", "aligned", "batch", "epoch", "gradient_likelihood"}
+    latent = {"latent_decoder", "latent_prior", "latent_search", "latent_likelihood", "posterior_mean"}
+    server = {"rve_pfl": classes | steps, "lg_fedavg": classes | steps, "local": set(), "fedper": set(),
+              "fedavg": classes | steps - {"aligned", "gradient_likelihood"}}[method]
     stolen = classes | {"rve_pfl": {"mi_strong_mu"} | latent, "local": {"mi_strong_mu"} | latent,
                         "lg_fedavg": latent}.get(method, set())
     client = classes if method != "local" else set()
@@ -90,7 +90,7 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, few_
         count = 4 if ATTACKS[how].kind == "class" else 2   # the client's classes, or --images
         count = min(count, found.groupby("restart").size().max())
         restarts = 1 if how in ("mi_face", "gauss_newton", "aligned", "latent_decoder", "latent_likelihood",
-                                "score_decoder") else 2
+                                "posterior_mean", "gradient_likelihood", "score_decoder") else 2
         assert len(found) == count * restarts
         assert part["control"].value_counts().drop("").to_dict() == dict.fromkeys(
             ("grey", "noise", "class_mean", "nearest_public"), count)
@@ -214,27 +214,6 @@ def test_an_attack_of_an_older_version_is_not_gone_on_with(trained, capsys):
     path.write_text(json.dumps(before))
     line = trained.refuses(capsys, "lg_fedavg", "--attack", "latent_likelihood")
     assert "older version" in line and "--overwrite" in line
-
-
-def test_rows_of_an_older_version_are_gone_on_with(trained, capsys):
-    """Its attack.csv lacks the newer columns: its rows stay as they are, and new ones have all."""
-    assert trained.attack("lg_fedavg", "--overwrite", "--attack", "latent_likelihood") == 0
-    path = trained.place.folder / "results" / "lg_fedavg" / "attack.csv"
-    pd.read_csv(path, keep_default_na=False, dtype=str)[tables.OLDER_COLUMNS].to_csv(path, index=False)
-    before = path.read_text().splitlines()
-    assert trained.attack("lg_fedavg", "--attack", "latent_likelihood", "latent_decoder") == 0
-    after = trained.csv("lg_fedavg")
-    assert list(after.columns) == tables.ATTACK_COLUMNS
-    old = after["attack"] == "latent_likelihood"
-    assert (after.loc[old, tables.NEWER_METRICS] == "").all(axis=None)
-    assert (after.loc[~old, tables.NEWER_METRICS] != "").all(axis=None)
-    assert [line.removesuffix(",,,,") for line in path.read_text().splitlines()[1:len(before)]] == before[1:]
-    summary = trained.csv("lg_fedavg", "attack_summary.csv").set_index(["attack", "control"])
-    assert summary.loc[("latent_likelihood", ""), "identified"] == ""
-    assert float(summary.loc[("latent_decoder", ""), "guess"]) > 0
-    text = path.read_text()
-    path.write_text(text.replace(",mse,", ",mess,"))
-    assert "damaged" in trained.refuses(capsys, "lg_fedavg", "--attack", "latent_likelihood")
 
 
 def test_scores_fit_together(trained):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from attack import mi_attack, scene, scoring, tables
 from attack.access import Holdings
 from attack.attacks import ATTACKS, Adversary, Budget, PublicImages
+from attack.gradients import epoch_update
 from methods import METHODS
 from runs.checkpoint import load_checked
 from server.mean import Judgement, Round, Setting
@@ -602,7 +603,8 @@ def test_labels_are_told_from_an_epoch_of_two_steps():
     seed_torch(2, "labels")
     head, y = METHODS["fedavg"].build((1, 8, 8), 4, {}).classifier.eval(), torch.tensor([1, 1, 1, 0])
     x, budget = torch.rand(4, 1, 8, 8), Budget(1, 1, 1, 1, 0.01, 4)
-    victim = SimpleNamespace(update=lambda x, y, change: change(head, x, y))
+    victim = SimpleNamespace(update=lambda x, y, lr, batch: {
+        f"classifier.{name}": value for name, value in epoch_update(head, x, y, lr, batch).items()})
     holdings = Holdings(head, None, False, (1, 8, 8), next_head=head)
     adversary = Adversary(holdings, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
     for attack in (ATTACKS["epoch"], ATTACKS["batch"]):

@@ -1,0 +1,178 @@
+"""Attacks on latents: what is observed of an image's z, and how z is turned back into the image.
+
+``--observe`` says what an attacker with the stolen model sees of each image:
+
+| z      | one draw of z                                                                             |
+| zN     | N draws, as a prediction makes ``--eval_samples`` of them                                 |
+| rounds | one draw in each round up to the one attacked, with the encoder that the client had then  |
+| mu     | the mean of z                                                                             |
+| train  | one draw with the encoder's dropout, as in training                                       |
+
+In shapes, S is the number of draws under one encoder, N of images, D of a latent's values and M of candidates.
+"""
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attack import gradients, learnt
+from attack.access import Holdings, Victim, held, hold, posterior_in_parts
+from models import as_image, reparameterise
+
+if TYPE_CHECKING:
+    from attack.attacks import Adversary, Budget
+
+OBSERVED = (r"z([2-9]|[1-9]\d{1,3})?|rounds|mu|train",
+            "choose from z, zN (N draws, from 2 to 9999), rounds, mu, train")
+PRIOR_STEPS = 600   # of training, at least, before a generator draws what looks like its images
+AT_ONCE = 1024      # candidates whose likelihood is computed together
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is observed of N images' latents under one encoder.
+
+    Attributes:
+        draws: ``S x N x D``.
+        model: this encoder and its head; None for those of the adversary's own round.
+        noisy: whether these are draws of z; False where they are its mean.
+    """
+
+    draws: Tensor
+    model: Holdings | None = None
+    noisy: bool = True
+
+    def posterior(self, adversary: "Adversary", images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and log variance of a draw, ``M x D`` each, for images ``M x C x H x W``; None without noise."""
+        mu, logvar = posterior_in_parts(self.model or adversary.whole_model, images)
+        return mu, logvar if self.noisy else None
+
+    def of_mean(self, logvar: Tensor | None) -> Tensor | None:
+        """The log variance of the mean of the draws, from that of one."""
+        return None if logvar is None else logvar - math.log(len(self.draws))
+
+
+def observe(victim: Victim, x: Tensor, y: Tensor, budget: "Budget", observed: str = "z") -> list[Seen]:
+    """Latents of images ``N x C x H x W``, an entry for each encoder; ``observed`` as above."""
+    if observed == "rounds":
+        target, client = victim.target, victim.client
+        return [Seen(drawn(view, x, 1), view)
+                for view in (hold(target, "stolen_model", r, client) for r in range(1, victim.round + 1))]
+    view = victim.stolen()
+    if observed == "mu":
+        return [Seen(posterior_in_parts(view, x)[0][None], noisy=False)]
+    held(view.encoder).train(observed == "train")
+    return [Seen(drawn(view, x, int(observed[1:] or 1) if observed != "train" else 1))]
+
+
+def drawn(view: Holdings, x: Tensor, draws: int) -> Tensor:
+    """Draws of z of images ``N x C x H x W``: ``S x N x D``."""
+    mu, logvar = posterior_in_parts(view, x)
+    mu = mu.expand(draws, *mu.shape)
+    return mu if logvar is None else reparameterise(mu, logvar.expand_as(mu))
+
+
+def labels_of(adversary: "Adversary", latents: list[Seen]) -> Tensor:
+    """The label that the heads give each image's latents, by their mean probability: ``N``."""
+    shape, found = adversary.holdings.image_shape, []
+    for seen in latents:
+        head = held((seen.model or adversary.holdings).head)
+        answers = torch.cat([head(part).softmax(1) for part in as_image(seen.draws, shape).split(512)])
+        found.append(answers.unflatten(0, seen.draws.shape[:2]).mean(0))
+    return torch.stack(found).mean(0).argmax(1)
+
+
+def decode(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
+    """Decoders of the mean of each encoder's draws, trained on public images; the mean of their pictures.
+
+    Where the public images show other classes it is ridge regression, since hidden layers would not work on the
+    victim's.
+    """
+    labels = labels_of(adversary, latents)
+    learn = learnt.cleaned_ridge if adversary.public.of_classes is None else learnt.latent_decoder
+    images, _ = adversary.public_of(labels)
+    made = []
+    for seen in latents:
+        mu, logvar = seen.posterior(adversary, images)
+        made.append(learn(mu, seen.of_mean(logvar), images, adversary.budget.epochs)(seen.draws.mean(0)))
+    return torch.stack(made).mean(0)[None], labels
+
+
+def search(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
+    """Search images whose mean latent is that observed (Mahendran and Vedaldi 2015, arXiv 1412.0035)."""
+    models = [seen.model or adversary.whole_model for seen in latents]
+    goal = torch.cat([seen.draws.mean(0) for seen in latents], 1)
+    found, _ = gradients.from_features(lambda x: torch.cat([model.posterior(x)[0] for model in models], 1), goal,
+                                       adversary.random_images(count), adversary.budget.iterations, 0.3, True)
+    return found, labels_of(adversary, latents)
+
+
+def most_likely(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
+    """The most likely image that a generator can draw: the largest ``log q(z|G(c)) + log N(c; 0, I)``.
+
+    The generator learns public images of the classes that z shows. The search over its codes c starts at the
+    picture that ``decode`` makes: from a random code it ends far from the image.
+    """
+    (rough,), labels = decode(adversary, latents, count)
+    images, _ = adversary.public_of(labels)
+    generator = learnt.generator(images, max(adversary.budget.epochs, -(-PRIOR_STEPS // learnt.steps(images))))
+    code = generator.encode(rough)[:, :generator.size].repeat(adversary.budget.restarts, 1)
+    code[count:] += 0.5 * torch.randn_like(code[count:])   # the first restart is the decoder's own picture
+    code.requires_grad_()
+    goals = [seen.draws.mean(0).repeat(adversary.budget.restarts, 1) for seen in latents]
+    optimizer = torch.optim.Adam([code], 0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, adversary.budget.iterations)
+
+    def unlikeliness() -> Tensor:
+        made, value = generator.decode(code), code.square().sum(1)
+        for seen, goal in zip(latents, goals, strict=True):
+            mu, noise = (seen.model or adversary.whole_model).posterior(made)
+            logvar = seen.of_mean(noise) if seen.noisy else None
+            logvar = torch.zeros_like(mu) if logvar is None else logvar
+            value = value + ((goal - mu).square() / logvar.exp() + logvar).sum(1)
+        return 0.5 * value
+    for _ in range(adversary.budget.iterations):
+        optimizer.zero_grad()
+        unlikeliness().sum().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        value = unlikeliness().unflatten(0, (-1, count))
+        images = generator.decode(code).unflatten(0, (-1, count))
+    return gradients.best_first(images, value)[0], labels
+
+
+def likelihood(adversary: "Adversary", latents: list[Seen], candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """``log q(z|x)`` of each of M candidates up to a constant, ``N x M``, summed over draws; the labels of z.
+
+    Of a mean, and for an encoder without noise, it is minus half the squared distance.
+    """
+    return log_likelihood(adversary, latents, candidates), labels_of(adversary, latents)
+
+
+def log_likelihood(adversary: "Adversary", latents: list[Seen], images: Tensor) -> Tensor:
+    """``likelihood`` without the labels, ``N x M``, in double precision."""
+    return torch.cat([sum((_of_draws(seen.draws, *seen.posterior(adversary, part)) for seen in latents),
+                          torch.zeros(())) for part in images.split(AT_ONCE)], 1)
+
+
+def _of_draws(draws: Tensor, mu: Tensor, logvar: Tensor | None) -> Tensor:
+    """The sum over draws ``S x N x D`` of ``log N(z; mu, sigma^2)`` up to a constant, ``N x M``."""
+    logvar = torch.zeros_like(mu) if logvar is None else logvar
+    draws, mu, logvar = draws.double(), mu.double(), logvar.double()
+    weight = (-logvar).exp()   # sum (z - mu)^2 / sigma^2, expanded so that no tensor is N x M x D
+    squares = draws.square().sum(0) @ weight.T - 2 * draws.sum(0) @ (mu * weight).T
+    return -0.5 * (squares + len(draws) * (mu.square() * weight + logvar).sum(1))
+
+
+def posterior_mean(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
+    """The mean of the public images, weighted by their likelihood: ``softmax(log q(z|x)) @ x``.
+
+    For images drawn from the public ones no picture has a smaller expected squared error. Nothing is trained.
+    """
+    labels = labels_of(adversary, latents)
+    images, _ = adversary.public_of(labels)
+    weight = log_likelihood(adversary, latents, images).softmax(1).float()
+    return (weight @ images.flatten(1)).unflatten(1, images.shape[1:])[None], labels
