@@ -12,17 +12,14 @@ In shapes, S is the number of draws under one encoder, N of images, D of a laten
 """
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attack import gradients, learnt
 from attack.access import Holdings, Victim, held, hold, posterior_in_parts
+from attack.adversary import Adversary, Budget
 from models import as_image, reparameterise
-
-if TYPE_CHECKING:
-    from attack.attacks import Adversary, Budget
 
 OBSERVED = (r"z([2-9]|[1-9]\d{1,3})?|rounds|mu|train",
             "choose from z, zN (N draws, from 2 to 9999), rounds, mu, train")
@@ -44,7 +41,7 @@ class Seen:
     model: Holdings | None = None
     noisy: bool = True
 
-    def posterior(self, adversary: "Adversary", images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def posterior(self, adversary: Adversary, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and log variance of a draw, ``M x D`` each, for images ``M x C x H x W``; None without noise."""
         mu, logvar = posterior_in_parts(self.model or adversary.whole_model, images)
         return mu, logvar if self.noisy else None
@@ -54,7 +51,7 @@ class Seen:
         return None if logvar is None else logvar - math.log(len(self.draws))
 
 
-def observe(victim: Victim, x: Tensor, y: Tensor, budget: "Budget", observed: str = "z") -> list[Seen]:
+def observe(victim: Victim, x: Tensor, y: Tensor, budget: Budget, observed: str = "z") -> list[Seen]:
     """Latents of images ``N x C x H x W``, an entry for each encoder; ``observed`` as above."""
     if observed == "rounds":
         target, client = victim.target, victim.client
@@ -74,7 +71,7 @@ def drawn(view: Holdings, x: Tensor, draws: int) -> Tensor:
     return mu if logvar is None else reparameterise(mu, logvar.expand_as(mu))
 
 
-def labels_of(adversary: "Adversary", latents: list[Seen]) -> Tensor:
+def labels_of(adversary: Adversary, latents: list[Seen]) -> Tensor:
     """The label that the heads give each image's latents, by their mean probability: ``N``."""
     shape, found = adversary.holdings.image_shape, []
     for seen in latents:
@@ -84,7 +81,7 @@ def labels_of(adversary: "Adversary", latents: list[Seen]) -> Tensor:
     return torch.stack(found).mean(0).argmax(1)
 
 
-def decode(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
+def decode(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
     """Decoders of the mean of each encoder's draws, trained on public images; the mean of their pictures.
 
     Where the public images show other classes it is ridge regression, since hidden layers would not work on the
@@ -100,7 +97,7 @@ def decode(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Ten
     return torch.stack(made).mean(0)[None], labels
 
 
-def search(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
+def search(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
     """Search images whose mean latent is that observed (Mahendran and Vedaldi 2015, arXiv 1412.0035)."""
     models = [seen.model or adversary.whole_model for seen in latents]
     goal = torch.cat([seen.draws.mean(0) for seen in latents], 1)
@@ -109,7 +106,7 @@ def search(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Ten
     return found, labels_of(adversary, latents)
 
 
-def most_likely(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
+def most_likely(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
     """The most likely image that a generator can draw: the largest ``log q(z|G(c)) + log N(c; 0, I)``.
 
     The generator learns public images of the classes that z shows. The search over its codes c starts at the
@@ -144,7 +141,7 @@ def most_likely(adversary: "Adversary", latents: list[Seen], count: int) -> tupl
     return gradients.best_first(images, value)[0], labels
 
 
-def likelihood(adversary: "Adversary", latents: list[Seen], candidates: Tensor) -> tuple[Tensor, Tensor]:
+def likelihood(adversary: Adversary, latents: list[Seen], candidates: Tensor) -> tuple[Tensor, Tensor]:
     """``log q(z|x)`` of each of M candidates up to a constant, ``N x M``, summed over draws; the labels of z.
 
     Of a mean, and for an encoder without noise, it is minus half the squared distance.
@@ -152,7 +149,7 @@ def likelihood(adversary: "Adversary", latents: list[Seen], candidates: Tensor) 
     return log_likelihood(adversary, latents, candidates), labels_of(adversary, latents)
 
 
-def log_likelihood(adversary: "Adversary", latents: list[Seen], images: Tensor) -> Tensor:
+def log_likelihood(adversary: Adversary, latents: list[Seen], images: Tensor) -> Tensor:
     """``likelihood`` without the labels, ``N x M``, in double precision."""
     return torch.cat([sum((_of_draws(seen.draws, *seen.posterior(adversary, part)) for seen in latents),
                           torch.zeros(())) for part in images.split(AT_ONCE)], 1)
@@ -167,7 +164,7 @@ def _of_draws(draws: Tensor, mu: Tensor, logvar: Tensor | None) -> Tensor:
     return -0.5 * (squares + len(draws) * (mu.square() * weight + logvar).sum(1))
 
 
-def posterior_mean(adversary: "Adversary", latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
+def posterior_mean(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
     """The mean of the public images, weighted by their likelihood: ``softmax(log q(z|x)) @ x``.
 
     For images drawn from the public ones no picture has a smaller expected squared error. Nothing is trained.

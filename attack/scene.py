@@ -13,7 +13,8 @@ from torch import Tensor
 import datasets
 from attack import picture, scoring
 from attack.access import Holdings, Target, Victim, hold
-from attack.attacks import ATTACKS, Adversary, Budget, PublicImages
+from attack.adversary import Adversary, Budget, PublicImages
+from attack.attacks import ATTACKS
 from attack.tables import Unit
 from utils import InputError, rng, seed_torch
 

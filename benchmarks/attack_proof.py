@@ -16,6 +16,7 @@ from torch import nn
 import datasets
 from attack import attacks, gradients, scoring
 from attack.access import Holdings
+from attack.adversary import Adversary, Budget, PublicImages
 from attack.scene import as_floats
 from models import Classifier
 from utils import ROOT, keep_freed_memory, seed_torch
@@ -40,11 +41,11 @@ class LeNet(nn.Module):
         return self.output(self.features(x))
 
 
-def prove(name: str, head: nn.Module, solve, x: torch.Tensor, y: torch.Tensor, budget: attacks.Budget) -> str:
+def prove(name: str, head: nn.Module, solve, x: torch.Tensor, y: torch.Tensor, budget: Budget) -> str:
     """One line: median PSNR of the first choices, and how many labels were read off right."""
     started = time.perf_counter()
     holdings = Holdings(head.eval(), None, False, SHAPE, next_head=head)
-    adversary = attacks.Adversary(holdings, head, attacks.PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
+    adversary = Adversary(holdings, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
     seen = [gradients.gradient(head, x[i:i + 1], y[i:i + 1]) for i in range(len(x))]
     found, labels = solve(adversary, seen, len(x))
     psnr = scoring.similarity(found[0], x)["psnr"]
@@ -64,7 +65,7 @@ def main() -> None:
     data = datasets.load("mnist10k", ROOT / "data")
     index = np.random.default_rng(1).permutation(len(data.labels))[:args.images]
     x, y = as_floats(data.images[index]), torch.from_numpy(data.labels[index])
-    budget = attacks.Budget(args.restarts, args.iterations, 1, 1, 0.1, 3)
+    budget = Budget(args.restarts, args.iterations, 1, 1, 0.1, 3)
     lines = [("dlg, sigmoid LeNet", LeNet, attacks.dlg)] + [
         (f"{solve.__name__}, FedAvg's CNN", lambda: Classifier(SHAPE, CLASSES), solve)
         for solve in (attacks.analytic, attacks.cosine_tv, attacks.dlg)]

@@ -12,6 +12,7 @@ from torch import nn
 
 from attack import attacks, classes, gradients, latents, learnt, newton, scoring
 from attack.access import Holdings
+from attack.adversary import Adversary, Budget, PublicImages
 from models import CNN, Classifier, Encoder, VariationalEncoder, as_image
 from utils import seed_torch
 
@@ -143,9 +144,9 @@ def test_a_batchs_gradient_gives_its_images_back():
     x, y = torch.tensor([0.8, 0.2]).reshape(2, 1, 1, 1).expand(2, *SHAPE).clone(), torch.tensor([2, 0])
     x[0, :, :4], x[1, :, :, :4] = 0.1, 0.9
     head, attack = Sigmoid(0.5), attacks.ATTACKS["batch"]
-    budget = attacks.Budget(restarts=2, iterations=300, epochs=1, draws=1, lr=0.1, top_scores=1)
+    budget = Budget(restarts=2, iterations=300, epochs=1, draws=1, lr=0.1, top_scores=1)
     holdings = Holdings(head, None, False, SHAPE, next_head=head)
-    adversary = attacks.Adversary(holdings, head, attacks.PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
+    adversary = Adversary(holdings, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
     found, labels = attack.solve(adversary, attack.observe(Client(head), x, y, budget), 2)
     assert labels.tolist() == [0, 2] and (psnr(scoring.in_order_of(x, found[0]), x) > 20).all()
 
@@ -243,7 +244,7 @@ def test_the_likelihood_of_a_candidate_is_that_of_its_posterior(kind):
     head = Classifier(SHAPE, 4).eval()
     encoder = (kind(SHAPE, 1.0) if kind is VariationalEncoder else kind(SHAPE)).eval()
     view, candidates = Holdings(head, encoder, True, SHAPE), images(5)
-    adversary = attacks.Adversary(view, head, attacks.PublicImages(candidates, None), 0.0, None)
+    adversary = Adversary(view, head, PublicImages(candidates, None), 0.0, None)
     with torch.no_grad():
         z = view.sample(candidates[:3])
         found, labels = latents.likelihood(adversary, [latents.Seen(z[None])], candidates)
@@ -399,8 +400,8 @@ def test_a_search_in_a_generator_finds_an_image_that_it_can_draw(kind, monkeypat
     """A generator of two numbers: the image is found, and the likelier restart comes first."""
     head, directions = Classifier(SHAPE, 4).eval(), torch.randn(2, 64)
     encoder = (kind(SHAPE, -6.0) if kind is VariationalEncoder else kind(SHAPE)).eval().requires_grad_(False)
-    public, budget = attacks.PublicImages(images(5), None), attacks.Budget(4, 200, 1, 1, 0.1, 4)
-    adversary = attacks.Adversary(Holdings(head, encoder, True, SHAPE), head, public, 0.0, budget)
+    public, budget = PublicImages(images(5), None), Budget(4, 200, 1, 1, 0.1, 4)
+    adversary = Adversary(Holdings(head, encoder, True, SHAPE), head, public, 0.0, budget)
 
     def decode(code):
         return (code @ directions).sigmoid().unflatten(1, SHAPE)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attack import access, attacks, gradients, latents, learnt, mi_attack, newton
+from attack.adversary import Adversary, Budget, PublicImages
 from attack.scene import CLIENT_LR, as_floats
 from methods import METHODS
 from models import Classifier, ClassPrior, as_image
@@ -191,7 +192,7 @@ def test_every_attack_on_gradients_observes_an_arriving_upload(trained, monkeypa
     calls, update = [], access.Victim.update
     monkeypatch.setattr(access.Victim, "update", lambda *a, **k: calls.append(1) or update(*a, **k))
     x, y = trained.images("nbafl", 2)
-    budget = attacks.Budget(1, 1, 1, 1, CLIENT_LR, 3)
+    budget = Budget(1, 1, 1, 1, CLIENT_LR, 3)
     rows = {name: row for name, row in attacks.ATTACKS.items() if row.adversaries == attacks.SERVER}
     for row in rows.values():
         calls.clear()
@@ -204,8 +205,8 @@ def stolen(trained, run, round=None):
     """(adversary, victim) where the client's model is stolen."""
     victim = trained.victim(run, round)
     view = access.hold(victim.target, "stolen_model", victim.round, 0)
-    public = attacks.PublicImages(*trained.images(run, 20, client=1))
-    return attacks.Adversary(view, view.head, public, 0.0, attacks.Budget(1, 2, 1, 1, CLIENT_LR, 3)), victim
+    public = PublicImages(*trained.images(run, 20, client=1))
+    return Adversary(view, view.head, public, 0.0, Budget(1, 2, 1, 1, CLIENT_LR, 3)), victim
 
 
 def test_latents_are_observed_as_asked(trained):
@@ -296,7 +297,7 @@ def test_the_posterior_mean_by_hand(trained):
     logs = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(seen[0].draws[0][:, None]).sum(2)
     expected = (logs.double().softmax(1)[:, :, None, None, None] * public).sum(1)
     torch.testing.assert_close(found[0], expected.float(), atol=1e-3, rtol=1e-3)
-    mine = attacks.PublicImages(torch.cat([public, x]), torch.zeros(len(public) + 2, dtype=torch.long))
+    mine = PublicImages(torch.cat([public, x]), torch.zeros(len(public) + 2, dtype=torch.long))
     adversary.public = mine   # where the image itself is public, it is what is found
     torch.testing.assert_close(latents.posterior_mean(adversary, seen, 2)[0][0], x, atol=1e-3, rtol=1e-3)
 

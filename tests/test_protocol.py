@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from attack import mi_attack, scene, scoring, tables
 from attack.access import Holdings
-from attack.attacks import ATTACKS, Adversary, Budget, PublicImages
+from attack.adversary import Adversary, Budget, PublicImages
+from attack.attacks import ATTACKS
 from attack.gradients import epoch_update
 from methods import METHODS
 from runs.checkpoint import load_checked

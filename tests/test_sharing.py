@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attack import access, attacks, learnt, scoring
-from attack.attacks import Budget, PublicImages
+from attack.adversary import Adversary, Budget, PublicImages
 from engine.signals import Interrupted
 from methods import METHODS
 from models import RVE
@@ -166,7 +166,7 @@ def test_images_come_out_of_a_trunks_gradient(shared):
     view = access.hold(target, "curious_server", 2, 0)
     public = PublicImages(torch.rand(20, 1, 8, 8), torch.arange(20) % 4)
     budget = Budget(2, 300, 1, 2, 1e-3, 10)
-    adversary = attacks.Adversary(view, target.start(2), public, 1e-5, budget)
+    adversary = Adversary(view, target.start(2), public, 1e-5, budget)
     attack = attacks.ATTACKS["trunk_analytic"]
     observed = attack.observe(access.Victim(target, 2, 0), x, y, budget)
     found, labels = attack.solve(adversary, observed, 4)
