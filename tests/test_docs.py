@@ -19,7 +19,7 @@ from utils import InputError
 NOT_FROM_A_TABLE = {
     "docs/attacks.md": {
         "a setting": "0.1 0.2",
-        "deployed accuracy, results/reference/ck-*": "0.17 0.69",
+        "deployed accuracy, results/reference/ck-*": "0.17 0.69 0.73",
         "the level of an interval": "95",
         "a version": "1.20",
         "how good the evaluator is": "95",
@@ -388,8 +388,6 @@ def test_claims_of_leakage_by_hand():
     share = 100 * sum(float(row["nearest_rank"]) == 1 for row in found) / len(found)
     assert claims.candidates(ROOT, "cifar10k")[2] == pytest.approx(share)
     assert claims.candidates(ROOT, "fmnist10k") == {11: 100, 12: 100, 13: 37.5}
-    assert claims.more_identified(ROOT, "cifar10k", "curious_server") == {}   # never attacked there
-    assert claims.more_identified(ROOT, "mnist10k", "curious_server") == {1: -100, 2: -100}
     assert claims.class_prior(ROOT, "mnist10k", "candidates_identified") == {11: 12.5, 12: 0, 13: 6.25}
     assert claims.class_prior(ROOT, "cifar10k", "deployed") == {11: pytest.approx(-0.7), 12: pytest.approx(-1.4)}
 
