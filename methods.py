@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import models
 from parsing import HUGE, TINY, Option
 from server.mean import Server, Setting, State
-from server.privacy import AdaptiveClientDP, ClientDP, NbAFL
+from server.privacy import AdaptiveClientDP, ClientDP, NbAFL, usual_delta
 from server.rules import RULES
 
 # Options that some methods read; their defaults stand in the rows.
@@ -183,7 +183,7 @@ def client_dp_budget(args: Namespace) -> str | None:
     if args.epsilon is None and args.noise_multiplier is None:
         args.epsilon = 8.0
     if args.delta is None:
-        args.delta = min(0.1, args.num_users**-1.1)
+        args.delta = usual_delta(args.num_users)
     return None
 
 

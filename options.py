@@ -5,13 +5,18 @@ server/rules.py. The symbol in brackets is the paper's. Defaults are the paper's
 released code gets wrong (README, deviations).
 """
 import argparse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
+import methods
 from methods import METHODS, Method
-from parsing import DATA_NAME, HUGE, NAME, TINY, Option, Parser
+from parsing import DATA_NAME, HUGE, NAME, TINY, Option, Parser, shown
 from server.malicious import BEHAVIOURS
-from server.rules import RULES
+from server.robust import round_down
+from server.rules import RULES, Rule
 from utils import ROOT
 
 
@@ -26,6 +31,44 @@ ALPHA = Option("alpha", "concentration of --partition dirichlet, small is hetero
                float, within=(1e-4, 1e6), group="data")
 MALICIOUS_BEHAVIOUR = Option("malicious_behaviour", f"what malicious clients do: {rows(BEHAVIOURS)} (label_flip "
                              "if not given)", choices=BEHAVIOURS, group="server")
+MOMENTUM = Option("momentum", "momentum of --optimizer sgd (0 if not given)", float, unread=0.0,
+                  within=(0, 0.9999), group="federated")
+STACK = Option("stack", "clients trained at a time as one stacked model, 1: one after another (if not given: on a "
+               "GPU as many as make 500 images a step; on a CPU, if the model is small, a client a thread)", int,
+               within=(1, 10_000))
+
+
+@dataclass(frozen=True)
+class Need:
+    """A value of another option, without which nothing reads an option.
+
+    Args:
+        other: the other option's name.
+        fits: whether its value is such a one.
+        default: of the option, where it is read and not given.
+        harmless: a value that means the same read or not, and so may be given.
+    """
+
+    option: Option
+    other: str
+    fits: Callable[[Any], bool]
+    default: object = None
+    harmless: object = None
+
+
+NEEDS = [
+    Need(CLASSES_PER_CLIENT, "partition", lambda kind: kind == "shards", 2),
+    Need(ALPHA, "partition", lambda kind: kind == "dirichlet", 0.1),
+    Need(MALICIOUS_BEHAVIOUR, "malicious_frac", bool, "label_flip"),
+    Need(MOMENTUM, "optimizer", lambda kind: kind == "sgd", 0.0, harmless=0.0),
+    Need(methods.PRIOR_APART, "prior", lambda kind: kind == "class"),
+    Need(methods.KL_WARMUP, "kl_weight", bool, harmless=0),
+    # Clients with a loss of the method's own, or that draw from priors, are trained one after another.
+    Need(STACK, "method", lambda name: METHODS[name].loss is None, harmless=1),
+    Need(STACK, "prior", lambda kind: kind != "class", harmless=1),
+    # Encoders and priors of another run are taken as they are, and not trained.
+    *(Need(option, "encoders_from", lambda run: run is None)
+      for option in (methods.INIT_LOGVAR, methods.PRIOR_APART, methods.KL_WEIGHT, methods.KL_WARMUP))]
 
 
 def common() -> list[Option]:
@@ -58,7 +101,7 @@ def common() -> list[Option]:
                group="federated"),
         Option("lr_warmup", "share of a round's steps over which lr rises from 0, since a client's optimiser "
                "starts anew", float, 0.2, within=(0, 1), group="federated"),
-        Option("momentum", "momentum of --optimizer sgd", float, 0.0, within=(0, 0.9999), group="federated"),
+        MOMENTUM,
 
         Option("method", f"what is trained: {rows(METHODS)}", default="rve_pfl", choices=METHODS, group="model"),
 
@@ -71,9 +114,7 @@ def common() -> list[Option]:
                pattern=(r"auto|cpu|cuda(:\d{1,3})?", "choose from auto, cpu, cuda, cuda:N")),
         Option("precision", "precision of convolutions and matrix products; auto: bf16 where the chip has it",
                default="auto", choices=("auto", "fp32", "bf16")),
-        Option("stack", "clients trained at a time as one stacked model, 1: one after another (if not given: on a "
-               "GPU as many as make 500 images a step; on a CPU, if the model is small, a client a thread)", int,
-               within=(1, 10_000)),
+        STACK,
         Option("eval_every", "evaluate every so many rounds, and in the last", int, 1, within=(1, HUGE)),
         Option("run_name", "folder name under RESULTS_DIR and MODELS_DIR (<dataset>-<partition>-<method>-"
                "seed<seed> if not given)", pattern=NAME),
@@ -134,38 +175,33 @@ def make_parser() -> Parser:
     return parser
 
 
-def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
+def args_parser(argv: list[str] | None = None, parser: Parser | None = None) -> argparse.Namespace:
     """Parse ``argv`` (the command line if None), check it, and fill in what depends on other options.
 
-    Exits with status 2 and one line when an option is out of range or contradicts another.
+    Exits with status 2 and one line when an option is out of range, contradicts another, or is read by nothing.
+
+    Args:
+        parser: ``make_parser``'s, with other defaults.
     """
-    parser = make_parser()
+    parser = make_parser() if parser is None else parser
     args = parser.parse(argv)
     args.dataset = datasets.canonical(args.dataset, args.data_dir)
-    if fault := contradiction(args):
-        parser.error(fault)
+    given = {name: value for name, value in vars(args).items() if value is not None}
     method = METHODS[args.method]
-    partition = f"--partition {args.partition}"
-    _fill(parser, args, CLASSES_PER_CLIENT, args.partition == "shards", 2, partition)
-    _fill(parser, args, ALPHA, args.partition == "dirichlet", 0.1, partition)
-    if fault := misfit(args, method):
+    if fault := misfit(args, method) or contradiction(args) or method.settle and method.settle(args):
         parser.error(fault)
-    if args.malicious_behaviour and not args.malicious_frac:
-        parser.error(f"--malicious_behaviour {args.malicious_behaviour}: nobody is malicious; give "
-                     "--malicious_frac, or leave it out")
-    _fill(parser, args, MALICIOUS_BEHAVIOUR, args.malicious_frac > 0, "label_flip", "")
-    if method.settle and (fault := method.settle(args)):
-        parser.error(fault)
-    for option in of_rows(METHODS):
-        is_read = option in method.reads
-        default = method.default(option, args.dataset, args.partition) if is_read else None
-        _fill(parser, args, option, is_read, default, f"--method {args.method}")
+    _fill(args, METHODS, method, lambda option: method.default(option, args.dataset, args.partition))
     if fault := parser.fault(vars(args)) or misfit(args, method):   # of defaults that rows were given
         parser.error(fault)
     rule = RULES[args.aggregation]
-    for option in of_rows(RULES):
-        _fill(parser, args, option, option in rule.reads, rule.reads.get(option),
-              f"--aggregation {args.aggregation}")
+    _fill(args, RULES, rule, lambda option: rule.reads[option])
+    for need in NEEDS:
+        if getattr(args, need.option.name) is None:
+            fits = need.fits(getattr(args, need.other))
+            setattr(args, need.option.name, need.default if fits else need.option.unread)
+    for option, setting, harmless in idle(vars(args)):
+        if given.get(option.name, harmless) != harmless:
+            parser.error(f"--{option.name} {shown(given[option.name])}: {setting} does not read it; leave it out")
     if fault := parser.fault(vars(args)):
         parser.error(fault)
     if args.run_name is None:
@@ -175,30 +211,37 @@ def args_parser(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _fill(parser: Parser, args: argparse.Namespace, option: Option, is_read: bool, default: object,
-          setting: str) -> None:
-    """Fill an option that only some settings read; given where nothing reads it, it is a mistake."""
-    given = getattr(args, option.name)
-    if given is not None and not is_read:
-        parser.error(f"--{option.name} {given}: {setting} does not read it; leave it out")
-    if given is None:
-        setattr(args, option.name, default if is_read else option.unread)
+def _fill(args: argparse.Namespace, table: dict, row: Method | Rule, default: Callable[[Option], object]) -> None:
+    """Fill a table's options that were not given: as the row that holds does, or as nothing reads them."""
+    for option in of_rows(table):
+        if getattr(args, option.name) is None:
+            setattr(args, option.name, default(option) if option in row.reads else option.unread)
+
+
+def idle(values: Mapping[str, Any]) -> Iterator[tuple[Option, str, object]]:
+    """The options that nothing reads in a run of these values, by name.
+
+    Returns:
+        Each with the setting that does not read it, and a value that may be given all the same.
+    """
+    for name, table in (("method", METHODS), ("aggregation", RULES)):
+        for option in of_rows(table):
+            if option not in table[values[name]].reads:
+                yield option, f"--{name} {values[name]}", None
+    for need in NEEDS:
+        if not need.fits(values[need.other]):
+            yield need.option, f"--{need.other} {values[need.other]}", need.harmless
 
 
 def contradiction(args: argparse.Namespace) -> str | None:
     """What no single option shows, or None."""
-    if args.momentum and args.optimizer != "sgd":
-        return (f"--momentum {args.momentum}: --optimizer {args.optimizer} does not read it; leave it out or use "
-                "--optimizer sgd")
     if args.save_rounds and max(args.save_rounds) > args.rounds:
         return f"--save_rounds {max(args.save_rounds)}: there are only --rounds {args.rounds}"
     if args.warm_rounds is not None and args.warm_rounds >= args.rounds:
         return (f"--warm_rounds {args.warm_rounds}: none of --rounds {args.rounds} would be left for the method's "
                 "own rule; give fewer")
-    if args.unequal and args.partition == "file":
-        return "--unequal: --partition file does not read it; leave it out"
-    for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("resplit", "keep_split"),
-                          ("warm_rounds", "encoders_from")):
+    args.dataset = datasets.canonical(args.dataset, args.data_dir)
+    given = {name: value for name, value in vars(args).items() if value is not None}
         if getattr(args, first) and getattr(args, second):
             return f"--{first} and --{second} contradict each other; leave one out"
     return None

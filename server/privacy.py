@@ -5,6 +5,7 @@ the same draws; ``receive`` is what a client would do before its upload leaves i
 """
 import math
 import statistics
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -171,11 +172,11 @@ class AdaptiveClientDP(ClientDP):
         super().__init__(setting)
         self.sigma_bits = self.expected / 20
         if self.z >= 2 * self.sigma_bits:
-            needed = math.floor(10 * self.z / setting.frac) + 1
             raise InputError(
                 f"--method client_dp_adaptive: a noise multiplier of {self.z:.3g} leaves no noise for the "
-                f"clipping bits of {self.expected:g} clients a round; it needs --num_users {needed} or more "
-                f"at --frac {setting.frac:g}, a larger --epsilon, or --method client_dp")
+                f"clipping bits of {self.expected:g} clients per round; it needs --num_users "
+                f"{enough_clients(setting)} or more at --frac {setting.frac:g}, a larger --epsilon, or --method "
+                "client_dp")
 
     def __call__(self, round: Round) -> Aggregated:
         """As ``ClientDP``, then move C by the centred bits of the finite updates."""
@@ -189,6 +190,25 @@ class AdaptiveClientDP(ClientDP):
     def sum_multiplier(self) -> float:
         """``z_D``."""
         return (self.z**-2 - (2 * self.sigma_bits)**-2) ** -0.5
+
+
+def usual_delta(clients: int) -> float:
+    """Delta where it is not given: below one in the number of clients."""
+    return min(0.1, clients**-1.1)
+
+
+def enough_clients(setting: Setting) -> int:
+    """The fewest clients that ``AdaptiveClientDP`` works with, at the same share per round.
+
+    With more clients the usual delta is smaller, and the noise multiplier larger, so the search is from below.
+    """
+    follows = setting.delta == usual_delta(setting.clients)
+    while True:
+        z = setting.noise_multiplier or calibrated(setting)
+        if 10 * z < setting.frac * setting.clients:
+            return setting.clients
+        clients = max(setting.clients, math.floor(10 * z / setting.frac)) + 1
+        setting = replace(setting, clients=clients, delta=usual_delta(clients) if follows else setting.delta)
 
 
 def difference(one: State, other: State) -> State:

@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -10,7 +11,8 @@ import options
 import parsing
 import report
 from attack import membership, mi_attack
-from methods import METHODS
+from engine.stacked import draws_of
+from methods import METHODS, PRIOR
 from options import args_parser, make_parser, of_rows, readers
 from server.rules import RULES
 
@@ -52,6 +54,76 @@ def test_bad_option_is_one_line_and_status_2(line, named, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert len(lines) == 1 and named in lines[0], lines
+
+
+@pytest.mark.parametrize("line", [
+    "--prior_apart 0.3|--prior normal", "--method local --prior_apart 0.5|--prior normal",
+    "--kl_weight 0 --kl_warmup 3|--kl_weight 0", "--method ressfl --stack 4|--method ressfl",
+    "--method nbafl_prox --stack 2|--method nbafl_prox", "--prior class --stack 2|--prior class",
+    "--momentum 0.5|--optimizer adam", "--alpha 1 --partition iid|--partition iid",
+    "--classes_per_client 3 --partition dirichlet|--partition dirichlet",
+    "--malicious_behaviour passive|--malicious_frac 0", "--clip_noise 0.1|--aggregation threat",
+    "--aggregation median --tolerate 0.1|--aggregation median", "--method local --aggregation mean|--method local",
+    "--method fedavg --warm_rounds 1|--method fedavg", "--method nbafl --prox 1|--method nbafl",
+    "--encoders_from a --init_logvar -4|--encoders_from a", "--encoders_from a --kl_weight 1|--encoders_from a",
+    "--encoders_from a --kl_warmup 2|--encoders_from a", "--method client_dp --loss_weight 1|--method client_dp",
+    "--prior class --encoders_from a --prior_apart 0.3|--encoders_from a"])
+def test_what_nothing_reads_is_refused_with_its_reason(line, capsys):
+    words, setting = line.split("|")
+    with pytest.raises(SystemExit, match="2"):
+        args_parser(words.split())
+    said, = capsys.readouterr().err.splitlines()
+    assert f"{setting}" in said and "does not read it; leave it out" in said
+    named = said.split("error: ")[1].split(":")[0].split()[0]   # the option, and not the setting
+    assert named in words and not setting.startswith(f"{named} ")
+
+
+@pytest.mark.parametrize("words", [
+    "--prior class --prior_apart 0.3 --kl_warmup 2", "--stack 1 --prior class", "--method ressfl --stack 1",
+    "--optimizer sgd --momentum 0.5", "--momentum 0", "--malicious_frac 0.1 --malicious_behaviour passive",
+    "--kl_weight 0 --kl_warmup 0", "--encoders_from a --lr 0.1 --prior class", "--method fedavg --stack 4",
+    "--aggregation norm_clipping --clip_noise 0.1", "--aggregation krum --tolerate 0.1"])
+def test_what_something_reads_is_not(words):
+    args = vars(args_parser(words.split()))
+    for flag, value in zip(words.split()[::2], words.split()[1::2], strict=True):
+        assert str(args[flag[2:]]) in (value, f"{value}.0")
+
+
+def test_what_is_not_given_has_its_own_default_or_that_of_no_reader():
+    first, other = args_parser(["--malicious_frac", "0.5"]), args_parser(["--partition", "dirichlet"])
+    assert (first.classes_per_client, first.alpha, first.malicious_behaviour) == (2, None, "label_flip")
+    assert (other.classes_per_client, other.alpha, other.malicious_behaviour) == (None, 0.1, None)
+    assert (first.momentum, args_parser(["--optimizer", "sgd"]).momentum, first.stack) == (0, 0, None)
+
+
+@pytest.mark.parametrize("nobody, somebody, clients", [(0.05, 0.1, 10), (0.3, 0.34, 3)])
+def test_a_share_of_clients_that_is_nobody_is_refused(nobody, somebody, clients, capsys):
+    words = ["--num_users", str(clients), "--malicious_frac"]
+    assert args_parser([*words, str(somebody)]).malicious_behaviour == "label_flip"
+    with pytest.raises(SystemExit, match="2"):
+        args_parser([*words, str(nobody)])
+    assert f"--malicious_frac {nobody}: of --num_users {clients} that is nobody" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method, more", [(name, ()) for name in METHODS] + [
+    (name, ("--prior", "class")) for name in readers(PRIOR, METHODS)])
+def test_stack_is_refused_where_clients_are_never_stacked(method, more, place, driver):
+    """As engine/several.py decides it, of the trainer that the driver makes."""
+    words = place.argv("--method", method, *more)
+    trainer = driver.make_trainer(args_parser(words), driver.datasets.load("tiny", place.folder / "data"),
+                                  driver.torch.device("cpu"))
+    if trainer.method.loss is None and draws_of(trainer) is not None:
+        args_parser([*words, "--stack", "3"])
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            args_parser([*words, "--stack", "3"])
+
+
+def test_the_program_runs_in_a_thread_of_another(place):
+    """Where no signal handler can be set: notebooks, web servers and schedulers of jobs do this."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(place.main, "--rounds", 1).result() == 0
+    assert place.clients_csv()
 
 
 def suggested(parser, words, capsys):

@@ -1,5 +1,6 @@
 """NbAFL's and client-level DP's noise: worked by hand, measured, and accounted for."""
 import math
+import re
 from statistics import NormalDist
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from methods import METHODS, Step
+from options import args_parser
 from server.mean import Round, Setting
 from server.privacy import (
     AdaptiveClientDP,
@@ -272,6 +274,22 @@ def test_too_few_clients_for_the_adaptive_split():
     AdaptiveClientDP(Setting(clients=31, clip=1.0, delta=1e-4, noise_multiplier=3.0))
     with pytest.raises(InputError, match="--num_users 61 or more at --frac 0.5"):
         AdaptiveClientDP(Setting(clients=10, frac=0.5, clip=1.0, delta=1e-4, noise_multiplier=3.0))
+
+
+@pytest.mark.parametrize("frac", ["1", "0.25"])
+def test_the_number_of_clients_named_is_the_fewest_that_work(frac):
+    """More clients have a smaller delta, and so need more noise."""
+    def server(clients):
+        args = args_parser(["--method", "client_dp_adaptive", "--epsilon", "1", "--rounds", "3", "--frac", frac,
+                            "--num_users", str(clients)])
+        return AdaptiveClientDP(Setting(clients=clients, frac=args.frac, rounds=args.rounds, clip=args.clip,
+                                        epsilon=args.epsilon, delta=args.delta))
+    with pytest.raises(InputError) as caught:
+        server(2)
+    named = int(re.findall(r"--num_users (\d+) or more", str(caught.value))[0])
+    with pytest.raises(InputError, match=f"--num_users {named} or more"):
+        server(named - 1)
+    assert server(named).sum_multiplier() > 0
 
 
 def test_the_proximal_term_holds_clients_near_what_was_sent(place):

@@ -377,7 +377,8 @@ def test_encoders_are_borrowed_of_the_same_deal_and_whole(place, capsys):
     ("--method local --malicious_frac 0.2", "nothing travels"),
     ("--method local --aggregation mean", "read"),
     ("--method fedper --malicious_frac 0.5 --malicious_behaviour gan_poison", "whole head"),
-    ("--malicious_behaviour nan", "nobody is malicious"), ("--method fedavg --encoders_from x", "read"),
+    ("--malicious_behaviour nan", "--malicious_frac 0.0 does not read it"),
+    ("--method fedavg --encoders_from x", "read"),
     ("--tolerate 0.2", "--aggregation threat does not read"),
     ("--malicious_frac 2", "between"), ("--malicious_behaviour nun", "choose from")])
 def test_refusals(place, capsys, flags, said):
