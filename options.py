@@ -29,6 +29,7 @@ CLASSES_PER_CLIENT = Option("classes_per_client", "classes a client has, with --
                             "given)", int, within=(1, HUGE), group="data")
 ALPHA = Option("alpha", "concentration of --partition dirichlet, small is heterogeneous (0.1 if not given)",
                float, within=(1e-4, 1e6), group="data")
+UNEQUAL = Option("unequal", "clients differ in size (log-normal, sigma 0.5)", bool, False, group="data")
 MALICIOUS_BEHAVIOUR = Option("malicious_behaviour", f"what malicious clients do: {rows(BEHAVIOURS)} (label_flip "
                              "if not given)", choices=BEHAVIOURS, group="server")
 MOMENTUM = Option("momentum", "momentum of --optimizer sgd (0 if not given)", float, unread=0.0,
@@ -59,6 +60,7 @@ class Need:
 NEEDS = [
     Need(CLASSES_PER_CLIENT, "partition", lambda kind: kind == "shards", 2),
     Need(ALPHA, "partition", lambda kind: kind == "dirichlet", 0.1),
+    Need(UNEQUAL, "partition", lambda kind: kind != "file", harmless=False),
     Need(MALICIOUS_BEHAVIOUR, "malicious_frac", bool, "label_flip"),
     Need(MOMENTUM, "optimizer", lambda kind: kind == "sgd", 0.0, harmless=0.0),
     Need(methods.PRIOR_APART, "prior", lambda kind: kind == "class"),
@@ -81,7 +83,7 @@ def common() -> list[Option]:
                "mixes, or as the data file's `client` array says", default="shards",
                choices=("iid", "shards", "dirichlet", "file"), group="data"),
         CLASSES_PER_CLIENT, ALPHA,
-        Option("unequal", "clients differ in size (log-normal, sigma 0.5)", bool, False, group="data"),
+        UNEQUAL,
         Option("keep_split", "hold out each client's images of the data file's own test half, instead of a tenth "
                "of all of its images", bool, False, group="data"),
         Option("resplit", "the released protocol, for comparison: train and test images are drawn afresh every "
@@ -201,7 +203,8 @@ def args_parser(argv: list[str] | None = None, parser: Parser | None = None) -> 
             setattr(args, need.option.name, need.default if fits else need.option.unread)
     for option, setting, harmless in idle(vars(args)):
         if given.get(option.name, harmless) != harmless:
-            parser.error(f"--{option.name} {shown(given[option.name])}: {setting} does not read it; leave it out")
+            value = "" if option.kind is bool else f" {shown(given[option.name])}"
+            parser.error(f"--{option.name}{value}: {setting} does not read it; leave it out")
     if fault := parser.fault(vars(args)):
         parser.error(fault)
     if args.run_name is None:
@@ -240,8 +243,11 @@ def contradiction(args: argparse.Namespace) -> str | None:
     if args.warm_rounds is not None and args.warm_rounds >= args.rounds:
         return (f"--warm_rounds {args.warm_rounds}: none of --rounds {args.rounds} would be left for the method's "
                 "own rule; give fewer")
-    args.dataset = datasets.canonical(args.dataset, args.data_dir)
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    if args.malicious_frac and not round_down(args.malicious_frac * args.num_users):
+        return (f"--malicious_frac {args.malicious_frac:g}: of --num_users {args.num_users} that is nobody; give "
+                f"{1 / args.num_users:g} or more, or leave it out")
+    for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("resplit", "keep_split"),
+                          ("warm_rounds", "encoders_from")):
         if getattr(args, first) and getattr(args, second):
             return f"--{first} and --{second} contradict each other; leave one out"
     return None

@@ -67,7 +67,9 @@ def test_bad_option_is_one_line_and_status_2(line, named, capsys):
     "--method fedavg --warm_rounds 1|--method fedavg", "--method nbafl --prox 1|--method nbafl",
     "--encoders_from a --init_logvar -4|--encoders_from a", "--encoders_from a --kl_weight 1|--encoders_from a",
     "--encoders_from a --kl_warmup 2|--encoders_from a", "--method client_dp --loss_weight 1|--method client_dp",
-    "--prior class --encoders_from a --prior_apart 0.3|--encoders_from a"])
+    "--prior class --encoders_from a --prior_apart 0.3|--encoders_from a",
+    "--unequal --partition file|--partition file",
+    "--partition file --alpha 1|--partition file"])
 def test_what_nothing_reads_is_refused_with_its_reason(line, capsys):
     words, setting = line.split("|")
     with pytest.raises(SystemExit, match="2"):
