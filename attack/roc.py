@@ -67,7 +67,8 @@ def measure(scores: ndarray, classes: ndarray, member: ndarray) -> dict[str, flo
         member: ``N``, bool.
 
     Returns:
-        ``auc``, ``tpr_at_fpr_0.001``, ..., and of each also ``_low`` and ``_high``.
+        ``auc``, ``tpr_at_fpr_0.001``, ..., and of each also ``_low`` and ``_high``, to five decimals: ties of all
+        scores are 0.5 exactly, and the file shows what `leaks` was judged by.
     """
     inside, outside = scores[member], scores[~member]
     weights, draw = class_weights(classes[member], classes[~member]), rng(0, "membership bootstrap")
@@ -78,7 +79,7 @@ def measure(scores: ndarray, classes: ndarray, member: ndarray) -> dict[str, flo
     found: dict[str, float] = {}
     for name, metric in metrics.items():
         drawn = [metric(inside[i], outside[j], weights[i]) for i, j in samples]
-        low, high = np.quantile(drawn, (0.025, 0.975))
-        found |= {name: metric(inside, outside, weights), f"{name}_low": float(low),
-                  f"{name}_high": float(high)}
+        values = metric(inside, outside, weights), *np.quantile(drawn, (0.025, 0.975))
+        found |= {name + end: round(float(value), 5)
+                  for end, value in zip(("", "_low", "_high"), values, strict=True)}
     return found

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from test_mi_attack import guard, opened, watching  # noqa: F401 - guard is a fixture
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from attack import access, members, membership, references, roc
@@ -116,6 +117,16 @@ def test_a_score_that_knows_the_class_alone_tells_nothing():
     found = roc.measure(-1.0 * classes, classes, member)
     assert found["auc"] == found["auc_low"] == found["auc_high"] == 0.5
     assert roc_auc_score(member, -classes) > 0.7   # without weights
+
+
+def test_scores_that_are_all_alike_do_not_leak(monkeypatch):
+    """The weights of the members round: their average of 0.5 may come out as 0.5000000000000001."""
+    monkeypatch.setattr(roc, "DRAWS", 2)
+    rng = np.random.default_rng(0)
+    for size in range(50, 80):
+        member = np.arange(size) < 40
+        found = roc.measure(np.zeros(size), np.append(rng.integers(0, 3, size - 3), range(3)), member)
+        assert found["auc"] == found["auc_low"] == found["auc_high"] == 0.5
 
 
 def test_intervals_are_seeded_and_hold_what_they_are_of():
@@ -249,11 +260,12 @@ def test_rmia_by_hand(trained, monkeypatch):
     z, x = torch.arange(8.0).reshape(8, 1, 1, 1), torch.tensor([100.0, 101.0, 102.0]).reshape(3, 1, 1, 1)
     victim = {0: 0.2, 1: 0.9, 100: 0.6, 101: 0.9, 102: 0.69}
     reference = {0: 0.4, 1: 0.8, 100: 0.2, 101: 0.9, 102: 0.5}
-    monkeypatch.setattr(adversary, "public_of", lambda labels: (z, torch.zeros(8, dtype=torch.long)))
+    monkeypatch.setattr(adversary, "public_of", lambda labels: (z, torch.arange(8) % 4))
     monkeypatch.setattr(adversary, "references", lambda images, labels, count: ["low", "high"])
     monkeypatch.setitem(members.MODELS, "stolen_model", lambda adversary: "victim")
 
     def confidence(answer, images, labels):
+        assert torch.equal(labels, images.flatten().long() % 4)
         name = answer if isinstance(answer, str) else answer.args[0]
         shift = {"victim": 0, "low": -0.1, "high": 0.1}[name]   # the mean is the table's
         p = [(victim if name == "victim" else reference)[int(one)] + shift for one in images.flatten()]
@@ -265,11 +277,45 @@ def test_rmia_by_hand(trained, monkeypatch):
     ratio = {one: victim[one] / usual(reference[one]) for one in victim}
     expected = [np.mean([ratio[one] >= args.gamma * ratio[other] for other in (0, 1)]) for one in (100, 101, 102)]
     assert expected == [1.0, 0.5, 1.0]   # 101 is easy for everybody; with a = 0, 102 would be, too
-    labels = torch.zeros(3, dtype=torch.long)
+    labels = torch.arange(3)
     assert members.rmia("stolen_model", adversary, x, labels).tolist() == expected
     args.gamma = 2.0
     expected = [np.mean([ratio[one] >= 2 * ratio[other] for other in (0, 1)]) for one in (100, 101, 102)]
     assert members.rmia("stolen_model", adversary, x, labels).tolist() == expected != [1.0, 0.5, 1.0]
+
+
+class Shifted(nn.Module):
+    """An encoder whose z is the image plus a number."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return x.flatten(1) + self.by
+
+
+def test_fedmia_trains_a_shadow_encoder_behind_the_head_sent_in_each_round(trained, monkeypatch):
+    """For as long as clients had trained, from their start, with their KL weight; its z go to the uploads."""
+    target, made = trained.target("rve_pfl"), []
+    target = replace(target, options=target.options | {"kl_weight": 0.3, "local_ep": 7})
+    args = membership.make_parser().parse(["--run", "rve_pfl", "--public", "public", "--draws", "1",
+                                           "--data_dir", str(trained.folders()[2])])
+
+    def shadow_encoder(holdings, start, images, labels, epochs, kl_weight):
+        made.append((holdings.head.state_dict(prefix="classifier."), start.state_dict(), epochs, kl_weight))
+        return access.Holdings(holdings.head, Shifted(len(made)), True, (1, 8, 8))
+    monkeypatch.setattr(members.learnt, "shadow_encoder", shadow_encoder)
+    asked, seen, confidence = members.asked(target, 0), [], members.confidence
+    monkeypatch.setattr(members, "confidence", lambda answer, x, y: seen.append(x) or confidence(answer, x, y))
+    members.fedmia("curious_server", members.Adversary(target, args, [1, 2], 2, 0), asked.images, asked.labels)
+    seeded = target.start(0).state_dict()
+    for r, (head, start, epochs, kl_weight) in enumerate(made, 1):
+        assert all(torch.equal(head[name], value) for name, value in target.shared(r)["sent"].items())
+        assert all(torch.equal(start[name], value) for name, value in seeded.items())
+        assert (epochs, kl_weight) == (7 * r, 0.3)
+    assert len(made) == 2 and len(seen) == 6   # three uploads a round
+    assert all(torch.equal(x[:, 0], asked.images + r) for r, x in zip((1, 1, 1, 2, 2, 2), seen, strict=True))
 
 
 @pytest.mark.parametrize("prior", ["class", "normal"])
