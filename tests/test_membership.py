@@ -82,6 +82,12 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
     return Trained(place)
 
 
+def options(trained, run, *flags):
+    """The command's options, as ``main`` would have them."""
+    return membership.make_parser().parse(["--run", run, "--public", "public", "--data_dir",
+                                           str(trained.folders()[2]), *map(str, flags)])
+
+
 # Measures
 
 def test_auc_and_tpr_against_scikit_learn():
@@ -197,6 +203,33 @@ def test_non_members_are_of_the_clients_classes_and_its_own(trained, tiny_arrays
     assert found.member.tolist() == [True] * len(whole["train_1"]) + [False] * len(whole["test_1"])
 
 
+def test_models_answer_as_the_options_say(trained, monkeypatch):
+    target, args = trained.target("rve_pfl"), options(trained, "rve_pfl", "--draws", 3, "--scores", 2)
+    drawn, logits = [], access.Holdings.logits
+    monkeypatch.setattr(access.Holdings, "logits", lambda held, x, draws=0: drawn.append(draws) or logits(
+        held, x, draws))
+    adversary, images = members.Adversary(target, args, [2], 2, 0), members.asked(target, 0).images
+    told = {who: answer(adversary)(images).isfinite().sum(1) for who, answer in members.MODELS.items()}
+    assert drawn == [3, 3]
+    assert (told["stolen_model"] == 4).all() and (told["prediction_api"] == 2).all()
+
+
+def test_public_images_are_of_the_classes_asked_about_where_they_mean_the_same(trained, monkeypatch):
+    """``public`` is another data set than ``tiny``. Where the images of the classes are too few, all are taken."""
+    target, args = trained.target("fedavg"), options(trained, "fedavg", "--public_images", 230)
+    same, pair = replace(target, options=target.options | {"dataset": "public"}), torch.tensor([1, 3])
+    monkeypatch.setattr(members, "MIN_PUBLIC", 100)
+    images, labels = members.Adversary(target, args, [2], 2, 0).public_of(pair)
+    assert set(labels.tolist()) == {0, 1, 2, 3} and len(images) == 230
+    adversary = members.Adversary(same, args, [2], 2, 0)
+    images, labels = adversary.public_of(pair)
+    assert set(labels.tolist()) == {1, 3} and len(images) == 120
+    pixels, known = adversary.public
+    assert torch.equal(images, as_floats(pixels[np.isin(known, [1, 3])]))
+    monkeypatch.setattr(members, "MIN_PUBLIC", 121)
+    assert len(adversary.public_of(pair)[1]) == 230
+
+
 # Controls
 
 def test_images_of_other_clients_dealt_at_random_are_a_guess(trained):
@@ -299,8 +332,7 @@ def test_fedmia_trains_a_shadow_encoder_behind_the_head_sent_in_each_round(train
     """For as long as clients had trained, from their start, with their KL weight; its z go to the uploads."""
     target, made = trained.target("rve_pfl"), []
     target = replace(target, options=target.options | {"kl_weight": 0.3, "local_ep": 7})
-    args = membership.make_parser().parse(["--run", "rve_pfl", "--public", "public", "--draws", "1",
-                                           "--data_dir", str(trained.folders()[2])])
+    args = options(trained, "rve_pfl", "--draws", "1")
 
     def shadow_encoder(holdings, start, images, labels, epochs, kl_weight):
         made.append((holdings.head.state_dict(prefix="classifier."), start.state_dict(), epochs, kl_weight))
@@ -343,8 +375,7 @@ def test_kl_by_hand(trained, prior, monkeypatch):
 
 def test_no_reference_has_seen_the_images_it_is_compared_on(trained, monkeypatch):
     target = trained.target("fedavg")
-    args = membership.make_parser().parse(["--run", "fedavg", "--public", "public", "--references", "2",
-                                           "--data_dir", str(trained.folders()[2])])
+    args = options(trained, "fedavg", "--references", "2")
     adversary, seen = members.Adversary(target, args, [2], 2, 0), {}
     monkeypatch.setattr(adversary, "references", lambda images, labels, count: seen.update(
         trained=images, count=count) or [adversary.start().eval()])
@@ -381,8 +412,7 @@ def test_a_reference_is_trained_as_a_client(trained, flags):
 
 def test_references_differ_in_images_and_draws(trained, monkeypatch):
     target = trained.target("rve_pfl")
-    args = membership.make_parser().parse(["--run", "rve_pfl", "--public", "public", "--references", "3",
-                                           "--data_dir", str(trained.folders()[2])])
+    args = options(trained, "rve_pfl", "--references", "3")
     adversary, made = members.Adversary(target, args, [2], 2, 1), []
     train = references.Alone.train
     monkeypatch.setattr(references.Alone, "train", lambda how, target, images, labels: made.append(
@@ -441,8 +471,7 @@ def test_a_reference_that_cannot_be_trained_is_one_line(trained, tiny_arrays):
 def test_an_adversary_opens_its_own_files_only(trained, how, who, allowed):
     """And of the run's other files none: what is asked about is handed to it."""
     target = trained.target("rve_pfl")
-    args = membership.make_parser().parse(["--run", "rve_pfl", "--public", "public", "--references", "1",
-                                           "--data_dir", str(trained.folders()[2])])
+    args = options(trained, "rve_pfl", "--references", "1")
     adversary, asked = members.Adversary(target, args, [1, 2], 2, 0), members.asked(target, 0)
     assert len(adversary.public[1])
     opened.clear()
@@ -496,6 +525,22 @@ def test_a_second_call_replaces_its_rows_and_keeps_others(trained):
     assert trained.csv("fedavg")[KEY].to_numpy().tolist()[0] == ["curious_server", "fedmia", 1, 0]
     assert len(trained.csv("fedavg")) == 3
     assert not list(path.parent.glob(".membership*"))
+
+
+def test_fedmia_is_one_row_of_all_rounds(trained):
+    target, args = trained.target("fedavg"), options(trained, "fedavg")
+    assert trained.attack("fedavg", "--attack", "fedmia", "loss", "--rounds", 2, 1) == 0
+    table = trained.csv("fedavg").set_index(KEY)
+    asked = members.asked(target, 0)
+
+    def auc(rounds):
+        adversary = members.Adversary(target, args, rounds, 2, 0)
+        scores = members.fedmia("curious_server", adversary, asked.images, asked.labels)
+        return roc.measure(scores.numpy(), asked.labels.numpy(), asked.member)["auc"]
+    assert list(table.loc["curious_server", "fedmia"].index) == [(2, 0)]
+    assert table.loc[("curious_server", "fedmia", 2, 0), "auc"] == auc([1, 2]) not in (auc([1]), auc([2]))
+    assert len(table.loc["stolen_model", "loss"]) == 2
+    assert set(table["members"]) == {asked.member.sum()} != set(table["non_members"]) == {(~asked.member).sum()}
 
 
 def test_the_same_seed_gives_the_same_rows(trained):
