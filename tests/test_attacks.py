@@ -1,6 +1,7 @@
 """Each attack recovers what theory says it must, on networks small enough for it to be certain."""
 import copy
 import dataclasses
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -384,6 +385,43 @@ def test_gauss_newtons_equations_hold_at_the_truth_alone():
         assert residual(z).abs().max() < 1e-5 and residual(z + 0.3 * torch.randn_like(z)).abs().max() > 1e-2
     swapped = problem.residuals(torch.tensor([1, 0, 2]), True)
     assert swapped(z[[1, 0, 2]]).abs().max() < 1e-5 and swapped(z).abs().max() > 1e-2
+
+
+def test_each_input_keeps_the_best_of_its_own_searches(monkeypatch):
+    """Searches that do nothing: shaking alone brings each problem nearer to its own truth, never farther."""
+    torch.manual_seed(0)
+    start = 10.0 * torch.arange(1.0, 5)[:, None, None, None] * torch.tensor([1.0, -1.0]).reshape(1, 1, 1, 2)
+    truth, errors, asked = start * torch.tensor([1.0, 1.0, 1.0, 1.3])[:, None, None, None], [], []
+    truth[:3] += torch.tensor([3.0, -4.0, 5.0])[:, None, None, None]
+
+    def search(problem, which, inputs, steps):
+        asked.append(which)
+        error = (inputs - truth[which]).square().flatten(1).sum(1)
+        errors.append(error.where(which != 3, 0.0))   # the fourth counts as found
+        return inputs, errors[-1].clone()
+    monkeypatch.setattr(newton, "search", search)
+    monkeypatch.setattr(newton, "problem_of", lambda head, observed: Namespace(before=None, features=None))
+    monkeypatch.setattr(newton, "ridge_start", lambda before, features, shape: start.clone())
+    found = newton.head_input(None, [None] * 4, (1, 1, 2), hops=5, copies=40)
+    final = (found - truth).square().flatten(1).sum(1)
+    assert torch.equal(found[3], start[3]) and asked[0].tolist() == [0, 1, 2, 3]
+    assert all(sorted(set(which.tolist())) == [0, 1, 2] and len(which) == 120 for which in asked[1:])
+    best = torch.stack([errors[0][:3], *(e.view(40, 3).amin(0) for e in errors[1:])]).amin(0)
+    assert torch.allclose(final[:3], best) and (best < 0.3 * errors[0][:3]).all()
+
+
+def test_a_search_takes_the_features_answer_where_all_equations_like_it_better():
+    """x - 1 is the features' equation; that of the gradient is 2 (x - 3) or, where it agrees, 2 (x - 1)."""
+    class Linear:
+        def residuals(self, which, with_routed):
+            other = torch.tensor([3.0, 1.0])[which][:, None]
+            return lambda x: torch.cat([x.flatten(1) - 1] + [2 * (x.flatten(1) - other)] * with_routed, 1)
+    torch.manual_seed(0)
+    found, error = newton.search(Linear(), torch.tensor([1, 0]), torch.full((2, 1, 1, 1), 50.0), 30)
+    assert found.flatten().tolist() == pytest.approx([1.0, 2.6], abs=1e-3)
+    assert error.tolist() == pytest.approx([0.0, 1.6**2 + 0.8**2], abs=1e-3)
+    found, error = newton.search(Linear(), torch.tensor([1]), torch.full((1, 1, 1, 1), 50.0), 0)
+    assert found.item() == pytest.approx(1.0, abs=1e-3) and error.item() == pytest.approx(0.0, abs=1e-3)
 
 
 def test_gauss_newton_solves_least_squares_in_one_step():
