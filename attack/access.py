@@ -403,6 +403,18 @@ class Victim:
                 "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item(),
                 "bound_nats": kl + (0.0 if network.prior is None else torch.special.entr(shares).sum().item())}
 
+    @torch.no_grad()
+    def kl(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """KL of the posterior of z to the prior, nats, of each of N images with labels ``y``.
+
+        None for a method without noise.
+        """
+        network = self._network(self.own)
+        if not isinstance(network, RVE):
+            return None
+        mu, logvar = posterior_in_parts(self._holdings(self.own), x)
+        return None if logvar is None else network.kl(mu, logvar, y)
+
     def update(self, x: Tensor, y: Tensor, lr: float, batch: int | None = None,
                inputs: list[Tensor] | None = None) -> State:
         """Return what the server makes of the upload that a client's next steps cause: the sum of their gradients.

@@ -238,6 +238,7 @@ class Attack:
             reconstructions with true images by assignment.
         chooses: the true image is among given candidates. The attack makes no image, but gives the
             log-likelihood of each candidate, ``N x M``, up to a constant.
+        cheap: so little an image that all of a client's images are attacked by default.
     """
 
     solve: Callable[..., Any]
@@ -247,6 +248,7 @@ class Attack:
     needs: tuple[Callable[[Target, str], str | None], ...] = ()
     unordered: bool = False
     chooses: bool = False
+    cheap: bool = False
 
     @property
     def of_latents(self) -> bool:
@@ -287,15 +289,17 @@ ATTACKS = {
                                   "gauss_newton, and the candidate with the largest log q(z|x)", (*HEAD, encoder),
                                   chooses=True),
     "latent_decoder": Attack(latents.decode, latents.observe, STOLEN, "a decoder trained on public images",
-                             (encoder,)),
+                             (encoder,), cheap=True),
     "latent_likelihood": Attack(latents.likelihood, latents.observe, STOLEN,
-                                "the candidate with the largest log q(z|x)", (encoder,), chooses=True),
+                                "the candidate with the largest log q(z|x)", (encoder,), chooses=True,
+                                cheap=True),
     "latent_prior": Attack(latents.most_likely, latents.observe, STOLEN,
                            "a search in a generator of public images", (encoder,)),
     "latent_search": Attack(latents.search, latents.observe, STOLEN, "Mahendran and Vedaldi 2015", (encoder,)),
     "posterior_mean": Attack(latents.posterior_mean, latents.observe, STOLEN,
-                             "the public images' mean, weighted by q(z|x)", (encoder,)),
-    "score_decoder": Attack(decode_scores, observe_scores, SERVICE, "Yang et al. 2019, arXiv 1902.08552"),
+                             "the public images' mean, weighted by q(z|x)", (encoder,), cheap=True),
+    "score_decoder": Attack(decode_scores, observe_scores, SERVICE, "Yang et al. 2019, arXiv 1902.08552",
+                            cheap=True),
 }
 
 

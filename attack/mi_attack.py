@@ -1,4 +1,4 @@
-"""Attack a trained run, and say of each attack whether it leaks, is as a guess, or fails.
+"""Attack a trained run, and say of each attack whether it leaks or is as a guess.
 
     python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
 
@@ -30,8 +30,8 @@ from attack.access import ADVERSARIES, Target, Victim, open_target
 from attack.attacks import ATTACKS, unfit
 from attack.command import chosen_rounds, exit_status, folder_options, public_options, service_options
 from attack.latents import OBSERVED
-from attack.scene import MAX_CANDIDATES, Scene
-from attack.tables import ATTACK_COLUMNS, Unit, read_attack, summarise
+from attack.scene import FEW_IMAGES, Scene
+from attack.tables import ATTACK_COLUMNS, WORST, Unit, read_attack, summarise, worst_identified
 from attack.verdict import judge
 from engine.signals import check, steady_output
 from parsing import HUGE, Option, Parser
@@ -41,8 +41,10 @@ from utils import InputError, keep_freed_memory, printable, remove_leftovers, sh
 SCOPE_OPTIONS = ("adversary", "attack", "observe", "clients", "rounds")   # choose attacks, and do not change them
 PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
 # What is printed of an attack, and how: means over its first choices.
-SHOWN = {"ssim": ("SSIM", "{:.2f}"), "nearest_rank": ("mean rank", "{:.0f}"), "psnr": ("PSNR", "{:.1f} dB"),
+SHOWN = {"ssim": ("SSIM", "{:.2f}"), "class_rank": ("rank in its class", "{:.0f}"),
+         "nearest_rank": ("rank", "{:.0f}"), "psnr": ("PSNR", "{:.1f} dB"),
          "evaluator_correct": ("evaluator right", "{:.0%}")}
+PICTURED = ("ssim", "psnr")   # say nothing of an attack that makes no image
 
 
 def make_parser() -> Parser:
@@ -61,8 +63,9 @@ def make_parser() -> Parser:
             Option("observe", "what attacks on latents see of an image: z is one draw, zN are N draws, as z8; "
                    "rounds is one draw in each round so far, with that round's encoder; mu is the mean of z; "
                    "train is one draw with the encoder's dropout", default=["z"], pattern=OBSERVED, several=True),
-            Option("images", "how many of a client's training images are attacked, by attacks on single images",
-                   int, 8, within=(1, MAX_CANDIDATES)),
+            Option("images", "how many of a client's training images are attacked at most (if not given: all, "
+                   f"where an attack is cheap: {', '.join(name for name, row in ATTACKS.items() if row.cheap)}; "
+                   f"{FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
             Option("restarts", "how often a search starts anew", int, 3, within=(1, 1000)),
             Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),
             Option("train_epochs", "epochs of training on public images", int, 20, within=(1, HUGE)),
@@ -165,12 +168,10 @@ def begin(target: Target, args: Namespace) -> tuple[dict, list[dict]]:
         before, rows = read_json(described), read_attack(table)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{target.results}: attack.csv or .json is damaged; use --overwrite") from error
-    if options.keys() - before.keys():
-        raise InputError(f"{described} is from an older version, whose attacks differ; use --overwrite")
-    differ = [key for key in options if before[key] != options[key]]
+    differ = [key for key in options if before.get(key) != options[key]]
     if differ:
         raise InputError(f"--{differ[0]} {options[differ[0]]}: this run was attacked before with "
-                         f"{shown(before[differ[0]])}; give the same, or --overwrite to start again")
+                         f"{shown(before.get(differ[0]))}; give the same, or --overwrite to start again")
     return options, rows.to_dict("records")
 
 
@@ -203,10 +204,7 @@ def write_latents(target: Target, found: list[dict | None]) -> list[str]:
     table = pd.DataFrame(rows)
     if path.exists():
         try:
-            older = pd.read_csv(path)
-            if "bound_nats" not in older:   # of a version in which KL was to N(0, I) alone
-                older["bound_nats"] = older["kl_nats"]
-            table = pd.concat([older[list(table)].apply(pd.to_numeric), table])
+            table = pd.concat([pd.read_csv(path)[list(table)].apply(pd.to_numeric), table])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged; remove it, or use --overwrite") from error
     table = table.drop_duplicates(["round", "client"], keep="last").sort_values(["round", "client"])
@@ -217,31 +215,23 @@ def write_latents(target: Target, found: list[dict | None]) -> list[str]:
 
 
 def in_words(rows: list[dict], unit: Unit) -> str:
-    """An attack's verdict in one line: the word, then scores beside the controls that decide about it.
-
-    The nearest public image knows the true one, so it is shown as a reference and decides nothing.
-    """
+    """An attack's verdict in one line: the word, then scores, those that decide beside their control's."""
     table, attack = pd.DataFrame(rows, columns=ATTACK_COLUMNS), ATTACKS[unit.attack]
     first = table[(table["restart"] == 0) & (table["control"] == "")]
-    reference = table[table["control"] == "nearest_public"]
     verdict = judge(table, attack)
-    parts = []
-    for metric in dict.fromkeys((*(one.metric for one in verdict.comparisons), *SHOWN)):
-        name, form = SHOWN[metric]
+    compared, parts = {one.metric: one for one in verdict.comparisons}, []
+    for metric, (name, form) in SHOWN.items():
+        if attack.chooses and metric in PICTURED:
+            continue
         text = f"{name} {form.format(first[metric].mean())}"
-        for one in verdict.comparisons:
-            if one.metric == metric:
-                known = [(one.control, one.control_score)]
-                if attack.kind == "image":
-                    known.append(("nearest_public", reference[metric].mean()))
-                words = [f"{control.replace('_', ' ')} {form.format(score)}" for control, score in known]
-                text += f" ({', '.join(words)})"
+        if one := compared.get(metric):
+            text += f" ({one.control.replace('_', ' ')} {form.format(one.control_score)}, p = {one.p:.2g})"
         parts.append(text)
-        if metric == "nearest_rank":
-            parts.append(f"median rank {first[metric].median():.0f}")
-            if attack.kind == "image":
-                parts.append(f"identified {first['identified'].sum():.0f} of {len(first)} (a guess: "
-                             f"{first['guess'].sum():.1f})")
+    if attack.kind == "image":
+        parts.append(f"identified {first['identified'].sum():.0f} of {len(first)} (a guess: "
+                     f"{first['guess'].sum():.1f})")
+        if (worst := worst_identified(first)) == worst:
+            parts.append(f"of the {WORST:.0%} with the highest KL {worst:.0%}")
     things = {"class": ("class", "classes"), "image": ("image", "images")}[attack.kind][verdict.count > 1]
     return f"{verdict.word}{f' (only {verdict.count} {things})' * verdict.few}. {', '.join(parts)}"
 

@@ -1,7 +1,7 @@
 """Attacks on one run, one at a time: each gives rows of attack.csv and a picture."""
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,18 @@ import datasets
 from attack import picture, scoring
 from attack.access import Holdings, Target, Victim, hold
 from attack.adversary import Adversary, Budget, PublicImages
-from attack.attacks import ATTACKS
-from attack.tables import Unit
+from attack.attacks import ATTACKS, Attack
+from attack.pairs import MAX_CANDIDATES, Ranks, candidates, paired
+from attack.tables import FOREIGN, Unit
 from utils import InputError, rng, seed_torch
 
 OTHER_DATA = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # suggested for --public
 MIN_PUBLIC = 200       # images; with fewer, training on them is no use
-MAX_CANDIDATES = 500   # images of the client, among which a true image is ranked
+FEW_IMAGES = 8         # attacked where an attack is slow, unless --images says otherwise
 # Size of the SGD steps whose upload the curious server observes. A run's own steps are some hundred times shorter,
 # and noise hides less of a longer step: this is the best case for the adversary.
 CLIENT_LR = 0.1
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The true images beside R x N reconstructions.
-
-    Attributes:
-        images: ``R x N x C x H x W``.
-        numbers: their numbers in the data set, ``R x N``.
-        rank: the true image's place, from 1, when images are sorted by distance from a reconstruction;
-            ``R x N``.
-        guess: the share of these images that count as true: how often a guess has rank 1; ``R x N``.
-    """
-
-    images: Tensor
-    numbers: Tensor
-    rank: Tensor
-    guess: Tensor
+Observe = Callable[[np.ndarray], Any]   # numbers of N images -> what an attack observes of them
 
 
 @dataclass(frozen=True)
@@ -49,18 +33,23 @@ class Outcome:
     """What an attack handed in, or a control: N images, in R restarts of which the first is its own choice.
 
     Attributes:
-        labels: of the true images, ``N``.
         images: reconstructions, ``R x N x C x H x W``.
-        label_match: whether the adversary knew the label, ``R x N``, bool; see ``Scene.victims_label``.
+        numbers: of the true images in the data set, ``R x N``.
+        label_match: whether the adversary knew the label, ``R x N``, bool.
+        ranks: of the true images, by distance from a reconstruction or by the likelihood that it gives them.
+        kl: of the true images' posteriors to the prior, nats, ``N``; not a number where there is none.
     """
 
-    labels: Tensor
     images: Tensor
-    truth: Truth
+    numbers: Tensor
     label_match: Tensor
+    ranks: Ranks
+    kl: Tensor
 
-
-FindTruth = Callable[[Tensor], Truth]   # reconstructions R x N x C x H x W -> the true images
+    def restarts(self, which: slice) -> "Outcome":
+        """Some of the restarts."""
+        ranks = Ranks(*(getattr(self.ranks, name)[which] for name in Ranks.__dataclass_fields__))
+        return Outcome(self.images[which], self.numbers[which], self.label_match[which], ranks, self.kl)
 
 
 class Scene:
@@ -145,9 +134,22 @@ class Scene:
 
     def unscorable(self, attack: str, client: int) -> str | None:
         """Why an attack on a client could not be scored, in words; None if it can."""
-        if ATTACKS[attack].kind == "class" and not len(self.classes(client)):
-            return f"nobody held out an image of client {client}'s classes"
-        return None
+        if ATTACKS[attack].kind == "class":
+            lacking = not len(self.classes(client))
+            return f"nobody held out an image of client {client}'s classes" if lacking else None
+        lacking = not len(self.paired(ATTACKS[attack], client, 1)[0])
+        return f"no two images of a class of client {client}, one of them as a control" if lacking else None
+
+    def order(self, client: int, round: int) -> np.ndarray:
+        """The numbers of a client's training images in the order in which all attacks on it take them."""
+        return rng(self.args.seed, "images", client, round).permutation(self.train[client])
+
+    def paired(self, attack: Attack, client: int, round: int) -> tuple[np.ndarray, np.ndarray]:
+        """``pairs.paired`` for an attack; held-out images, the client's own first, make up what is missing."""
+        count = self.args.images or (None if attack.cheap else FEW_IMAGES)
+        others = [part for k, part in enumerate(self.test) if k != client]
+        return paired(self.target.data.labels, self.order(client, round),
+                      np.concatenate([self.test[client], *others]), count, attack.unordered)
 
     def attack(self, adversary: str, attack: str, round: int, client: int, observed: str = "") -> list[dict]:
         """Run one attack, draw its picture, and return its rows of attack.csv, and its controls'."""
@@ -155,88 +157,134 @@ class Scene:
         attacker = self.adversary(adversary, round, client)
         seed_torch(self.args.seed, f"{adversary} {attack}", client, round)
         attack_it = self._attack_classes if ATTACKS[attack].kind == "class" else self._attack_images
-        outcome, find_truth = attack_it(unit, attacker)
-        outcomes = {"": outcome, **self._controls(unit, outcome, find_truth)}
+        outcomes = attack_it(unit, attacker)
         self._draw(unit, outcomes)
         return [row for control, one in outcomes.items() for row in self.rows(unit, one, control)]
 
-    def _attack_classes(self, unit: Unit, adversary: Adversary) -> tuple[Outcome, FindTruth]:
-        """The true image beside a drawn class is the client's nearest of that class."""
-        labels = self.classes(unit.client)
+    def _attack_classes(self, unit: Unit, adversary: Adversary) -> dict[str, Outcome]:
+        """Attack the classes of a client. Controls are what the public images show of them, and blank pictures."""
+        labels, (public, public_labels) = self.classes(unit.client), (self.public.images, self.public.labels)
         images = finite(ATTACKS[unit.attack].solve(adversary, labels))
+        shown = {"": images, "grey": torch.full_like(images[:1], 0.5), "noise": torch.rand_like(images[:1])}
+        if self.public.of_classes is not None:
+            firsts = [int((public_labels == c).int().argmax()) for c in labels]   # in random order as they are
+            shown |= {"class_mean": scoring.class_means(public, public_labels, labels)[None],
+                      "public_image": public[firsts][None]}
+        return {name: self._drawn_classes(unit, one, labels) for name, one in shown.items()}
 
-        def find_truth(images: Tensor) -> Truth:
-            return self.nearest(images, labels, unit.client)
-        truth = find_truth(images)
-        match = self.victims_label(unit, images) == labels
-        return Outcome(labels, images, truth, match), find_truth
+    def _drawn_classes(self, unit: Unit, images: Tensor, labels: Tensor) -> Outcome:
+        """``R x P`` drawn classes beside the client's nearest image of each."""
+        numbers, ranks = self.nearest(images, labels, unit.client)
+        return Outcome(images, numbers, self.victims_label(unit, images) == labels, ranks,
+                       torch.full((len(labels),), torch.nan))
 
-    def _attack_images(self, unit: Unit, adversary: Adversary) -> tuple[Outcome, FindTruth]:
-        """Attack some of the client's training images, drawn at random."""
-        attack, client = ATTACKS[unit.attack], unit.client
-        drawn = rng(self.args.seed, f"images {unit.attack}", client, unit.round)
-        numbers = torch.from_numpy(drawn.permutation(self.train[client]))[:self.args.images]
-        true, labels = self.pixels(numbers), self.labels(numbers)
-        observed = self.observe(unit, true, labels)
-        pool, is_true = self.pool(numbers, client)
+    def nearest(self, images: Tensor, labels: Tensor, client: int) -> tuple[Tensor, Ranks]:
+        """The numbers and ranks of the client's images nearest to drawn classes, ``R x P x C x H x W``."""
+        each = [self._nearest_of_class(images[:, p], int(label), client) for p, label in enumerate(labels)]
+        numbers, rank, size, guess = (torch.stack(column, 1) for column in zip(*each, strict=True))
+        return numbers, Ranks(rank, rank, size, guess)
 
-        def find_truth(images: Tensor) -> Truth:
-            rank = torch.stack([scoring.rank_of(one, pool, is_true) for one in images])
-            return Truth(true.expand(len(images), *true.shape), numbers.expand(len(images), -1), rank,
-                         torch.full_like(rank, 1 / len(pool), dtype=torch.double))
-        if attack.chooses:
-            likely, guessed = attack.solve(adversary, observed, pool)
-            images = pool[likely.nan_to_num(-torch.inf).argmax(1)][None]
-            truth = replace(find_truth(images), rank=scoring.rank_by(-likely, is_true)[None])
-        else:
-            images, guessed = attack.solve(adversary, observed, len(numbers))
-            images = finite(images)
-            if attack.unordered:
-                images = torch.stack([scoring.in_order_of(true, one) for one in images])
-                all_known = torch.equal(guessed, labels.sort().values)
-                guessed = labels if all_known else torch.full_like(labels, -1)
-            truth = find_truth(images)
-        return Outcome(labels, images, truth, (guessed == labels).expand(len(images), -1)), find_truth
-
-    def observe(self, unit: Unit, images: Tensor, labels: Tensor) -> Any:
-        """What an attack on single images observes of these, ``N x C x H x W`` with labels ``N``."""
-        observe = ATTACKS[unit.attack].observe
-        if observe is None:
-            raise ValueError(f"{unit.attack} observes no images")
+    def _attack_images(self, unit: Unit, adversary: Adversary) -> dict[str, Outcome]:
+        """Attack some of the client's training images, and others of their class as the foreign control."""
+        attack, victim = ATTACKS[unit.attack], Victim(self.target, unit.round, unit.client)
+        numbers, partners = self.paired(attack, unit.client, unit.round)
         of_latents = (unit.observed,) if unit.observed else ()
-        return observe(Victim(self.target, unit.round, unit.client), images, labels, self.budget, *of_latents)
 
-    def _controls(self, unit: Unit, outcome: Outcome, find_truth: FindTruth) -> dict[str, Outcome]:
-        """What controls hand in, scored in the same way."""
-        labels, public = outcome.labels, self.public
-        controls = scoring.controls(public.images, public.labels, labels, outcome.truth.images[0])
-        return {name: Outcome(labels, images[None], find_truth(images[None]),
-                              self.victims_label(unit, images[None]) == labels)
-                for name, images in controls.items()}
+        def observe(seen: np.ndarray) -> Any:
+            if attack.observe is None:
+                raise ValueError(f"{unit.attack} observes no images")
+            index = torch.from_numpy(seen)
+            return attack.observe(victim, self.pixels(index), self.labels(index), self.budget, *of_latents)
+        if attack.unordered:
+            numbers, partners = (np.concatenate(both) for both in ((numbers, partners), (partners, numbers)))
+        true, labels = (of(torch.from_numpy(numbers)) for of in (self.pixels, self.labels))
+        order, kl = self.order(unit.client, unit.round), victim.kl(true, labels)
+        kl = torch.full((len(true),), torch.nan) if kl is None else kl
+
+        def outcome(images: Tensor, guessed: Tensor, ranks: Ranks | None = None) -> Outcome:
+            if ranks is None:
+                ranks = Ranks.joined([one.rank(torch.stack([scoring.distances(
+                    shown[one.part], self.pixels(one.numbers)) for shown in images]))
+                    for one in candidates(self.target.data.labels, order, numbers)])
+            where = torch.from_numpy(numbers).expand(len(images), -1)
+            return Outcome(images, where, guessed == labels, ranks, kl)
+        solve = self._choose if attack.chooses else self._solve_batches if attack.unordered else self._solve
+        both = outcome(*solve(attack, adversary, observe, numbers, partners, order))
+        outcomes = {"": both.restarts(slice(-1)), FOREIGN: both.restarts(slice(-1, None))}
+        if self.public.of_classes is not None:
+            means = scoring.class_means(self.public.images, self.public.labels, labels)[None]
+            outcomes["class_mean"] = outcome(means, labels[None])
+        return outcomes
+
+    # The three ways to attack images: (attack, adversary, numbers -> what is observed of these images, numbers N,
+    # partners N, order of the client's images) -> images (R + 1) x N x C x H x W, and labels (R + 1) x N. The last
+    # of R + 1 is the foreign control.
+
+    def _solve(self, attack: Attack, adversary: Adversary, observe: Observe, numbers: np.ndarray,
+               partners: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Each image is observed alone, and what is made of one is the foreign control of another."""
+        seen = np.concatenate([numbers, np.setdiff1d(partners, numbers)])
+        place = {number: i for i, number in enumerate(seen)}
+        images, guessed = attack.solve(adversary, observe(seen), len(seen))
+        images = finite(images)
+        foreign = [place[number] for number in partners]
+        return (torch.cat([images[:, :len(numbers)], images[:1, foreign]]),
+                torch.stack([*[guessed[:len(numbers)]] * len(images), guessed[foreign]]))
+
+    def _solve_batches(self, attack: Attack, adversary: Adversary, observe: Observe, numbers: np.ndarray,
+                       partners: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Two batches with the same labels are observed, and each is the other's foreign control."""
+        halves = np.split(numbers, 2)
+        made = [attack.solve(adversary, observe(half), len(half)) for half in halves]
+        made = [(finite(images), guessed) for images, guessed in made]
+        images, guessed = [], []
+        for half, own, other in zip(halves, made, made[::-1], strict=True):
+            true, labels = (of(torch.from_numpy(half)) for of in (self.pixels, self.labels))
+            images.append(torch.stack([scoring.in_order_of(true, one) for one in (*own[0], other[0][0])]))
+            guessed.append(torch.stack([labels if torch.equal(one.sort().values, labels.sort().values)
+                                        else torch.full_like(labels, -1)
+                                        for one in (*[own[1]] * len(own[0]), other[1])]))
+        return torch.cat(images, 1), torch.cat(guessed, 1)
+
+    def _choose(self, attack: Attack, adversary: Adversary, observe: Observe, numbers: np.ndarray,
+                partners: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor, Ranks]:
+        """The likelihood of each candidate given an image's observation, and given its partner's."""
+        found = []
+        for one in candidates(self.target.data.labels, order, numbers):
+            observed = observe(np.concatenate([numbers[one.part], partners[one.part]]))
+            pool = self.pixels(one.numbers)
+            likely, guessed = attack.solve(adversary, observed, pool)
+            likely, guessed = (part.unflatten(0, (2, -1)) for part in (likely, guessed))
+            chosen = likely.nan_to_num(-torch.inf).masked_fill(~one.among, -torch.inf).argmax(2)
+            found.append((pool[chosen], guessed, one.rank(-likely)))
+        images, guessed, ranks = zip(*found, strict=True)
+        return torch.cat(images, 1), torch.cat(guessed, 1), Ranks.joined(list(ranks))
 
     def _draw(self, unit: Unit, outcomes: dict[str, Outcome]) -> None:
         """Save the picture: the true images, the attack's first choices, and the controls."""
         true = "nearest of the client's" if ATTACKS[unit.attack].kind == "class" else "truth"
-        rows = {true: outcomes[""].truth.images[0],
-                **{name or unit.attack: one.images[0] for name, one in outcomes.items()}}
-        picture.grid(self.target.results / unit.picture, rows, outcomes[""].labels,
+        shown = outcomes[""].numbers[0, :picture.MOST]
+        rows = {true: self.pixels(shown), **{name or unit.attack: one.images[0] for name, one in outcomes.items()}}
+        picture.grid(self.target.results / unit.picture, rows, self.labels(shown),
                      f"{self.target.results.name}: {unit.adversary}, round {unit.round}")
 
     def rows(self, unit: Unit, outcome: Outcome, control: str) -> list[dict]:
         """Rows of attack.csv, one for each restart and image."""
-        rows, labels, truth = [], outcome.labels, outcome.truth
+        rows, ranks = [], outcome.ranks
         for restart, images in enumerate(outcome.images):
-            correct = self.evaluator.classes(images) == labels
-            found, true = (self.evaluator.features(part) for part in (images, truth.images[restart]))
-            columns = {"label": labels, "image": truth.numbers[restart],
-                       **scoring.similarity(images, truth.images[restart]),
-                       "label_match": outcome.label_match[restart].int(), "evaluator_correct": correct.int(),
-                       "nearest_rank": truth.rank[restart],
-                       **scoring.feature_distances(found, true, labels, *self.own_features(unit.client)),
-                       "identified": (truth.rank[restart] == 1).int(), "guess": truth.guess[restart]}
+            numbers = outcome.numbers[restart]
+            true, labels = self.pixels(numbers), self.labels(numbers)
+            found, features = (self.evaluator.features(part) for part in (images, true))
+            columns = {"label": labels, "image": numbers, **scoring.similarity(images, true),
+                       "label_match": outcome.label_match[restart].int(),
+                       "evaluator_correct": (self.evaluator.classes(images) == labels).int(),
+                       "nearest_rank": ranks.rank[restart], "class_rank": ranks.class_rank[restart],
+                       **scoring.feature_distances(found, features, labels, *self.own_features(unit.client)),
+                       "identified": (ranks.rank[restart] == 1).int(), "guess": ranks.guess[restart],
+                       "class_size": ranks.class_size[restart], "kl_nats": outcome.kl}
+            values = {name: column.tolist() for name, column in columns.items()}
             rows += [{**unit._asdict(), "restart": restart, "control": control,
-                      **{name: values[i].item() for name, values in columns.items()}}
-                     for i in range(len(images))]
+                      **{name: column[i] for name, column in values.items()}} for i in range(len(images))]
         return rows
 
     def own_features(self, client: int) -> tuple[Tensor, Tensor]:
@@ -253,30 +301,13 @@ class Scene:
         victim = Victim(self.target, unit.round, unit.client)
         return torch.stack([victim.answers(one, self.budget.draws, 10**9).argmax(1) for one in images])
 
-    def pool(self, numbers: Tensor, client: int) -> tuple[Tensor, Tensor]:
-        """The client's own images that a true one is ranked among, and which of them is the true one.
-
-        Args:
-            numbers: of the N true images.
+    def _nearest_of_class(self, images: Tensor, label: int, client: int) -> tuple[Tensor, ...]:
+        """The client's training image of a class that is nearest to each of ``R x C x H x W``.
 
         Returns:
-            ``M x C x H x W``, and bool ``N x M``.
+            Its number, its rank among training images of the client and as many held-out ones of the class, how
+            many these are, and the share that is the client's; ``R`` each.
         """
-        others = torch.from_numpy(np.setdiff1d(self.train[client], numbers.numpy())[:MAX_CANDIDATES])
-        pool = torch.cat([numbers, others])
-        return self.pixels(pool), pool[None, :] == numbers[:, None]
-
-    def nearest(self, images: Tensor, labels: Tensor, client: int) -> Truth:
-        """For drawn classes ``R x P x C x H x W``: the client's nearest training image of each class.
-
-        It is ranked among training images of the client and as many held-out ones of the class.
-        """
-        each = [self._nearest_of_class(images[:, p], int(label), client) for p, label in enumerate(labels)]
-        # The noise control takes the memory layout of these images, so another way to stack changes it.
-        return Truth(*(torch.stack(column).transpose(0, 1) for column in zip(*each, strict=True)))
-
-    def _nearest_of_class(self, images: Tensor, label: int, client: int) -> tuple[Tensor, ...]:
-        """Images ``R x C x H x W`` -> ``Truth``'s four, ``R x ...``: the nearest training images of the class."""
         labels = self.target.data.labels
         own = self.train[client][labels[self.train[client]] == label][:MAX_CANDIDATES]
         held_out = np.concatenate(self.test)
@@ -284,10 +315,9 @@ class Scene:
         size = min(len(own), len(held_out))
         pool = torch.from_numpy(np.concatenate([own[:size], held_out[:size]]))
         distance = scoring.distances(images, self.pixels(torch.from_numpy(own)))
-        nearest = torch.from_numpy(own)[distance.argmin(1)]
         is_own = (torch.arange(len(pool)) < size).expand(len(images), -1)
-        return (self.pixels(nearest), nearest, scoring.rank_of(images, self.pixels(pool), is_own),
-                is_own.double().mean(1))
+        return (torch.from_numpy(own)[distance.argmin(1)], scoring.rank_of(images, self.pixels(pool), is_own),
+                torch.full((len(images),), len(pool)), is_own.double().mean(1))
 
 
 def same_classes(target: Target, public: str) -> bool:

@@ -1,4 +1,4 @@
-"""How good a reconstruction is, what controls would score, and what a latent can tell at most.
+"""How good a reconstruction is, what the class alone would score, and what a latent can tell at most.
 
 Images are ``N x C x H x W`` in [0, 1], so the data range of PSNR and SSIM is 1.
 """
@@ -73,11 +73,16 @@ def rank_of(found: Tensor, pool: Tensor, is_true: Tensor) -> Tensor:
     return rank_by(distances(found, pool), is_true)
 
 
-def rank_by(distance: Tensor, is_true: Tensor) -> Tensor:
-    """``rank_of`` by any distance ``N x M``. A distance that is not a number comes last."""
+def rank_by(distance: Tensor, is_true: Tensor, among: Tensor | None = None) -> Tensor:
+    """``rank_of`` by any distance ``N x M``, among all of the pool or those of ``among``, bool ``N x M``.
+
+    A distance that is not a number comes last. The true image comes behind others at the same distance, so that
+    calling all alike finds nothing.
+    """
+    among = torch.ones_like(is_true) if among is None else among
     distance = distance.nan_to_num(torch.inf)
-    nearest = distance.masked_fill(~is_true, torch.inf).min(1).values
-    return torch.where(nearest == torch.inf, distance.shape[1], (distance < nearest[:, None]).sum(1) + 1)
+    nearest = distance.masked_fill(~is_true, torch.inf).min(1, keepdim=True).values
+    return 1 + ((distance <= nearest) & among & ~is_true).sum(1)
 
 
 def feature_distances(found: Tensor, truth: Tensor, labels: Tensor, own: Tensor,
@@ -114,7 +119,7 @@ class Evaluator:
     @torch.no_grad()
     def classes(self, images: Tensor) -> Tensor:
         """The class that it sees in each image, ``N``."""
-        return self.model(images)[0].argmax(1)
+        return torch.cat([self.model(part)[0].argmax(1) for part in images.split(256)])
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -134,23 +139,16 @@ def evaluator(images: Tensor, labels: Tensor, num_classes: int, epochs: int = 12
     return Evaluator(model, accuracy)
 
 
-def controls(public: Tensor, public_labels: Tensor, labels: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """What an adversary could hand in without any attack, by name (tables.py, ``CONTROLS``).
-
-    It is plain grey; noise; the mean of the public images of the label; and the public image that is nearest
-    the true one. That last one needs the true image, so only a very lucky guess would be as good.
+def class_means(public: Tensor, public_labels: Tensor, labels: Tensor) -> Tensor:
+    """The mean public image of each label, ``N x C x H x W``; of all public images where none has the label.
 
     Args:
         public, public_labels: ``M x C x H x W`` and ``M``.
-        labels, truth: of the images under attack, ``N`` and ``N x C x H x W``.
-
-    Returns:
-        ``N x C x H x W`` each.
+        labels: ``N``.
     """
-    means = torch.stack([public[public_labels == c].mean(0) if (public_labels == c).any() else public.mean(0)
-                         for c in labels.tolist()])
-    return {"grey": torch.full_like(truth, 0.5), "noise": torch.rand_like(truth), "class_mean": means,
-            "nearest_public": public[distances(truth, public).argmin(1)]}
+    means = {c: (public[public_labels == c] if (public_labels == c).any() else public).mean(0)
+             for c in labels.unique().tolist()}
+    return torch.stack([means[c] for c in labels.tolist()])
 
 
 def distortion_bound(images: Tensor, nats: float) -> float:

@@ -34,17 +34,14 @@ class Unit(NamedTuple):
         return f"attack_{self.adversary}_{self.attack}{observed}_round{self.round}_client{self.client}.png"
 
 
-METRICS = ["mse", "psnr", "ssim", "label_match", "evaluator_correct", "nearest_rank"]
-NEWER_METRICS = ["feature_distance", "knn_distance", "identified", "guess"]
-ATTACK_COLUMNS = [*Unit._fields, "label", "image", "restart", *METRICS, "control", *NEWER_METRICS]
+METRICS = ["mse", "psnr", "ssim", "label_match", "evaluator_correct", "nearest_rank", "class_rank",
+           "feature_distance", "knn_distance", "identified"]
+ATTACK_COLUMNS = [*Unit._fields, "label", "image", "restart", "control", *METRICS, "guess", "class_size",
+                  "kl_nats"]
 WHOLE_NUMBERS = ["round", "client", "label", "image", "restart"]   # columns of attack.csv
 SUMMARY_KEY = ["adversary", "attack", "round", "observed", "control"]
-SUMMARY_NUMBERS = ["n", *(name + end for name in (*METRICS, *NEWER_METRICS) for end in ("", "_low", "_high"))]
-SUMMARY_COLUMNS = [*SUMMARY_KEY, *SUMMARY_NUMBERS]
-NEWER = ("observed",)   # columns that committed tables lack
-BLANK_CONTROLS = ("grey", "noise")               # show no class
-BLIND_CONTROLS = (*BLANK_CONTROLS, "class_mean")   # know nothing of the victim's images
-CONTROLS = (*BLIND_CONTROLS, "nearest_public")     # this one knows the true image
+FOREIGN = "foreign"   # the control of attacks on images: what the attack makes of another image of the class
+WORST = 0.02          # share of images with the highest KL that are shown apart
 
 
 def read_attack(path: Path) -> pd.DataFrame:
@@ -52,28 +49,26 @@ def read_attack(path: Path) -> pd.DataFrame:
 
     Raises:
         OSError: it cannot be read.
-        ValueError, KeyError: it is not what mi_attack.py writes.
+        ValueError: it is not what mi_attack.py writes.
     """
     if path.exists() and not path.is_file():   # reading a pipe would wait for ever
         raise ValueError("no plain file")
-    rows = with_newer(pd.read_csv(path, keep_default_na=False, na_values=[""],
-                                  dtype={"control": str, "observed": str}), ATTACK_COLUMNS)
-    whole = {rows[name].dtype.kind for name in WHOLE_NUMBERS}
-    if whole != {"i"} or not {rows[name].dtype.kind for name in (*METRICS, *NEWER_METRICS)} <= {"i", "f"}:
+    rows = pd.read_csv(path, keep_default_na=False, na_values=[""],
+                       dtype={"control": str, "observed": str})
+    if missing := [name for name in ATTACK_COLUMNS if name not in rows]:
+        raise ValueError(f"no column {missing[0]}; attack the run again")
+    rows = rows[ATTACK_COLUMNS]
+    numbers = [name for name in ATTACK_COLUMNS if name not in ("adversary", "attack", "observed", "control")]
+    if ({rows[name].dtype.kind for name in WHOLE_NUMBERS} != {"i"}
+            or not {rows[name].dtype.kind for name in numbers} <= {"i", "f"}):
         raise ValueError("a column holds something else than numbers")
     return rows.fillna({"control": "", "observed": ""})
 
 
-def with_newer(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Return the named columns of a table; those of ``NEWER`` are "" where it lacks them.
-
-    Raises:
-        ValueError: it lacks another one.
-    """
-    lacking = {name: "" for name in NEWER if name not in table}
-    if missing := [name for name in columns if name not in table and name not in lacking]:
-        raise ValueError(f"its columns are not those of an attack: {missing[0]} is missing")
-    return table.assign(**lacking)[columns]
+def worst_identified(rows: pd.DataFrame) -> float:
+    """The share identified of the ``WORST`` images by KL, at least one; not a number without KL."""
+    known = rows[rows["kl_nats"].notna()]
+    return known.nlargest(max(1, round(WORST * len(known))), "kl_nats")["identified"].mean()
 
 
 def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
@@ -94,9 +89,9 @@ def summarise(rows: Sequence[dict]) -> pd.DataFrame:
     found = []
     for key, part in table.groupby(SUMMARY_KEY, sort=False):
         row: dict[str, object] = {**dict(zip(SUMMARY_KEY, key, strict=True)), "n": len(part)}
-        for name in (*METRICS, *NEWER_METRICS):
+        for name in METRICS:
             values = part[name].to_numpy(float)
             low, high = interval(values)
             row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
-        found.append(row)
+        found.append({**row, "guess": part["guess"].mean(), "identified_worst": worst_identified(part)})
     return pd.DataFrame(found)

@@ -1,34 +1,36 @@
-"""One word for an attack: ``leaks``, ``as a guess`` or ``fails``. mi_attack.py and report.py share it."""
+"""One word for an attack: ``leaks`` or ``as a guess``. mi_attack.py and report.py share it."""
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from attack.attacks import Attack
-from attack.tables import BLANK_CONTROLS, BLIND_CONTROLS, METRICS, interval
+from attack.tables import FOREIGN
+from utils import rng
 
-LEAKS, GUESS, FAILS = "leaks", "as a guess", "fails"
-WORDS = (LEAKS, GUESS, FAILS)   # the worst for the victim first
-LOWER_IS_BETTER = ("nearest_rank",)
-FEW = 6   # below, chance alone puts all images on one side more often than in 1 case of 40 (2**-5 > 0.025)
+LEAKS, GUESS = "leaks", "as a guess"
+WORDS = (LEAKS, GUESS)   # the worst for the victim first
+LOWER_IS_BETTER = ("class_rank",)
+LEVEL = 0.05     # the greatest rate at which an attack that knows nothing is called a leak
+EXACT = 12       # images up to which all signs are tried
+SIGNS = 10_000   # drawn for more images
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An attack beside the best control that knows nothing of the victim's images, by one metric.
+    """An attack beside a control that knows nothing of the victim's images, by one metric.
 
     Attributes:
         score, control_score: means over images.
         control: the control's name.
-        low, high: 95 % bootstrap interval of the attack's mean advantage over the control, image by image. It
-            is positive where the attack is better, also for a rank, where less is better.
+        p: how probable so great an advantage over the control is where there is none.
     """
 
     metric: str
     score: float
     control: str
     control_score: float
-    low: float
-    high: float
+    p: float
 
 
 @dataclass(frozen=True)
@@ -37,60 +39,56 @@ class Verdict:
 
     Attributes:
         count: how many images, or classes for an attack on classes.
+        few: whether these are too few for any attack to be called a leak.
     """
 
     word: str
     count: int
+    few: bool
     comparisons: tuple[Comparison, ...]
 
-    @property
-    def few(self) -> bool:
-        """Whether so few images or classes were attacked that chance alone could have given the word."""
-        return self.count < FEW
 
+def judge(rows: pd.DataFrame, attack: Attack, level: float = LEVEL) -> Verdict:
+    """Judge an attack's first choices (restart 0) beside a control, image by image.
 
-def judge(rows: pd.DataFrame, attack: Attack) -> Verdict:
-    """Judge an attack's first choices (restart 0) beside the controls that know nothing of the victim.
+    - An attack on images is compared by SSIM and by the rank of the true image among those of its class; one that
+      chooses among candidates by the rank alone. The control is ``foreign``: what the same attack makes of another
+      image of the class.
+    - An attack on classes is compared by the share that the evaluator recognises, with the best of its controls.
+      Where the adversary's public images show the classes, these are among them. Then only an attack whose
+      pictures are recognised more often than real images counts: the classes themselves are no secret.
 
-    An attack on single images is compared by SSIM and by the rank of the true image; one that chooses among
-    candidates, by the rank alone. The controls are grey, noise and the class mean. An attack on classes is
-    compared by the share that the evaluator recognises, and the controls are grey and noise. The control
-    ``nearest_public`` knows the true image, so it does not count. For each metric, the control with the best
-    mean counts. The difference is taken image by image, and its mean gets a 95 % bootstrap interval.
-
-    - ``leaks``: for at least one metric, the whole interval is on the attack's better side.
-    - ``fails``: for every metric, the whole interval is on its worse side. A control would have done better.
-    - ``as a guess``: anything else, so also where one metric is worse and the other is level.
+    The attack ``leaks`` if its advantage by any metric is significant: if, of all ways to turn the signs of the
+    differences, at most a share of ``level``, divided by the number of metrics, has as great a mean. Who chooses
+    has to be better than a guess within the class, too. Everything else is ``as a guess``.
 
     Args:
         rows: of one adversary, attack and round in attack.csv; of one client or of several.
         attack: the attack's row in ``ATTACKS``.
 
     Raises:
-        ValueError: the rows have gaps, or an image does not have each control once.
+        ValueError: the rows have gaps, or an image does not have a control once.
     """
     of_class = attack.kind == "class"
     key = ["client", "label" if of_class else "image"]
-    own = _by_image(rows[(rows["control"] == "") & (rows["restart"] == 0)], key)
-    controls = {name: _by_image(rows[rows["control"] == name], key)
-                for name in (BLANK_CONTROLS if of_class else BLIND_CONTROLS)}
-    if not len(own) or not all(one.index.equals(own.index) for one in controls.values()):
-        raise ValueError("an image does not have each control once")
-    metrics = ["evaluator_correct"] if of_class else ["nearest_rank"] if attack.chooses else [
-        "ssim", "nearest_rank"]
+    metrics = ["evaluator_correct"] if of_class else ["class_rank"] if attack.chooses else ["ssim", "class_rank"]
+    columns = [*metrics, "class_size"]
+    own = _by_image(rows[(rows["control"] == "") & (rows["restart"] == 0)], key, columns)
+    names = sorted(set(rows["control"]) - {""}) if of_class else [FOREIGN]
+    controls = {name: _by_image(rows[rows["control"] == name], key, columns) for name in names}
+    if not len(own) or not controls or not all(one.index.equals(own.index) for one in controls.values()):
+        raise ValueError(f"an image does not have the control {' or '.join(names) or FOREIGN} once")
     comparisons = tuple(_compare(metric, own, controls) for metric in metrics)
-    if any(one.low > 0 for one in comparisons):
-        word = LEAKS
-    elif all(one.high < 0 for one in comparisons):
-        word = FAILS
-    else:
-        word = GUESS
-    return Verdict(word, len(own), comparisons)
+    level /= len(metrics)
+    leaks = any(one.p <= level for one in comparisons)
+    if attack.chooses:
+        leaks &= bool(own["class_rank"].mean() < (own["class_size"] + 1).mean() / 2)
+    return Verdict(LEAKS if leaks else GUESS, len(own), 2.0**-len(own) > level, comparisons)
 
 
-def _by_image(rows: pd.DataFrame, key: list[str]) -> pd.DataFrame:
-    """The metrics of rows, indexed by client and image, or by client and label."""
-    table = rows.set_index(key)[METRICS].astype(float).sort_index()
+def _by_image(rows: pd.DataFrame, key: list[str], columns: list[str]) -> pd.DataFrame:
+    """Columns of rows, indexed by client and image, or by client and label."""
+    table = rows.set_index(key)[columns].astype(float).sort_index()
     if table.index.has_duplicates:
         raise ValueError("an image is there twice")
     if table.isna().any(axis=None):
@@ -103,4 +101,19 @@ def _compare(metric: str, own: pd.DataFrame, controls: dict[str, pd.DataFrame]) 
     best = max(controls, key=lambda name: sign * controls[name][metric].mean())
     advantage = sign * (own[metric] - controls[best][metric]).to_numpy()
     return Comparison(metric, float(own[metric].mean()), best, float(controls[best][metric].mean()),
-                      *interval(advantage))
+                      sign_flip(advantage))
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """The share of all ways to turn the signs of ``N`` differences whose mean is at least the given one.
+
+    It is exact up to ``EXACT`` differences that are not 0, and estimated from ``SIGNS`` seeded draws beyond.
+    """
+    values = differences[differences != 0]
+    if len(values) <= EXACT:
+        sums = (1 - 2 * (np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1)) @ values
+    else:
+        draws = rng(0, "signs")
+        sums = np.concatenate([[values.sum()], *(draws.choice([-1.0, 1.0], (100, len(values))) @ values
+                                                 for _ in range(SIGNS // 100))])
+    return float((sums >= values.sum() - 1e-9 * np.abs(values).sum()).mean())

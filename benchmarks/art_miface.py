@@ -82,7 +82,7 @@ def compare(argv: list[str] | None) -> None:
         started = time.perf_counter()
         found = invert()
         took = time.perf_counter() - started
-        truth = scene.nearest(found[None], labels, client).images[0]
+        truth = scene.pixels(scene.nearest(found[None], labels, client)[0][0])
         like = scoring.similarity(found, truth)
         right = int((scene.evaluator.classes(found) == labels).sum())
         with torch.no_grad():

@@ -6,8 +6,8 @@
     python benchmarks/frontier.py --csv docs/frontier.csv --out results/reference    and have the pages show it
 
 A run is one setting of SETTINGS on one data set, partition and seed. Its client 0 is attacked after the last
-round: the thief of its encoder and head has --public_images images of its classes, the curious server the gradient
-of single images. Runs are named frontier-*; interrupted, it goes on where it stopped.
+round, by who stole its encoder and head and has --public_images images of its classes. Runs are named frontier-*;
+interrupted, it goes on where it stopped.
 """
 import argparse
 import contextlib
@@ -48,9 +48,7 @@ SETTINGS: dict[str, dict] = {
     "fedavg": {"method": "fedavg"},
     "nbafl": {"method": "nbafl"},
 }
-IMAGE_ATTACKS = {"thief": ("latent_decoder", "latent_likelihood"),
-                 "server": ("analytic", "gauss_newton", "trunk_analytic")}
-ADVERSARIES = ("stolen_model", "curious_server")
+ADVERSARY, DECODER, CHOOSER = "stolen_model", "latent_decoder", "latent_likelihood"
 KEY = ["dataset", "partition", "setting", "seed"]
 
 
@@ -85,14 +83,13 @@ def places(args: argparse.Namespace) -> list[str]:
 
 def attack(key: dict, args: argparse.Namespace) -> None:
     """Attack client 0 of a run with all that fits it; ends this process if an attack fails, or at Ctrl-C."""
-    name, attacks = name_of(key, False), [one for row in IMAGE_ATTACKS.values() for one in row]
+    name, attacks = name_of(key, False), (DECODER, CHOOSER)
     target = open_target(name, args.results_dir, args.models_dir, args.data_dir)
-    if all(unfit(one, who, target) for one in attacks for who in ADVERSARIES):
+    if all(unfit(one, ADVERSARY, target) for one in attacks):
         return   # its cells stay empty
-    argv = ["--run", name, "--adversary", *ADVERSARIES, "--attack", *attacks, "--public", args.public or
+    argv = ["--run", name, "--adversary", ADVERSARY, "--attack", *attacks, "--public", args.public or
             key["dataset"].removesuffix("10k"), "--public_images", str(args.public_images), "--images",
-            str(args.images), "--iterations", str(args.iterations), "--restarts", "1", "--train_epochs",
-            str(args.train_epochs), *places(args)]
+            str(args.images), "--train_epochs", str(args.train_epochs), *places(args)]
     with contextlib.redirect_stdout(io.StringIO()):
         status = mi_attack.main(argv)
     if status:
@@ -139,17 +136,16 @@ def outcome(key: dict, args: argparse.Namespace) -> dict | None:
     if not (folder / "attack_summary.csv").exists():   # what an attack that ended writes last
         return row
     found = pd.read_csv(folder / "attack.csv", keep_default_na=False)
-    for who, attacks in IMAGE_ATTACKS.items():
-        ours = found[(found["attack"].isin(attacks)) & (found["control"] == "")]
-        pictures = ours[ours["attack"] != "latent_likelihood"].groupby("attack")["ssim"].mean()
-        if len(pictures):
-            best = ours[ours["attack"] == pictures.idxmax()]
-            blind = found[(found["attack"] == pictures.idxmax()) & (found["control"] == "class_mean")]
-            row |= {f"{who}_ssim": best["ssim"].mean(), f"{who}_rank": best["nearest_rank"].median(),
-                    f"{who}_mean_ssim": blind["ssim"].mean(), f"{who}_mean_rank": blind["nearest_rank"].median()}
-    candidates = found[(found["attack"] == "latent_likelihood") & (found["control"] == "")]
-    if len(candidates):
-        row["candidates_identified"] = (candidates["nearest_rank"] == 1).mean()
+    of = {(attack, control): part["nearest_rank"] for (attack, control), part in
+          found[found["restart"] == 0].groupby(["attack", "control"])}
+    for name, seen in (("thief", (DECODER, "")), ("thief_mean", (DECODER, "class_mean"))):
+        if seen in of:
+            row[f"{name}_rank"] = of[seen].median()
+    if (chosen := of.get((CHOOSER, ""))) is not None:
+        row |= {"candidates_rank": chosen.mean(), "candidates_identified": (chosen == 1).mean()}
+    if (folder / "attack_latents.csv").exists():
+        told = pd.read_csv(folder / "attack_latents.csv").iloc[-1]
+        row |= {"attacked_nats": told["kl_nats"], "bound_nats": told["bound_nats"]}
     return row
 
 
@@ -189,7 +185,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--public", help="the adversaries' images; NAME's for NAME10k if not given")
     parser.add_argument("--public_images", type=int, default=10_000)
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--train_epochs", type=int, default=6)
     parser.add_argument("--validate", action="store_true", help="evaluate on validation images; attack nothing")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints of what has been attacked")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from attack import attacks, gradients, mi_attack, scoring
 from attack.access import Victim, held, open_target
-from attack.scene import Scene
+from attack.pairs import candidates
+from attack.scene import FEW_IMAGES, Scene
 from server.mean import State
-from utils import InputError, keep_freed_memory, rng, seed_torch
+from utils import InputError, keep_freed_memory, seed_torch
 
 TV, STEP, DECAY = 0.2, 0.1, (3 / 8, 5 / 8, 7 / 8)
 
@@ -58,8 +59,9 @@ def compare(argv: list[str] | None) -> None:
     scene = Scene(run, args)
     adversary = scene.adversary("curious_server", round, client)
     head = held(adversary.holdings.next_head)
-    numbers = torch.from_numpy(rng(args.seed, "images inverting", client, round).permutation(scene.train[client]))
-    truth, labels = (of(numbers[:args.images]) for of in (scene.pixels, scene.labels))
+    order = scene.order(client, round)
+    numbers = order[:args.images or FEW_IMAGES]
+    truth, labels = (of(torch.from_numpy(numbers)) for of in (scene.pixels, scene.labels))
     observed = attacks.observe_gradients(Victim(run, round, client), truth, labels, scene.budget)
 
     def published() -> Tensor:
@@ -68,7 +70,6 @@ def compare(argv: list[str] | None) -> None:
     ways: dict[str, Callable[[], Tensor]] = {"published": published}
     for name in ("cosine_tv", "analytic", "gauss_newton"):
         ways[name] = lambda name=name: attacks.ATTACKS[name].solve(adversary, observed, len(truth))[0][0]
-    pool, is_true = scene.pool(numbers[:args.images], client)
     print(f"{args.run}, round {round}, client {client}, {len(truth)} images, {args.iterations} iterations\n"
           f"{'':<14}{'PSNR':>7}{'median':>8}{'least':>7}{'SSIM':>7}{'rank 1':>8}{'s':>8}")
     for name, find in ways.items():
@@ -76,7 +77,8 @@ def compare(argv: list[str] | None) -> None:
         started = time.perf_counter()
         found = find()
         took, like = time.perf_counter() - started, scoring.similarity(found, truth)
-        first = int((scoring.rank_of(found, pool, is_true) == 1).sum())
+        first = sum(int((one.rank(scoring.distances(found[one.part], scene.pixels(one.numbers))[None]).rank == 1)
+                        .sum()) for one in candidates(run.data.labels, order, numbers))
         psnr = like["psnr"]
         print(f"{name:<14}{psnr.mean():7.1f}{psnr.median():8.1f}{psnr.min():7.1f}{like['ssim'].mean():7.2f}"
               f"{first:>4}/{len(truth):<3}{took:8.0f}", flush=True)

@@ -66,12 +66,12 @@ def shadow(view: Holdings, target: Target, images: tuple[Tensor, Tensor], args: 
 
 
 def scores(found: Tensor, truth: Tensor, pool: Tensor) -> dict[str, float]:
-    """PSNR, SSIM, the true image's median rank in the pool, whose first images are the true ones, and the share
-    that is first."""
+    """PSNR, the true image's median rank in the pool, whose first images are the true ones, and the share that is
+    first."""
     like = scoring.similarity(found.clamp(0, 1), truth)
     rank = scoring.rank_of(found, pool, torch.eye(len(truth), len(pool), dtype=torch.bool))
-    return {"psnr": like["psnr"].mean().item(), "ssim": like["ssim"].mean().item(),
-            "median_rank": rank.double().median().item(), "identified": (rank == 1).double().mean().item()}
+    return {"psnr": like["psnr"].mean().item(), "median_rank": rank.double().median().item(),
+            "identified": (rank == 1).double().mean().item()}
 
 
 def replayed(view: Holdings, target: Target, round: int, images: tuple[Tensor, Tensor], count: int) -> Holdings:

@@ -220,12 +220,11 @@ def row_of(target: Target, round: int, case: Case, args: argparse.Namespace) -> 
 
 
 def scores(found: Tensor, truth: Tensor, pool: Tensor) -> dict[str, float]:
-    """Median PSNR, mean SSIM, and the share of images first in the pool, which begins with the true ones."""
+    """Median PSNR, and the share of images first in the pool, which begins with the true ones."""
     found = scoring.in_order_of(truth, found.nan_to_num(0.5).clamp(0, 1))
     like = scoring.similarity(found, truth)
     rank = scoring.rank_of(found, pool, torch.eye(len(truth), len(pool), dtype=torch.bool))
-    return {"psnr": like["psnr"].median().item(), "ssim": like["ssim"].mean().item(),
-            "identified": (rank == 1).double().mean().item()}
+    return {"psnr": like["psnr"].median().item(), "identified": (rank == 1).double().mean().item()}
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:

@@ -56,7 +56,7 @@ LABELS: Final[dict[str, dict]] = {   # the plain mean everywhere, so that method
     "client_dp-8": {"method": "client_dp", "epsilon": 8},
 }
 COMPARED: Final = ("rve_pfl", "nbafl-L1", "nbafl_prox", "fedavg", "local", "lg_fedavg", "fedper", "nbafl-LT")
-ATTACKED: Final = ("attack.json", "attack_latents.csv", "attack_summary.csv")
+ATTACKED: Final = ("attack.csv", "attack.json", "attack_latents.csv")
 FOLDERS: Final = {"data_dir": "data", "results_dir": "results", "models_dir": "saved_models"}
 
 

@@ -12,14 +12,13 @@ from statistics import mean
 
 import pandas as pd
 
-from reporting.measured import CHOOSES, SERVER_SCOPES, SHARE, lost_to_oracle, server_cells
-from reporting.sources import DASH, attacked, csv, grid, run, runs
+from reporting.measured import SERVER_SCOPES, SHARE, lost_to_oracle, server_cells
+from reporting.sources import DASH, csv, grid
 from reporting.sources import study as study_runs
 from reporting.study import ALONE, FULL, NBAFL, PAPER, RELEASED, SMALL, Key, accuracies, gap, wanted
 
 Measure = Callable[[Path, str], dict[int, float]]   # project's folder, case -> seed -> figure; {} if not run
 STUDY = "python benchmarks/study.py"
-GRID = {"mnist10k": "m10-rve-1e-5", "cifar10k": "ck-rve"}   # RVE-PFL at the default beta
 
 
 @dataclass(frozen=True)
@@ -114,30 +113,8 @@ def _minutes(rounds: pd.DataFrame) -> float:
     return float(rounds.drop_duplicates("round")["seconds"].sum()) / 60
 
 
-def run_minutes(root: Path, dataset: str, stems: dict[str, str]) -> float | None:
-    """How long the first seed of a run took; None where the data set has no such run."""
-    if dataset not in stems:
-        return None
-    folder = next(iter(runs(root, stems[dataset]).values()))
-    return _minutes(run(folder).rounds)
-
-
-def _identified(folder: Path, adversary: str, attack: str = "") -> float:
-    """The largest share of images at rank 1 that an attack of an adversary reached, %; NaN if none was run.
-
-    Attacks on classes name no image, and are left out.
-    """
-    rows = attacked(folder)
-    rows = rows[(rows["control"] == "") & (rows["guess"] < 0.1)]
-    rows = rows[rows["adversary"].str.startswith(adversary) & rows["attack"].str.startswith(attack)]
-    return float(100 * (rows["nearest_rank"] == 1).groupby(rows["attack"]).mean().max())
-
-
 def candidates(root: Path, dataset: str) -> dict[int, float]:
     """The share of images that a thief with candidates identifies at the default beta, %."""
-    if dataset in GRID:
-        return {seed: _identified(folder, "stolen_model", CHOOSES)
-                for seed, folder in runs(root, GRID[dataset]).items()}
     return _by_seed(frontier(root, dataset, "published", "candidates_identified"))
 
 
@@ -176,10 +153,8 @@ def opened(root: Path, scope: str) -> dict[int, float]:
 # The setting of frontier.py with a prior for each class that a data set's page recommends.
 CLASS_PRIOR = {"mnist10k": "class prior, beta 1", "fmnist10k": "class prior, beta 1, nearer",
                "cifar10k": "class prior, beta 0.1"}
-BOTH, SCOPES = tuple(GRID), tuple(SERVER_SCOPES.values())
-ATTACK, SERVER, PRIORS = (f"python {name}.py" for name in (
-    "attack/mi_attack", "benchmarks/server", "benchmarks/frontier"))
-RVE_MINUTES = partial(run_minutes, stems=GRID)
+SCOPES = tuple(SERVER_SCOPES.values())
+SERVER, PRIORS = (f"python benchmarks/{name}.py" for name in ("server", "frontier"))
 CLAIMS = [
     Claim("as deployed, RVE-PFL is 8, 20 and 59 points ahead of NbAFL on MNIST, Fashion-MNIST and CIFAR-10",
           "paper", STUDY, partial(over, less=NBAFL, stage="deployed"), dict(PAPER),
@@ -193,8 +168,8 @@ CLAIMS = [
     Claim("training alone is at most a point ahead of RVE-PFL", "ours", STUDY,
           partial(over, less=ALONE, stage="deployed"), dict.fromkeys((*FULL, *SMALL), -1.0),
           minutes=partial(study_minutes, less=ALONE)),
-    Claim("at the default beta a thief with candidates identifies at least 90 % of the images", "ours", ATTACK,
-          candidates, dict.fromkeys((*BOTH, "fmnist10k"), 90.0), "%", minutes=RVE_MINUTES),
+    Claim("at the default beta a thief with candidates identifies at least 90 % of the images", "ours", PRIORS,
+          candidates, dict.fromkeys(CLASS_PRIOR, 90.0), "%"),
     Claim("with a prior for each class that thief identifies at most 20 %", "ours", PRIORS,
           partial(class_prior, column="candidates_identified"), dict.fromkeys(CLASS_PRIOR, 20.0), "%",
           at_most=True),

@@ -1,19 +1,11 @@
-"""What mi_attack.py found of a run, condensed to each adversary's strongest attacks beside a control.
+"""What mi_attack.py found of a run, condensed to each adversary's strongest attacks beside their controls.
 
-An *image* attack observes something of single images. The strongest has the highest SSIM, and its leakage is
-this SSIM minus the best control's. The best control is mostly ``nearest_public``, the public image nearest
-the true one, which only a very lucky guess would find. So leakage above 0 means that the attack shows what no
-public image shows. An attack with less can still tell which image it was: then the true image's rank is lower
-than every control's. The rank given is the lowest mean rank of all image attacks, also of those that choose
-among candidates and make no image. Beside it stands how many images that attack ranks first, and a guess would.
+An *image* attack observes something of single images. Its control is ``foreign``: what the same attack makes of
+another image of the class. Leakage is the mean of the differences in SSIM, image by image. The strongest attack
+has the most. Beside it stands the one that identifies most images, of all and of those with the highest KL.
 
-A *class* attack draws a class. The strongest is the one whose images the independent evaluator recognises
-most often. The controls beside it are grey and noise, which are recognised by chance. Class means and public
-images are no controls here, since they are real and always recognised. A high share means that the model
-shows its classes. It says nothing about a client's own images.
-
-The word for an adversary (attack/verdict.py) compares with other controls: those that know nothing of the
-victim, so never with ``nearest_public``.
+A *class* attack draws a class. The strongest is the one whose pictures the independent evaluator recognises most
+often. Where the adversary's public images show the classes, they are among its controls.
 """
 import itertools
 from collections.abc import Sequence
@@ -25,32 +17,22 @@ import pandas as pd
 
 from attack.access import ADVERSARIES
 from attack.attacks import ATTACKS
-from attack.tables import (
-    BLANK_CONTROLS,
-    CONTROLS,
-    SUMMARY_COLUMNS,
-    SUMMARY_KEY,
-    SUMMARY_NUMBERS,
-    Unit,
-    read_attack,
-    with_newer,
-)
-from attack.verdict import WORDS, judge
+from attack.tables import FOREIGN, Unit, interval, read_attack, worst_identified
+from attack.verdict import LEVEL, WORDS, Verdict, judge
 from methods import METHODS
 from runs.configs import read_json
 from runs.pictures import matplotlib, plt
 from utils import shown
 
-NUMBERS = ["round", *SUMMARY_NUMBERS]
-KINDS = {"image": ("ssim", CONTROLS), "class": ("evaluator_correct", BLANK_CONTROLS)}   # metric, beside which
-FOUND = ["adversary", "round", "kind", "attack", "pictures", "n", "score", "low", "high", "control",
-         "control_score", "leakage", "psnr", "rank_attack", "rank", "control_rank", "identified", "guess",
-         "attacks", "budget", "word", "few"]
+KINDS = ("image", "class")
+FOUND = ["adversary", "round", "kind", "attack", "pictures", "n", "score", "control", "control_score", "leakage",
+         "low", "high", "rank_attack", "rank", "control_rank", "identified", "control_identified", "identified_worst",
+         "word", "few", "budget"]
 NONE = pd.DataFrame(columns=FOUND)
 WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]   # of summary.csv
 MARKERS = dict(zip(ADVERSARIES, itertools.cycle("osD^vP")))   # noqa: B905 - a cycle is endless
 COLOURS = dict(zip(METHODS, itertools.cycle(plt.get_cmap("tab20")(range(20)).tolist())))   # noqa: B905
-AXES = {"image": ("leakage", "leakage: SSIM minus the best control's"),
+AXES = {"image": ("leakage", "leakage: SSIM less that from another image"),
         "class": ("score", "share recognised by the evaluator")}
 
 
@@ -68,100 +50,76 @@ class Attacked(Protocol):
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """A run's ``attack_summary.csv``, condensed, without words yet; no rows if the run was not attacked.
+    """A run's ``attack.csv``, condensed; no rows if the run was not attacked.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: it or ``attack.json`` is not what mi_attack.py writes.
     """
-    path = folder / "attack_summary.csv"
+    path = folder / "attack.csv"
     if not path.exists():
         return NONE
-    if not path.is_file():   # reading a pipe would wait for ever
-        raise ValueError("no plain file")
-    table = pd.read_csv(path, keep_default_na=False)
-    table = with_newer(table, SUMMARY_COLUMNS)
-    table[NUMBERS] = table[NUMBERS].apply(pd.to_numeric)
-    if not len(table) or not np.isfinite(table[NUMBERS]).all(axis=None):
-        raise ValueError("it has gaps")
+    rows = read_attack(path)
     for column, known in (("adversary", ADVERSARIES), ("attack", ATTACKS)):
-        if foreign := set(table[column]) - set(known):
-            raise ValueError(f"{column} {shown(foreign.pop())} is unknown to this version")
-    whole = table.groupby(SUMMARY_KEY[:-1])["control"].agg(sorted)
-    if any(controls != sorted(["", *CONTROLS]) for controls in whole):
-        raise ValueError("an attack does not have one row of its own and one of each control")
-    if (table["n"] < 1).any() or (table["round"] < 0).any() or (table[["round", "n"]] % 1).any(axis=None):
-        raise ValueError("a round or a number of images is not a whole number that it can be")
+        if foreign := set(rows[column]) - set(known):
+            raise ValueError(f"{column} {shown(foreign.pop())} is unknown")
     spent = read_json(folder / "attack.json")
     restarts, iterations, epochs, public = (
         shown(spent[name]) for name in ("restarts", "iterations", "train_epochs", "public"))
-    budget = f"{restarts} x {iterations} iterations, {epochs} epochs, {public}"
-    return condense(table).assign(budget=budget, word=None, few=None)
+    return condense(rows).assign(budget=f"{restarts} x {iterations} iterations, {epochs} epochs, {public}")
 
 
-def with_words(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """``read``'s rows with the verdict on each adversary, from the run's ``attack.csv``, pooled over clients.
+def condense(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each adversary, round and kind of attack: its strongest attacks and its verdict.
 
-    ``word`` is the word of the adversary's attack of the kind that is worst for the victim, and ``few`` tells
-    whether it rests on few images. Both stay None if there is no ``attack.csv``.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError: it is not what mi_attack.py writes, or lacks attacks.
+    The verdict is the word that is worst for the victim. Each attack is judged at a level divided by the number of
+    attacks, so that together they call a guess a leak no more often than one would.
     """
-    path = folder / "attack.csv"
-    if not len(found) or not path.exists():
-        return found
-    rows = read_attack(path)
-    if foreign := set(rows["attack"]) - set(ATTACKS):
-        raise ValueError(f"attack {shown(foreign.pop())} is unknown to this version")
-    rows["kind"] = [ATTACKS[name].kind for name in rows["attack"]]
-    words, few = [], []
-    for one in found.to_dict("records"):
-        same = rows[(rows["adversary"] == one["adversary"]) & (rows["round"] == one["round"])
-                    & (rows["kind"] == one["kind"])]
-        verdicts = {key: judge(part, ATTACKS[str(key[0])]) for key, part in same.groupby(["attack", "observed"])}
-        for key, count in one["attacks"].items():
-            if key not in verdicts or verdicts[key].count < count:
-                raise ValueError(f"it lacks rows of {key[0]} by {one['adversary']} in round {one['round']}")
+    found, rows = [], rows.assign(kind=[ATTACKS[name].kind for name in rows["attack"]])
+    for (adversary, round, kind), part in rows.groupby(["adversary", "round", "kind"], sort=False):
+        attacks = {Unit(adversary, attack, int(round), 0, observed): one
+                   for (attack, observed), one in part.groupby(["attack", "observed"], sort=False)}
+        verdicts = {unit: judge(one, ATTACKS[unit.attack], LEVEL / len(attacks)) for unit, one in attacks.items()}
         worst = min(verdicts.values(), key=lambda verdict: (WORDS.index(verdict.word), verdict.few))
-        words.append(worst.word)
-        few.append(worst.few)
-    return found.assign(word=words, few=few)
+        found.append({"adversary": adversary, "round": int(round), "kind": kind, "word": worst.word,
+                      "few": worst.few, **(_images if kind == "image" else _classes)(attacks, verdicts)})
+    return pd.DataFrame(found, columns=FOUND)
 
 
-def condense(table: pd.DataFrame) -> pd.DataFrame:
-    """One row for each adversary, round and kind: the strongest attack and its best control."""
-    rows, table = [], table.assign(kind=[ATTACKS[name].kind for name in table["attack"]])
-    for _, part in table.groupby(["adversary", "round", "kind"], sort=False):
-        adversary, round, kind = part[["adversary", "round", "kind"]].iloc[0]
-        metric, controls = KINDS[kind]
-        own = part[part["control"] == ""]
-        made = own[[not ATTACKS[name].chooses for name in own["attack"]]]
-        if not len(made):   # one that only chooses among candidates has a rank, but no image to compare
-            unknown = (metric, f"{metric}_low", f"{metric}_high", "psnr")
-            made = own.head(1).assign(**dict.fromkeys(unknown, np.nan))
-        best = made.iloc[int(made[metric].fillna(-1).argmax())]
-        ranked = own.iloc[int(own["nearest_rank"].argmin())]
-        if best["nearest_rank"] == ranked["nearest_rank"]:
-            ranked = best
-        beside, guesses = (part[(part["attack"] == one["attack"]) & (part["observed"] == one["observed"])
-                                & part["control"].isin(controls)] for one in (best, ranked))
-        control = beside.iloc[int(beside[metric].argmax())]
-        rows.append({"adversary": adversary, "round": int(round), "kind": kind, "attack": unit_of(best).words,
-                     "pictures": unit_of(best).picture.replace("client0", "client*"),
-                     "n": int(best["n"]), "score": best[metric], "low": best[f"{metric}_low"],
-                     "high": best[f"{metric}_high"], "control": control["control"],
-                     "control_score": control[metric], "leakage": best[metric] - control[metric],
-                     "psnr": best["psnr"], "rank_attack": unit_of(ranked).words, "rank": ranked["nearest_rank"],
-                     "control_rank": guesses["nearest_rank"].min(),
-                     "identified": ranked["identified"], "guess": ranked["guess"],
-                     "attacks": dict(zip(zip(own["attack"], own["observed"], strict=True), own["n"],
-                                         strict=True))})
-    return pd.DataFrame(rows)
+def _named(unit: Unit) -> dict[str, object]:
+    """The columns of ``FOUND`` that name an attack and the files of its pictures."""
+    return {"attack": unit.words, "pictures": unit.picture.replace("client0", "client*")}
 
 
-def unit_of(row: pd.Series) -> Unit:
-    """Return the attack of a row of ``attack_summary.csv``, on client 0."""
-    return Unit(row["adversary"], row["attack"], int(row["round"]), 0, row["observed"])
+def _images(attacks: dict[Unit, pd.DataFrame], verdicts: dict[Unit, Verdict]) -> dict[str, object]:
+    """``FOUND``'s columns about attacks on images: the one that shows most, and the one that identifies most."""
+    row: dict[str, object] = dict.fromkeys(("score", "control_score", "leakage", "low", "high"), np.nan)
+    own = {name: part[(part["control"] == "") & (part["restart"] == 0)] for name, part in attacks.items()}
+    foreign = {name: part[part["control"] == FOREIGN] for name, part in attacks.items()}
+    shows = {name: verdict.comparisons[0] for name, verdict in verdicts.items()
+             if not ATTACKS[name.attack].chooses}
+    if shows:   # one that only chooses among candidates has a rank, but no picture
+        best = max(shows, key=lambda name: shows[name].score - shows[name].control_score)
+        key, one = ["client", "image"], shows[best]
+        low, high = interval((own[best].set_index(key)["ssim"] - foreign[best].set_index(key)["ssim"]).to_numpy())
+        row |= {**_named(best), "score": one.score, "control_score": one.control_score,
+                "leakage": one.score - one.control_score, "low": low, "high": high}
+    names = max(own, key=lambda name: (own[name]["identified"].mean(), -own[name]["class_rank"].mean()))
+    return {**_named(names), "control": FOREIGN, **row, "n": verdicts[names].count, "rank_attack": names.words,
+            "rank": own[names]["class_rank"].mean(), "control_rank": foreign[names]["class_rank"].mean(),
+            "identified": own[names]["identified"].mean(),
+            "control_identified": foreign[names]["identified"].mean(),
+            "identified_worst": worst_identified(own[names])}
+
+
+def _classes(attacks: dict[Unit, pd.DataFrame], verdicts: dict[Unit, Verdict]) -> dict[str, object]:
+    """The columns of ``FOUND`` about attacks on classes: the one that is recognised most often."""
+    shows = {name: verdict.comparisons[0] for name, verdict in verdicts.items()}
+    best = max(shows, key=lambda name: shows[name].score)
+    part, one = attacks[best], shows[best]
+    own = part[(part["control"] == "") & (part["restart"] == 0)]
+    low, high = interval(own["evaluator_correct"].to_numpy(float))
+    return {**_named(best), "n": verdicts[best].count, "score": one.score, "control": one.control,
+            "control_score": one.control_score, "leakage": one.score - one.control_score, "low": low, "high": high}
 
 
 def latest(found: pd.DataFrame) -> pd.DataFrame:
@@ -252,22 +210,16 @@ def picture(rows: pd.DataFrame, kind: str, x: str) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     y, label = AXES[kind]
     rows = rows[(rows["kind"] == kind) & rows["score"].notna()].sort_values("round")
-    shift = rows["control_score"] if y == "leakage" else 0
-    rows = rows.assign(bottom=rows["low"] - shift, top=rows["high"] - shift)
     for _, part in rows.groupby(["run", "adversary", "method"], sort=False):
         adversary, method = part[["adversary", "method"]].iloc[0]
         # All adversaries of a run have one accuracy, so their points are moved apart to be seen.
         aside = 4 * (list(MARKERS).index(adversary) - 1.5) if x == "accuracy" else 0
         moved = matplotlib.transforms.ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
-        place = axes.transData + moved
-        look = {"color": COLOURS[method], "transform": place}
-        axes.vlines(part[x], part["bottom"], part["top"], alpha=0.25, **look)
+        look = {"color": COLOURS[method], "transform": axes.transData + moved}
+        axes.vlines(part[x], part["low"], part["high"], alpha=0.25, **look)
         axes.plot(part[x], part[y], marker=MARKERS[adversary], linewidth=1, markeredgecolor="white",
                   markeredgewidth=0.6, **look)
-        hits = part[(part["rank"] < part["control_rank"]) & (kind == "image")]
-        axes.plot(hits[x], hits[y], "o", markersize=11, markerfacecolor="none", markeredgecolor="black",
-                  transform=place)
-        for end in ("bottom", "top"):   # moved points do not extend the axes by themselves
+        for end in ("low", "high"):   # moved points do not extend the axes by themselves
             axes.update_datalim(part[[x, end]].to_numpy(float))
     _betas(axes, rows, y, x)
     axes.autoscale_view()
@@ -277,7 +229,7 @@ def picture(rows: pd.DataFrame, kind: str, x: str) -> plt.Figure:
     if x == "round":
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    _legend(figure, rows, kind)
+    _legend(figure, rows)
     return figure
 
 
@@ -287,7 +239,7 @@ def _betas(axes: plt.Axes, rows: pd.DataFrame, y: str, x: str) -> None:
     for _, part in rows[several].groupby("run"):
         beta, last = f"β={part['beta'].iloc[0]:g}", part[part["round"] == part["round"].max()]
         if x == "accuracy":
-            axes.annotate(beta, (part[x].iloc[0], part["top"].max()), fontsize=7, rotation=90, ha="center",
+            axes.annotate(beta, (part[x].iloc[0], part["high"].max()), fontsize=7, rotation=90, ha="center",
                           xytext=(0, 4), textcoords="offset points")
         else:
             axes.annotate(beta, (last[x].iloc[0], last[y].max()), fontsize=7, va="center", xytext=(8, 0),
@@ -296,13 +248,10 @@ def _betas(axes: plt.Axes, rows: pd.DataFrame, y: str, x: str) -> None:
         axes.margins(x=0.05 if x == "accuracy" else 0.2, y=0.2)
 
 
-def _legend(figure: plt.Figure, rows: pd.DataFrame, kind: str) -> None:
-    """Explain shapes, colours and rings below the axes."""
+def _legend(figure: plt.Figure, rows: pd.DataFrame) -> None:
+    """Explain shapes and colours below the axes."""
     shapes = [plt.Line2D([], [], linestyle="", marker=mark, color="dimgrey", label=name.replace("_", " "))
               for name, mark in MARKERS.items() if name in set(rows["adversary"])]
     colours = [plt.Line2D([], [], linewidth=5, color=colour, label=name)
                for name, colour in COLOURS.items() if name in set(rows["method"])]
-    ring = [plt.Line2D([], [], linestyle="", marker="o", markersize=11, markerfacecolor="none",
-                   markeredgecolor="black", label="rank below every control's")]
-    ring *= int(kind == "image" and (rows["rank"] < rows["control_rank"]).any())
-    figure.legend(handles=[*shapes, *colours, *ring], loc="outside lower center", ncols=3, fontsize=8.5)
+    figure.legend(handles=[*shapes, *colours], loc="outside lower center", ncols=3, fontsize=8.5)

@@ -4,27 +4,19 @@ A function a table; it takes the project's folder and gives the table's lines. W
 above it. Figures are rounded here and nowhere else.
 """
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
+from attack.attacks import ATTACKS
+from attack.tables import FOREIGN, Unit, worst_identified
+from attack.verdict import LEAKS, judge
 from methods import HEAD_LR, METHODS
-from reporting.sources import DASH, PARTITIONS, REFERENCE, attacked, csv, grid, of_images, runs
+from reporting.sources import DASH, PARTITIONS, REFERENCE, attacked, csv, grid, of_images
 from reporting.sources import run as finished
-from reporting.summary import one_line
-from utils import InputError
-
-# docs/attacks.md: the grid's runs by data set, in the order of its columns.
-COLUMNS = ["`fedavg`", "`nbafl`, L = 1", "`dropout`", "`lg_fedavg`", "`rve_pfl`, beta 1e-5",
-           "`rve_pfl`, beta 1e-3"]
-GRID = {"digits": ["m10-fedavg", "m10-nbafl", "m10-dropout", "m10-lg", "m10-rve-1e-5", "m10-rve-1e-3"],
-        "CIFAR-10": ["ck-fedavg", "ck-nbafl", "", "ck-lg", "ck-rve", ""]}
-ATTACKS = {"analytic": "server", "cosine_tv": "server", "gauss_newton": "server", "score_decoder": "service",
-           "latent_decoder": "thief", "latent_prior": "thief", "latent_likelihood": "thief"}
-CHOOSES = "latent_likelihood"   # makes no image, so its SSIM says nothing
-PEOPLE = [(seed, client) for seed in (1, 2) for client in (0, 1, 2)]   # whom a cell of the grid is about
 
 # docs/attacks.md: the ladder's rungs, and its runs with what is said of each.
 RUNGS = {"own": "own", "private": "private", "aligned many": "many", "aligned": "aligned", "public": "public",
@@ -33,9 +25,6 @@ LADDER = {"m10-all-rve-s1": "beta 1e-5", "m10-rve-1e-5-s1": "beta 1e-5", "m10-rv
           "m10-rve-1e-3-s1": "beta 1e-3", "m10-lg-s1": "`lg_fedavg`", "ck-lg-s1": "CIFAR-10, `lg_fedavg`"}
 CONDITIONED = {"m10-lg-s1": "`mnist10k`, `lg_fedavg`", "ck-fedavg-s1": "`cifar10k`, `fedavg`",
                "ck-lg-s1": "`cifar10k`, `lg_fedavg`"}
-
-PUBLIC = ("latent_decoder", "latent_prior", "nearest_public", "class_mean")
-PUBLIC_IMAGES = 16   # an attack; a control has those of both attacks
 
 # docs/attacks.md: which classes a client has.
 UPLOADS = {"m10-fedavg": "`fedavg`", "m10-dropout": "`dropout`", "m10-dp": "`client_dp`", "m10-lg": "`lg_fedavg`",
@@ -69,48 +58,40 @@ AS_IT_IS = "as it is"   # no constant was changed
 SERVER_SCOPES = {"heads": "heads", "models": "whole models"}
 
 
-def attacks(root: Path) -> list[str]:
-    """SSIM, rank and how many are found, of each attack on each method; a row a data set for the class mean."""
+def leakage(root: Path) -> list[str]:
+    """What attacks on images found, a row for the seeds of a run and each attack; no line if there are none.
+
+    SSIM and ranks are means over images of all clients and seeds, each with the foreign control's.
+    """
+    found = dict[tuple[str, Unit], list[pd.DataFrame]]()
+    for path in sorted((root / REFERENCE).glob("*/attack.csv")):
+        table = attacked(path.parent)
+        stem = re.sub(r"-s(?:eed)?\d+$", "", path.parent.name)
+        for (adversary, attack, observed), part in table.groupby(["adversary", "attack", "observed"], sort=False):
+            if ATTACKS[attack].kind == "image":
+                key = stem, Unit(adversary, attack, 0, 0, observed)
+                found.setdefault(key, []).append(part[part["round"] == part["round"].max()])
     rows = []
-    for dataset, stems in GRID.items():
-        tables = [_of_seeds(root, stem) if stem else None for stem in stems]
-        rows.append([f"**{dataset}**", *[""] * len(stems)])
-        for attack, who in ATTACKS.items():
-            cells = [_found(table, attack) for table in tables]
-            if any(cells):
-                rows.append([f"{who}, `{attack}`", *cells])
-        rows.append(["class mean, for comparison", *(_class_mean(table) for table in tables)])
-    return grid(["adversary, attack", *COLUMNS], rows)
-
-
-def _of_seeds(root: Path, stem: str) -> pd.DataFrame:
-    """The attacks on a run's seeds, without the rows of attacks that not all of PEOPLE were under."""
-    rows = pd.concat([attacked(folder).assign(seed=seed) for seed, folder in runs(root, stem).items()])
-    whole = [name for name, part in rows.groupby("attack")
-             if set(PEOPLE) <= set(zip(part["seed"], part["client"], strict=True))]
-    return rows[rows["attack"].isin(whole)]
-
-
-def _found(table: pd.DataFrame | None, attack: str) -> str:
-    if table is None:
-        return ""
-    own = table[(table["attack"] == attack) & (table["control"] == "")]
-    if not len(own):
-        return ""
-    ssim = DASH if attack == CHOOSES else f"{own['ssim'].mean():.2f}"
-    return f"{ssim}, {own['nearest_rank'].median():.0f}, {(own['nearest_rank'] == 1).sum()}"
-
-
-def _class_mean(table: pd.DataFrame | None) -> str:
-    if table is None:
-        return ""
-    mean = table[(table["control"] == "class_mean") & table["attack"].isin(list(ATTACKS))]
-    return f"{mean['ssim'].mean():.2f}, {mean['nearest_rank'].median():.0f}"
+    for (stem, unit), tables in found.items():
+        attack = ATTACKS[unit.attack]
+        words = [judge(part, attack).word for part in tables]
+        together = pd.concat(tables)
+        own, foreign = (together[together["control"] == control] for control in ("", FOREIGN))
+        worst = [share for part in tables if (share := worst_identified(part[part["control"] == ""])) == share]
+        rows.append([f"`{stem}`", f"{unit.adversary.replace('_', ' ')}, `{unit.words}`", str(len(own)),
+                     f"{own['identified'].mean():.1%} ({foreign['identified'].mean():.1%})",
+                     f"{sum(worst) / len(worst):.0%}" if worst else DASH,
+                     DASH if attack.chooses else
+                     f"{own['ssim'].mean():.2f} ({foreign['ssim'].mean():.2f})",
+                     f"{own['class_rank'].mean():.0f} ({foreign['class_rank'].mean():.0f})",
+                     f"{words.count(LEAKS)} of {len(words)}"])
+    return grid(["run", "adversary, attack", "images", "identified (another image)", "of the worst 2 %",
+                 "SSIM", "rank in its class", "leaks, seeds"], rows) if rows else []
 
 
 def ladder(root: Path) -> list[str]:
-    """SSIM and rank by what is known of the encoder, two rows a run: from z as observed, and as recovered."""
-    table = csv(root, "ladder.csv", ["images", "cosine", "cosine_min", "ssim", "median_rank"],
+    """Median rank by what is known of the encoder, two rows a run: from z as observed, and as recovered."""
+    table = csv(root, "ladder.csv", ["images", "cosine", "cosine_min", "median_rank"],
                 ["run", "rung", "latent"])
     rows = []
     for run, about in LADDER.items():
@@ -120,8 +101,8 @@ def ladder(root: Path) -> list[str]:
             first = seen.iloc[0]
             name = f"{about}, {first['images']:.0f} images: z observed" if latent == "observed" else (
                 f"z recovered (cosine {first['cosine']:.2f}, least {first['cosine_min']:.2f})")
-            rows.append([name, *(f"{seen.loc[rung, 'ssim']:.2f}, {seen.loc[rung, 'median_rank']:.0f}"
-                                 if rung in seen.index else DASH for rung in RUNGS)])
+            rows.append([name, *(f"{seen.loc[rung, 'median_rank']:.0f}" if rung in seen.index else DASH
+                                 for rung in RUNGS)])
     return grid(["", *RUNGS.values()], rows)
 
 
@@ -139,21 +120,6 @@ def conditioning(root: Path) -> list[str]:
             f"{between(same['rank'], '.0f')}; {between(same['spread'], '.3g')}"
             for _, same in part.groupby("equations"))])
     return grid(["head of", "unknowns", "features alone: rank; spread", "with the convolution's gradient"], rows)
-
-
-def public_images(root: Path) -> list[str]:
-    """What two attacks and two controls reach over the number of public images."""
-    table = csv(root, "public_images.csv", ["public_images", "ssim", "median_rank", "identified"], ["attack"])
-    rows = []
-    for count, part in table.groupby("public_images"):
-        by, cells = part.set_index("attack"), []
-        for name in PUBLIC:
-            images = PUBLIC_IMAGES * (2 if name in PUBLIC[2:] else 1)
-            ssim, rank, share = (float(by.loc[name, what]) for what in ("ssim", "median_rank", "identified"))
-            cells.append(f"{ssim:.2f}, {rank:g}, {share * images:.0f} of {images}")
-        rows.append([f"{int(count):,}", *cells])
-    return grid(["public images, at most", "`latent_decoder`", "`latent_prior`", "nearest public image",
-                 "class mean"], rows)
 
 
 def which_classes(root: Path) -> list[str]:
@@ -229,13 +195,13 @@ def membership(root: Path) -> list[str]:
 
 
 def frontier(root: Path, dataset: str, partitions: Sequence[str] = ("shards",)) -> list[str]:
-    """Accuracy, what z holds, and what a thief and the server find, a row a partition, setting and seed.
+    """Accuracy, what z holds, and what a thief finds, a row a partition, setting and seed.
 
     With other partitions than shards, clients differ in size: there accuracy also counts each image once.
     """
     mixed = tuple(partitions) != ("shards",)
-    columns = ["deployed", "worst", "kl_nats", *(f"{who}_{what}" for who in ("thief", "server") for what in (
-        "ssim", "rank", "mean_ssim", "mean_rank")), "candidates_identified"]
+    columns = ["deployed", "worst", "kl_nats", "attacked_nats", "bound_nats", "thief_rank", "thief_mean_rank",
+               "candidates_rank", "candidates_identified"]
     table = csv(root, "frontier.csv", ["seed", *columns], ["dataset", "partition", "setting"])
     table, rows = table[table["dataset"] == dataset].sort_values("seed"), []
     for partition, (setting, name) in itertools.product(partitions, SETTINGS.items()):
@@ -243,42 +209,22 @@ def frontier(root: Path, dataset: str, partitions: Sequence[str] = ("shards",)) 
         for one in same.to_dict("records"):
             words = setting.replace(",", "").replace(" ", "_")
             folder = root / REFERENCE / f"frontier-{dataset}-{partition}-{words}-s{one['seed']:.0f}"
-            nats, rank = _latents(folder)
             accuracies = [one["deployed"], *([of_images(root, finished(folder), "deployed")] if mixed else []),
                           one["worst"]]
             rows.append([f"{partition}: {name}" if mixed else name, f"{one['seed']:.0f}",
-                         ", ".join(f"{accuracy:.3f}" for accuracy in accuracies), _nats(one["kl_nats"]), nats,
-                         *(_beside(one, who) for who in ("thief", "server")),
-                         f"{rank}, {one['candidates_identified'] * FRONTIER_IMAGES:.0f} of {FRONTIER_IMAGES}"])
+                         ", ".join(f"{accuracy:.3f}" for accuracy in accuracies), _nats(one["kl_nats"]),
+                         ", ".join(dict.fromkeys((_nats(one["attacked_nats"]), _nats(one["bound_nats"])))),
+                         f"{one['thief_rank']:g} ({one['thief_mean_rank']:g})",
+                         f"{_nats(one['candidates_rank'], 0)}, "
+                         f"{one['candidates_identified'] * FRONTIER_IMAGES:.0f} of {FRONTIER_IMAGES}"])
     return grid([f"`{dataset}`, {', '.join(partitions)}", "seed",
                  "deployed, per image, lowest decile" if mixed else "deployed, lowest decile",
-                 "KL, all clients", "KL of these images, bound", "thief's decoder", "server's gradient",
+                 "KL, all clients", "KL of the attacked client's images, bound", "thief's decoder: median rank",
                  "candidates: mean rank, identified"], rows)
 
 
-def _beside(row: dict, who: str) -> str:
-    """SSIM and median rank, each with the class mean's in brackets."""
-    ssim, rank, mean_ssim, mean_rank = (row[f"{who}_{what}"] for what in (
-        "ssim", "rank", "mean_ssim", "mean_rank"))
-    return DASH if ssim != ssim else f"{ssim:.2f} ({mean_ssim:.2f}), {rank:g} ({mean_rank:g})"
-
-
-def _latents(folder: Path) -> tuple[str, str]:
-    """What z tells of the attacked images, in nats, and the mean rank by likelihood; dashes if not committed."""
-    nats, rank = folder / "attack_latents.csv", folder / "attack_summary.csv"
-    if not nats.exists():
-        return DASH, DASH
-    try:
-        told = pd.read_csv(nats).iloc[-1]
-        found = pd.read_csv(rank, keep_default_na=False)
-        mean = found[(found["attack"] == CHOOSES) & (found["control"] == "")]["nearest_rank"].astype(float).iloc[0]
-        return f"{_nats(told['kl_nats'])}, {_nats(told['bound_nats'])}", f"{mean:.0f}"
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{REFERENCE / folder.name} is damaged ({one_line(error)})") from error
-
-
-def _nats(value: float) -> str:
-    return f"{value:,.{0 if value >= 100 else 1}f}"
+def _nats(value: float, digits: int = 1) -> str:
+    return DASH if value != value else f"{value:,.{0 if value >= 100 else digits}f}"
 
 
 def server_cells(root: Path) -> pd.DataFrame:
@@ -441,7 +387,7 @@ def defaults(root: Path) -> list[str]:
 
 
 MEASURED: dict[str, Callable[[Path], list[str]]] = {
-    "attacks": attacks, "ladder": ladder, "conditioning": conditioning, "public-images": public_images,
+    "leakage": leakage, "ladder": ladder, "conditioning": conditioning,
     "which-classes": which_classes,
     "real-uploads": partial(real_uploads, run="m10-iid-fedavg-s1", rounds=[5]),
     "real-uploads-shards": partial(real_uploads, run="m10-fedavg-s1", rounds=[1, 5]),

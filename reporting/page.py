@@ -45,35 +45,28 @@ decile is the mean of the tenth of the clients with the lowest accuracy. KL is a
 what a latent tells about its image; a dash means that there is no bound.</details>
 """)
 WORDS_MEAN = Markup("""<details><summary>what the words mean</summary>
-<p>A word compares an adversary's attacks with controls that know nothing of the victim: plain grey, noise
-and, for single images, the mean public image of the class.
-<ul><li><b>leaks</b>: an attack is better than the best of these controls, beyond chance (95 % bootstrap
-interval of the difference, image by image). On <b>images</b>, the reconstruction is more similar to the
-true image (SSIM), or tells better which of the client's images it is (rank). On <b>classes</b>, an
-independent evaluator recognises drawn images of a class; that shows the model's classes, and nothing of a
-client's own images.
-<li><b>fails</b>: by every metric, a control is better beyond chance.
-<li><b>as a guess</b>: neither.</ul>
-<p>The word that is worst for the victim counts: of all attacks of an adversary in the last round that it
-attacked, and of all seeds. It is marked where it rests on fewer than six images or classes, which is too
-few to exclude chance. <b>An attack that fails is an attack that failed, not a proof of
-privacy.</b></details>
+<p>A word compares an adversary's attacks with controls that know nothing of the client's images.
+<ul><li><b>leaks</b>: an attack is better than its control, beyond chance. On <b>images</b>, the control is what
+the same attack makes of another image of the class: the reconstruction is more similar to the true image
+(SSIM), or tells better which image of its class it is (rank). On <b>classes</b>, an independent evaluator
+recognises the pictures of an attack more often than the best control's. Where the public images show the
+classes, they are among the controls.
+<li><b>as a guess</b>: anything else.</ul>
+<p>An attack that knows nothing is called a leak in at most 5 % of cases, over all attacks of an adversary on a
+run. The word that is worst for the victim counts, of the last round that an adversary attacked and of all
+seeds. It is marked where the images or classes are too few for the other word. <b>An attack that
+failed is no proof of privacy.</b></details>
 """)
 ATTACKS_MEAN = Markup("""<details><summary>how to read these figures</summary>
 <p>A row has an adversary's strongest attacks in the last round that it attacked, beside the accuracy and
-the KL of what was deployed in that round. Brackets are 95 % bootstrap intervals over images.
-<p><b>An attack that fails is an attack that failed, not a proof of privacy, and PSNR alone ranks
-nothing.</b>
-<p><b>Image attacks</b> observe something of single images. The strongest has the highest SSIM. Its leakage
-is this SSIM minus the best control's, mostly that of the public image nearest the true one, which only a
-very lucky guess would find. Above 0, the attack shows what no public image shows. Below 0, it may still
-tell which image it was: the rank is the true image's place, by distance, among up to 500 of the client's
-images. Rank 1 is a hit: the image is identified. The share of hits is that of the attack with the lowest
-mean rank; a dash means that an older version did not count them. A ring in the picture marks a mean rank
-below every control's.
+the KL of what was deployed in that round.
+<p><b>Image attacks</b> observe something of single images. The figure in brackets is the control's: of the
+same attack on another image of the class. Shown are the attack whose SSIM is furthest above its control's, and
+the attack that identifies most images. An image is identified if it comes first among up to 500 of the
+client's images, by distance or likelihood. The rank is the true image's place among those of its class. The
+worst 2 % are the images with the highest KL, at least one.
 <p><b>Class attacks</b> draw a class. The strongest is the one that an independent evaluator recognises most
-often. The controls are grey and noise, which are recognised by chance. Class means and public images are no
-controls here, since they are real and always recognised.</details>
+often.</details>
 """)
 
 
@@ -193,9 +186,8 @@ def _attacks(runs: list[Finished]) -> list[Markup]:
 
 def _attack_table(last: pd.DataFrame) -> Markup:
     head = ["method", "adversary", "round", "deployed accuracy", "KL, nats",
-            "image attack: verdict", "SSIM", "best control", "PSNR, dB", "lowest mean rank",
-            "best control's rank", "identified (a guess)", "class attack: verdict", "evaluator right",
-            "blank control", "budget"]
+            "image attack: verdict", "SSIM (control)", "images", "identified (control)", "of the worst 2 %",
+            "rank in its class (control)", "class attack: verdict", "evaluator right (best control)", "budget"]
     rows, small = [], Markup("<small>{}</small> {}")
     for _, part in last.groupby(["run", "adversary"], sort=False):
         one, by_kind = part.iloc[0], {row["kind"]: row for row in part.to_dict("records")}
@@ -204,18 +196,23 @@ def _attack_table(last: pd.DataFrame) -> Markup:
                  _spread(one["kl_nats"], float("nan"), 1)]
         for kind in leakage.KINDS:
             row = by_kind.get(kind)
-            cells += [DASH if row is None else row["word"] or "unknown"]
-            cells += [DASH] * 2 if row is None or row["score"] != row["score"] else [
-                small.format(row["attack"], f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"),
-                small.format(row["control"], f"{row['control_score']:.2f}")]
+            cells += [DASH if row is None else row["word"] + ", few" * bool(row["few"])]
+            form = "{:.2f}" if kind == "image" else "{:.0%}"
+            cells += [DASH if row is None or row["score"] != row["score"] else
+                      small.format(row["attack"], _beside(row["score"], row["control_score"], form))]
             if kind == "image":
                 cells += [DASH] * 4 if row is None else [
-                    _spread(row["psnr"], float("nan"), 1),
-                    small.format(row["rank_attack"], f"{row['rank']:.0f}"), f"{row['control_rank']:.0f}",
-                    DASH if row["identified"] != row["identified"] else
-                    f"{row['identified']:.0%} ({row['guess']:.1%})"]
+                    row["n"], small.format(row["rank_attack"], _beside(
+                        row["identified"], row["control_identified"], "{:.1%}")),
+                    DASH if row["identified_worst"] != row["identified_worst"] else
+                    f"{row['identified_worst']:.0%}", _beside(row["rank"], row["control_rank"], "{:.0f}")]
         rows.append([*cells, one["budget"]])
     return _grid(head, rows)
+
+
+def _beside(value: float, control: float, form: str) -> str:
+    """A figure, and its control's in brackets."""
+    return f"{form.format(value)} ({form.format(control)})"
 
 
 def _attack_pictures(run: Finished) -> Markup:

@@ -38,20 +38,6 @@ def csv(root: Path, name: str, numbers: Sequence[str], texts: Sequence[str] = ()
         raise InputError(f"docs/{name} is damaged ({one_line(error)})") from error
 
 
-def runs(root: Path, stem: str) -> dict[int, Path]:
-    """The folders of a run's seeds, STEM-s1 and so on, by seed.
-
-    Raises:
-        InputError: there are none.
-    """
-    seeds = re.compile(re.escape(stem) + r"-s(\d+)")
-    named = ((seeds.fullmatch(path.name), path) for path in (root / REFERENCE).glob("*"))
-    found = {int(match[1]): path for match, path in named if match}
-    if not found:
-        raise InputError(f"{REFERENCE / stem}-s*: no such run")
-    return dict(sorted(found.items()))
-
-
 def run(folder: Path) -> Finished:
     """A finished run, without what attacks on it found.
 

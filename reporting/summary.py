@@ -95,11 +95,7 @@ def read(folder: Path, attacks: bool = True) -> Finished | str:
     try:
         leaks = leakage.read(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        faults.append(f"attack_summary.csv or attack.json is damaged ({one_line(error)})")
-    try:
-        leaks = leakage.with_words(leaks, folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        faults.append(f"attack.csv is damaged ({one_line(error)})")
+        faults.append(f"attack.csv or attack.json cannot be read ({one_line(error)})")
     for name in ("partition.png", *leakage.pictures(leaks)):
         for picture in sorted(folder.glob(name)):
             try:

@@ -3,12 +3,12 @@ import csv
 import json
 import re
 import shutil
-import statistics
 from collections.abc import Iterator
 
 import pytest
 from conftest import ROOT, _load
 
+from attack.tables import ATTACK_COLUMNS, FOREIGN
 from reporting import claims, docs, measured, study
 from reporting.sources import NAME
 from reporting.tables import TABLES
@@ -18,18 +18,14 @@ from utils import InputError
 # Figures in prose that no table of the page has, and why. Each page here is covered by the test at the end.
 NOT_FROM_A_TABLE = {
     "docs/attacks.md": {
-        "a setting": "0.1 0.2",
-        "deployed accuracy, results/reference/ck-*": "0.17 0.69 0.73",
-        "the level of an interval": "95",
-        "a version": "1.20",
+        "a setting": "0.1 0.2 0.01",
+        "the level of a test and of an interval, and the share of images with the highest KL": "5 95 2",
         "how good the evaluator is": "95",
-        "PSNR, ladder.csv": "27.0 19.3",
-        "CIFAR-10's upper rungs, whose CSV was not kept": "10.0 15.9",
-        "prototypes, whose scripts were not kept": "0.58 0.34",
-        "a gain over public images, public_images.csv": "0.8",
-        "client 0's attacks, whose CSV was not kept": "0.0019",
-        "starts of a search, a prototype": "0.27 0.4",
-        "beside the Adversarial Robustness Toolbox": "0.9941 0.9895 13.5 0.34 13.3 0.33"},
+        "a version": "1.20",
+        "cosines of a replayed encoder's latents, not kept": "0.09 0.34 0.54 0.64",
+        "starts of a search, a prototype": "0.27 0.30 0.4 0.93",
+        "PSNR on CIFAR-10's upper rungs, whose CSV was not kept": "10.0 15.9",
+        "beside the Adversarial Robustness Toolbox": "0.9941 0.9895 13.5 13.3"},
     "docs/accuracy.md": {
         "a gap of two cells":
             "0.5 0.7 0.8 2.1 3.5 3.6 4.5 5.8 6.7 8.9 9.7 10.4 10.5 10.6 12.0 12.9 13.6 17.1 17.8 24.8 25.4 "
@@ -43,7 +39,7 @@ NOT_FROM_A_TABLE = {
     "docs/claims.md": {"the paper's abstract": "8 59"},
     "docs/frontier.md": {
         "a gap of two rows": "0.7 0.0 0.3 0.4 0.6 0.2 1.4 1.5 1.9 4.9 5.6",
-        "a gap of mean ranks, attack_summary.csv": "4 8 12 77",
+        "a gap of mean ranks, not kept": "4 8 12 77",
         "ln 250, in nats": "5.5",
         "validation runs, not kept": "0.716 0.731"},
     "docs/membership.md": {
@@ -98,15 +94,15 @@ def test_the_pages_are_as_the_files_say(report, capsys):
 
 
 def test_a_stale_table_is_named_and_then_mended(report, project, capsys):
-    page, before = project / "docs" / "attacks.md", (project / "docs" / "attacks.md").read_text()
-    edit(page, "0.93, 1, 48", "0.94, 1, 48")
+    page, before = project / "docs" / "speed.md", (project / "docs" / "speed.md").read_text()
+    edit(page, "| 67 | 2,820 |", "| 68 | 2,820 |")
     stale = page.read_text()
     assert report.main(["--docs", "--check"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("docs/attacks.md: table attacks out of date")
+    assert len(lines) == 1 and lines[0].startswith("docs/speed.md: table scaling out of date")
     assert page.read_text() == stale
     assert report.main(["--docs"]) == 0 and page.read_text() == before
-    assert capsys.readouterr().out == "docs/attacks.md: table attacks\n"
+    assert capsys.readouterr().out == "docs/speed.md: table scaling\n"
     untouched = page.stat().st_mtime_ns
     assert report.main(["--docs"]) == 0 and page.stat().st_mtime_ns == untouched
 
@@ -123,15 +119,13 @@ def test_a_changed_file_makes_each_page_that_shows_it_stale(report, project, cap
 @pytest.mark.parametrize("file, old, new, said", [
     ("docs/speed.md", "<!-- table: scaling -->", "<!-- table: scalling -->", "table scalling: no such table"),
     ("docs/speed.md", "<!-- end -->", "", "docs/speed.md: table scaling has no <!-- end -->"),
-    ("docs/attacks.md", "<!-- end -->", "", "docs/attacks.md: table attacks has no <!-- end -->"),
+    ("docs/attacks.md", "<!-- end -->", "", "docs/attacks.md: table leakage has no <!-- end -->"),
     ("README.md", "## Methods", "<!-- end -->", "README.md: <!-- end --> without a table"),
     ("docs/scaling.csv", None, None, "docs/scaling.csv: No such file"),
-    ("docs/ladder.csv", "0.6955", "many", "docs/ladder.csv is damaged"),
-    ("docs/ladder.csv", "ssim", "SSIM", "docs/ladder.csv is damaged"),
-    ("docs/public_images.csv", "300,grey", "400,grey", "table public-images: a file behind it lacks something"),
-    ("results/reference/ck-rve-s1/attack.csv", "latent_prior,5,0,", "latent_prior,5,zero,", "s1/attack.csv"),
-    ("results/reference/ck-rve-s1/config.json", "{", "[", "ck-rve-s1"),
-    ("results/reference/frontier-mnist10k-shards-published-s12/attack_latents.csv", "kl_nats", "nats", "damaged")])
+    ("docs/ladder.csv", "0.9714", "many", "docs/ladder.csv is damaged"),
+    ("docs/ladder.csv", "median_rank", "rank", "docs/ladder.csv is damaged"),
+    ("docs/frontier.csv", "bound_nats", "nats", "docs/frontier.csv is damaged"),
+    ("results/reference/mnist-shards-5x2-local-seed1/config.json", "{", "[", "mnist-shards-5x2-local-seed1")])
 def test_what_is_wrong_is_one_line_and_nothing_is_written(report, project, capsys, file, old, new, said):
     path, stale = project / file, project / "docs" / "real_uploads.md"
     path.unlink() if old is None else edit(path, old, new)
@@ -140,6 +134,13 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(report, project, capsy
     error, = capsys.readouterr().err.splitlines()
     assert error.startswith("report.py: error: ") and said in error
     assert "29.8, 1" in stale.read_text()
+
+
+@pytest.mark.parametrize("make", [lambda root: [][0], lambda root: {}["row"], lambda root: [int("x")]])
+def test_a_table_whose_file_lacks_rows_is_one_line(make, tmp_path):
+    (tmp_path / "README.md").write_text("<!-- table: one -->\n<!-- end -->\n")
+    with pytest.raises(InputError, match="table one: a file behind it lacks something"):
+        docs.update(tmp_path, {"one": make}, True)
 
 
 def test_check_belongs_to_docs(report, capsys):
@@ -166,24 +167,30 @@ def rows_of(name):
         yield from csv.DictReader(file)
 
 
-def test_a_cell_of_the_grid_by_hand():
-    """Over both seeds: the first choices of three clients, without controls and without other restarts."""
-    ssim, rank = [], []
-    for seed in (1, 2):
-        for row in rows_of(f"results/reference/m10-rve-1e-5-s{seed}/attack.csv"):
-            if (row["attack"], row["restart"], row["control"]) == ("latent_prior", "0", ""):
-                ssim.append(float(row["ssim"]))
-                rank.append(float(row["nearest_rank"]))
-    assert len(rank) == 48
-    row = cells(measured.attacks(ROOT)[:10])["thief, `latent_prior`"]
-    assert row[4] == f"{statistics.mean(ssim):.2f}, {statistics.median(rank):.0f}, {rank.count(1)}"
-    assert row[0] == ""
-
-
-def test_a_cell_that_not_all_clients_are_behind_is_empty():
-    """`cosine_tv` was run on one client of one seed of lg_fedavg: that is no row of this grid."""
-    assert any(row["attack"] == "cosine_tv" for row in rows_of("results/reference/m10-lg-s1/attack.csv"))
-    assert cells(measured.attacks(ROOT)[:10])["server, `cosine_tv`"][3] == ""
+def test_the_table_of_leakage_by_hand(tmp_path):
+    """Two seeds of a run, each with two images, of the last round, of first choices; and none without attacks."""
+    assert measured.leakage(tmp_path) == []
+    images = {1: [(1, 1, 0.9, 3), (0, 7, 0.5, 9)], 2: [(1, 1, 0.7, 1), (1, 2, 0.5, 3)]}
+    for seed, found in images.items():
+        folder = tmp_path / "results" / "reference" / f"new-s{seed}"
+        folder.mkdir(parents=True)
+        with open(folder / "attack.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, ATTACK_COLUMNS, restval="0")
+            writer.writeheader()
+            for round, restart, control in ((1, 0, ""), (2, 0, ""), (2, 1, ""), (2, 0, FOREIGN), (1, 0, FOREIGN)):
+                for i, (identified, rank, ssim, kl) in enumerate(found):
+                    last = round == 2 and not (control or restart)
+                    writer.writerow({"adversary": "stolen_model", "attack": "latent_decoder", "observed": "z",
+                                     "round": round,
+                                     "restart": restart, "control": control, "image": i, "kl_nats": kl,
+                                     "ssim": ssim if last else 0.2, "class_rank": rank if last else 50,
+                                     "identified": identified if last else 0})
+    row, = measured.leakage(tmp_path)[2:]
+    assert row == ("| `new` | stolen model, `latent_decoder` | 4 | 75.0% (0.0%) | 50% | 0.65 (0.20) | 3 (50) | "
+                   "0 of 2 |")
+    (folder / "attack.csv").write_text("round\n1\n")
+    with pytest.raises(InputError, match="new-s2/attack.csv: .*attack the run again"):
+        measured.leakage(tmp_path)
 
 
 def test_the_worst_loss_by_hand():
@@ -208,24 +215,20 @@ def test_members_by_hand():
 
 @pytest.mark.parametrize("name, row, expected", [   # read off the CSVs by eye, a row each
     ("ladder", "beta 1e-4, 8 images: z observed",
-     "0.65, 9 | 0.43, 117 | 0.53, 81 | 0.53, 75 | 0.43, 92 | – | 0.04, 215"),
-    ("public-images", "10,000",
-     "0.79, 2.5, 7 of 16 | 0.79, 1, 10 of 16 | 0.81, 1, 22 of 32 | 0.52, 120.5, 0 of 32"),
+     "9 | 117 | 81 | 75 | 92 | – | 215"),
     ("which-classes", "`nbafl`, L = T", "1 | 1.00, 0.91 | 0.50, 0.20 | –"),
     ("which-classes", "`rve_pfl`, Dirichlet", "1 | 0.97, 0.99 | 0.00, 0.50 | 0.83, 0.47"),
     ("real-uploads", "SGD, dropout, 5 epochs", "28.8, 1 | – | 32.6, 4 | 41.9, 8 | 39.5, 13 | –"),
     ("real-uploads-shards", "Adam, dropout, 1 epoch, round 5", "19.2, 1 | 11.0, 1 | 2.6, 0"),
-    ("frontier-cifar", "default prior", "12 | 0.881, 0.710 | 3,097 | 3,135, 3,135 | 0.23 (0.26), 29 (200) | "
-                                        "0.04 (0.25), 366.5 (286.5) | 1, 16 of 16"),   # the last of two
+    ("frontier-cifar", "default prior", "12 | 0.881, 0.710 | 3,097 | 3,135 | 29 (200) | 1, 16 of 16"),   # last
     ("frontier-digits-mixed", "dirichlet: default prior",   # a mean over clients, and each image once
-     "11 | 0.951, 0.979, 0.714 | 1,869 | 1,430, 1,430 | 0.77 (0.48), 1 (210) | "
-     "0.44 (0.46), 211 (185) | 1, 16 of 16"),
+     "11 | 0.951, 0.979, 0.714 | 1,869 | 1,430 | 1 (210) | 1, 16 of 16"),
     ("frontier-digits-mixed", "iid: `--prior class`, beta 1, `--prior_apart 0.25`",
-     "11 | 0.899, 0.899, 0.840 | 6.0 | 4.4, 6.7 | 0.45 (0.48), 37 (36) | 0.43 (0.48), 51 (28.5) | 7, 2 of 16"),
+     "11 | 0.899, 0.899, 0.840 | 6.0 | 4.4, 6.7 | 37 (36) | 7, 2 of 16"),
     ("frontier-digits", "`--prior class`, beta 1",   # the last of three
-     "13 | 0.990, 0.955 | 5.3 | 1.6, 2.3 | 0.47 (0.48), 148.5 (154.5) | 0.46 (0.48), 145.5 (166) | 37, 1 of 16"),
+     "13 | 0.990, 0.955 | 5.3 | 1.6, 2.3 | 148.5 (154.5) | 37, 1 of 16"),
     ("frontier-clothes", "`--prior class`, beta 1, `--prior_apart 0.25`",
-     "13 | 0.993, 0.970 | 3.9 | 1.1, 1.8 | 0.53 (0.55), 97 (131) | 0.59 (0.54), 118.5 (153.5) | 73, 2 of 16"),
+     "13 | 0.993, 0.970 | 3.9 | 1.1, 1.8 | 97 (131) | 73, 2 of 16"),
     ("server-others", "`mimic`, heads",
      "6 | -0.0, 0.1 | 0.7, 2.9 | 28.0, 77.5 | 9.3, 32.9 | 1.3, 8.0 | 20.1, 55.2 | -0.3, 1.1 | -0.4, 1.1"),
     ("server-nobody", "heads, shards",   # means of 0.97416 and 0.98876, and of 0.88764 and 0.96629
@@ -383,10 +386,6 @@ def test_the_scale_with_most_seeds_counts(make_run, tmp_path):
 
 
 def test_claims_of_leakage_by_hand():
-    found = [row for row in rows_of("results/reference/ck-rve-s2/attack.csv") if row["restart"] == "0"
-             and (row["attack"], row["control"]) == ("latent_likelihood", "")]
-    share = 100 * sum(float(row["nearest_rank"]) == 1 for row in found) / len(found)
-    assert claims.candidates(ROOT, "cifar10k")[2] == pytest.approx(share)
     assert claims.candidates(ROOT, "fmnist10k") == {11: 100, 12: 100, 13: 37.5}
     assert claims.class_prior(ROOT, "mnist10k", "candidates_identified") == {11: 12.5, 12: 0, 13: 6.25}
     assert claims.class_prior(ROOT, "cifar10k", "deployed") == {11: pytest.approx(-0.7), 12: pytest.approx(-1.4)}

@@ -147,7 +147,7 @@ CASES = {   # a run's file -> what becomes of its text, and what is then said of
     "accuracy": ("rounds.csv", lambda text: text.replace(",0.", ",7e300."), "rounds.csv is damaged"),
     "bytes": ("rounds.csv", lambda text: text.replace("deployed", "d\udcff"), "rounds.csv is damaged"),
     "picture": ("partition.png", lambda text: "no picture", "partition.png is left out"),
-    "attacked": ("attack_summary.csv", lambda text: "\x00", "attack_summary.csv or attack.json is damaged")}
+    "attacked": ("attack.csv", lambda text: "\x00", "attack.csv or attack.json cannot be read")}
 
 
 def test_no_run_stops_the_page_or_gets_into_it(report, runs, tmp_path, capsys, monkeypatch):
