@@ -337,7 +337,8 @@ def test_gradients_of_a_trained_run_give_its_images_away(trained):
     found = trained.csv("fedavg").query("control == '' and restart == 0")
     assert len(found) == 6 and (found["label_match"] == 1).all()
     foreign = trained.csv("fedavg").query("control == 'foreign'")
-    assert (found["nearest_rank"] == 1).all() and (found["mse"].to_numpy() < foreign["mse"].to_numpy() / 10).all()
+    assert (found["nearest_rank"] == 1).all() and found["mse"].median() < foreign["mse"].median() / 100
+    assert (found["mse"].to_numpy() < foreign["mse"].to_numpy() / 2).all()
 
 
 def test_a_candidate_is_identified_by_its_latent(trained):
@@ -455,6 +456,7 @@ def test_a_lone_client_and_classes_that_nobody_held_out(trained, capsys):
     """One client has nobody to be curious about; class 3 is the lone client's, and trained on alone."""
     place = trained.place
     assert place.main("--method", "fedavg", "--num_users", 1, "--run_name", "lone", "--rounds", 1) == 0
+    capsys.readouterr()   # the images that are nobody's
     assert "no other client" in trained.refuses(capsys, "lone", "--adversary", "curious_client",
                                                 "--attack", "mi_face")
     partition = place.folder / "results" / "lone" / "partition.npz"
