@@ -36,7 +36,7 @@ from runs.checkpoint import checked_head, load_checked, read_private, read_share
 from server.mean import Round, Server, State
 from server.privacy import NbAFL
 from update import Private, Trainer, training_of
-from utils import InputError, fingerprint, seed_torch
+from utils import InputError, fingerprint, plain_file, seed_torch
 
 Query = Callable[[Tensor], Tensor]   # images N x C x H x W -> probabilities N x num_classes
 Part = TypeVar("Part")
@@ -201,7 +201,7 @@ class Target:
         """
         path = self.results / "partition.npz"
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(plain_file(path), allow_pickle=False) as file:
                 halves = [[file[f"{half}_{k}"] for k in range(self.options["num_users"])]
                           for half in ("train", "test")]
         except KeyError as error:

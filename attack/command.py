@@ -1,13 +1,16 @@
 """What the two commands on a trained run have in common: options, the rounds and clients attacked, errors."""
+import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from attack.access import Target
 from engine.memory import in_one_line
 from engine.signals import Interrupted, Interrupts
 from parsing import DATA_NAME, HUGE, Option
+from runs import folders
 from utils import ROOT, InputError
 
 
@@ -46,11 +49,28 @@ def chosen_rounds(target: Target, args: Namespace) -> list[int]:
     return rounds
 
 
-def exit_status(program: str, work: Callable[[], None], interrupted: str) -> int:
-    """Do the work; what went wrong is one line on standard error, and the status of the process."""
+@contextmanager
+def locked(args: Namespace) -> Iterator[None]:
+    """Keep training and other attacks away from the run that is attacked.
+
+    Raises:
+        InputError: another process trains or attacks it.
+    """
+    results, models = args.results_dir / args.run, args.models_dir / args.run
+    with ExitStack() as held:
+        if (results / "config.json").exists():   # else it is no run, and nothing is left in it
+            folders.lock(results, held, "--run")
+            # Nobody trains into a folder that cannot be written.
+            if models.is_dir() and not models.samefile(results) and os.access(models, os.W_OK):
+                folders.lock(models, held, "--run")
+        yield
+
+
+def exit_status(program: str, args: Namespace, work: Callable[[Namespace], None], interrupted: str) -> int:
+    """Do the work on a locked run and return the exit status; what went wrong is one line on standard error."""
     try:
-        with Interrupts():
-            work()
+        with Interrupts(), locked(args):
+            work(args)
         return 0
     except Interrupted:
         line, status = interrupted, 130

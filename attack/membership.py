@@ -27,7 +27,9 @@ from attack.roc import FALSE_POSITIVE_RATES, measure
 from attack.tables import Unit
 from engine.signals import check, steady_output
 from parsing import HUGE, Option, Parser
-from utils import InputError, keep_freed_memory, printable, remove_leftovers, seed_torch, write_whole
+from runs import folders
+from runs.csvs import read_csv
+from utils import InputError, keep_freed_memory, printable, seed_torch, write_whole
 
 ADVERSARIES = ("curious_server", *MODELS)
 METRICS = ("auc", *(f"tpr_at_fpr_{rate:g}" for rate in FALSE_POSITIVE_RATES))
@@ -63,7 +65,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit status."""
     args = make_parser().parse(argv)
-    return exit_status("membership.py", lambda: attack_all(args), "interrupted; the rows printed are saved")
+    return exit_status("membership.py", args, attack_all, "interrupted; the rows printed are saved")
 
 
 def attack_all(args: Namespace) -> None:
@@ -86,7 +88,8 @@ def attack_all(args: Namespace) -> None:
             Victim(target, unit.round, unit.client)
         else:
             hold(target, unit.adversary, unit.round, unit.client)
-    remove_leftovers(target.results, "membership.csv")
+    for path in folders.half_written(target.results, folders.OF_MEMBERSHIP):
+        path.unlink()
     read(target)
     for unit in plan:
         check()
@@ -132,7 +135,7 @@ def read(target: Target) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)
     try:
-        table = pd.read_csv(path)[COLUMNS]
+        table = read_csv(path)[COLUMNS]
         table[["round", "client", *NUMBERS]].apply(pd.to_numeric)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged; remove it") from error

@@ -35,8 +35,10 @@ from attack.tables import ATTACK_COLUMNS, WORST, Unit, read_attack, summarise, w
 from attack.verdict import judge
 from engine.signals import check, steady_output
 from parsing import HUGE, Option, Parser
+from runs import folders
 from runs.configs import read_json
-from utils import InputError, keep_freed_memory, printable, remove_leftovers, shown, write_whole
+from runs.csvs import read_csv
+from utils import InputError, keep_freed_memory, printable, shown, write_whole
 
 SCOPE_OPTIONS = ("adversary", "attack", "observe", "clients", "rounds")   # choose attacks, and do not change them
 PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
@@ -79,7 +81,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit status."""
     args = make_parser().parse(argv)
-    return exit_status("mi_attack.py", lambda: attack_all(args),
+    return exit_status("mi_attack.py", args, attack_all,
                        "interrupted; the same command goes on where it stopped")
 
 
@@ -94,14 +96,16 @@ def attack_all(args: Namespace) -> None:
     target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
     rounds = chosen_rounds(target, args)
     scene = Scene(target, args)
-    remove_leftovers(target.results, "attack*")
+    for path in folders.half_written(target.results, folders.OF_ATTACKS):
+        path.unlink()
     plan = planned(scene, args, rounds)
     for who, r, k in dict.fromkeys((unit.adversary, unit.round, unit.client) for unit in plan):
         scene.adversary(who, r, k)   # a bad file is refused here, before results of earlier attacks change
         Victim(target, r, k)
     options, rows = begin(target, args)
     run_planned(scene, plan, options, rows)
-    summary = summarise(rows)
+    # From the rounded figures of the file, as it would be if this attack had gone on with those of an earlier one.
+    summary = summarise(read_attack(target.results / "attack.csv").to_dict("records"))
     write_whole(target.results / "attack_summary.csv",
                 lambda file: summary.to_csv(file, index=False, float_format="%.5g"))
     latents = write_latents(target, [scene.latents(r, k) for r, k in dict.fromkeys(
@@ -140,11 +144,19 @@ def run_planned(scene: Scene, plan: list[Unit], options: dict, rows: list[dict])
             if not rows:
                 write_options(scene.target, options)
             rows += found
+            rows.sort(key=place)
             write_rows(scene.target, rows)
             bar.write(f"{unit.adversary} {unit.words} round {unit.round} client {unit.client}: "
                       f"{in_words(found, unit)} ({time.monotonic() - started:.0f} s)")
             bar.update(1)
             check()
+
+
+def place(row: dict) -> tuple:
+    """Return what rows are sorted by: the same file whichever attacks were asked for first."""
+    who, how = (list(table).index(row[column]) if row[column] in table else len(table)
+                for column, table in (("adversary", ADVERSARIES), ("attack", ATTACKS)))
+    return row["round"], row["client"], who, how
 
 
 def begin(target: Target, args: Namespace) -> tuple[dict, list[dict]]:
@@ -157,12 +169,10 @@ def begin(target: Target, args: Namespace) -> tuple[dict, list[dict]]:
                if key not in (*SCOPE_OPTIONS, *PLACE_OPTIONS)}
     described, table = target.results / "attack.json", target.results / "attack.csv"
     if args.overwrite:
-        # Every attack* file goes, the rows first and their options last: if this is interrupted, no rows
-        # are left whose options are unknown.
-        for old in sorted(target.results.glob("attack*"),
-                          key=lambda path: (path == described, path != table)):
+        table.unlink(missing_ok=True)
+    if not table.exists():   # also where an --overwrite was interrupted: the other files belong to no rows
+        for old in folders.own(target.results, folders.OF_ATTACKS):
             old.unlink()
-    if not table.exists():
         return options, []
     try:
         before, rows = read_json(described), read_attack(table)
@@ -176,11 +186,7 @@ def begin(target: Target, args: Namespace) -> tuple[dict, list[dict]]:
 
 
 def write_options(target: Target, options: dict) -> None:
-    """Write ``attack.json``. It comes just before the first rows, so a refused attack leaves no file.
-
-    The summary of an earlier attack is deleted first, since it would seem to belong to this one.
-    """
-    (target.results / "attack_summary.csv").unlink(missing_ok=True)
+    """Write ``attack.json``. It comes just before the first rows, so a refused attack leaves no file."""
     write_whole(target.results / "attack.json",
                 lambda file: file.write((json.dumps(options, indent=2) + "\n").encode()))
 
@@ -204,7 +210,7 @@ def write_latents(target: Target, found: list[dict | None]) -> list[str]:
     table = pd.DataFrame(rows)
     if path.exists():
         try:
-            table = pd.concat([pd.read_csv(path)[list(table)].apply(pd.to_numeric), table])
+            table = pd.concat([read_csv(path)[list(table)].apply(pd.to_numeric), table])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged; remove it, or use --overwrite") from error
     table = table.drop_duplicates(["round", "client"], keep="last").sort_values(["round", "client"])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from runs.csvs import read_csv
 from utils import rng
 
 
@@ -51,10 +52,7 @@ def read_attack(path: Path) -> pd.DataFrame:
         OSError: it cannot be read.
         ValueError: it is not what mi_attack.py writes.
     """
-    if path.exists() and not path.is_file():   # reading a pipe would wait for ever
-        raise ValueError("no plain file")
-    rows = pd.read_csv(path, keep_default_na=False, na_values=[""],
-                       dtype={"control": str, "observed": str})
+    rows = read_csv(path, keep_default_na=False, na_values=[""], dtype={"control": str, "observed": str})
     if missing := [name for name in ATTACK_COLUMNS if name not in rows]:
         raise ValueError(f"no column {missing[0]}; attack the run again")
     rows = rows[ATTACK_COLUMNS]

@@ -12,6 +12,7 @@ import pandas as pd
 from attack.tables import read_attack
 from reporting.summary import Finished, one_line, read
 from runs.configs import EVALUATION_SPLIT
+from runs.csvs import read_csv
 from utils import InputError
 
 DASH = "–"   # was not run
@@ -28,8 +29,8 @@ def csv(root: Path, name: str, numbers: Sequence[str], texts: Sequence[str] = ()
     """
     path = root / "docs" / name
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False,
-                            na_values=dict.fromkeys(numbers, [""]))
+        table = read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False,
+                         na_values=dict.fromkeys(numbers, [""]))
         table = table[[*texts, *numbers]]
         return table.assign(**{one: pd.to_numeric(table[one]) for one in numbers})
     except OSError as error:
@@ -91,7 +92,7 @@ def of_images(root: Path, run: Finished, stage: str) -> float:
     """
     name = REFERENCE / run.name / "clients.csv"
     try:
-        table = pd.read_csv(root / name)
+        table = read_csv(root / name)
         rows = table[(table["round"] == run.options["rounds"]) & (table["stage"] == stage)
                      & (table["split"] == EVALUATION_SPLIT[run.protocol])]
         return float((rows["accuracy"] * rows["n"]).sum() / rows["n"].sum())

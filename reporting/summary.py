@@ -16,6 +16,7 @@ from reporting import leakage
 from reporting.images import png
 from runs import configs
 from runs.configs import EVALUATION_SPLIT
+from runs.csvs import read_csv
 from runs.run import csv_columns
 from utils import InputError, shown
 
@@ -115,9 +116,7 @@ def _rounds(path: Path, asked: int) -> pd.DataFrame:
     Raises:
         OSError, ValueError, TypeError, OverflowError: it is not what a run writes.
     """
-    if path.exists() and not path.is_file():   # reading a pipe would wait for ever
-        raise ValueError("no plain file")
-    rounds = pd.read_csv(path)
+    rounds = read_csv(path)
     if list(rounds.columns) != csv_columns()["rounds.csv"]:
         raise ValueError("its columns are not those of a run")
     numbers = [name for name in csv_columns()["rounds.csv"] if name not in ("stage", "split")]

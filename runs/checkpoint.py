@@ -20,7 +20,7 @@ import torch
 from runs import configs
 from server.mean import State, is_finite
 from update import Private
-from utils import InputError, write_whole
+from utils import InputError, plain_file, write_whole
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
 UPLOADS = 2**29      # bytes of uploads, likewise
@@ -36,7 +36,7 @@ def load_checked(path: Path) -> dict[str, Any]:
     """
     try:
         with warnings.catch_warnings(action="ignore"):   # of old pickles: refused below, in one line
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(plain_file(path), map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise ValueError("no dictionary")
         return found

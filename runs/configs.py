@@ -8,10 +8,11 @@ from pathlib import Path
 
 from methods import METHODS
 from options import of_rows, stored_fault
-from utils import InputError
+from utils import InputError, plain_file, shown
 
 # Protocol -> the split of images that is evaluated, as CSVs and pictures name it.
 EVALUATION_SPLIT = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
+FORMAT = 1   # of config.json, by which this program's are told from others
 LARGEST = 16 * 2**20   # bytes of JSON: a few KiB are usual
 
 
@@ -22,9 +23,7 @@ def read_json(path: Path) -> dict:
         OSError: it cannot be read.
         ValueError: it holds something else; the text says what.
     """
-    if path.exists() and not path.is_file():   # a pipe would be waited for
-        raise ValueError("no plain file")
-    if path.stat().st_size > LARGEST:
+    if plain_file(path).stat().st_size > LARGEST:
         raise ValueError(f"over {LARGEST:,} bytes")
     try:
         found = json.loads(path.read_bytes())
@@ -40,6 +39,24 @@ def completed(options: dict) -> dict:
     return {**{option.name: option.unread for option in of_rows(METHODS)}, **options}
 
 
+def of_this_program(path: Path) -> dict:
+    """Return what a ``config.json`` holds, if its format is this version's; its options may still be anything.
+
+    Raises:
+        InputError: it cannot be read, or is of another version or program.
+    """
+    try:
+        config = read_json(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error})") from error
+    if type(config.get("format")) is not int or config["format"] != FORMAT:
+        fault = f"its format is {shown(config['format'])}, not {FORMAT}" if "format" in config else "no format"
+        raise InputError(f"{path} is not of this version of RVE-PFL.py ({fault})")
+    return config
+
+
 def read(path: Path, *needed: str) -> dict:
     """A ``config.json``: at least its ``status``, ``protocol`` and ``options``.
 
@@ -49,12 +66,7 @@ def read(path: Path, *needed: str) -> dict:
     Raises:
         InputError: it cannot be read, or is no run's of this version; one line that says why.
     """
-    try:
-        config = read_json(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error})") from error
+    config = of_this_program(path)
     options, fault = config.get("options"), None
     if config.get("status") not in ("unfinished", "finished"):
         fault = "its status is neither unfinished nor finished"

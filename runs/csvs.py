@@ -3,8 +3,30 @@ import csv
 import io
 import os
 from pathlib import Path
+from typing import Any
 
-from utils import InputError, write_whole
+import pandas as pd
+
+from utils import InputError, plain_file, write_whole
+
+LONGEST_HEADER = 2**13   # bytes; pandas needs minutes for tens of thousands of columns
+
+
+def read_csv(path: Path, **how: Any) -> pd.DataFrame:
+    """Read a CSV that this program wrote, or that somebody put in its place.
+
+    Args:
+        how: as of ``pandas.read_csv``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, or its header is none of this program's.
+    """
+    with open(plain_file(path), "rb") as file:
+        header = file.readline(LONGEST_HEADER + 1)
+    if len(header) > LONGEST_HEADER or b'"' in header or not header.strip():   # else pandas would read on
+        raise ValueError("its first line is no list of names")
+    return pd.read_csv(path, **how)
 
 
 def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:
@@ -21,9 +43,9 @@ def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:
         try:
             while data:
                 data = data[file.write(data):]
-        except OSError:
+        except OSError as error:
             file.truncate(end)
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error   # which does not say of which file
         return file.tell()
 
 
@@ -36,7 +58,7 @@ def cut_csv(path: Path, columns: list[str], size: int | None) -> None:
     header = (",".join(columns) + "\n").encode()
     if size is None:
         write_whole(path, lambda file: file.write(header))
-    elif not path.exists() or path.stat().st_size < size:
+    elif not path.is_file() or path.stat().st_size < size:
         raise InputError(f"{path} is shorter than when it was saved; start again with --overwrite")
     else:
         with open(path, "r+b") as file:

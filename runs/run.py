@@ -4,10 +4,8 @@
 A CSV only ever grows by whole rounds, and a checkpoint remembers how long each was. Resuming cuts the CSVs to
 that length and computes the later rounds again, on a CPU to the same bytes.
 """
-import fcntl
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from engine.ranks import Ranks
 from methods import METHODS
 from metrics import METRICS
-from runs import configs, pictures
+from runs import configs, folders, pictures
 from runs.checkpoint import (
     PrivateStore,
     WaitingUploads,
@@ -37,7 +35,7 @@ from runs.checkpoint import (
     same_memory,
 )
 from runs.configs import EVALUATION_SPLIT
-from runs.csvs import append_csv, cut_csv
+from runs.csvs import append_csv, cut_csv, read_csv
 from server.malicious import BEHAVIOURS
 from server.mean import State
 from server.rules import RULES
@@ -47,6 +45,12 @@ from utils import InputError, printable, write_whole
 # Options that do not change a run's numbers, and so may differ when it is resumed.
 MAY_DIFFER = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "data_dir",
         "results_dir", "models_dir"}
+
+
+def write_config(folder: Path, config: dict) -> None:
+    """Write a run's ``config.json``."""
+    text = json.dumps(config, indent=2, default=str) + "\n"
+    write_whole(folder / "config.json", lambda file: file.write(text.encode()))
 
 
 def csv_columns(backdoor: bool = False) -> dict[str, list[str]]:
@@ -111,12 +115,7 @@ def _lock(options: dict, held: ExitStack) -> BinaryIO:
         folder.mkdir(parents=True, exist_ok=True)
         if folder is models and folder.samefile(results):   # held already
             break
-        lock = held.enter_context((folder / ".lock").open("a+b"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{folder} is being written by another process; wait for it, or give this run "
-                             "another --run_name") from error
+        lock = folders.lock(folder, held, "--run_name")
     return lock
 
 
@@ -124,8 +123,8 @@ class Run:
     """One run's folders; open them with ``open_run``.
 
     With several ranks, each writes its own clients' checkpoints and the first writes everything else, all into
-    the same folders. The first also decides what all of them have to do alike. In the checkpoints' folder only
-    this program's own files are ever deleted, since it may be a link, or hold other things.
+    the same folders. The first also decides what all of them have to do alike. Only this program's own files are
+    ever deleted (folders.py): a folder may be a link, or hold other things.
     """
 
     def __init__(self, config: dict, initial: Private, start: Progress, ranks: Ranks,
@@ -134,7 +133,7 @@ class Run:
         self.results = Path(options["results_dir"]) / options["run_name"]
         self.models = Path(options["models_dir"]) / options["run_name"]
         self.evaluation_split = EVALUATION_SPLIT[config["protocol"]]
-        self.config, self.rounds_kept = config, set(options["save_rounds"])
+        self.config, self.rounds_kept = {"format": configs.FORMAT, **config}, set(options["save_rounds"])
         behaviour = BEHAVIOURS.get(str(options["malicious_behaviour"]))
         self.columns = csv_columns(behaviour is not None and behaviour.trigger is not None)
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
@@ -145,10 +144,8 @@ class Run:
         self.progress = start
         if not self.finished:
             if owner is not None:
-                self._clear(*self._scraps())
-                owner.truncate(0)
-                owner.write(os.fsencode(self._seen_from_models()))
-                owner.flush()
+                self._clear_scraps()
+                folders.note_owner(owner, self._seen_from_models())
             self._restore()
         self.saved_round, self.saved_at = self.progress.round, time.monotonic()
         # It moves with every client, so that the time left is known within a round. No bar without a terminal.
@@ -173,8 +170,7 @@ class Run:
 
     def write_config(self) -> None:
         """``config.json``: every option, versions, commit, device, sizes, and whether the run is done."""
-        text = json.dumps(self.config, indent=2, default=str) + "\n"
-        write_whole(self.results / "config.json", lambda file: file.write(text.encode()))
+        write_config(self.results, self.config)
 
     def write_partition(self, owned: list[np.ndarray], splits: list, labels: np.ndarray) -> None:
         """``partition.npz`` (who trains and who is tested on which image) and ``partition.png``."""
@@ -220,7 +216,7 @@ class Run:
             return
         target, partial = self.models / f"round_{now.round}", self.models / f".round_{now.round}"
         if self.ranks.first:
-            self._clear(partial)
+            folders.remove(partial)
             partial.mkdir(parents=True)
         self.ranks.wait()
         self.private.export(self.ranks.mine(range(self.clients)), partial)
@@ -233,8 +229,7 @@ class Run:
             write_whole(partial / "shared.pt", lambda file: torch.save(shared, file))
             write_whole(partial / "server.pt", lambda file: torch.save(server, file))
             partial.rename(target)
-            self._clear(*(folder for r, folder in self._checkpoints().items()
-                          if r != now.round and r not in self.rounds_kept))
+            self._drop_older(now.round)
         now.uploads = {}   # the next round's take their place in memory
         self.uploads.dropped()
         self.saved_round, self.saved_at = now.round, time.monotonic()
@@ -243,9 +238,9 @@ class Run:
         """The last checkpoint, and the mark that nothing is left to do."""
         self.save()
         if self.ranks.first:
-            self._clear(self.models / ".private")
+            folders.remove(self.models / ".private")
             pictures.curves_picture(self.results / "curves.png", self.rounds(), self._title())
-            server = pd.read_csv(self.results / "server.csv")
+            server = read_csv(self.results / "server.csv")
             if server["trust"].notna().any():
                 pictures.trust_picture(self.results / "trust.png", server, self._title())
             self.config["status"] = "finished"
@@ -253,7 +248,7 @@ class Run:
 
     def rounds(self) -> pd.DataFrame:
         """``rounds.csv`` so far."""
-        return pd.read_csv(self.results / "rounds.csv")
+        return read_csv(self.results / "rounds.csv")
 
     def table(self) -> str:
         """The last round, for the screen, and where the files are."""
@@ -274,14 +269,10 @@ class Run:
     def _admit(self, resume: bool, overwrite: bool, owner: BinaryIO) -> bool:
         """Decide what happens to an earlier run of this name; True if it is finished and was resumed."""
         name, path = self.results.name, self.results / "config.json"
-        owner.seek(0)
-        said = owner.read(4096)
-        if b"\0" in said:
-            raise InputError(f"{owner.name} is not this program's; move it away, or give another "
-                             "--models_dir")
-        theirs = (self.models.resolve() / (os.fsdecode(said) or self._seen_from_models())).resolve()
+        theirs = (self.models.resolve() / (folders.owner(owner) or self._seen_from_models())).resolve()
         other = (theirs / "config.json").exists() and not theirs.samefile(self.results)
-        if other and self._checkpoints() and not overwrite:
+        checkpoints = folders.checkpoints(self.models)
+        if other and checkpoints and not overwrite:
             raise InputError(f"{self.models} holds the checkpoints of the run in {theirs}; give its "
                              "--results_dir, or this run another --models_dir or --run_name, or use "
                              "--overwrite to delete them")
@@ -290,15 +281,19 @@ class Run:
             if foreign:
                 raise InputError(f"{self.results} holds {foreign[0]} but no config.json, so it is no run of "
                                  "this program; move it away or give another --run_name")
-            if not overwrite and any(
-                    any(self.models.glob(name)) for name in ("round_*", ".round_*", ".private")):
+            folders.refuse_foreign(*folders.scraps(self.models), *checkpoints.values())
+            if not overwrite and (checkpoints or folders.scraps(self.models)):
                 raise InputError(f"{self.models} holds checkpoints, but {path} is gone; use --overwrite to "
                                  "delete them, or another --run_name")
-            self._clear(*self._checkpoints().values())
+            self._delete_earlier()
             return False
+        try:
+            config = configs.of_this_program(path)
+        except InputError as error:
+            raise InputError(f"{error}; move {self.results} away, or give another --run_name") from error
         if overwrite:
-            self._clear(*(p for p in self.results.iterdir() if p.name != ".lock"),
-                        *self._checkpoints().values())
+            folders.refuse_foreign(*folders.scraps(self.models), *checkpoints.values())
+            self._delete_earlier(config)
             return False
         try:
             old = configs.read(path)
@@ -318,25 +313,50 @@ class Run:
         if old.get("start") != self.config.get("start"):
             raise InputError(f"--resume: run {name} began with other weights than its seed gives here; resume it "
                              "with the PyTorch version that it began with, or use --overwrite")
+        self.rounds_kept |= set(before["save_rounds"])   # they are kept for good
+        self.config["options"]["save_rounds"] = sorted(self.rounds_kept)
         return finished
 
-    def _checkpoints(self) -> dict[int, Path]:
-        """Complete checkpoints by round."""
-        names = {p.name.removeprefix("round_"): p for p in self.models.glob("round_*")}
-        return {int(r): folder for r, folder in names.items() if r.isdecimal()}
+    def _delete_earlier(self, config: dict | None = None) -> None:
+        """Delete the files of the run that is overwritten.
+
+        Killed anywhere in between, it leaves that run, unfinished, which --resume goes on with: ``config.json``
+        says so first and stays, and the CSVs go when no checkpoint counts on them any more.
+
+        Args:
+            config: its ``config.json``, if it has one.
+        """
+        if config is not None and config.get("status") != "unfinished":
+            write_config(self.results, {**config, "status": "unfinished"})
+        attacks = folders.own(self.results, f"{folders.OF_ATTACKS}|{folders.OF_MEMBERSHIP}")
+        for path in sorted(attacks, key=lambda path: (path.name == "attack.json", path.name != "attack.csv")):
+            path.unlink()
+        for _, folder in sorted(folders.checkpoints(self.models).items(), reverse=True):
+            folders.remove(folder)
+        for path in folders.own(self.results, folders.OF_TRAINING):
+            path.unlink()
 
     def _seen_from_models(self) -> str:
         """The results' folder as a relative path, so that both folders may move, or be copied, together."""
         return os.path.relpath(self.results.resolve(), self.models.resolve())
 
-    def _scraps(self) -> list[Path]:
-        """What a killed process left half done. Nobody else trains here (the lock), but somebody may attack."""
-        return [self.models / ".private", *self.models.glob(".round_*"),
-                *(p for p in self.results.glob(".*.tmp") if not p.name.startswith((".attack", ".membership")))]
+    def _clear_scraps(self) -> None:
+        """Delete what a killed process left half done; nobody else trains here, or attacks."""
+        folders.refuse_foreign(*folders.scraps(self.models))
+        for folder in folders.scraps(self.models):
+            folders.remove(folder)
+        for path in folders.half_written(self.results, rf"{folders.OF_TRAINING}|config\.json"):
+            path.unlink()
+
+    def _drop_older(self, latest: int) -> None:
+        """Delete the checkpoints of other rounds, but for those that are kept for good."""
+        for round, folder in folders.checkpoints(self.models).items():
+            if round != latest and round not in self.rounds_kept:
+                folders.remove(folder)
 
     def _restore(self) -> None:
         """Go back to the latest checkpoint, or to the start: load it, and cut the CSVs to its length."""
-        found, csv_bytes = self.ranks.share(max(self._checkpoints(), default=0)), {}
+        found, csv_bytes = self.ranks.share(max(folders.checkpoints(self.models), default=0)), {}
         if found:
             folder = self.models / f"round_{found}"
             server = load_checked(folder / "server.pt")
@@ -356,6 +376,8 @@ class Run:
             self.write_config()
             for name, columns in self.columns.items():
                 cut_csv(self.results / name, columns, csv_bytes.get(name))
+            if found:   # a process killed after its last save did not come to it
+                self._drop_older(found)
 
     def _layout(self, round: int) -> tuple[State, State]:
         """State dicts like what travels in a round, and like what stays with a client after it."""
@@ -372,11 +394,3 @@ class Run:
                 and isinstance(server["csv_bytes"], dict) and server["csv_bytes"].keys() == self.columns.keys()
                 and all(map(is_whole, server["csv_bytes"].values()))
                 and same_memory(server["memory"], self.progress.memory))
-
-    @staticmethod
-    def _clear(*paths: Path) -> None:
-        for path in paths:
-            if path.is_dir() and not path.is_symlink():   # a link is removed, not what it leads to
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)

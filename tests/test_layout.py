@@ -8,7 +8,8 @@ from conftest import ROOT
 # From the ground up. A module imports from rows below its own only.
 FLOORS = [
     ["utils"],
-    ["parsing", "engine.signals", "engine.ranks", "engine.memory", "models", "metrics", "runs.csvs",
+    ["runs.csvs", "runs.folders"],
+    ["parsing", "engine.signals", "engine.ranks", "engine.memory", "models", "metrics",
      "runs.pictures", "attack.tables", "attack.roc"],
     ["datasets"],
     ["sampling"],

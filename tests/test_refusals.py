@@ -26,9 +26,11 @@ def test_an_earlier_run_is_never_lost_by_accident(place, capsys):
     config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
     line = place.refuses(capsys, "--rounds", 1)
     assert "--resume" in line and "--overwrite" in line
+    whole = config.read_text()
     config.write_text("{")
     assert "config.json" in place.refuses(capsys, "--rounds", 1, "--resume")
     assert place.clients_csv() == before
+    config.write_text(whole)
     assert place.main("--rounds", 2, "--overwrite") == 0
     assert place.clients_csv() != before
 
@@ -81,7 +83,9 @@ def test_both_folders_of_a_run_may_be_copied_to_another_place(unfinished, capsys
 def test_what_nobody_says_is_ours_is_not_deleted(place, capsys, name):
     (place.models / name).mkdir(parents=True)
     (place.models / name / "thesis.tex").write_text("years of work")
-    assert "--overwrite" in place.refuses(capsys, "--rounds", 1)
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        line = place.refuses(capsys, "--rounds", 1, *flags)
+        assert f"{name}/thesis.tex" in line and "--overwrite" not in line
     assert (place.models / name / "thesis.tex").exists()
 
 

@@ -1,0 +1,263 @@
+"""What is deleted in a run's folders and what never is, wherever a process dies; and their locks."""
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from runs import folders
+from runs.run import Run
+from utils import InputError
+
+
+class Killed(BaseException):
+    """The process is gone: nothing that it would still have done happens."""
+
+
+def die_after(monkeypatch, steps):
+    """Let the process die at the next change of a folder after so many."""
+    done = []
+
+    def dying(real):
+        def change(*given, **named):
+            if len(done) >= steps:
+                raise Killed
+            done.append(given)
+            return real(*given, **named)
+        return change
+    for name in ("unlink", "rename", "replace", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+    return done
+
+
+def contents(folder):
+    """Every file's bytes, by its path; None for what is no file."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+            for p in folder.rglob("*") if p.name != ".lock"}
+
+
+FLAGS = ("--rounds", 2, "--save_rounds", 1)
+ATTACKED = ("attack.csv", "attack.json", "attack_summary.csv", "attack_stolen_model_dlg_round2_client0.png",
+            "membership.csv", ".attack.csv.7.tmp")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_place):
+    """A finished run of two rounds that was attacked."""
+    place = make_place(tmp_path_factory.mktemp("finished"))
+    assert place.main(*FLAGS) == 0
+    for name in ATTACKED:
+        (place.results / name).write_text("found")
+    return place
+
+
+@pytest.fixture
+def copy(finished, make_place, tmp_path):
+    """A function that copies that run to another folder, for one test to harm."""
+    def make(name="copy"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in ("results", "models"):
+            shutil.copytree(finished.folder / part, folder / part, symlinks=True)
+        return make_place(folder)
+    return make
+
+
+@pytest.fixture
+def opened_only(driver, monkeypatch):
+    """No run trains: it stops with one line where its first round would begin, and draws nothing before."""
+    def stop(*_):
+        raise InputError("was opened")
+    monkeypatch.setattr(driver, "federate", stop)
+    monkeypatch.setattr(driver, "environment", lambda device: {})   # it asks git
+    monkeypatch.setattr(Run, "write_partition", lambda *_: None)
+
+
+def test_an_overwrite_that_is_killed_anywhere_leaves_a_run(copy, opened_only, monkeypatch, capsys):
+    """The old run, or that run unfinished; --overwrite and --resume take up either."""
+    before, steps, states = None, 0, []
+    while True:
+        place = copy(str(steps))
+        before = before or contents(place.folder)
+        with monkeypatch.context() as patch:
+            die_after(patch, steps)
+            try:
+                assert place.main(*FLAGS, "--seed", 2, "--overwrite") == 2
+                break
+            except Killed:
+                pass
+        config = json.loads((place.results / "config.json").read_text())
+        states.append((config["status"], config["options"]["seed"], len(list(place.models.glob("round_*")))))
+        now = {name: what for name, what in contents(place.folder).items() if not name.endswith(".tmp")}
+        if config["status"] == "finished":
+            assert now == {name: what for name, what in before.items() if not name.endswith(".tmp")}
+        seed = config["options"]["seed"]
+        assert f"--seed {seed}" in place.refuses(capsys, *FLAGS, "--seed", 3 - seed, "--resume")
+        if config["status"] == "unfinished":
+            assert "was opened" in place.refuses(capsys, *FLAGS, "--seed", seed, "--resume")
+        assert "was opened" in place.refuses(capsys, *FLAGS, "--seed", 2, "--overwrite")
+        assert not list(place.folder.rglob("*.tmp")) and not list(place.models.glob("*round_*"))
+        steps += 1
+    assert {status for status, *_ in states} == {"finished", "unfinished"}
+    assert [count for *_, count in states] == sorted((count for *_, count in states), reverse=True)
+    assert {count for *_, count in states} == {0, 1, 2}
+    names = {p.name for p in place.results.iterdir()}
+    assert not names & set(ATTACKED)
+
+
+def test_an_overwrite_killed_among_checkpoints_is_still_the_old_run(copy, finished, monkeypatch):
+    """Which goes on from the checkpoint that is left, to the same bytes."""
+    place, expected = copy(), finished.clients_csv()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        real = folders.remove
+        patch.setattr(folders, "remove", lambda folder: (_ for _ in ()).throw(Killed) if folder.name == "round_1"
+                      else real(folder))
+        place.main(*FLAGS, "--seed", 2, "--overwrite")
+    assert [p.name for p in place.models.glob("round_*")] == ["round_1"]
+    assert place.main(*FLAGS, "--resume") == 0 and place.clients_csv() == expected
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_only_own_files_are_deleted(copy, opened_only, linked):
+    """Not a thesis beside them, nor folders, links' targets and files whose names only begin like ours."""
+    place = copy()
+    if linked:
+        elsewhere = place.results.rename(place.folder / "elsewhere")
+        place.results.symlink_to(elsewhere)
+    mine = {"thesis.tex": "years", "attack_notes.txt": "mine", "clients.csv.bak": "mine",
+            ".attack.csv.tmp": "mine", "attack_stolen_model_dlg_round2_client0.png.old": "mine",
+            "figures/trust.png": "mine"}
+    (place.results / "figures").mkdir()
+    for name, text in mine.items():
+        (place.results / name).write_text(text)
+    (place.folder / "target").write_text("mine")
+    (place.results / "curves.png").unlink()
+    (place.results / "curves.png").symlink_to(place.folder / "target")
+    (place.results / "trust.png").unlink(missing_ok=True)
+    (place.results / "trust.png").mkdir()
+    (place.models / "paper.pdf").write_text("mine")
+    (place.models / "round_1.zip").write_text("mine")
+    assert place.main(*FLAGS, "--overwrite") == 2
+    assert {name: (place.results / name).read_text() for name in mine} == mine
+    assert (place.folder / "target").read_text() == "mine" and not (place.results / "curves.png").exists()
+    assert (place.results / "trust.png").is_dir() and place.results.is_symlink() == linked
+    assert {p.name for p in place.models.iterdir()} == {"paper.pdf", "round_1.zip", ".lock"}
+
+
+@pytest.mark.parametrize("config", [
+    '{"name": "my-app", "version": "2"}', "{}", '{"format": 2}', '{"format": true}', '{"format": "1"}', "[]", "{",
+    "", '{"format": 1.0}', None])
+def test_a_config_of_another_program_is_refused_without_advice_to_overwrite(copy, capsys, config):
+    place = copy()
+    (place.results / "config.json").unlink()
+    if config is None:
+        (place.results / "config.json").mkdir()
+    else:
+        (place.results / "config.json").write_text(config)
+    before = contents(place.folder)
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        line = place.refuses(capsys, *FLAGS, *flags)
+        assert "config.json" in line and "--overwrite" not in line and "--run_name" in line
+    assert contents(place.folder) == before
+
+
+@pytest.mark.parametrize("where", ["round_1", "round_2", ".round_2", ".private"])
+def test_what_lies_in_a_checkpoint_is_kept_with_it(copy, opened_only, capsys, where):
+    place = copy()
+    (place.models / where).mkdir(exist_ok=True)
+    (place.models / where / "notes.txt").write_text("mine")
+    before = contents(place.folder)
+    line = place.refuses(capsys, *FLAGS, "--overwrite")
+    assert f"{where}/notes.txt" in line and "move it away" in line
+    assert contents(place.folder) == before
+    folders.remove(place.models / where)
+    assert contents(place.folder) == before
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_refused_before_training(place, capsys):
+    place.models.mkdir(parents=True)
+    (place.models / "round_2").write_text("mine")
+    assert "round_2" in place.refuses(capsys, *FLAGS)
+    assert (place.models / "round_2").read_text() == "mine"
+
+
+def test_a_kill_between_the_last_save_and_its_clean_up_leaves_no_older_checkpoint(place, monkeypatch):
+    flags = ("--rounds", 2, "--checkpoint_seconds", 0)
+    real = Run._drop_older
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "_drop_older", lambda run, latest: (_ for _ in ()).throw(Killed) if latest == 2
+                      else real(run, latest))
+        place.main(*flags)
+    assert {p.name for p in place.models.glob("round_*")} == {"round_1", "round_2"}
+    assert place.main(*flags, "--resume") == 0
+    assert {p.name for p in place.models.iterdir()} == {"round_2", ".lock"}
+
+
+def test_checkpoints_that_were_kept_for_good_stay_without_being_asked_for_again(copy):
+    place = copy()
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    assert place.main("--rounds", 2, "--resume") == 0
+    assert {p.name for p in place.models.glob("round_*")} == {"round_1", "round_2"}
+    assert json.loads(config.read_text())["options"]["save_rounds"] == [1]
+
+
+@pytest.fixture
+def no_waiting():
+    """A test that waits for a pipe fails."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waited"))
+    signal.setitimer(signal.ITIMER_REAL, 30)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def put(path, kind):
+    """Something that is no file of this program."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "link":
+        target = path.parent / "target"
+        target.write_text("mine")
+        path.symlink_to(target)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text(kind)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "12345\n", "another program's, longer than a mark"])
+@pytest.mark.parametrize("part", ["results", "models"])
+def test_a_lock_that_is_none_of_ours_is_refused(place, capsys, no_waiting, kind, part):
+    folder = getattr(place, part)
+    put(folder / ".lock", kind)
+    before = contents(folder), (folder / ".lock").lstat().st_size
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        assert str(folder / ".lock") in place.refuses(capsys, *FLAGS, *flags)
+    assert (contents(folder), (folder / ".lock").lstat().st_size) == before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", ["results/run/config.json", "results/run/clients.csv", "results/run/rounds.csv",
+                                  "models/run/round_2/server.pt", "models/run/round_2/shared.pt",
+                                  "models/run/round_2/client_0.pt"])
+def test_what_is_no_file_is_not_waited_for(copy, capsys, no_waiting, name, kind):
+    place = copy()
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    (place.folder / name).unlink()
+    put(place.folder / name, kind)
+    assert os.path.basename(name) in place.refuses(capsys, *FLAGS, "--resume")
+
+
+def test_the_list_of_own_files_is_whole(finished):
+    """All that a run and attacks on it write; test_mi_attack.py has the attacks'."""
+    written = {p.name for p in finished.results.iterdir()} - {".lock", "config.json"}
+    ours = folders.own(finished.results, f"{folders.OF_TRAINING}|{folders.OF_ATTACKS}|{folders.OF_MEMBERSHIP}")
+    assert {p.name for p in ours} == written
+    assert {p.name for p in folders.own(finished.models / "round_2", folders.OF_A_CHECKPOINT)} == {
+        p.name for p in (finished.models / "round_2").iterdir()}
