@@ -27,8 +27,8 @@ from utils import shown
 
 KINDS = ("image", "class")
 FOUND = ["adversary", "round", "kind", "attack", "pictures", "n", "score", "control", "control_score", "leakage",
-         "low", "high", "rank_attack", "rank", "control_rank", "identified", "control_identified", "identified_worst",
-         "word", "few", "budget"]
+         "low", "high", "rank_attack", "rank", "control_rank", "identified", "control_identified",
+         "identified_worst", "word", "few", "budget"]
 NONE = pd.DataFrame(columns=FOUND)
 WORST = ["image_leakage", "image_ssim", "image_attack", "class_right", "class_attack"]   # of summary.csv
 MARKERS = dict(zip(ADVERSARIES, itertools.cycle("osD^vP")))   # noqa: B905 - a cycle is endless

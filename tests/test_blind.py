@@ -10,7 +10,8 @@ from conftest import ROOT
 from scipy.stats import binom
 
 from attack import scene, scoring
-from attack.attacks import ATTACKS, Attack, PublicImages
+from attack.adversary import PublicImages
+from attack.attacks import ATTACKS, Attack
 from attack.tables import ATTACK_COLUMNS
 from attack.verdict import GUESS, LEAKS, LEVEL, judge
 from datasets import Dataset
@@ -22,7 +23,7 @@ CLASSES, EACH = 10, 150   # classes; training images of the client in each of it
 def mnist():
     with np.load(ROOT / "data" / "mnist10k.npz") as file:
         images, labels = file["train_images"], file["train_labels"].astype(np.int64)
-    return Dataset(images, labels, CLASSES, len(labels))
+    return Dataset(images, labels, CLASSES, len(labels), np.arange(CLASSES))
 
 
 class Seen(SimpleNamespace):

@@ -27,7 +27,7 @@ FLOORS = [
     ["RVE-PFL", "attack.learnt", "attack.picture", "attack.uploads", "attack.split",
      "attack.command"],
     ["attack.classes", "attack.newton", "attack.scoring", "attack.references"],
-    ["attack.adversary"],
+    ["attack.adversary", "attack.pairs"],
     ["attack.latents"],
     ["attack.attacks"],
     ["attack.scene", "attack.verdict", "reporting.images"],
