@@ -156,7 +156,7 @@ def place(row: dict) -> tuple:
     """Return what rows are sorted by: the same file whichever attacks were asked for first."""
     who, how = (list(table).index(row[column]) if row[column] in table else len(table)
                 for column, table in (("adversary", ADVERSARIES), ("attack", ATTACKS)))
-    return row["round"], row["client"], who, how
+    return row["round"], row["client"], who, how, row["observed"]
 
 
 def begin(target: Target, args: Namespace) -> tuple[dict, list[dict]]:

@@ -21,7 +21,6 @@ from attack.tables import FOREIGN, Unit, interval, read_attack, worst_identified
 from attack.verdict import LEVEL, WORDS, Verdict, judge
 from methods import METHODS
 from runs.configs import read_json
-from runs.csvs import read_csv
 from runs.pictures import matplotlib, plt
 from utils import shown
 
