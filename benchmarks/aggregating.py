@@ -3,14 +3,13 @@
     python benchmarks/aggregating.py                150 heads, each rule in a process of its own
     python benchmarks/aggregating.py --rules threat --heads 1000
 """
-import argparse
 import resource
 import subprocess
 import sys
 import time
 
-import _path  # noqa: F401 - lets this script import the project
 import torch
+from _path import Script, count, guarded
 
 from models import Classifier
 from server.mean import Round, Setting
@@ -41,11 +40,12 @@ def measure(rule: str, heads: int) -> str:
             f"{seconds[3]:5.2f} s; peak {peak:.2f} GiB")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--heads", type=int, default=150)
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = Script(__file__, __doc__)
+    parser.add_argument("--heads", type=count, default=150)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if len(args.rules) == 1:
         print(measure(args.rules[0], args.heads))
         return
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,9 +14,9 @@ import sys
 import time
 from collections.abc import Callable
 
-import _path  # noqa: F401 - lets this script import the project
 import numpy as np
 import torch
+from _path import guarded
 from torch import Tensor, nn
 
 from attack import classes, mi_attack, scoring
@@ -91,13 +91,10 @@ def compare(argv: list[str] | None) -> None:
               f"{like['ssim'].mean():7.2f}{took:7.1f}", flush=True)
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
-    try:
-        compare(argv)
-    except InputError as error:
-        print(f"art_miface.py: error: {error}", file=sys.stderr)
-        return 2
+    compare(argv)
     return 0
 
 

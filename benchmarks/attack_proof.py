@@ -5,12 +5,12 @@
 Medians over 20 images: DLG on a LeNet with sigmoids, the network it was published with, and each gradient
 attack on FedAvg's own CNN. Of several restarts the one with the lowest objective counts, as for an adversary.
 """
-import argparse
+import sys
 import time
 
-import _path  # noqa: F401 - lets this script import the project
 import numpy as np
 import torch
+from _path import Script, count, guarded, named
 from torch import nn
 
 import datasets
@@ -54,13 +54,14 @@ def prove(name: str, head: nn.Module, solve, x: torch.Tensor, y: torch.Tensor, b
             f"{time.perf_counter() - started:.0f} s")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--restarts", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=1000)
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = Script(__file__, __doc__)
+    parser.add_argument("--images", type=count, default=20)
+    parser.add_argument("--restarts", type=count, default=3)
+    parser.add_argument("--iterations", type=count, default=1000)
     parser.add_argument("--only", default="", help="lines whose name contains this")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     keep_freed_memory()
     data = datasets.load("mnist10k", ROOT / "data")
     index = np.random.default_rng(1).permutation(len(data.labels))[:args.images]
@@ -69,11 +70,10 @@ def main() -> None:
     lines = [("dlg, sigmoid LeNet", LeNet, attacks.dlg)] + [
         (f"{solve.__name__}, FedAvg's CNN", lambda: Classifier(SHAPE, CLASSES), solve)
         for solve in (attacks.analytic, attacks.cosine_tv, attacks.dlg)]
-    for name, network, solve in lines:
-        if args.only in name:
-            seed_torch(1, name)
-            print(prove(name, network(), solve, x, y, budget), flush=True)
+    for name, (network, solve) in named({name: ways for name, *ways in lines}, args.only).items():
+        seed_torch(1, name)
+        print(prove(name, network(), solve, x, y, budget), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,13 +9,13 @@ averaged over draws of z, so for its head even an image alone is a batch, of dra
 (cosine_tv) is of eight images, one a gradient, from three starts each. Measure on a quiet machine: on a busy
 one the threads wait for each other at every operation, of which the loop has more.
 """
-import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
-import _path  # noqa: F401 - lets this script import the project
 import torch
+from _path import Script, count, guarded, named
 
 from attack import classes, gradients
 from attack.access import Holdings
@@ -80,11 +80,12 @@ def seconds(way: Way, repeats: int) -> tuple[float, float]:
     return statistics.median(took[False]), statistics.median(took[True])
 
 
+@guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=20, help="of each search")
-    parser.add_argument("--repeats", type=int, default=5, help="turns whose median is taken")
-    parser.add_argument("--draws", type=int, default=32, help="of z, for RVE-PFL")
+    parser = Script(__file__, __doc__)
+    parser.add_argument("--iterations", type=count, default=20, help="of each search")
+    parser.add_argument("--repeats", type=count, default=5, help="turns whose median is taken")
+    parser.add_argument("--draws", type=count, default=32, help="of z, for RVE-PFL")
     parser.add_argument("--only", default="", help="lines whose name contains this")
     args = parser.parse_args(argv)
     keep_freed_memory()
@@ -94,17 +95,17 @@ def main(argv: list[str] | None = None) -> None:
         "FedAvg, MI-Face set": class_inversion(cnn, 0, args.iterations),
         "RVE-PFL, MI-Face set": class_inversion(holdings(True), args.draws, args.iterations),
         "FedAvg, gradient inversion": (gradient_inversion(cnn, args.iterations),)}
+    chosen = named(lines, args.only)
     print(f"{environment(choose_device('cpu'))['device']}, PyTorch {torch.__version__}; "
           f"{args.iterations} steps, {args.draws} draws, medians of {args.repeats}\n"
           f"{'':<30}{'one at a time, s':>18}{'one batch, s':>14}{'x':>7}")
-    for name, ways in lines.items():
-        if args.only in name:
-            found = [seconds(way, args.repeats) for way in ways]
-            parts = zip((" mi_face", " mi_strong"), found, strict=True) if len(found) > 1 else ()
-            total = tuple(map(sum, zip(*found, strict=True)))
-            for line, (alone, batch) in [*parts, (name, total)]:
-                print(f"{line:<30}{alone:18.3f}{batch:14.3f}{alone / batch:7.2f}", flush=True)
+    for name, ways in chosen.items():
+        found = [seconds(way, args.repeats) for way in ways]
+        parts = zip((" mi_face", " mi_strong"), found, strict=True) if len(found) > 1 else ()
+        total = tuple(map(sum, zip(*found, strict=True)))
+        for line, (alone, batch) in [*parts, (name, total)]:
+            print(f"{line:<30}{alone:18.3f}{batch:14.3f}{alone / batch:7.2f}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

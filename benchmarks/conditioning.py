@@ -8,13 +8,12 @@ as great as the number of unknowns means that no other input nearby has the same
 find it has failed, and not met a defence. How near it has to start is another question. Writes
 results/<run>/conditioning.csv.
 """
-import argparse
 import sys
 from pathlib import Path
 
 import pandas as pd
 import torch
-from _path import ROOT
+from _path import ROOT, Script, count, guarded, index
 from torch.func import jvp, vmap
 
 from attack import newton
@@ -50,29 +49,24 @@ def examine(victim: Victim, head: torch.nn.Module, image: torch.Tensor, label: t
     return rows
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Script(__file__, __doc__)
     parser.add_argument("--run", required=True)
-    parser.add_argument("--round", type=int, help="the latest if not given")
-    parser.add_argument("--client", type=int, default=0)
-    parser.add_argument("--images", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--round", type=count, help="the latest if not given")
+    parser.add_argument("--client", type=index, default=0)
+    parser.add_argument("--images", type=count, default=3)
+    parser.add_argument("--seed", type=index, default=1)
     for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
     args = parser.parse_args(argv)
     keep_freed_memory()
-    try:
-        target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
-        round = target.latest_round() if args.round is None else args.round
-        if not 0 <= args.client < target.options["num_users"]:
-            raise InputError(f"--client {args.client}: clients are 0 to {target.options['num_users'] - 1}")
-        if args.images < 1:
-            raise InputError(f"--images {args.images}: must be at least 1")
-        victim = Victim(target, round, args.client)
-        head = held(hold(target, "curious_server", round, args.client).next_head)
-    except InputError as error:
-        print(f"conditioning.py: error: {error}", file=sys.stderr)
-        return 2
+    target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+    round = target.latest_round() if args.round is None else args.round
+    if not 0 <= args.client < target.options["num_users"]:
+        raise InputError(f"--client {args.client}: clients are 0 to {target.options['num_users'] - 1}")
+    victim = Victim(target, round, args.client)
+    head = held(hold(target, "curious_server", round, args.client).next_head)
     seed_torch(args.seed, "conditioning")
     drawn = rng(args.seed, "conditioning").permutation(target.owned()[0][args.client])[:args.images]
     images, labels = as_floats(target.data.images[drawn]), torch.from_numpy(target.data.labels[drawn])

@@ -8,15 +8,14 @@ There nothing, or a last layer, is private. Encoders, if asked for: RVE-PFL itse
 private parameters take 79 MB of disk a client. Prints, a round, the seconds and the most anonymous memory: what
 the kernel cannot take back. Linux only.
 """
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import _path  # noqa: F401 - lets this script import the project
 import numpy as np
+from _path import Script, guarded, index
 from scaling import resident
 
 from utils import ROOT
@@ -48,16 +47,17 @@ def by_round(folder: Path, driver: Path, *flags: str) -> list[tuple[float, float
         found[-1] = max(found[-1], resident(process.pid))
         time.sleep(0.1)
     if process.returncode:
-        sys.exit(f"crowds.py: {' '.join(command)} failed")
+        sys.exit(2)   # it has said why
     seconds = np.diff([began, *ends])
     return list(zip(seconds.tolist(), found, strict=False))
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, default=1000, help="with heads of full size; 0: not run")
-    parser.add_argument("--tiny", type=int, default=10_000, help="tiny clients; 0: not run")
-    parser.add_argument("--encoders", type=int, default=0, help="clients of rve_pfl, with 79 MB of disk each")
+    parser = Script(__file__, __doc__)
+    parser.add_argument("--clients", type=index, default=1000, help="with heads of full size; 0: not run")
+    parser.add_argument("--tiny", type=index, default=10_000, help="tiny clients; 0: not run")
+    parser.add_argument("--encoders", type=index, default=0, help="clients of rve_pfl, with 79 MB of disk each")
     parser.add_argument("--folder", type=Path, help="where the runs' files go for the while (the system's "
                                                     "temporary folder if not given)")
     parser.add_argument("--driver", type=Path, default=ROOT / "RVE-PFL.py", help="or that of another version")

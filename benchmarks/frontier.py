@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
-from _path import ROOT, load_driver
+from _path import ROOT, Script, count, guarded, index, load_driver
 from study import publish
 
 from attack import mi_attack
@@ -173,19 +173,20 @@ def picture(table: pd.DataFrame, dataset: str, path: Path) -> None:
     plt.close(figure)
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Script(__file__, __doc__)
     parser.add_argument("--datasets", nargs="+", default=["mnist10k", "fmnist10k", "cifar10k"])
     parser.add_argument("--partitions", nargs="+", default=["shards", "dirichlet", "iid"])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--local_ep", type=int, default=2)
-    parser.add_argument("--local_bs", type=int, default=64)
+    parser.add_argument("--seeds", type=index, nargs="+", default=[11, 12, 13])
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--local_ep", type=count, default=2)
+    parser.add_argument("--local_bs", type=count, default=64)
     parser.add_argument("--public", help="the adversaries' images; NAME's for NAME10k if not given")
-    parser.add_argument("--public_images", type=int, default=10_000)
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--train_epochs", type=int, default=6)
+    parser.add_argument("--public_images", type=count, default=10_000)
+    parser.add_argument("--images", type=count, default=16)
+    parser.add_argument("--train_epochs", type=count, default=6)
     parser.add_argument("--validate", action="store_true", help="evaluate on validation images; attack nothing")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints of what has been attacked")
     parser.add_argument("--table", action="store_true", help="train and attack nothing")
@@ -198,20 +199,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--csv: is of test images; not with --validate")
     keys = [dict(zip(KEY, (dataset, partition, setting, seed), strict=True)) for seed in args.seeds
             for dataset in args.datasets for partition in args.partitions for setting in args.settings]
-    try:
-        if not args.table:
-            driver = load_driver()
-            for key in keys:
-                play(key, args, driver)
-        found = {name_of(key, args.validate): row for key in keys if (row := outcome(key, args))}
-        if not found:
-            raise InputError("no finished run; leave --table out to train what is missing")
-        for name in found if args.out else ():
-            publish(args.results_dir / name, args.out / name)
-        write(pd.DataFrame(list(found.values())).sort_values(KEY, kind="stable"), args.csv)
-    except (InputError, OSError) as error:
-        print(f"frontier.py: error: {error}", file=sys.stderr)
-        return 2
+    if not args.table:
+        driver = load_driver()
+        for key in keys:
+            play(key, args, driver)
+    found = {name_of(key, args.validate): row for key in keys if (row := outcome(key, args))}
+    if not found:
+        raise InputError("no finished run; leave --table out to train what is missing")
+    for name in found if args.out else ():
+        publish(args.results_dir / name, args.out / name)
+    write(pd.DataFrame(list(found.values())).sort_values(KEY, kind="stable"), args.csv)
     return 0
 
 

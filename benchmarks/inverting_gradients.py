@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 
-import _path  # noqa: F401 - lets this script import the project
 import torch
 import torch.nn.functional as F
+from _path import guarded
 from torch import Tensor, nn
 
 from attack import attacks, gradients, mi_attack, scoring
@@ -84,13 +84,10 @@ def compare(argv: list[str] | None) -> None:
               f"{first:>4}/{len(truth):<3}{took:8.0f}", flush=True)
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
-    try:
-        compare(argv)
-    except InputError as error:
-        print(f"inverting_gradients.py: error: {error}", file=sys.stderr)
-        return 2
+    compare(argv)
     return 0
 
 

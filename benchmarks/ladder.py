@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from _path import ROOT
+from _path import ROOT, Script, count, guarded, index
 from torch import Tensor
 
 import datasets
@@ -149,32 +149,29 @@ def climb(target: Target, round: int, client: int, args: argparse.Namespace) -> 
     return rows
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Script(__file__, __doc__)
     parser.add_argument("--run", required=True, help="a run of a method with an encoder")
-    parser.add_argument("--clients", type=int, nargs="+", default=[0])
-    parser.add_argument("--rounds", type=int, nargs="+", help="the latest if not given")
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--seen", type=int, default=500, help="latents behind the rung `aligned many`")
-    parser.add_argument("--hops", type=int, default=7, help="of attack/newton.py")
-    parser.add_argument("--train_epochs", type=int, default=8)
+    parser.add_argument("--clients", type=index, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=count, nargs="+", help="the latest if not given")
+    parser.add_argument("--images", type=count, default=8)
+    parser.add_argument("--seen", type=count, default=500, help="latents behind the rung `aligned many`")
+    parser.add_argument("--hops", type=count, default=7, help="of attack/newton.py")
+    parser.add_argument("--train_epochs", type=count, default=8)
     parser.add_argument("--public", default="mnist")
     parser.add_argument("--other", default="fmnist")
-    parser.add_argument("--public_images", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--public_images", type=count, default=10_000)
+    parser.add_argument("--seed", type=index, default=1)
     for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
     args = parser.parse_args(argv)
     keep_freed_memory()
-    try:
-        target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
-        if not target.has_encoder:
-            raise InputError(f"--run {args.run}: its method has no encoder, and so no ladder")
-        rows = [row for round in args.rounds or [target.latest_round()] for client in args.clients
-                for row in climb(target, round, client, args)]
-    except InputError as error:
-        print(f"ladder.py: error: {error}", file=sys.stderr)
-        return 2
+    target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+    if not target.has_encoder:
+        raise InputError(f"--run {args.run}: its method has no encoder, and so no ladder")
+    rows = [row for round in args.rounds or [target.latest_round()] for client in args.clients
+            for row in climb(target, round, client, args)]
     table = pd.DataFrame(rows)
     write_whole(target.results / "ladder.csv", lambda file: table.to_csv(file, index=False, float_format="%.4g"))
     print(table.to_string(index=False, float_format="%.3f", na_rep=""))

@@ -6,12 +6,12 @@ The first 9,000 images become its train half, the last 1,000 its test half, in t
 a convention only, since a run pools both and splits each client's share anew. The file's bytes depend on
 nothing but the images: dates in the archive are fixed.
 """
-import argparse
 import io
+import sys
 import zipfile
 
-import _path  # noqa: F401 - lets this script import the project
 import numpy as np
+from _path import Script, guarded
 
 import datasets
 from utils import ROOT, write_whole
@@ -31,10 +31,11 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
     return packed.getvalue()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = Script(__file__, __doc__)
     parser.add_argument("name", choices=("mnist", "fmnist", "cifar"), help="whose images to take")
-    name = parser.parse_args().name
+    name = parser.parse_args(argv).name
     whole = datasets.load(name, ROOT / "data")
     images, labels = whole.images[whole.train_size:], whole.labels[whole.train_size:].astype(np.uint8)
     data = pack({"train_images": images[:TRAIN], "train_labels": labels[:TRAIN],
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

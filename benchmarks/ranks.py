@@ -5,7 +5,6 @@
 One process of one thread, one of two, and two of one, by turns; a figure is the median over the rounds of all
 turns but their first, evaluation and files included. Images are random: only their shape matters here.
 """
-import argparse
 import os
 import statistics
 import subprocess
@@ -13,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import _path  # noqa: F401 - lets this script import the project
 import numpy as np
 import pandas as pd
+from _path import Script, guarded
 
 from utils import ROOT
 
@@ -36,8 +35,9 @@ def seconds(folder: Path, processes: int, threads: int) -> list[float]:
     return rounds["seconds"].tolist()[1:]
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    Script(__file__, __doc__).parse_args(argv)
     drawn, took, count = np.random.default_rng(1), {(1, 1): [], (1, 2): [], (2, 1): []}, CLIENTS * IMAGES
     with tempfile.TemporaryDirectory() as name:
         np.savez(Path(name) / "drawn.npz", train_labels=drawn.integers(0, 10, count - 1),
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

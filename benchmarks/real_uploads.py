@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from _path import ROOT
+from _path import ROOT, Script, count, guarded, index, positive
 from torch import Tensor, nn
 
 from attack import gradients, newton, scoring, split, uploads
@@ -260,33 +260,30 @@ def rows(args: argparse.Namespace) -> list[dict]:
     return found
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Script(__file__, __doc__)
     parser.add_argument("--run", required=True, help="a run of a method whose head sees images")
-    parser.add_argument("--rounds", type=int, nargs="+", help="the latest if not given")
-    parser.add_argument("--client", type=int, default=0)
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 2, 5])
+    parser.add_argument("--rounds", type=count, nargs="+", help="the latest if not given")
+    parser.add_argument("--client", type=index, default=0)
+    parser.add_argument("--images", type=count, nargs="+", default=[1, 2, 4, 8, 16, 64])
+    parser.add_argument("--epochs", type=count, nargs="+", default=[1, 2, 5])
     parser.add_argument("--optimizers", nargs="+", choices=("adam", "sgd"), default=["adam", "sgd"])
     parser.add_argument("--dropout", nargs="+", choices=("on", "off"), default=["on", "off"])
     parser.add_argument("--precision", choices=DTYPES, default="bfloat16", help="of the client's training")
-    parser.add_argument("--local_bs", type=int, help="images in a step; the run's if not given")
-    parser.add_argument("--iterations", type=int, default=200, help="of the search from features")
-    parser.add_argument("--restarts", type=int, default=1, help="of the search from features")
-    parser.add_argument("--simulations", type=int, default=100, help="iterations of the simulated steps' search")
-    parser.add_argument("--simulate_up_to", type=int, default=1, help="images that simulations are tried on")
-    parser.add_argument("--seconds", type=float, default=12, help="to part the images of one upload")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--local_bs", type=count, help="images in a step; the run's if not given")
+    parser.add_argument("--iterations", type=count, default=200, help="of the search from features")
+    parser.add_argument("--restarts", type=count, default=1, help="of the search from features")
+    parser.add_argument("--simulations", type=count, default=100, help="iterations of the simulated steps' search")
+    parser.add_argument("--simulate_up_to", type=index, default=1, help="images that simulations are tried on")
+    parser.add_argument("--seconds", type=positive, default=12, help="to part the images of one upload")
+    parser.add_argument("--seed", type=index, default=1)
     parser.add_argument("--csv", type=Path, help="write the table there, too")
     for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
     args = parser.parse_args(argv)
     keep_freed_memory()
-    try:
-        table = pd.DataFrame(rows(args))
-    except InputError as error:
-        print(f"real_uploads.py: error: {error}", file=sys.stderr)
-        return 2
+    table = pd.DataFrame(rows(args))
     print(table.to_string(index=False, float_format="%.3f", na_rep="-"))
     return 0
 

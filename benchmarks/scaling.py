@@ -6,7 +6,6 @@ Writes docs/scaling.csv and docs/scaling.png. Clients: 10 MNIST images each, at 
 private encoders (14 MB each) fit on a disk; two rounds, the second timed. Rounds: `mnist10k`, 10 clients, one
 local epoch each. Some 30 GB of disk are used, under --folder, and given back. Linux only.
 """
-import argparse
 import csv
 import subprocess
 import sys
@@ -14,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import _path  # noqa: F401 - lets this script import the project
 import numpy as np
+from _path import Script, count, guarded
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -52,7 +51,7 @@ def watch(folder: Path, *flags: str) -> list[dict]:
         peaks[done + 1] = max(peaks.get(done + 1, 0), resident(process.pid))
         time.sleep(0.05)
     if process.returncode:
-        sys.exit(f"scaling.py: {' '.join(command)} failed")
+        sys.exit(2)   # it has said why
     with open(path) as file:
         rounds = [row for row in csv.DictReader(file) if row["stage"] == "deployed"]
     return [{"round": r, "seconds": float(row["seconds"]), "megabytes": peaks.get(r, 0),
@@ -82,12 +81,13 @@ def picture(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = Script(__file__, __doc__)
     parser.add_argument("--folder", type=Path, help="where the runs' files go for the while (the system's "
                                                     "temporary folder if not given)")
-    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS)
-    args, rows = parser.parse_args(), []
+    parser.add_argument("--clients", type=count, nargs="+", default=CLIENTS)
+    args, rows = parser.parse_args(argv), []
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         for clients in args.clients:
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,10 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import _path  # noqa: F401 - lets this script import the project
 import numpy as np
 import pandas as pd
 import torch
+from _path import Script, count, guarded, index, share
 from torch import Tensor
 
 import datasets
@@ -356,37 +356,36 @@ def tables(cells: pd.DataFrame) -> str:
     return "\n\n".join(lines)
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Script(__file__, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of cells.csv")
     parser.add_argument("--datasets", nargs="+", default=["mnist10k"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12])
+    parser.add_argument("--seeds", type=index, nargs="+", default=[11, 12])
     parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
     parser.add_argument("--partitions", nargs="+", choices=PARTITIONS, default=list(PARTITIONS))
-    parser.add_argument("--fracs", nargs="*", type=float, default=list(FRACS))
+    parser.add_argument("--fracs", nargs="*", type=share, default=list(FRACS))
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     rest = [name for name in BEHAVIOURS if name not in (*FIRST, "absent", "passive")]
     parser.add_argument("--behaviours", nargs="*", choices=BEHAVIOURS, default=[*FIRST, *rest])
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--local_ep", type=int)
-    parser.add_argument("--local_bs", type=int)
-    parser.add_argument("--images", type=int, help="training images a client at most")
-    parser.add_argument("--after", type=int, metavar="ROUND",
+    parser.add_argument("--rounds", type=count)
+    parser.add_argument("--local_ep", type=count)
+    parser.add_argument("--local_bs", type=count)
+    parser.add_argument("--images", type=count, help="training images a client at most")
+    parser.add_argument("--after", type=index, metavar="ROUND",
                         help="number rounds from there, and so train by other draws: what chance alone moves")
-    parser.add_argument("--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"),
+    parser.add_argument("--part", type=index, nargs=2, default=[0, 1], metavar=("I", "N"),
                         help="each N-th cell from the I-th only, so that N processes share the work")
     parser.add_argument("--table", action="store_true", help="play nothing")
     parser.add_argument("--sensitivity", action="store_true", help="vary the constants of `threat` instead")
     parser.set_defaults(**SCALE)
     scale = parser.parse_args(argv)
-    try:
-        if scale.sensitivity or not scale.table:
-            keep_to_one_scale(scale)
-            (sensitivity if scale.sensitivity else run)(scale)
-    except InputError as error:
-        print(f"server.py: error: {error}", file=sys.stderr)
-        return 2
+    if scale.part[0] >= scale.part[1]:
+        parser.error(f"--part {scale.part[0]} {scale.part[1]}: I is from 0 to N - 1")
+    if scale.sensitivity or not scale.table:
+        keep_to_one_scale(scale)
+        (sensitivity if scale.sensitivity else run)(scale)
     if not scale.sensitivity and len(cells := read(scale.out / "cells.csv")):
         print(tables(cells))
     return 0

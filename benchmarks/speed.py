@@ -17,6 +17,7 @@ import dataclasses
 import io
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _path import load_driver  # lets this script import the project
+from _path import Script, count, guarded, load_driver, named
+from _path import device as device_name
 from plain import Plain, SmallCNN, TutorialCNN, Workload
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -258,14 +260,16 @@ def round_over_steps(work: Workload, device: torch.device, precision: str) -> fl
     return (ends[1] - ends[0]) / stepping[1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5,
+@guarded
+def main(argv: list[str] | None = None) -> None:
+    parser = Script(__file__, __doc__)
+    parser.add_argument("--repeats", type=count, default=5,
                         help=f"turns whose median is taken; of rounds, which are longer, {ROUNDS} at most")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", type=device_name, default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of ours")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    chosen = named(WORKLOADS, args.only)
     keep_freed_memory()
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
@@ -274,15 +278,14 @@ def main() -> None:
           f"products {rate[0] / 1e9:.0f} GFLOP/s, copies {rate[1] / 1e9:.1f} GB/s; medians of {args.repeats}")
     print(f"{'':<34}{'step, ms':^42}{'round, s':^25}\n{'':<34}{'plain':>9}{'ours':>9}{'x':>7}{'floor':>9}"
           f"{'reached':>8}{'plain':>9}{'ours':>9}{'x':>7}")
-    for name, work in WORKLOADS.items():
-        if args.only in name:
-            tqdm.write(measure(name, work, args, device, rate))
+    for name, work in chosen.items():
+        tqdm.write(measure(name, work, args, device, rate))
     print("\na whole round of RVE-PFL.py, evaluation and files included, over its training steps, "
           "one client after another:")
-    for name, work in WORKLOADS.items():
-        if args.only in name and work.network is models.RVE:
+    for name, work in chosen.items():
+        if work.network is models.RVE:
             print(f"{name:<34}{round_over_steps(work, device, args.precision):9.2f}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

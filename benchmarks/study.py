@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from _path import ROOT
+from _path import ROOT, Script, count, guarded
 
 from methods import METHODS
 from options import args_parser
@@ -270,20 +270,19 @@ def without_paths(config: bytes) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Script(__file__, __doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
                         help="parts, in this order: "
                         + "; ".join(f"{name}: {what}" for name, what in PARTS.items()))
     parser.add_argument("--match", default="", help="only runs whose name has this in it")
     parser.add_argument("--list", action="store_true", help="list runs, and make none")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--workers", type=count, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "reference")
     for name, folder in FOLDERS.items():
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers: must be at least 1")
     cells = [cell for part in dict.fromkeys(args.only) for cell in cells_of(part) if args.match in cell.name]
     if not cells:
         parser.error(f"--match {args.match}: no run of these parts has that in its name; see --list")

@@ -10,13 +10,13 @@ import sys
 import time
 
 import numpy as np
-from _path import load_driver  # lets this script import the project
+from _path import Script, count, guarded, load_driver
 
 import datasets
 from options import args_parser
 from server.mean import Round
 from update import Diverged, Private
-from utils import InputError, choose_device, keep_freed_memory
+from utils import choose_device, keep_freed_memory
 
 driver = load_driver()
 
@@ -44,21 +44,25 @@ def sweep(args, clients: int) -> None:
               f"{time.monotonic() - start:.0f} s", flush=True)
 
 
-def main() -> int:
-    if "--" not in sys.argv:   # also --help
-        sys.exit(__doc__)
+@guarded
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = Script(__file__, __doc__)
+    parser.add_argument("clients", type=count, help="how many clients take part; then options of RVE-PFL.py")
+    args, common = parser.parse_known_args(argv[:cut])
+    settings = [args_parser([*common, "--validate", *setting.split()]) for setting in argv[cut + 1:]]
+    if not settings:
+        parser.error('no setting to compare; give them after --, as in -- "--lr 1e-3" "--lr 3e-3"')
+    if args.clients > settings[0].num_users:
+        parser.error(f"{args.clients} clients take part of --num_users {settings[0].num_users}; give fewer")
     keep_freed_memory()
-    cut = sys.argv.index("--")
-    clients, common = int(sys.argv[1]), sys.argv[2:cut]
-    for setting in sys.argv[cut + 1:]:
+    for setting, options in zip(argv[cut + 1:], settings, strict=True):
         print(" ".join(common), setting, flush=True)
         try:
-            sweep(args_parser([*common, "--validate", *setting.split()]), clients)
+            sweep(options, args.clients)
         except Diverged as error:
             print(f"  {error}", flush=True)
-        except InputError as error:
-            print(f"sweep.py: error: {error}", file=sys.stderr)
-            return 2
     return 0
 
 

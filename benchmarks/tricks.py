@@ -4,14 +4,15 @@
 
 Each way is in a process of its own, and they take turns. A figure is the median step, as the program makes it.
 """
-import argparse
 import multiprocessing
 import statistics
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
+from _path import Script, count, guarded, named
 from plain import Workload
 from speed import WORKLOADS, Ours  # lets this script import the project
 from torch import Tensor
@@ -103,16 +104,15 @@ def measure(work: Workload, repeats: int) -> dict[str, float]:
     return {without: statistics.median(found) for without, found in seconds.items()}
 
 
+@guarded
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7, help="turns whose median is taken")
+    parser = Script(__file__, __doc__)
+    parser.add_argument("--repeats", type=count, default=7, help="turns whose median is taken")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     args = parser.parse_args(argv)
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, PyTorch "
           f"{torch.__version__}; milliseconds a step, and times those with all tricks; medians of {args.repeats}")
-    for name, work in WORKLOADS.items():
-        if args.only not in name:
-            continue
+    for name, work in named(WORKLOADS, args.only).items():
         found = measure(work, args.repeats)
         whole = found["all of them"]
         print(f"\n{name}", *(f"  {without:<26}{1e3 * took:8.1f}{took / whole:7.2f}x"
@@ -120,4 +120,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

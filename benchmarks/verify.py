@@ -5,7 +5,6 @@ the command of `make run` is run into a temporary folder, which is removed after
 compared with the committed run of this chip's precision: bf16 and fp32 differ by an eighth of the KL. Another
 processor or number of threads rounds differently, too, which the tolerances allow for.
 """
-import argparse
 import contextlib
 import io
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from _path import ROOT, load_driver
+from _path import ROOT, Script, guarded, load_driver
 
 import report
 from reporting.summary import Finished, read
@@ -69,8 +68,9 @@ def again(folder: Path) -> Finished:
     return finished(folder / "results" / RUN)
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Script(__file__, __doc__)
     parser.add_argument("--reference", type=Path, help="the folder of the run to compare with; the committed one "
                         "of this chip's precision if not given")
     args = parser.parse_args(argv)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _path import ROOT
+from _path import ROOT, Script, guarded
 from scipy.stats import spearmanr
 
 from attack.access import open_target
@@ -47,18 +47,15 @@ def rows_of(name: str, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Script(__file__, __doc__)
     parser.add_argument("--runs", nargs="+", required=True)
     parser.add_argument("--csv", type=Path, help="write the table there, too")
     for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
     args = parser.parse_args(argv)
-    try:
-        table = pd.DataFrame([row for name in args.runs for row in rows_of(name, args)])
-    except InputError as error:
-        print(f"which_classes.py: error: {error}", file=sys.stderr)
-        return 2
+    table = pd.DataFrame([row for name in args.runs for row in rows_of(name, args)])
     print(table.to_string(index=False, float_format="%.3f", na_rep="-"))
     if args.csv:
         table.to_csv(args.csv, index=False, float_format="%.4g")
