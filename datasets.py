@@ -220,18 +220,19 @@ def _as_bytes(images: np.ndarray, notes: list[str]) -> np.ndarray:
     """Turn pixels of any type that is clear into uint8: whole numbers to 255, or floats in [0, 1] times 255."""
     if images.dtype.kind not in "buif":
         raise ValueError(f"images are {images.dtype}; expected uint8")
-    low, high = images.min(), images.max()
+    low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 255):   # NaN is in no range
-        raise ValueError(f"pixels are {images.dtype} from {low} to {high}; expected uint8, or floats from 0 to 1")
+        raise ValueError(f"pixels are {images.dtype} from {low:g} to {high:g}; expected uint8, or floats from 0 "
+                         "to 1")
     if images.dtype.kind == "b" or (images.dtype.kind == "f" and high <= 1):
-        notes.append(f"pixels are {images.dtype} from {low} to {high}; multiplied by 255 and rounded")
+        notes.append(f"pixels are {images.dtype} from {low:g} to {high:g}; multiplied by 255 and rounded")
         scaled = np.multiply(images, 255, dtype=np.float32)
         return np.rint(scaled, out=scaled).astype(np.uint8)
     if images.dtype.kind == "f" and not (images == np.rint(images)).all():
-        raise ValueError(f"pixels are {images.dtype} from {low} to {high}, and not whole; expected uint8, or "
+        raise ValueError(f"pixels are {images.dtype} from {low:g} to {high:g}, and not whole; expected uint8, or "
                          "floats from 0 to 1")
     if high <= 1:
-        notes.append(f"no pixel is over {high} of 255: images are nearly black (0 and 1 alone are saved as bool)")
+        notes.append(f"no pixel is over {high:g} of 255, so images are nearly black; save 0 and 1 as bool")
     return images.astype(np.uint8, copy=False)
 
 

@@ -165,8 +165,8 @@ def unused(labels: np.ndarray, owned: list[np.ndarray], names: np.ndarray) -> st
     short = np.where(holders > 0, counts - used, len(labels)).argmin()
     absent = ", ".join(map(str, names[holders == 0][:10]))
     return (f"--partition shards leaves {(counts - used).sum():,} of {len(labels):,} images to nobody: class "
-            f"{names[short]} is short, {counts[short]:,} for {holders[short]} clients, and a client has as many "
-            "images of each of its classes" + (f"; nobody has class {absent}" if absent else ""))
+            f"{names[short]} is short, {counts[short]:,} for {holders[short]} of the clients, and a client has as "
+            "many images of each of its classes" + (f"; nobody has class {absent}" if absent else ""))
 
 
 def by_half(owned: list[np.ndarray], train_size: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,5 +1,6 @@
 """Data files: what is accepted, what is refused and how it is said, and torchvision's path."""
 import os
+from argparse import Namespace
 from urllib.error import URLError
 
 import numpy as np
@@ -8,6 +9,7 @@ import torchvision
 from conftest import ROOT
 
 import datasets
+from attack import membership, mi_attack
 from options import args_parser
 from utils import InputError
 
@@ -224,6 +226,14 @@ def test_a_file_of_that_very_name_comes_first(tmp_path, tiny_arrays):
 def test_a_run_is_named_as_the_data_set_is_here(tmp_path):
     args = args_parser(["--dataset", "CIFAR-10", "--data_dir", str(tmp_path)])
     assert (args.dataset, args.augment) == ("cifar", "flip+shift") and args.run_name.startswith("cifar-")
+
+
+@pytest.mark.parametrize("program", [mi_attack, membership])
+def test_public_images_go_by_those_names_too(tmp_path, monkeypatch, program):
+    args = Namespace(public="Fashion-MNIST", run="run", results_dir=tmp_path, models_dir=tmp_path, data_dir=tmp_path)
+    with pytest.raises(InputError, match="no runs"):
+        program.attack_all(args)
+    assert args.public == "fmnist"
 
 
 def test_only_what_is_downloaded_is_made_again(tmp_path, tiny_arrays):

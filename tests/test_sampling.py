@@ -195,7 +195,7 @@ def test_shards_say_what_they_leave_to_nobody(counts, users, said):
 def test_classes_are_named_as_in_the_file():
     labels = np.repeat([0, 1], [594, 6])
     line = unused(labels, partition(labels, 3, "shards", rng(1, "partition")), np.array([10, 20]))
-    assert "588 of 600" in line and "class 20 is short, 6 for 3 clients" in line
+    assert "588 of 600" in line and "class 20 is short, 6 for 3 of the clients" in line
 
 
 def test_the_files_own_split_is_kept():
