@@ -229,8 +229,9 @@ def test_a_run_is_named_as_the_data_set_is_here(tmp_path):
 
 
 @pytest.mark.parametrize("program", [mi_attack, membership])
-def test_public_images_go_by_those_names_too(tmp_path, monkeypatch, program):
-    args = Namespace(public="Fashion-MNIST", run="run", results_dir=tmp_path, models_dir=tmp_path, data_dir=tmp_path)
+def test_public_images_go_by_those_names_too(tmp_path, program):
+    args = Namespace(public="Fashion-MNIST", run="run", **dict.fromkeys(
+        ("results_dir", "models_dir", "data_dir"), tmp_path))
     with pytest.raises(InputError, match="no runs"):
         program.attack_all(args)
     assert args.public == "fmnist"
