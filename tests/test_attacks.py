@@ -120,6 +120,28 @@ def test_cosine_matching_recovers_several_images_at_once():
     assert (psnr(found[0, :, 0], x) > 25).all()
 
 
+def test_matching_takes_signed_steps_that_shrink_three_times_and_keeps_to_bounds():
+    """Adam on a sign that stays moves by the rate: by 0.1 times 3 + 0.2 + 0.02 + 0.001 in eight steps."""
+    def change(x, y):
+        return {"g": torch.stack([x.sum(), torch.ones(())])}
+
+    def found(start, bounded):
+        x, value = gradients.invert(change, {"g": torch.tensor([[1.0, 0.0]])}, torch.zeros(1, 1, dtype=torch.long),
+                                    torch.full((1, 1, 1, 1, 2, 2), start), 8, 0.0, bounded)
+        total = x.sum().item()
+        assert value.item() == pytest.approx(1 - total / (1 + total**2)**0.5, abs=1e-5)
+        return total / 4
+    assert found(0.2, False) == found(0.2, True) == pytest.approx(0.2 + 0.3221, abs=1e-4)
+    assert found(0.9, True) == 1 and found(0.9, False) == pytest.approx(0.9 + 0.3221, abs=1e-4)
+
+
+@pytest.mark.parametrize("bounded, expected", [(True, 1), (False, 3)])
+def test_a_search_by_features_keeps_to_bounds(bounded, expected):
+    goal, start = torch.full((1, 4), 3.0), torch.full((1, 1, 1, 2, 2), 0.9)
+    x, _ = gradients.from_features(lambda x: x.flatten(1), goal, start, 200, 0.0, bounded)
+    assert x.flatten().tolist() == pytest.approx([expected] * 4, abs=0.05)
+
+
 def test_a_simulated_epoch_gives_its_images_back():
     head, x, y = Sigmoid(0.5), images(2), torch.tensor([0, 2])
     seen = gradients.epoch_update(head, x, y, 0.1, 1)
@@ -380,6 +402,10 @@ def test_gauss_newtons_equations_hold_at_the_truth_alone():
     slope = torch.stack([one[f"features.{dense}.bias"] for one in observed]) @ head.features[dense].weight
     problem = newton.Problem(before, "3.weight", before(z), slope,
                              torch.stack([one["features.3.weight"].flatten() for one in observed]))
+    made = newton.problem_of(head, observed)
+    assert made.convolution == "3.weight"
+    for name in ("features", "slope", "routed"):
+        assert torch.allclose(getattr(made, name), getattr(problem, name), atol=1e-5)
     for with_routed in (False, True):
         residual = problem.residuals(torch.arange(3), with_routed)
         assert residual(z).abs().max() < 1e-5 and residual(z + 0.3 * torch.randn_like(z)).abs().max() > 1e-2
