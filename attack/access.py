@@ -9,12 +9,15 @@
 A client that did not train in the round holds the head that was just aggregated, from server.pt. The head of
 a malicious client is the one that it uploaded.
 
-``Victim`` plays the attacked client. It reads ``client_<k>.pt``, and hands over only what the adversary
-observes: a gradient, a latent, or the answer to an image.
+Round 0 is the start, before the first round. It has no files: its weights are drawn from the run's seed again, and
+every adversary holds all of them.
 
-A gradient that is observed at a checkpoint is the gradient of the next training step. The client takes that
-step with the encoder just stored and with the head just aggregated, which the server sends next. The server
-knows this head, so it matches the gradient on exactly these weights.
+``Victim`` plays the attacked client. It reads ``client_<k>.pt``, and hands over only what the adversary
+observes: an upload, a latent, or the answer to an image.
+
+An upload that is observed at a checkpoint is that of the next training step. The client takes that step with
+the encoder just stored and with the head just aggregated, which the server sends next. The server knows this
+head, so it matches the gradient on exactly these weights.
 """
 import copy
 from collections.abc import Callable
