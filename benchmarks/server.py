@@ -53,8 +53,7 @@ SCALE = {"rounds": 3, "local_ep": 1, "local_bs": 32, "images": 300, "after": 0} 
 CLEAN_ROUNDS = 3   # behind the encoders, and before the cells with whole models
 TRIGGERS = {triggers.patch: 1, triggers.blend: 2}   # trigger -> which third of a latent row
 # What the constants of `threat` are halved and doubled in; of COPY and KEEP it is what is left to 1.
-CONSTANTS = ("LONG", "AGAINST", "GAP", "SPREADS", "COPY", "KEEP", "SIZE", "ALIKE", "STANDS_OUT",
-             "AMONG_ALIKE", "TAKEN", "SHARE")
+CONSTANTS = ("LONG", "AGAINST", "COPY", "KEEP", "STANDS_OUT", "TAKEN", "SHARE")
 LEFT_TO_ONE = ("COPY", "KEEP")
 
 
@@ -233,14 +232,30 @@ class World:
         bad = table["client"].isin(malicious.members)
         trust = table.loc[~bad].groupby("client")["trust"].mean().min() if "trust" in table else float("nan")
         weight = table.loc[bad, "weight"].astype(float).sum() / self.args.rounds / bad.mean() if bad.any() else 0.0
+        least, most = weights_over_expected(table) if cell.behaviour == "nobody" else (float("nan"),) * 2
         opened = [share for share in opened if share == share]
         return {"accuracy": mean["accuracy"], "worst": mean["accuracy_worst"],
                 "backdoor": float(np.mean(opened)) if opened else float("nan"), "least_trust": trust,
                 "weight": weight if table["weight"].notna().all() else float("nan"),
+                "least_weight": least, "most_weight": most,
                 "seconds": time.monotonic() - started}
 
 
-FIGURES = ("accuracy", "worst", "backdoor", "least_trust", "weight", "seconds")
+def weights_over_expected(report: pd.DataFrame) -> tuple[float, float]:
+    """Return the least and the largest weight of a client in a round, over what its size would give it.
+
+    Sizes count up to the round's median, as under `threat`; at equal sizes this is K times the weight.
+
+    Args:
+        report: ``n`` and ``weight`` of 10 clients a round, round after round.
+    """
+    sizes = report["n"].to_numpy().reshape(-1, 10)
+    sizes = np.minimum(sizes, np.median(sizes, axis=1, keepdims=True))
+    over = report["weight"].astype(float).to_numpy().reshape(-1, 10) * sizes.sum(1, keepdims=True) / sizes
+    return over.min(), over.max()
+
+
+FIGURES = ("accuracy", "worst", "backdoor", "least_trust", "weight", "least_weight", "most_weight", "seconds")
 
 
 def plan(scale: argparse.Namespace) -> Iterator[Cell]:
@@ -351,8 +366,8 @@ def tables(cells: pd.DataFrame) -> str:
     for name in ("accuracy", "worst"):
         wide = clean.pivot_table(index=[*world, "seed"], columns="rule", values=name)
         lines += [f"nobody malicious: {name}", wide.to_string(float_format="%.4f")]
-    trust = clean[clean["rule"] == "threat"].set_index([*world, "seed"])["least_trust"]
-    lines += ["nobody malicious: the lowest mean trust of a client", trust.to_string(float_format="%.2f")]
+    weights = clean[clean["rule"] == "threat"].set_index([*world, "seed"])[["least_weight", "most_weight"]]
+    lines += ["nobody malicious: weights over what a size gives", weights.to_string(float_format="%.2f")]
     return "\n\n".join(lines)
 
 

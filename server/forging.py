@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.mean import median
+
 STRENGTHS = (20.0, 8.0, 3.0, 1.2, 0.5)   # tried first; then halfway to both neighbours of the best
 SHARES = (1.0, 0.5)                      # of the largest deviation that min-max and min-sum allow
 
@@ -220,7 +222,7 @@ def projected(known: Knowledge) -> Tensor:
     what sets it apart from the honest mean in the aggregate (projected model replacement, Wang et al. 2020,
     arXiv 2007.05084; projected once, after training)."""
     apart = known.own.mean(0) - known.honest.mean(0)
-    unit = torch.nn.functional.normalize(known.own) * known.honest.norm(dim=1).median()
+    unit = torch.nn.functional.normalize(known.own) * median(known.honest.norm(dim=1))
 
     def gain(known: Knowledge, forged: Tensor) -> float:
         return (known.aggregate(forged) @ apart).item()

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from models import Classifier
 from server import forging, triggers
 from server.forging import Knowledge
-from server.mean import Round, Server, State, is_finite, moved, updates_of
+from server.mean import Round, Server, State, moved, only_finite, updates_of
 from server.robust import round_down
 from update import Private, Trained, Trainer
 from utils import rng, torch_rng
@@ -194,8 +194,7 @@ class MaliciousClients:
         if not bad or self.behaviour.forge is None:
             return claimed
         own = updates_of(round.sent, [round.uploads[k] for k in bad])
-        honest = [k for k in sorted(round.uploads)
-                  if k not in self.members and is_finite(round.uploads[k])]
+        honest = [k for k in only_finite(round).uploads if k not in self.members]
 
         def with_forged(updates: Tensor) -> Round:
             forged = {k: moved(round.sent, row) for k, row in zip(bad, updates, strict=True)}

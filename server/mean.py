@@ -119,13 +119,11 @@ class Judgement:
             mean of single uploads.
         columns: client -> further columns of its row in ``server.csv``.
         memory: what the server remembers for the next round.
-        fallback: the rule gives up on its weights in this round, and combines by another.
     """
 
     weights: dict[int, float] | None
     memory: Memory
     columns: dict[int, dict[str, float]] = field(default_factory=dict)
-    fallback: bool = False
 
 
 class Aggregated(NamedTuple):
@@ -200,9 +198,22 @@ class Server:
 
 
 def only_finite(round: Round) -> Round:
-    """A round with its finite uploads alone, in the clients' order."""
+    """Return a round with its usable uploads alone, in the clients' order.
+
+    The rules compute in float32. An upload is usable if that can hold the sum, over all uploads, of the largest
+    squared distance between two of them.
+    """
+    bound = torch.finfo(torch.float32).max / (4 * max(1, len(round.uploads)))   # |a - b|^2 <= 4 max(|a|^2, |b|^2)
+
+    def squared_norm(upload: State) -> float:
+        return sum((upload[name] - value).square().sum().item() for name, value in round.sent.items())
     return replace(round, uploads={k: upload for k, upload in sorted(round.uploads.items())
-                                   if is_finite(upload)})
+                                   if squared_norm(upload) <= bound})   # NaN is not
+
+
+def median(values: Tensor) -> Tensor:
+    """Return the median; of an even number of values the mean of the middle two, where torch's is the lower."""
+    return values.quantile(0.5)
 
 
 def report(usable: Round, judgement: Judgement) -> list[dict]:

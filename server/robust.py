@@ -4,7 +4,6 @@ A rule takes the updates ``head_k - head`` as rows, ``K x P``, and the number f 
 and returns the update ``P`` of the next head. Data sizes play no part. A rule has no weight for a single client,
 so ``server.csv`` leaves that column empty.
 """
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from server.filtering import filtered
 from server.mean import Judgement, Round, Server, Setting, State, moved, updates_of
+from server.mean import median as median_of
 from utils import torch_rng
 
 CHUNK = 2**16   # coordinates at a time in coordinate-wise rules: byzfl's need several copies of what they get
@@ -53,7 +53,7 @@ def centered_clipping(updates: Tensor, f: int) -> Tensor:
     """Updates clipped at their median norm around a centre found in three steps (Karimireddy et al. 2021,
     arXiv 2012.10333); the centre starts at the head sent, since clients start anew from it."""
     from byzfl import CenteredClipping
-    tau = statistics.median(updates.norm(dim=1).tolist())
+    tau = median_of(updates.norm(dim=1)).item()
     if tau == 0:   # most have not moved, and byzfl would divide by it
         return torch.zeros_like(updates[0])
     return CenteredClipping(L=3, tau=tau)(updates)
@@ -79,14 +79,14 @@ def caf(updates: Tensor, f: int) -> Tensor:
     until 2 f of it are gone, and keeps the mean that differed least on the way (Allouah et al. 2025,
     arXiv 2505.01874). Not byzfl's, whose loop does not end where one upload is far longer than others, and whose
     widest direction is a guess after one step of power iteration."""
-    weight = filtered((updates @ updates.T).double(), torch.ones(len(updates)).double(), 1.0, 2 * f / len(updates))
+    weight = filtered((updates @ updates.T).double(), torch.ones(len(updates)).double(), 0, 2 * f / len(updates))
     return (weight / weight.sum()).to(updates) @ updates
 
 
 def clipped_to_median(updates: Tensor) -> tuple[Tensor, Tensor]:
     """The updates, none longer than the median norm, and that norm."""
     norms = updates.norm(dim=1)
-    bound = norms.quantile(0.5)
+    bound = median_of(norms)
     return updates * (bound / norms.clamp_min(1e-12)).clamp_max(1)[:, None], bound
 
 

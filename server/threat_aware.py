@@ -1,23 +1,23 @@
-"""Weights that follow a threat model: ``w_k ~ min(n_k, SIZE median n) clip_k trust_k c_k / g_k``.
+"""Weights that follow a threat model: ``w_k ~ min(n_k, median n) trust_k c_k / g_k``.
 
 The server has no data. It sees uploads, and asks of each what honest ones do not show, however different their
 classes are. Its trust in a round is a product of two factors, each 1 up to a bar that no honest client reached in
 what was measured:
 
-- **norm**: an update over LONG median norms loses trust;
+- **norm**: an update over LONG median norms loses so much trust that it moves the mean less than one of that norm;
 - **direction**: its cosine with the trusted mean of the others. Honest clients of other classes are orthogonal or
-  slightly opposed, those of the same classes agree. What counts is clear opposition, or a cosine far under the
-  median upload's, in units of how much the uploads' cosines differ.
+  slightly opposed, those of the same classes agree. What counts is clear opposition.
 
 Three things bound what an upload can do that keeps its trust, and are no punishment:
 
-- **clip**: no update counts for more than the median norm;
 - **copies**: the g copies of one update share the weight of one, and the one that was copied keeps its 1/g;
 - **filter**: where updates differ along one direction much more than along any other, weight is taken, c_k, from
-  those that differ most (``filtered``). Colluders who push one way make such a direction.
+  those that differ most (``filtered``). Colluders who push one way make such a direction;
+- **cap**: no upload weighs more than SHARE / K.
 
 A client's trust is the lower of this round's and an exponential average over rounds: lost quickly, regained
-slowly.
+slowly. Where fewer than half of the uploads are trusted, the round falls back: norms and copies count, trust does
+not, and the filter always takes its share.
 docs/threat-model.md has what was measured, how each constant was chosen, and what no weight can see.
 """
 import functools
@@ -27,23 +27,20 @@ import torch
 from torch import Tensor
 
 from server.filtering import filtered
-from server.mean import Judgement, Memory, Round, Server, Setting, State, moved, updates_of
+from server.mean import Judgement, Memory, Round, Server, Setting, State, median, updates_of
 
-LONG = 2.0                         # in median norms: a longer update loses trust
+LONG = 1.5                         # in median norms: a longer update loses trust; honest ones had up to 1.52
 AGAINST, OPPOSED = -0.6, -0.85     # cosines: trust begins to fall at the first and is 0 at the second
-GAP, SPREADS = 0.5, 8.0            # so far under the median cosine, or so many spreads, trust begins to fall
 COPY = 0.985                       # cosine of copies: two clients of the same two classes have up to 0.97
 KEEP = 0.8                         # share of the old average in the new one
-SIZE = 1.0                         # in median sizes: what a size counts for at most
-ALIKE = 0.2                        # a median cosine over it: the clients have the same classes
-STANDS_OUT, AMONG_ALIKE = 1.6, 1.15   # variances, largest over next: of honest ones up to 1.53, 1.14 if alike
-TAKEN, FEW = 0.6, 5                # share of the weight that the filter may take; fewer uploads are not filtered
+STANDS_OUT = 1.3                   # see ``filtered``; of 10 honest clients up to 1.04, of 8 of two classes more
+TAKEN, FEW = 0.6, 8                # share of the weight that the filter may take; fewer uploads are not filtered
 SHARE = 3.0                        # no client weighs more than SHARE / K
 WHOLE, PART = 2**30, 2**27         # bytes of updates that are held at once; of a part, where there are more
 
 
 class ThreatAware(Server):
-    """The threat-aware mean; where it trusts fewer than half of the uploads, a filtered mean of all."""
+    """The threat-aware mean."""
 
     fewest = 3
 
@@ -69,31 +66,29 @@ class ThreatAware(Server):
         met = self.memory["seen"][clients] > 0
         before = torch.where(met, self.memory["trust"][clients], 1.0).double()
         updates = Updates(round.sent, list(round.uploads.values()))
-        ratio, clip = lengths(updates.norms())
-        updates.scale(clip.float())   # clipped, from here on
+        ratio = lengths(updates.norms())
+        # For comparisons all are clipped to the median: with a looser clip a few colluders could make up most of
+        # the mean that all are compared with.
+        updates.scale((1 / ratio).clamp_max(1).float())
         gram = updates.gram()
         similarity, copies = likenesses(gram)
         short = (LONG / ratio).clamp_max(1).square()
         # What was distrusted before is compared with what was not. Where nothing was trusted, with all of it: an
-        # upload may so earn trust anew, but what it has stays low, and the round falls back (``weigh``).
-        prior = short / copies * (before if any_trust(before * short) else 1.0)
-        weight = prior
-        for _ in range(2):   # the second pass leaves out what the first distrusted
-            cosine = against_others(gram, weight)
-            now = short * direction(cosine)
-            if not any_trust(prior * now):
-                break
-            weight = prior * now
+        # upload may so earn trust anew, but what it has stays low, and the round falls back.
+        met_with = before if (before * short).sum() >= 1e-9 else 1.0
+        cosine = against_others(gram, short / copies * met_with)
+        now = short * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
         trust = torch.where(met, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
-        sizes = torch.tensor([round.sizes[k] for k in clients]).double()
-        stands_out = AMONG_ALIKE if cosine.median() > ALIKE else STANDS_OUT
-        weights = weigh(without_colluders(gram, capped(sizes) * clip / copies * trust, stands_out), trust)
+        fallback = bool(trust.sum() < len(trust) / 2)
+        sizes = capped(torch.tensor([round.sizes[k] for k in clients]).double())
+        start = sizes / copies * (short if fallback else trust)
+        if len(gram) >= FEW:
+            start = filtered(gram, start, 0 if fallback else STANDS_OUT, TAKEN)
         columns = {"norm_ratio": ratio, "cosine": cosine, "lookalike": similarity, "trust": trust}
-        memory = self.remembered(round, dict(zip(clients, now.tolist(), strict=True)), weights is None)
         return Judgement(
-            None if weights is None else dict(zip(clients, weights, strict=True)), memory,
-            {k: {name: column[i].item() for name, column in columns.items()} for i, k in enumerate(clients)},
-            fallback=weights is None)
+            dict(zip(clients, shared_out(start).tolist(), strict=True)),
+            self.remembered(round, dict(zip(clients, now.tolist(), strict=True)), fallback),
+            {k: {name: column[i].item() for name, column in columns.items()} for i, k in enumerate(clients)})
 
     def remembered(self, round: Round, now: dict[int, float], fallback: bool) -> Memory:
         """The memory after a round in which clients earned trust ``now``; an upload that could not be used
@@ -104,16 +99,6 @@ class ThreatAware(Server):
             trust[k] = earned if not count[k] else KEEP * trust[k] + (1 - KEEP) * earned
             count[k] += 1
         return {"trust": trust, "seen": count, "fallbacks": self.memory["fallbacks"] + fallback}
-
-    def combine(self, round: Round, judgement: Judgement) -> State:
-        """The weighted mean; where it fell back, the filtered mean of all clipped updates, trusted or not."""
-        if not judgement.fallback:
-            return super().combine(round, judgement)
-        updates = Updates(round.sent, list(round.uploads.values()))
-        updates.scale(lengths(updates.norms())[1].float())
-        gram = updates.gram()
-        weight = without_colluders(gram, 1 / likenesses(gram)[1].double(), stands_out=1.0)
-        return moved(round.sent, updates.mix((weight / weight.sum()).float()))
 
 
 class Updates:
@@ -153,10 +138,6 @@ class Updates:
         """Inner products, ``K x K``."""
         return functools.reduce(torch.add, ((part @ part.T).double() for part in self))
 
-    def mix(self, weight: Tensor) -> Tensor:
-        """Their sum with these weights, ``P``."""
-        return torch.cat([weight @ part for part in self])
-
 
 def norms(updates: Tensor) -> Tensor:
     """Of each row; 16 rows at a time, since PyTorch copies them to the double precision that it sums in."""
@@ -164,14 +145,10 @@ def norms(updates: Tensor) -> Tensor:
                       for rows in updates.tensor_split(-(-len(updates) // 16))])
 
 
-def lengths(norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Each update's norm over the median norm, and the factor that clips it to the median.
-
-    With a looser clip a few colluders could make up most of the mean that all are compared with.
-    """
+def lengths(norms: Tensor) -> Tensor:
+    """Each update's norm over the median norm."""
     norms = norms.clamp_min(1e-12)
-    ratio = norms / norms.median()
-    return ratio, (1 / ratio).clamp_max(1)
+    return norms / median(norms)
 
 
 def cosines(gram: Tensor) -> Tensor:
@@ -193,34 +170,23 @@ def against_others(gram: Tensor, weight: Tensor) -> Tensor:
     return (others * gram).sum(1) / norms.clamp_min(1e-24).sqrt()
 
 
-def direction(cosine: Tensor) -> Tensor:
-    """Trust by cosines with the others' mean: 1 up to both bars, 0 from OPPOSED on, or half as far again under the
-    median."""
-    centre = cosine.median()
-    spread = 1.4826 * (cosine - centre).abs().median()   # a normal distribution's standard deviation
-    under = (centre - cosine) / torch.clamp_min(SPREADS * spread, GAP)
-    return (3 - 2 * under).clamp(0, 1) * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
-
-
-def any_trust(trust: Tensor) -> bool:
-    """Whether anybody is trusted at all."""
-    return bool(trust.sum() >= 1e-9)
-
-
-def without_colluders(gram: Tensor, start: Tensor, stands_out: float) -> Tensor:
-    """``filtered``, where there are enough uploads to tell what stands out, and only where something does."""
-    return start if len(gram) < FEW or not any_trust(start) else filtered(gram, start, stands_out, TAKEN)
-
-
 def capped(sizes: Tensor) -> Tensor:
-    """``min(n_k, SIZE median n)``: it is useless to claim more images."""
-    return torch.minimum(sizes, SIZE * sizes.median())
+    """``min(n_k, median n)``: it is useless to claim more images."""
+    return torch.minimum(sizes, median(sizes))
 
 
-def weigh(weights: Tensor, trust: Tensor) -> list[float] | None:
-    """The weights with none over SHARE / K of their sum; None where trust sums to under half the uploads."""
-    if trust.sum() < len(trust) / 2:
-        return None
-    for _ in range(len(weights)):   # what one loses goes to the others, and may lift them over the cap
-        weights = torch.minimum(weights / weights.sum(), torch.tensor(SHARE / len(weights)))
-    return weights.tolist()
+def shared_out(weights: Tensor) -> Tensor:
+    """Return the weights, ``K``, with a sum of 1 and none over SHARE / K.
+
+    What the largest lose goes to the others in proportion. Where too few have a weight to share it out under the
+    cap, they weigh alike.
+    """
+    cap = SHARE / len(weights)
+    if (weights > 0).sum() * cap <= 1:
+        return (weights > 0) / (weights > 0).sum()
+    held = torch.zeros_like(weights, dtype=torch.bool)   # at the cap
+    for _ in weights:
+        rest = weights.where(~held, 0)
+        shares = torch.where(held, cap, rest * (1 - cap * held.sum()) / rest.sum())
+        held |= shares > cap
+    return shares

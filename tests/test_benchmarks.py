@@ -388,11 +388,11 @@ def test_the_grid_of_the_server_plays_resumes_and_varies(server, tmp_path, tiny_
     server.main([*flags, "--out", str(tmp_path / "other"), "--scopes", "models", "--rules", "mean", "--fracs",
                  "--behaviours", "--after", "50"])
     assert numbers == [51, 52]   # a client's draws follow from the number of the round
-    monkeypatch.setattr(server, "CONSTANTS", ("GAP", "COPY"))
-    old = server.threat_aware.GAP, server.threat_aware.COPY
+    monkeypatch.setattr(server, "CONSTANTS", ("LONG", "COPY"))
+    old = server.threat_aware.LONG, server.threat_aware.COPY
     server.main([*flags, "--scopes", "models", "--sensitivity"])
     varied = pd.read_csv(tmp_path / "out" / "sensitivity.csv")
-    assert len(varied) == 2 * (1 + 4) and old == (server.threat_aware.GAP, server.threat_aware.COPY)
+    assert len(varied) == 2 * (1 + 4) and old == (server.threat_aware.LONG, server.threat_aware.COPY)
 
 
 def test_conditioning_by_an_explicit_jacobian(script, tiny_run, capsys):

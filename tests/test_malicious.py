@@ -207,3 +207,26 @@ def test_forgers_know_what_the_server_would_make_of_it():
     head = server(made.forge(Round(1, sent, uploads, dict.fromkeys(uploads, 3)), server)).head
     torch.testing.assert_close(updates_of(sent, [head])[0], told[0])
     assert torch.equal(moved(sent, torch.zeros(6))["w"], sent["w"]) and forging.SHARES[0] == 1.0
+
+
+def test_forgers_know_the_least_trust_in_any_of_them():
+    """Of two the lower; none in one that the server could not use."""
+    class Trusts(Server):
+        def trust(self, round):
+            return {k: found[k] for k in round.uploads}
+    sent, told = {"w": torch.zeros(3)}, []
+    uploads = {k: {"w": torch.full((3,), float(k))} for k in range(5)}
+    made = MaliciousClients("adaptive", 0.4, 5, seed=1)
+    one, other = sorted(made.members)
+    made.behaviour = dataclasses.replace(
+        made.behaviour, forge=lambda known: told.append(known.least_trust(known.own)) or known.own)
+    for found in ({one: 0.3, other: 0.9}, {one: 0.9, other: 0.3}):
+        found = {k: found.get(k, 0.1) for k in uploads}
+        made.forge(Round(1, sent, uploads, dict.fromkeys(uploads, 1)), Trusts(Setting()))
+    assert told == [0.3, 0.3]
+
+    class Uses(Server):
+        def trust(self, round):
+            return {other: 1.0}
+    made.forge(Round(1, sent, uploads, dict.fromkeys(uploads, 1)), Uses(Setting()))
+    assert told[2] == 0

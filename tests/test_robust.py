@@ -15,7 +15,7 @@ def heads(*updates):
 
 
 def aggregate(rule, uploads, tolerate=0.3):
-    server = RULES[rule].server(Setting(clients=len(uploads), tolerate=tolerate))
+    server = ALL[rule].server(Setting(clients=len(uploads), tolerate=tolerate))
     head, _, report = server(Round(1, SENT, uploads, dict.fromkeys(uploads, 10)))
     return updates_of(SENT, [head])[0], report
 
@@ -135,6 +135,32 @@ def test_uploads_that_are_not_finite_count_for_nothing(rule):
     good = heads([1.0, 0, 0, 0, 0], [1.1, 0, 0, 0, 0], [0.9, 0, 0, 0, 0])
     bad = {3: moved(SENT, torch.full((5,), torch.nan)), 4: moved(SENT, torch.full((5,), torch.inf))}
     assert torch.equal(aggregate(rule, {**good, **bad})[0], aggregate(rule, good)[0])
+
+
+@pytest.mark.parametrize("values", [[1e30], [1e19], [3e38], [-1e30], [1e30, -1e30, 3e38, float("nan")]], ids=str)
+@pytest.mark.parametrize("rule", ALL)
+def test_uploads_whose_norm_overflows_count_for_nothing(rule, values):
+    torch.manual_seed(0)
+    good = {k: moved(SENT, row) for k, row in enumerate(torch.randn(5, 5))}
+    bad = {5 + k: {name: torch.full_like(value, values[k]) for name, value in SENT.items()}
+           for k in range(len(values))}
+    update, rows = aggregate(rule, {**good, **bad})
+    assert torch.equal(update, aggregate(rule, good)[0]) and update.isfinite().all()
+    assert [row["weight"] for row in rows[5:]] == [0] * len(values)
+
+
+@pytest.mark.parametrize("rule", ALL)
+def test_the_longest_uploads_that_are_used_give_a_finite_head(rule):
+    """Three of eight: 5 parameters of 1.4e18, just under what float32 holds 4 x 8 squared norms of."""
+    torch.manual_seed(0)
+    uploads = {k: moved(SENT, row) for k, row in enumerate(torch.randn(8, 5))}
+    for k, value in enumerate((1.4e18, -1.4e18, 1.4e18)):
+        uploads[k] = {name: torch.full_like(tensor, value) for name, tensor in SENT.items()}
+    update, rows = aggregate(rule, uploads)
+    assert update.isfinite().all()
+    assert rule != "mean" or [row["weight"] for row in rows] == [1 / 8] * 8
+    longer = {**uploads, 0: {name: torch.full_like(tensor, 1.5e18) for name, tensor in SENT.items()}}
+    assert aggregate(rule, longer)[1][0]["weight"] == 0
 
 
 def test_most_being_malicious_is_no_error():
