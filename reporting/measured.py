@@ -54,7 +54,6 @@ OTHERS = ("threat", "trimmed_mean", "krum", "multi_krum", "nnm_trimmed_mean", "g
           "centered_clipping", "norm_clipping")
 BEHAVED = ["scope", "behaviour"]
 SHARE = 0.3   # of malicious clients, in the tables by behaviour
-AS_IT_IS = "as it is"   # no constant was changed
 SERVER_SCOPES = {"heads": "heads", "models": "whole models"}
 
 
@@ -233,61 +232,26 @@ def server_cells(root: Path) -> pd.DataFrame:
 
 
 def nobody(root: Path) -> list[str]:
-    """Accuracy and lowest decile under each rule where nobody is malicious; means over seeds."""
-    table, rows = server_cells(root), []
-    table = table[(table["behaviour"] == "nobody") & (table["dataset"] == "mnist10k")]
-    for (scope, partition), part in table.groupby(["scope", "partition"]):
-        by, seeds = part.groupby("rule")[["accuracy", "worst"]].mean(), sorted(part["seed"].unique())
-        least = part[part["rule"] == "threat"]["least_trust"].min()
-        rows.append([f"{SERVER_SCOPES[scope]}, {partition}", ", ".join(f"{seed:.0f}" for seed in seeds), *(
-            f"{by.loc[rule, 'accuracy']:.3f}, {by.loc[rule, 'worst']:.3f}" for rule in RULES), f"{least:.2f}"])
-    return grid(["accuracy, lowest decile", "seeds", *(f"`{rule}`" for rule in RULES), "least trust"], rows)
-
-
-def nobody_longer(root: Path) -> list[str]:
-    """The same of `threat` beside the mean on three data sets, with more training."""
-    table, rows = csv(root, "server_nobody.csv", ["seed", "accuracy", "worst", "least_trust"],
+    """Accuracy and lowest decile of `threat` and the mean where nobody is malicious, means over seeds; least and
+    largest weight of a client in a round, over what its size gives it."""
+    table, rows = csv(root, "server_nobody.csv", ["seed", "accuracy", "worst", "least_weight", "most_weight"],
                       ["dataset", "scope", "partition", "rule"]), []
     for (dataset, scope, partition), part in table.groupby(["dataset", "scope", "partition"]):
-        ours, mean = (part[part["rule"] == rule].set_index("seed") for rule in ("threat", "mean"))
-        rows.append([f"`{dataset}`, {SERVER_SCOPES[scope]}, {partition}",
+        ours, mean = (part[part["rule"] == rule] for rule in ("threat", "mean"))
+        rows.append([f"`{dataset}`, {SERVER_SCOPES[scope]}, {partition}", str(len(ours)),
                      *(f"{rule['accuracy'].mean():.3f}, {rule['worst'].mean():.3f}" for rule in (ours, mean)),
-                     str(len(ours)), *(_points(ours[name] - mean[name]) for name in ("accuracy", "worst")),
-                     f"{ours['least_trust'].min():.2f}"])
-    return grid(["accuracy, lowest decile", "`threat`", "`mean`", "seeds", "points over the mean",
-                 "lowest decile, points", "least trust"], rows)
-
-
-def chance(root: Path) -> list[str]:
-    """How far `threat` is from the mean where nobody is malicious, and the mean from itself with other draws."""
-    world, rows = ["dataset", "seed", "scope", "partition"], []
-    texts = ["dataset", "scope", "partition", "rule"]
-    played, again = (csv(root, f"server_{name}.csv", ["seed", "accuracy"], texts).set_index(world)
-                     for name in ("nobody", "again"))
-    mean = played[played["rule"] == "mean"]["accuracy"]
-    for scope, heading in SERVER_SCOPES.items():
-        for who, table in (("`threat` less `mean`", played[played["rule"] == "threat"]),
-                           ("`mean` by other draws, less `mean`", again)):
-            ahead = 100 * (table["accuracy"] - mean).dropna()
-            ahead = ahead[ahead.index.get_level_values("scope") == scope]
-            if ahead.empty:
-                continue
-            rows.append([f"{heading}: {who}", str(len(ahead)), f"{ahead.mean():+.1f} ± {ahead.sem():.1f}",
-                         f"{ahead.std():.1f}", str((ahead < -0.5).sum())])
-    return grid(["points", "cells", "mean ± its standard error", "standard deviation of a cell",
-                 "cells under -0.5"], rows)
-
-
-def _points(differences: pd.Series) -> str:
-    """Mean, least to greatest, of differences between shares."""
-    return f"{100 * differences.mean():+.1f} ({100 * differences.min():+.1f} to {100 * differences.max():+.1f})"
+                     f"{ours['least_weight'].min():.2f}", f"{ours['most_weight'].max():.2f}"])
+    return grid(["accuracy, lowest decile", "seeds", "`threat`", "`mean`", "least weight", "largest weight"], rows)
 
 
 def lost_to_oracle(table: pd.DataFrame) -> pd.DataFrame:
-    """Cells with malicious clients; ``oracle`` is the accuracy without them, and ``lost`` is in points."""
+    """Cells with malicious clients under which `threat` was tried; ``oracle`` is the accuracy without them, and
+    ``lost`` is in points."""
     key = ["dataset", "seed", "scope", "partition", "frac"]
     oracle = table[table["behaviour"] == "absent"].set_index(key)["accuracy"].rename("oracle")
     tried = table[~table["behaviour"].isin(["nobody", "absent"])].join(oracle, on=key)
+    ours = (tried["rule"] == "threat").groupby([tried[name] for name in [*key, "behaviour"]]).transform("any")
+    tried = tried[ours]
     return tried.assign(lost=100 * (tried["oracle"] - tried["accuracy"]))
 
 
@@ -329,7 +293,7 @@ def worst_losses(root: Path) -> list[str]:
 def backdoors(root: Path) -> list[str]:
     """The share of triggered images that honest clients' models give the target, with 30 % malicious clients:
     mean, least to greatest seed."""
-    table, rows = server_cells(root), []
+    table, rows = lost_to_oracle(server_cells(root)), []
     table = table[table["backdoor"].notna() & (table["frac"] == SHARE)]
     for (dataset, *key), part in table.groupby(["dataset", "behaviour", "scope", "partition"]):
         by = part.groupby("rule")["backdoor"]
@@ -337,29 +301,6 @@ def backdoors(root: Path) -> list[str]:
             f"{by.mean()[rule]:.2f} ({by.min()[rule]:.2f} to {by.max()[rule]:.2f})" if rule in by.groups else DASH
             for rule in RULES)])
     return grid(["", *(f"`{rule}`" for rule in RULES)], rows)
-
-
-def sensitivity(root: Path) -> list[str]:
-    """Accuracy of whole models under `threat` with a constant halved and doubled, with nobody malicious and under
-    `adaptive`: mean over partitions, and the most points that the change costs in one."""
-    table = csv(root, "server_sensitivity.csv", ["seed", "factor", "accuracy"],
-                ["partition", "behaviour", "constant"])
-    world = ["seed", "partition", "behaviour"]
-    before = table[table["constant"] == AS_IT_IS].set_index(world)["accuracy"].rename("before")
-    table = table.join(before, on=world)
-    table["lost"] = 100 * (table["before"] - table["accuracy"])
-    by = table.groupby(["constant", "behaviour", "factor"])
-    mean, lost, count = by["accuracy"].mean(), by["lost"].max(), by.size()
-    rows = []
-    for constant in table["constant"].drop_duplicates():
-        once, cells = constant == AS_IT_IS, []
-        for behaviour in ("nobody", "adaptive"):
-            for factor in (1.0, 1.0) if once else (0.5, 2.0):
-                key, worlds = (constant, behaviour, factor), len(before.xs(behaviour, level="behaviour"))
-                cells.append(DASH if count.get(key) != worlds else f"{mean[key]:.3f}" if once
-                             else f"{mean[key]:.3f}, {lost[key]:.1f}")
-        rows.append([constant if once else f"`{constant}`", *cells])
-    return grid(["", "nobody, halved", "doubled", "`adaptive`, halved", "doubled"], rows)
 
 
 def scaling(root: Path) -> list[str]:
@@ -397,10 +338,7 @@ MEASURED: dict[str, Callable[[Path], list[str]]] = {
     "frontier-clothes": partial(frontier, dataset="fmnist10k"),
     "frontier-clothes-mixed": partial(frontier, dataset="fmnist10k", partitions=("dirichlet", "iid")),
     "frontier-cifar": partial(frontier, dataset="cifar10k"), "server-nobody": nobody,
-    "server-nobody-longer": nobody_longer, "server-chance": chance,
     "server-behaviours": partial(behaviours, dataset="mnist10k", rules=RULES),
     "server-others": partial(behaviours, dataset="mnist10k", rules=OTHERS),
-    "server-cifar": partial(behaviours, dataset="cifar10k", rules=RULES),
-    "server-sensitivity": sensitivity,
     "server-worst": worst_losses, "server-backdoors": backdoors,
     "defaults": defaults, "scaling": scaling}

@@ -33,8 +33,8 @@ LONG = 1.5                         # in median norms: a longer update loses trus
 AGAINST, OPPOSED = -0.6, -0.85     # cosines: trust begins to fall at the first and is 0 at the second
 COPY = 0.985                       # cosine of copies: two clients of the same two classes have up to 0.97
 KEEP = 0.8                         # share of the old average in the new one
-STANDS_OUT = 1.3                   # see ``filtered``; of 10 honest clients up to 1.04, of 8 of two classes more
-TAKEN, FEW = 0.6, 8                # share of the weight that the filter may take; fewer uploads are not filtered
+STANDS_OUT = 1.3                   # see ``filtered``; of 10 honest clients up to 1.07, of fewer up to 1.8
+TAKEN, FEW = 0.6, 10               # share of the weight that the filter may take; fewer uploads are not filtered
 SHARE = 3.0                        # no client weighs more than SHARE / K
 WHOLE, PART = 2**30, 2**27         # bytes of updates that are held at once; of a part, where there are more
 

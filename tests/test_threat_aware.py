@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models import Classifier
+from sampling import partition as partition_of
 from server import threat_aware
 from server.filtering import filtered
 from server.forging import Knowledge, trusted_most
@@ -26,6 +27,7 @@ from server.threat_aware import (
     norms,
     shared_out,
 )
+from utils import rng
 
 SHAPE, CLASSES = (1, 28, 28), 10
 GRAMS = dict(np.load(Path(__file__).parent / "honest_grams.npz"))   # inner products of honest updates, 10 x 10
@@ -185,6 +187,20 @@ def test_where_nobody_is_malicious_all_weigh_alike(case):
     weight, rows = judged(vectors * values.clamp_min(0).sqrt())
     assert [row["trust"] for row in rows] == pytest.approx([1] * 10, abs=0.2)
     assert 10 * weight.min() > 0.8 and 10 * weight.max() < 1.25
+
+
+@pytest.mark.parametrize("clients", [10, 20])
+@pytest.mark.parametrize("partition", ["shards", "dirichlet", "iid"])
+def test_whoever_has_which_classes_nothing_stands_out(partition, clients):
+    """Updates whose cosines are those of their clients' classes, and a tenth their own."""
+    labels = np.arange(4000) % 10
+    for seed in range(1, 11):
+        parts = partition_of(labels, clients, partition, rng(seed, "partition"), alpha=0.1, classes_per_client=2,
+                             min_images=5)
+        counts = torch.stack([torch.from_numpy(np.bincount(labels[part], minlength=10)) for part in parts])
+        classes = (counts / counts.sum(1, keepdim=True)).double().sqrt()
+        weight, _ = judged(torch.cat([0.9**0.5 * classes, 0.1**0.5 * torch.eye(clients)], 1))
+        assert clients * weight.min() > 0.8 and clients * weight.max() < 1.25, seed
 
 
 def test_a_longer_update_moves_the_mean_less():
