@@ -232,41 +232,38 @@ def server_cells(root: Path) -> pd.DataFrame:
 
 
 def nobody(root: Path) -> list[str]:
-    """Accuracy and lowest decile of `threat` and the mean where nobody is malicious, means over seeds; least and
-    largest weight of a client in a round, over what its size gives it."""
-    table, rows = csv(root, "server_nobody.csv", ["seed", "accuracy", "worst", "least_weight", "most_weight"],
-                      ["dataset", "scope", "partition", "rule"]), []
-    for (dataset, scope, partition), part in table.groupby(["dataset", "scope", "partition"]):
-        ours, mean = (part[part["rule"] == rule] for rule in ("threat", "mean"))
-        rows.append([f"`{dataset}`, {SERVER_SCOPES[scope]}, {partition}", str(len(ours)),
-                     *(f"{rule['accuracy'].mean():.3f}, {rule['worst'].mean():.3f}" for rule in (ours, mean)),
-                     f"{ours['least_weight'].min():.2f}", f"{ours['most_weight'].max():.2f}"])
-    return grid(["accuracy, lowest decile", "seeds", "`threat`", "`mean`", "least weight", "largest weight"], rows)
+    """Accuracy under `threat` where nobody is malicious, a mean over seeds; the least and the largest weight of a
+    client in a round, over what its size gives it."""
+    table = csv(root, "server_nobody.csv", ["seed", "accuracy", "worst", "least_weight", "most_weight"],
+                ["dataset", "scope", "partition", "rule"])
+    return grid(["", "seeds", "accuracy, lowest decile", "least weight", "largest weight"], [
+        [f"`{dataset}`, {SERVER_SCOPES[scope]}, {partition}",
+         ", ".join(part["seed"].astype(int).sort_values().astype(str)),
+         f"{part['accuracy'].mean():.3f}, {part['worst'].mean():.3f}", f"{part['least_weight'].min():.2f}",
+         f"{part['most_weight'].max():.2f}"]
+        for (dataset, scope, partition), part in table.groupby(["dataset", "scope", "partition"])])
 
 
 def lost_to_oracle(table: pd.DataFrame) -> pd.DataFrame:
-    """Cells with malicious clients under which `threat` was tried; ``oracle`` is the accuracy without them, and
-    ``lost`` is in points."""
+    """Cells with malicious clients; ``oracle`` is the accuracy without them, and ``lost`` is in points."""
     key = ["dataset", "seed", "scope", "partition", "frac"]
     oracle = table[table["behaviour"] == "absent"].set_index(key)["accuracy"].rename("oracle")
     tried = table[~table["behaviour"].isin(["nobody", "absent"])].join(oracle, on=key)
-    ours = (tried["rule"] == "threat").groupby([tried[name] for name in [*key, "behaviour"]]).transform("any")
-    tried = tried[ours]
     return tried.assign(lost=100 * (tried["oracle"] - tried["accuracy"]))
 
 
 def behaviours(root: Path, dataset: str, rules: Sequence[str]) -> list[str]:
     """Points lost to the oracle with 30 % malicious clients: mean and worst over partitions and seeds, the worst
-    rows first; behaviours under which ``threat`` alone was tried are left out."""
+    rows of the last rule first. A rule that was tried in fewer worlds than others has a dash."""
     tried = lost_to_oracle(server_cells(root))
     tried = tried[(tried["dataset"] == dataset) & (tried["frac"] == SHARE) & tried["rule"].isin(rules)]
     tried = tried[tried.groupby(BEHAVED)["rule"].transform("nunique") > 1]
-    order = {key: part[part["rule"] == "threat"]["lost"].max() for key, part in tried.groupby(BEHAVED)}
+    order = {key: part[part["rule"] == rules[-1]]["lost"].max() for key, part in tried.groupby(BEHAVED)}
     rows = []
     for scope, behaviour in sorted(order, key=lambda key: (key[0], -order[key])):
         part = tried[(tried["scope"] == scope) & (tried["behaviour"] == behaviour)]
         lost = part.groupby("rule")["lost"]
-        worlds = lost.count()["threat"]
+        worlds = lost.count().max()
         rows.append([f"`{behaviour}`, {SERVER_SCOPES[scope]}", str(worlds), *(
             f"{lost.mean()[rule]:.1f}, {lost.max()[rule]:.1f}" if lost.count().get(rule) == worlds else DASH
             for rule in rules)])
@@ -276,15 +273,15 @@ def behaviours(root: Path, dataset: str, rules: Sequence[str]) -> list[str]:
 def worst_losses(root: Path) -> list[str]:
     """The most that a rule loses to the oracle, in points, over behaviours, partitions and seeds.
 
-    A rule that was tried in fewer cells than `threat` loses at least that.
+    A rule that was tried in fewer cells than another loses at least that.
     """
     tried, rows = lost_to_oracle(server_cells(root)), []
     for (dataset, scope, share), part in tried.groupby(["dataset", "scope", "frac"]):
         lost = part.groupby("rule")["lost"]
         cells = lost.count()
         rows.append([f"`{dataset}`, {SERVER_SCOPES[scope]}, {100 * share:.0f} %",
-                     str(part["behaviour"].nunique()), str(cells["threat"]), *(
-            f"{'' if cells[rule] == cells['threat'] else 'at least '}{lost.max()[rule]:.1f}" if rule in cells
+                     str(part["behaviour"].nunique()), str(cells.max()), *(
+            f"{'' if cells[rule] == cells.max() else 'at least '}{lost.max()[rule]:.1f}" if rule in cells
             else DASH for rule in RULES)])
     return grid(["points lost to the oracle, at worst", "behaviours", "cells", *(f"`{rule}`" for rule in RULES)],
                 sorted(rows, key=lambda row: (row[0].split(",")[0] != "`mnist10k`", row[0])))
@@ -293,7 +290,7 @@ def worst_losses(root: Path) -> list[str]:
 def backdoors(root: Path) -> list[str]:
     """The share of triggered images that honest clients' models give the target, with 30 % malicious clients:
     mean, least to greatest seed."""
-    table, rows = lost_to_oracle(server_cells(root)), []
+    table, rows = server_cells(root), []
     table = table[table["backdoor"].notna() & (table["frac"] == SHARE)]
     for (dataset, *key), part in table.groupby(["dataset", "behaviour", "scope", "partition"]):
         by = part.groupby("rule")["backdoor"]

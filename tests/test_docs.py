@@ -57,9 +57,7 @@ NOT_FROM_A_TABLE = {
         "the size of uploads": "0.5",
         "a mean of three gaps, and what one image is": "0.15 0.11"},
     "docs/threat-model.md": {
-        "three test images": "0.33",
-        "1 less the least trust, server.csv": "0.004",
-        "by the program itself, not kept": "0.960"}}
+        "three test images": "0.33"}}
 
 
 @pytest.fixture
@@ -108,12 +106,11 @@ def test_a_stale_table_is_named_and_then_mended(report, project, capsys):
 
 
 def test_a_changed_file_makes_each_page_that_shows_it_stale(report, project, capsys):
-    edit(project / "docs" / "server.csv", "adaptive,threat,0.60514", "adaptive,threat,0.10514")
+    edit(project / "docs" / "server.csv", "adaptive,caf,0.43495", "adaptive,caf,0.03495")
     assert report.main(["--docs", "--check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" out of")[0] for line in lines] == [
-        "docs/claims.md: table claims",
-        "docs/threat-model.md: tables server-behaviours, server-worst, server-others"]
+        "docs/threat-model.md: tables server-behaviours, server-worst"]
 
 
 @pytest.mark.parametrize("file, old, new, said", [
@@ -230,11 +227,11 @@ def test_members_by_hand():
     ("frontier-clothes", "`--prior class`, beta 1, `--prior_apart 0.25`",
      "13 | 0.993, 0.970 | 3.9 | 1.1, 1.8 | 97 (131) | 73, 2 of 16"),
     ("server-others", "`mimic`, heads",
-     "6 | -0.0, 0.1 | 0.7, 2.9 | 28.0, 77.5 | 9.3, 32.9 | 1.3, 8.0 | 20.1, 55.2 | -0.3, 1.1 | -0.4, 1.1"),
-    ("server-nobody", "heads, shards",   # means of 0.97416 and 0.98876, and of 0.88764 and 0.96629
-     "11, 12 | 0.981, 0.927 | 0.981, 0.927 | 0.980, 0.921 | 0.981, 0.927 | 1.00"),
+     "6 | – | 0.7, 2.9 | 28.0, 77.5 | 9.3, 32.9 | 1.3, 8.0 | 20.1, 55.2 | -0.3, 1.1 | -0.4, 1.1"),
+    ("server-nobody", "`mnist10k`, whole models, shards",   # means of 0.60449 and 0.72247, of 0.25843 and 0.4382
+     "11, 12 | 0.663, 0.348 | 1.00 | 1.00"),
     ("server-backdoors", "`mnist10k`, `backdoor_patch`, whole models, iid",
-     "0.22 (0.08 to 0.35) | 0.61 (0.58 to 0.64) | 0.13 (0.09 to 0.17) | 0.01 (0.01 to 0.01)"),
+     "– | 0.61 (0.58 to 0.64) | 0.13 (0.09 to 0.17) | 0.01 (0.01 to 0.01)"),
     ("conditioning", "`cifar10k`, `lg_fedavg`", "3072 | 3026 to 3029; 494 to 586 | 3072; 10.9 to 12.1"),
     ("defaults", "`--prox`", "`nbafl_prox` | 1.0 | 0.1 | 0.0 | 0.1 | 0.1 | 0.0"),
     ("scaling", "100", "6.7 | 67 | 2,820 | 2.6")])
@@ -392,17 +389,26 @@ def test_claims_of_leakage_by_hand():
 
 
 def test_losses_to_the_oracle_by_hand():
-    """`mimic`, whole models: -12.2, 0.0, -8.3, 5.4, -0.1 and 1.1 points, read off the CSV."""
+    """`mimic` and CAF, whole models: 2.3, 0.0, 20.9, 9.0, -0.1 and 31.6 points, read off the CSV."""
     table = cells(measured.behaviours(ROOT, "mnist10k", measured.RULES))
-    assert table["`mimic`, whole models"][:2] == ["6", "-2.4, 5.4"]
+    assert table["`mimic`, whole models"][::4] == ["6", "10.6, 31.6"]
 
 
-def test_claims_of_the_server_by_hand():
-    assert claims.robust(ROOT, "heads")[12] == pytest.approx(96.685 - 95.208)   # `false_size`, Dirichlet
-    assert claims.robust(ROOT, "whole models")[12] == pytest.approx(67.041 - 45.943)   # 10 %, `label_flip`, shards
-    opened = [float(row["backdoor"]) for row in rows_of("docs/server.csv") if row["backdoor"]
-              and (row["rule"], row["scope"], row["seed"]) == ("threat", "models", "12")]
-    assert claims.opened(ROOT, "whole models")[12] == pytest.approx(100 * max(opened))
+def test_claims_of_the_server_by_hand(tmp_path):
+    """The worst of at most 30 % malicious clients, by seed; nothing where nothing was run."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "server.csv").write_text("""\
+dataset,seed,scope,partition,frac,behaviour,rule,accuracy,worst,backdoor,least_trust
+mnist10k,11,models,iid,0.3,absent,mean,0.9,,,
+mnist10k,11,models,iid,0.3,mimic,threat,0.8,,,1
+mnist10k,11,models,iid,0.3,backdoor_patch,threat,0.85,,0.2,1
+mnist10k,11,models,iid,0.3,ipm,caf,0.1,,0.9,
+mnist10k,11,models,iid,0.4,absent,mean,0.9,,,
+mnist10k,11,models,iid,0.4,backdoor_patch,threat,0.2,,0.8,1
+""")
+    assert claims.robust(tmp_path, "whole models") == {11: pytest.approx(10)}
+    assert claims.opened(tmp_path, "whole models") == {11: pytest.approx(20)}
+    assert claims.robust(tmp_path, "heads") == claims.opened(tmp_path, "heads") == {}
 
 
 FIGURE = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\d)|(?<![\w.])\d+(?= %)")
