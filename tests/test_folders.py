@@ -1,12 +1,15 @@
 """What is deleted in a run's folders and what never is, wherever a process dies; and their locks."""
 import json
 import os
+import resource
 import shutil
 import signal
 
 import pytest
 
+from reporting import summary
 from runs import folders
+from runs.csvs import append_csv, read_csv
 from runs.run import Run
 from utils import InputError
 
@@ -261,3 +264,37 @@ def test_the_list_of_own_files_is_whole(finished):
     assert {p.name for p in ours} == written
     assert {p.name for p in folders.own(finished.models / "round_2", folders.OF_A_CHECKPOINT)} == {
         p.name for p in (finished.models / "round_2").iterdir()}
+
+
+@pytest.mark.parametrize("header", ["a," * 40_000, "," * 80_000, "\n" + "a," * 40_000, " \n" + "a," * 40_000,
+                                    '"x\nb",' + "a," * 40_000, "\r" + "a," * 40_000, ""])
+def test_a_header_that_pandas_would_need_minutes_for_is_refused(tmp_path, header, no_waiting):
+    path = tmp_path / "rounds.csv"
+    path.write_text(f"{header}\n1\n")
+    with pytest.raises(ValueError, match="first line"):
+        read_csv(path)
+    path.write_text("a,b\n1,2\n")
+    assert read_csv(path).to_dict("list") == {"a": [1], "b": [2]}
+
+
+@pytest.mark.parametrize("name", ["rounds.csv", "attack.csv", "config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "a," * 40_000])
+def test_a_report_says_what_it_cannot_read(copy, no_waiting, name, kind):
+    place = copy()
+    (place.results / name).unlink(missing_ok=True)
+    put(place.results / name, kind)
+    found = summary.read(place.results)
+    said = found if isinstance(found, str) else found.unread
+    assert name in said and ("is damaged" in said or "cannot be read" in said)
+
+
+def test_rows_that_find_no_room_are_said_of_a_file_and_leave_no_part(tmp_path):
+    path, before = tmp_path / "rounds.csv", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("a\n" + "1\n" * 100)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            append_csv(path, ["a"], [{"a": 22}] * 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(path) and path.read_text() == "a\n" + "1\n" * 100
