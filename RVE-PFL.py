@@ -26,8 +26,8 @@ from engine.several import train_each
 from engine.signals import Interrupted, Interrupts, steady_output
 from methods import METHODS, make_server
 from metrics import over_clients
-from options import args_parser
 from runs.checkpoint import borrowed_encoders, finished_source
+from runs.resuming import arguments
 from runs.run import Progress, Run, open_run
 from server.malicious import MaliciousClients
 from server.mean import Aggregated, Round, Server, State
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error_line("RVE-PFL.py", error), file=sys.stderr)
         return 2
     with ranks.first_voice():
-        args = args_parser(argv)
+        args = arguments(argv)
     ranks.patience = args.rendezvous_seconds
     again = "the same command with --resume" if not ranks.alone else shlex.join(
         ["python", "RVE-PFL.py", *(a for a in argv if a not in ("--overwrite", "--resume")), "--resume"])

@@ -127,7 +127,8 @@ def common() -> list[Option]:
         Option("checkpoint_seconds", "save for --resume at most this often", float, 60.0, within=(0, HUGE)),
         Option("rendezvous_seconds", "how long the processes of torchrun wait for one another at the start",
                float, 300.0, within=(0, HUGE)),
-        Option("resume", "go on with an unfinished run", bool, False),
+        Option("resume", "go on with a run; --rounds may be more than before, and with --run_name the run's own "
+               "config.json has the rest", bool, False),
         Option("overwrite", "delete an earlier run of this name", bool, False)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.random import Generator
 
 from datasets import Dataset
-from utils import InputError
+from utils import InputError, digest
 from utils import rng as make_rng
 
 MIN_IMAGES = 2   # one to train on, one to test on
@@ -206,7 +206,9 @@ def described(data: Dataset, owned: list[np.ndarray], splits: list, args: Namesp
         splits: the training and the held-out images of each client.
         args: the run's options.
     """
-    facts = {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes}
+    facts = {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes,
+             "data": digest(np.array(data.images.shape), data.images, data.labels),
+             "dealt": digest(*(part for pair in splits for part in pair))}
     notes = list(data.notes)
     if data.names[-1] != data.num_classes - 1:   # numbered anew
         facts["labels"] = data.names.tolist()

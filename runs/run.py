@@ -22,7 +22,7 @@ from tqdm import tqdm
 from engine.ranks import Ranks
 from methods import METHODS
 from metrics import METRICS
-from runs import configs, folders, pictures
+from runs import configs, folders, pictures, resuming
 from runs.checkpoint import (
     PrivateStore,
     WaitingUploads,
@@ -41,10 +41,6 @@ from server.mean import State
 from server.rules import RULES
 from update import Private
 from utils import InputError, printable, write_whole
-
-# Options that do not change a run's numbers, and so may differ when it is resumed.
-MAY_DIFFER = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "data_dir",
-        "results_dir", "models_dir"}
 
 
 def write_config(folder: Path, config: dict) -> None:
@@ -137,6 +133,7 @@ class Run:
         behaviour = BEHAVIOURS.get(str(options["malicious_behaviour"]))
         self.columns = csv_columns(behaviour is not None and behaviour.trigger is not None)
         self.clients, self.every = options["num_users"], options["checkpoint_seconds"]
+        self.past: list[dict] = []   # environments of the run that is resumed
         self.finished = ranks.share(
             owner is not None and self._admit(options["resume"], options["overwrite"], owner))
         self.private = PrivateStore(self.models / ".private", initial, processes=ranks.local_size)
@@ -296,7 +293,7 @@ class Run:
             self._delete_earlier(config)
             return False
         try:
-            old = configs.read(path)
+            old = configs.read(path, "rounds", "save_rounds")
         except InputError as error:
             raise InputError(f"{error}; start again with --overwrite") from error
         before, finished = old["options"], old["status"] == "finished"
@@ -304,18 +301,18 @@ class Run:
             raise InputError(f"run {name} is already " + (
                 "finished; use --overwrite to replace it or another --run_name" if finished else
                 "there, unfinished; use --resume to go on, --overwrite to start again"))
-        now = json.loads(json.dumps(self.config["options"], default=str))
-        before = configs.completed(before)
-        differ = [key for key in now if key not in MAY_DIFFER and now[key] != before.get(key)]
-        if differ:
-            raise InputError(f"--resume: run {name} was started with --{differ[0]} {before.get(differ[0])}, "
-                             f"not {now[differ[0]]}; give the same options, or another --run_name")
+        resuming.check(self.config, old)
         if old.get("start") != self.config.get("start"):
             raise InputError(f"--resume: run {name} began with other weights than its seed gives here; resume it "
                              "with the PyTorch version that it began with, or use --overwrite")
+        more = self.config["options"]["rounds"] > before["rounds"]
+        if finished and more and before["rounds"] not in checkpoints:
+            raise InputError(f"--resume: {self.models} has no checkpoint of the last round, {before['rounds']}, "
+                             "to go on from; give another --run_name, or start again with --overwrite")
         self.rounds_kept |= set(before["save_rounds"])   # they are kept for good
         self.config["options"]["save_rounds"] = sorted(self.rounds_kept)
-        return finished
+        self.past = resuming.environments(old)
+        return finished and not more
 
     def _delete_earlier(self, config: dict | None = None) -> None:
         """Delete the files of the run that is overwritten.
@@ -373,6 +370,8 @@ class Run:
             csv_bytes = server["csv_bytes"]
             self.progress = Progress(found, head, sent, memory=server["memory"])   # uploads: in the checkpoint
         if self.ranks.first:   # only now: if the checkpoint is refused, nothing has changed
+            if warning := resuming.note_environment(self.config, self.past, found):
+                print(warning, file=sys.stderr)
             self.write_config()
             for name, columns in self.columns.items():
                 cut_csv(self.results / name, columns, csv_bytes.get(name))

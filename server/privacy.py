@@ -175,8 +175,8 @@ class AdaptiveClientDP(ClientDP):
             raise InputError(
                 f"--method client_dp_adaptive: a noise multiplier of {self.z:.3g} leaves no noise for the "
                 f"clipping bits of {self.expected:g} clients per round; it needs --num_users "
-                f"{enough_clients(setting)} or more at --frac {setting.frac:g}, a larger --epsilon, or --method "
-                "client_dp")
+                f"{enough_clients(setting)} or more at --frac {setting.frac:g}, a larger --epsilon, or "
+                "--method client_dp")
 
     def __call__(self, round: Round) -> Aggregated:
         """As ``ClientDP``, then move C by the centred bits of the finite updates."""

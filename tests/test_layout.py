@@ -22,7 +22,7 @@ FLOORS = [
     ["engine.several"],
     ["options"],
     ["runs.configs", "attack.gradients"],
-    ["runs.checkpoint"],
+    ["runs.checkpoint", "runs.resuming"],
     ["runs.run", "attack.access"],
     ["RVE-PFL", "attack.learnt", "attack.picture", "attack.uploads", "attack.split",
      "attack.command"],

@@ -241,7 +241,7 @@ def test_every_option_is_read(place, driver, monkeypatch):
         read.clear()   # of what the parser itself looked at
         read.update(before)
         return args
-    monkeypatch.setattr(driver, "args_parser", recorded)
+    monkeypatch.setattr(driver, "arguments", recorded)
 
     class Dictionary(dict):   # what Run reads of config["options"]
         def __getitem__(self, name):
