@@ -1,4 +1,6 @@
 """Layers and parameter counts as worked out by hand, and the mathematics of the encoder."""
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -60,6 +62,21 @@ def test_shapes(network, shape):
     assert logits.shape == probabilities.shape == (5, 7)
     assert torch.allclose(probabilities.sum(1), torch.ones(5))
     assert (kl is None and kl_too is None) if network is not RVE else kl.shape == kl_too.shape == (5,)
+
+
+def test_weights_start_glorot_uniform_and_biases_at_zero():
+    """Within the bound of ``sqrt(6 / (fan_in + fan_out))``, up to it, and as flat as a uniform draw."""
+    torch.manual_seed(0)
+    for model in (RVE(MNIST, 10, -4.0), ResSFL(MNIST, 10)):
+        for name, weight in model.named_parameters():
+            if weight.ndim < 2 and not name.startswith("encoder.logvar"):
+                assert not weight.any(), name
+            if weight.numel() < 4000 or weight.ndim < 2:
+                continue
+            field = weight[0, 0].numel()
+            bound = math.sqrt(6 / (field * (weight.shape[0] + weight.shape[1])))
+            assert 0.99 * bound < weight.abs().max() <= bound, name
+            assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03), name
 
 
 def test_the_head_reads_z_as_an_image_in_the_encoders_order():
@@ -225,6 +242,7 @@ def test_class_priors_start_apart_as_coarse_pictures():
     torch.manual_seed(0)
     prior = ClassPrior(6, (3, 10, 13))
     pictures = as_image(prior.mu.detach(), (3, 10, 13))
+    assert not prior.logvar.any()   # each with variance 1, as that of the single prior
     assert pictures.shape == (6, 3, 10, 13) and pictures.std().item() == pytest.approx(0.5, abs=0.1)
     assert torch.equal(pictures[..., :4, :4], pictures[..., :1, :1].expand(6, 3, 4, 4))   # one patch
     assert (torch.pdist(prior.mu.detach()) > 5).all()

@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import precision_recall_fscore_support
 
 from methods import METHODS
-from metrics import Tally, over_clients
+from metrics import METRICS, Tally, over_clients
 from models import Output
 from update import Diverged, Private, Trainer, Training
 from utils import rng, seed_torch
@@ -208,6 +208,14 @@ def test_means_over_clients_by_hand():
     assert mean["accuracy"] == pytest.approx(0.5) and mean["kl_nats"] == pytest.approx(0.5)
     assert mean["accuracy_worst"] == pytest.approx(0.025)   # of 21 clients the lowest two: 0 and 0.05
     assert mean["accuracy_std"] == pytest.approx(np.std(np.linspace(0, 1, 21)))
+
+
+@pytest.mark.parametrize("clients, lowest", [(1, 1), (5, 1), (10, 1), (14, 1), (15, 2), (20, 2), (150, 15)])
+def test_the_worst_decile_of_clients(clients, lowest):
+    """Squares, so that no other number of them has the same mean; the order of rows says nothing."""
+    accuracy = np.random.default_rng(0).permutation(np.arange(clients) ** 2.0)
+    rows = [{"stage": "trained", "split": "test", **dict.fromkeys(METRICS, 0), "accuracy": a} for a in accuracy]
+    assert over_clients(rows)[0]["accuracy_worst"] == pytest.approx((np.arange(lowest) ** 2.0).mean())
 
 
 def test_bf16_agrees_with_fp32(tiny_arrays):
