@@ -30,7 +30,7 @@ from attack.access import ADVERSARIES, Target, Victim, open_target
 from attack.attacks import ATTACKS, unfit
 from attack.command import chosen_rounds, exit_status, folder_options, public_options, service_options
 from attack.latents import OBSERVED
-from attack.scene import FEW_IMAGES, Scene
+from attack.scene import CLIENT_LR, FEW_IMAGES, Scene
 from attack.tables import ATTACK_COLUMNS, WORST, Unit, read_attack, summarise, worst_identified
 from attack.verdict import judge
 from engine.signals import check, steady_output
@@ -70,6 +70,8 @@ def make_parser() -> Parser:
                    f"{FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
             Option("restarts", "how often a search starts anew", int, 3, within=(1, 1000)),
             Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),
+            Option("client_lr", "size of the client's SGD steps whose upload the curious server observes; where "
+                   "uploads are noised, a longer step shows more", float, CLIENT_LR, within=(1e-6, 10)),
             Option("train_epochs", "epochs of training on public images", int, 20, within=(1, HUGE)),
             *service_options(32), *public_options(10_000),
             Option("overwrite", "delete what earlier attacks on this run found", bool, False),

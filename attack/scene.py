@@ -22,8 +22,8 @@ from utils import InputError, rng, seed_torch
 OTHER_DATA = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # suggested for --public
 MIN_PUBLIC = 200       # images; with fewer, training on them is no use
 FEW_IMAGES = 8         # attacked where an attack is slow, unless --images says otherwise
-# Size of the SGD steps whose upload the curious server observes. A run's own steps are some hundred times shorter,
-# and noise hides less of a longer step: this is the best case for the adversary.
+# Default size of the SGD steps whose upload the curious server observes. A run's own steps are some hundred times
+# shorter, and noise hides less of a longer step: this is the best case for the adversary.
 CLIENT_LR = 0.1
 Observe = Callable[[np.ndarray], Any]   # numbers of N images -> what an attack observes of them
 
@@ -66,7 +66,7 @@ class Scene:
         images, labels = self.public_data
         self.public = PublicImages(as_floats(images[:args.public_images]), labels[:args.public_images],
                                    self.of_classes if same_classes(target, args.public) else None)
-        self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, CLIENT_LR,
+        self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, args.client_lr,
                              args.scores)
         seed_torch(args.seed, "evaluator")
         held_out = torch.from_numpy(np.concatenate(self.test))

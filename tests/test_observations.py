@@ -162,6 +162,20 @@ def test_the_dense_input_falls_as_the_noise_says(trained):
     assert found("nbafl", 0.1) > 0.9 and found("nbafl", 0.001) < 0.2
 
 
+def test_the_step_is_an_option(trained, capsys, monkeypatch):
+    """Hidden by the noise at one size and plain at another."""
+    seen, find = [], attacks.gradients.dense_input
+    monkeypatch.setattr(attacks.gradients, "dense_input", lambda one, layer: seen.append(one) or find(one, layer))
+    sizes = []
+    for lr in (0.1, 0.001):
+        seen.clear()
+        flags = ("--adversary", "curious_server", "--attack", "analytic", "--client_lr", lr)
+        assert trained.attack("nbafl", "--overwrite", *flags) == 0
+        sizes.append(flat(seen[0]).std().item())
+    assert sizes[1] > 50 * sizes[0]   # mostly noise, divided by the step
+    assert "--client_lr" in trained.refuses(capsys, "nbafl", "--client_lr", 0)
+
+
 def test_the_clip_is_undone_by_an_adversary_that_knows_of_it(trained):
     victim, seen, clean = observed_beside_clean(trained, "quiet", 0.1, round=0)
     norm = flat(victim.sent_next).norm().item()
