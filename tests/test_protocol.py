@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attack import mi_attack, scene, scoring, tables
+from attack import latents, mi_attack, scene, scoring, tables
 from attack.access import Holdings
 from attack.adversary import Adversary, Budget, PublicImages
 from attack.attacks import ATTACKS
@@ -419,7 +419,8 @@ def test_the_evaluator_and_the_adversaries_know_no_private_image(attacked, tiny_
         results["evaluator"] = torch.cat([p.flatten() for p in made.evaluator.model.parameters()])
         results["accuracy"] = torch.tensor(made.evaluator.accuracy)
         results["public"] = made.public.images
-        for who, how, seen in (("stolen_model", "latent_decoder", torch.linspace(-1, 1, 192).reshape(3, 64)),
+        z = torch.linspace(-1, 1, 192).reshape(1, 3, 64)
+        for who, how, seen in (("stolen_model", "latent_decoder", [latents.Seen(z)]),
                                ("stolen_model", "mi_prior", None), ("curious_client", "mi_strong", None),
                                ("curious_server", "mi_strong", None), ("curious_server", "mi_prior", None),
                                ("prediction_api", "score_decoder", torch.eye(4)[:3])):
