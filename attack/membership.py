@@ -34,7 +34,8 @@ from utils import InputError, keep_freed_memory, printable, seed_torch, write_wh
 ADVERSARIES = ("curious_server", *MODELS)
 METRICS = ("auc", *(f"tpr_at_fpr_{rate:g}" for rate in FALSE_POSITIVE_RATES))
 NUMBERS = ["members", "non_members", *(name + end for name in METRICS for end in ("", "_low", "_high"))]
-COLUMNS = [*Unit._fields, *NUMBERS]   # of membership.csv
+KEY = ["adversary", "attack", "round", "client"]   # no attack here observes latents
+COLUMNS = [*KEY, *NUMBERS]   # of membership.csv
 
 
 def make_parser() -> Parser:
@@ -146,7 +147,7 @@ def write(target: Target, row: dict) -> None:
     """Write ``membership.csv`` anew with one more row, in place of that of the same attack, if any."""
     before, new = read(target), pd.DataFrame([row], columns=COLUMNS)
     table = pd.concat([before, new]) if len(before) else new
-    table = table.drop_duplicates(list(Unit._fields), keep="last").sort_values(list(Unit._fields))
+    table = table.drop_duplicates(KEY, keep="last").sort_values(KEY)
     write_whole(target.results / "membership.csv",
                 lambda file: table.to_csv(file, index=False, float_format="%.5g"))
 
