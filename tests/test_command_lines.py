@@ -57,7 +57,7 @@ def test_bad_values_are_refused(script, actions, capsys, name):
             assert stop.value.code == 2 and len(line.splitlines()) == 1 and action.dest in line, (value, line)
 
 
-RUNS = (*OF_MI_ATTACK, "conditioning", "ladder", "real_uploads")
+RUNS = (*sorted(OF_MI_ATTACK), "conditioning", "ladder", "real_uploads")
 
 
 @pytest.mark.parametrize("name, words", [
