@@ -430,7 +430,7 @@ def test_references_differ_in_images_and_draws(trained, monkeypatch):
     assert not any(torch.equal(first, other) for other in others)
 
 
-def test_a_reference_trains_in_the_rounds_of_its_client(trained):
+def test_a_reference_trains_in_the_rounds_of_its_client(trained, monkeypatch):
     """And in all where everything travels, since then somebody trained the client's model in each."""
     trained.train("some", "--rounds", 6, "--frac", 0.6, "--local_ep", 2)
     target = trained.target("some")
@@ -445,6 +445,11 @@ def test_a_reference_trains_in_the_rounds_of_its_client(trained):
         assert schedule(k, method="fedavg") == [(r, 2) for r in range(1, 7)]
     assert len(table[["client", "round"]].drop_duplicates()) == 12   # not 18
     assert schedule(0, 5) == [(1, 2), (2, 2), (3, 1)] and schedule(0, 1) == [(1, 1)]
+    seen = []
+    monkeypatch.setattr(references.Trainer, "train", lambda self, client, number, indices, sent, private: (
+        sent, private, seen.append((number, self.training.epochs))))
+    references.Alone(6, 0, 5, 1).train(target, torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
+    assert seen == [(1, 2), (2, 2), (3, 1)]
 
 
 def test_a_reference_that_cannot_be_trained_is_one_line(trained, tiny_arrays):
