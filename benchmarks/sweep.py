@@ -27,7 +27,8 @@ def sweep(args, clients: int) -> None:
     splits = driver.deal(args, data)[1][:clients]
     trainer = driver.make_trainer(args, data, choose_device(args.device))
     head, private = trainer.shared_and_private(trainer.state())
-    kept, server = [Private(private)] * clients, driver.make_server(args, trainer, splits)
+    kept = [Private(private)] * clients
+    server = driver.make_server(vars(args), min(len(own) for own, _ in splits))
     for r in range(1, args.rounds + 1):
         start, uploads, accuracy = time.monotonic(), {}, {"training": [], "trained": [], "deployed": []}
         for k, (own, validation) in enumerate(splits):
