@@ -122,7 +122,7 @@ def test_an_overwrite_killed_among_checkpoints_is_still_the_old_run(copy, finish
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_only_own_files_are_deleted(copy, opened_only, linked):
+def test_only_own_files_are_deleted(copy, opened_only, capsys, linked):
     """Not a thesis beside them, nor folders, links' targets and files whose names only begin like ours."""
     place = copy()
     if linked:
@@ -141,7 +141,7 @@ def test_only_own_files_are_deleted(copy, opened_only, linked):
     (place.results / "trust.png").mkdir()
     (place.models / "paper.pdf").write_text("mine")
     (place.models / "round_1.zip").write_text("mine")
-    assert place.main(*FLAGS, "--overwrite") == 2
+    assert "was opened" in place.refuses(capsys, *FLAGS, "--overwrite")
     assert {name: (place.results / name).read_text() for name in mine} == mine
     assert (place.folder / "target").read_text() == "mine" and not (place.results / "curves.png").exists()
     assert (place.results / "trust.png").is_dir() and place.results.is_symlink() == linked
@@ -219,9 +219,9 @@ def no_waiting():
 def put(path, kind):
     """Something that is no file of this program."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "link":
+    if kind in ("link", "link to nothing written"):
         target = path.parent / "target"
-        target.write_text("mine")
+        target.write_text("mine" if kind == "link" else "")
         path.symlink_to(target)
     elif kind == "pipe":
         os.mkfifo(path)
@@ -233,7 +233,8 @@ def put(path, kind):
         path.write_text(kind)
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "12345\n", "another program's, longer than a mark"])
+@pytest.mark.parametrize("kind", ["link", "link to nothing written", "pipe", "folder", "12345\n",
+                                  "another program's, longer than a mark"])
 @pytest.mark.parametrize("part", ["results", "models"])
 def test_a_lock_that_is_none_of_ours_is_refused(place, capsys, no_waiting, kind, part):
     folder = getattr(place, part)

@@ -142,6 +142,18 @@ def test_an_environment_of_no_process_is_refused(place, capsys, monkeypatch, nam
     assert not place.results.exists()
 
 
+@pytest.mark.parametrize("rank, waits", [(0, []), (1, [ranks.LAST_WORDS])])
+def test_the_first_process_has_time_to_say_what_is_wrong(place, capsys, monkeypatch, rank, waits):
+    """torchrun stops it when another ends."""
+    slept = []
+    monkeypatch.setattr(ranks.time, "sleep", slept.append)
+    for key, usual in {**WHOLE, "RANK": str(rank), "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, usual)
+    with pytest.raises(SystemExit):
+        place.main("--frac", 7)
+    assert slept == waits and ("--frac" in capsys.readouterr().err) == (rank == 0)
+
+
 def test_an_environment_of_one_process_among_others_is_read(monkeypatch):
     for key, usual in WHOLE.items():
         monkeypatch.setenv(key, usual)
