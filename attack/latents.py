@@ -168,8 +168,12 @@ def posterior_mean(adversary: Adversary, latents: list[Seen], count: int) -> tup
     """The mean of the public images, weighted by their likelihood: ``softmax(log q(z|x)) @ x``.
 
     For images drawn from the public ones no picture has a smaller expected squared error. Nothing is trained.
+    Without noise, as of ``mu``, it is the image with the nearest latent: the limit of ever less noise.
     """
     labels = labels_of(adversary, latents)
     images, _ = adversary.public_of(labels)
-    weight = log_likelihood(adversary, latents, images).softmax(1).float()
+    logs = log_likelihood(adversary, latents, images)
+    if all(seen.posterior(adversary, images[:1])[1] is None for seen in latents):
+        logs = torch.where(logs == logs.max(1, keepdim=True).values, 0.0, -torch.inf)
+    weight = logs.softmax(1).float()
     return (weight @ images.flatten(1)).unflatten(1, images.shape[1:])[None], labels

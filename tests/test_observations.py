@@ -320,6 +320,10 @@ def test_the_posterior_mean_by_hand(trained):
     logs = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(seen[0].draws[0][:, None]).sum(2)
     expected = (logs.double().softmax(1)[:, :, None, None, None] * public).sum(1)
     torch.testing.assert_close(found[0], expected.float(), atol=1e-3, rtol=1e-3)
+    exact = latents.observe(victim, x, y, None, "mu")
+    with torch.no_grad():
+        nearest = torch.cdist(adversary.holdings.posterior(x)[0], mu).argmin(1)
+    torch.testing.assert_close(latents.posterior_mean(adversary, exact, 2)[0][0], public[nearest])
     mine = PublicImages(torch.cat([public, x]), torch.zeros(len(public) + 2, dtype=torch.long))
     adversary.public = mine   # where the image itself is public, it is what is found
     torch.testing.assert_close(latents.posterior_mean(adversary, seen, 2)[0][0], x, atol=1e-3, rtol=1e-3)
