@@ -53,7 +53,7 @@ SCALE = {"rounds": 3, "local_ep": 1, "local_bs": 32, "images": 300, "after": 0} 
 CLEAN_ROUNDS = 3   # behind the encoders, and before the cells with whole models
 TRIGGERS = {triggers.patch: 1, triggers.blend: 2}   # trigger -> which third of a latent row
 # What the constants of `threat` are halved and doubled in; of COPY and KEEP it is what is left to 1.
-CONSTANTS = ("LONG", "AGAINST", "COPY", "KEEP", "STANDS_OUT", "TAKEN", "SHARE")
+CONSTANTS = ("LONG", "SPREADS", "AGAINST", "COPY", "KEEP", "STANDS_OUT", "TAKEN", "SHARE")
 LEFT_TO_ONE = ("COPY", "KEEP")
 
 

@@ -1,10 +1,10 @@
 """Weights that follow a threat model: ``w_k ~ min(n_k, median n) trust_k c_k / g_k``.
 
 The server has no data. It sees uploads, and asks of each what honest ones do not show, however different their
-classes are. Its trust in a round is a product of two factors, each 1 up to a bar that no honest client reached in
-what was measured:
+classes are. Its trust in a round is a product of two factors, each 1 up to a bar that hardly an honest client passes:
 
-- **norm**: an update over LONG median norms loses so much trust that it moves the mean less than one of that norm;
+- **norm**: an update longer than honest ones are (``longest``) loses so much trust that it moves the mean less than
+  one of that length;
 - **direction**: its cosine with the trusted mean of the others. Honest clients of other classes are orthogonal or
   slightly opposed, those of the same classes agree. What counts is clear opposition.
 
@@ -21,6 +21,7 @@ not, and the filter always takes its share.
 docs/threat-model.md has what was measured, how each constant was chosen, and what no weight can see.
 """
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from server.filtering import filtered
 from server.mean import Judgement, Memory, Round, Server, Setting, State, median, updates_of
 
-LONG = 1.5                         # in median norms: a longer update loses trust; honest ones had up to 1.52
+LONG, SPREADS = 1.5, 2.0           # see ``longest``; honest ones had up to 1.56 median norms
 AGAINST, OPPOSED = -0.6, -0.85     # cosines: trust begins to fall at the first and is 0 at the second
 COPY = 0.985                       # cosine of copies: two clients of the same two classes have up to 0.97
 KEEP = 0.8                         # share of the old average in the new one
@@ -72,7 +73,7 @@ class ThreatAware(Server):
         updates.scale((1 / ratio).clamp_max(1).float())
         gram = updates.gram()
         similarity, copies = likenesses(gram)
-        short = (LONG / ratio).clamp_max(1).square()
+        short = (longest(ratio) / ratio).clamp_max(1).square()
         # What was distrusted before is compared with what was not. Where nothing was trusted, with all of it: an
         # upload may so earn trust anew, but what it has stays low, and the round falls back.
         met_with = before if (before * short).sum() >= 1e-9 else 1.0
@@ -81,12 +82,12 @@ class ThreatAware(Server):
         trust = torch.where(met, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
         fallback = bool(trust.sum() < len(trust) / 2)
         sizes = capped(torch.tensor([round.sizes[k] for k in clients]).double())
-        start = sizes / copies * (short if fallback else trust)
+        weights = sizes / copies * (1 if fallback else trust / short)   # all of one length, as in ``gram``
         if len(gram) >= FEW:
-            start = filtered(gram, start, 0 if fallback else STANDS_OUT, TAKEN)
+            weights = filtered(gram, weights, 0 if fallback else STANDS_OUT, TAKEN)
         columns = {"norm_ratio": ratio, "cosine": cosine, "lookalike": similarity, "trust": trust}
         return Judgement(
-            dict(zip(clients, shared_out(start).tolist(), strict=True)),
+            dict(zip(clients, shared_out(weights * short).tolist(), strict=True)),
             self.remembered(round, dict(zip(clients, now.tolist(), strict=True)), fallback),
             {k: {name: column[i].item() for name, column in columns.items()} for i, k in enumerate(clients)})
 
@@ -149,6 +150,15 @@ def lengths(norms: Tensor) -> Tensor:
     """Each update's norm over the median norm."""
     norms = norms.clamp_min(1e-12)
     return norms / median(norms)
+
+
+def longest(ratio: Tensor) -> float:
+    """Return how long an update may be and keep its trust, in median norms.
+
+    It is SPREADS robust standard deviations of the logarithms, LONG at most: clients of equally many images have
+    updates of nearly the same length.
+    """
+    return min(LONG, math.exp(SPREADS * 1.4826 * median(ratio.log().abs()).item()))
 
 
 def cosines(gram: Tensor) -> Tensor:
