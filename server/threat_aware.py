@@ -1,10 +1,11 @@
 """Weights that follow a threat model: ``w_k ~ min(n_k, median n) trust_k c_k / g_k``.
 
 The server has no data. It sees uploads, and asks of each what honest ones do not show, however different their
-classes are. Its trust in a round is a product of two factors, each 1 up to a bar that hardly an honest client passes:
+classes are. Its trust in a round is a product of two factors, each 1 up to a bar that hardly any honest client
+passes:
 
-- **norm**: an update longer than honest ones are (``longest``) loses so much trust that it moves the mean less than
-  one of that length;
+- **norm**: an update longer than honest ones are (``longest``) loses trust, until it moves the mean less than one of
+  that length;
 - **direction**: its cosine with the trusted mean of the others. Honest clients of other classes are orthogonal or
   slightly opposed, those of the same classes agree. What counts is clear opposition.
 

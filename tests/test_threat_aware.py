@@ -205,8 +205,8 @@ def test_whoever_has_which_classes_nothing_stands_out(partition, clients):
 
 @pytest.mark.parametrize("spread, bar", [(0, 1), (0.1, math.exp(0.29652)), (0.5, 1.5)])
 def test_a_longer_update_moves_the_mean_less(spread, bar):
-    """Orthogonal updates, by hand: norms e^-2s, e^-s, 1, 1, e^s and the last have a median absolute deviation of s;
-    the bar is e^(2 x 1.4826 s), 1.5 at most. Beyond it weight falls faster than length grows."""
+    """Orthogonal updates, by hand: norms e^-2s, e^-s, 1, 1, e^s and the last have a median absolute deviation of
+    s; the bar is e^(2 x 1.4826 s), 1.5 at most. Beyond it weight falls faster than length grows."""
     others = torch.tensor([-2.0, -1, 0, 0, 1]).mul(spread).exp()
     moves = []
     for norm in (bar, 2 * bar, 30.0):
