@@ -385,14 +385,14 @@ def test_images_are_told_apart_at_the_start(trained, monkeypatch):
 
 def test_a_start_that_cannot_be_made_again_is_refused(trained, capsys):
     path = trained.results("rve_pfl") / "config.json"
-    text = path.read_text()
+    text, flags = path.read_text(), ("--rounds", 0, "--attack", "latent_likelihood")
     config = json.loads(text)
     try:
         for other in (None, "0123456789abcdef"):
             path.write_text(json.dumps({**config, "start": other}))
-            assert "--rounds 0" in trained.refuses(capsys, "rve_pfl", "--rounds", 0)
+            assert "--rounds 0" in trained.refuses(capsys, "rve_pfl", *flags)
         path.write_text(json.dumps({**config, "options": {**config["options"], "encoders_from": "fedavg"}}))
-        assert "encoders of run fedavg" in trained.refuses(capsys, "rve_pfl", "--rounds", 0)
+        assert "encoders of run fedavg" in trained.refuses(capsys, "rve_pfl", *flags)
     finally:
         path.write_text(text)
 
