@@ -140,7 +140,7 @@ def test_words_over_seeds(runs):
 
 
 @pytest.mark.parametrize("harm, reason", [
-    (lambda text: "", "No columns"), (lambda text: text.split("\n")[0] + "\n", "numbers"),
+    (lambda text: "", "no list of names"), (lambda text: text.split("\n")[0] + "\n", "numbers"),
     (lambda text: text.replace("class_rank", "rank"), "no column class_rank; attack the run again"),
     (lambda text: text.replace(",0.6,", ",high,"), "numbers"),
     (lambda text: text.replace(",0.6,", ",,"), "gaps"),
