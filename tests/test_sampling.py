@@ -135,6 +135,13 @@ def test_split_takes_a_tenth_of_each_class():
     assert np.bincount(labels[aside]).tolist() == [90, 10]
 
 
+def test_the_largest_remainder_gives_the_odd_image():
+    """A tenth of 16, 14 and 13 images is 4 of 43: one of each, and one more of the class with 1.6."""
+    labels = np.repeat([0, 1, 2], [13, 16, 14])
+    for seed in range(5):
+        assert np.bincount(labels[split(np.arange(43), labels, 0.1, rng(seed, "split"))[1]]).tolist() == [1, 2, 1]
+
+
 def test_splits_do_not_depend_on_other_clients():
     owned = partition(LABELS, 4, "iid", rng(1, "partition"))
     alone = split_all([owned[0]], LABELS, 0.1, 1, "split")[0]
@@ -167,6 +174,15 @@ def test_sample_clients():
     assert len(set(some)) == 10 and some == sorted(some)
     assert some != sample_clients(100, 0.1, rng(1, "sample", round=2))
     assert len(sample_clients(5, 1e-6, rng(1, "sample"))) == 1
+    assert len(sample_clients(10, 0.29, rng(1, "sample"))) == 3
+
+
+def test_poisson_sampling_takes_each_client_with_the_share_asked_for():
+    """Of 40,000 draws at 0.1, over 4,240 or under 3,760 have a probability of 1e-4; sizes vary as a binomial's."""
+    drawn = [sample_clients(100, 0.1, rng(1, "sample", round=r), poisson=True) for r in range(400)]
+    sizes = np.array(list(map(len, drawn)))
+    assert abs(sizes.sum() - 4000) < 240 and sizes.var() == pytest.approx(9, rel=0.35)
+    assert all(some == sorted(set(some)) for some in drawn) and set().union(*drawn) == set(range(100))
 
 
 def test_a_partition_of_the_users_own():
