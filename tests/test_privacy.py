@@ -109,6 +109,9 @@ def test_client_dps_noise(sampled):
     head, _, _ = server(Round(1, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1)))
     assert server.facts["sigma_of_the_mean"] == pytest.approx(2.0 * 0.7 / 5)
     assert head["w"].std().item() == pytest.approx(2.0 * 0.7 / 5, rel=0.02)
+    other, _, _ = server(Round(2, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1)))
+    both = torch.stack([head["w"], other["w"]])
+    assert abs(torch.corrcoef(both)[0, 1]) < 4 / math.sqrt(both.shape[1])   # drawn anew in every round
 
 
 def renyi(frac, rounds, delta, *noises):
