@@ -31,10 +31,13 @@ def arguments(argv: list[str]) -> Namespace:
     path = given.results_dir / str(given.run_name) / "config.json"
     if not (given.resume and given.run_name and path.exists()):
         return args_parser(argv)
+    advice = f"move {path.parent} away, or give another --run_name"
     try:
+        configs.of_this_program(path)
+        advice = "start again with --overwrite"
         stored = configs.completed(configs.read(path, *(option.name for option in common()))["options"])
     except InputError as error:
-        parser.error(f"{error}; start again with --overwrite")
+        parser.error(f"{error}; {advice}")
     unread = {option.name for option, *_ in idle(stored)}
     stored = {name: stored[name] for name in parser.options.keys() & stored.keys() - unread - HERE}
     parser.set_defaults(**stored)

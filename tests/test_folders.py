@@ -6,12 +6,13 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from reporting import summary
 from runs import folders
 from runs.csvs import append_csv, read_csv
 from runs.run import Run
-from utils import InputError
+from utils import InputError, environment
 
 
 class Killed(BaseException):
@@ -73,7 +74,8 @@ def opened_only(driver, monkeypatch):
     def stop(*_):
         raise InputError("was opened")
     monkeypatch.setattr(driver, "federate", stop)
-    monkeypatch.setattr(driver, "environment", lambda device: {})   # it asks git
+    here = environment(torch.device("cpu"))   # which asks git
+    monkeypatch.setattr(driver, "environment", lambda device: here)
     monkeypatch.setattr(Run, "write_partition", lambda *_: None)
 
 
