@@ -40,7 +40,7 @@ from server.malicious import BEHAVIOURS
 from server.mean import State
 from server.rules import RULES
 from update import Private
-from utils import InputError, printable, write_whole
+from utils import InputError, printable, shown, write_whole
 
 
 def write_config(folder: Path, config: dict) -> None:
@@ -273,16 +273,8 @@ class Run:
             raise InputError(f"{self.models} holds the checkpoints of the run in {theirs}; give its "
                              "--results_dir, or this run another --models_dir or --run_name, or use "
                              "--overwrite to delete them")
-        foreign = [p.name for p in self.results.iterdir() if not p.name.startswith(".")]
         if not path.exists():
-            if foreign:
-                raise InputError(f"{self.results} holds {foreign[0]} but no config.json, so it is no run of "
-                                 "this program; move it away or give another --run_name")
-            folders.refuse_foreign(*folders.scraps(self.models), *checkpoints.values())
-            if not overwrite and (checkpoints or folders.scraps(self.models)):
-                raise InputError(f"{self.models} holds checkpoints, but {path} is gone; use --overwrite to "
-                                 "delete them, or another --run_name")
-            self._delete_earlier()
+            self._admit_new(overwrite)
             return False
         try:
             config = configs.of_this_program(path)
@@ -313,6 +305,19 @@ class Run:
         self.config["options"]["save_rounds"] = sorted(self.rounds_kept)
         self.past = resuming.environments(old)
         return finished and not more
+
+    def _admit_new(self, overwrite: bool) -> None:
+        """Return if the results' folder is empty and nothing else is in the way of a new run."""
+        foreign = [p.name for p in self.results.iterdir() if not p.name.startswith(".")]
+        if foreign:
+            raise InputError(f"{self.results} holds {shown(foreign[0])} but no config.json, so it is no run of "
+                             "this program; move it away or give another --run_name")
+        left = [*folders.scraps(self.models), *folders.checkpoints(self.models).values()]
+        folders.refuse_foreign(*left)
+        if left and not overwrite:
+            raise InputError(f"{self.models} holds checkpoints, but {self.results / 'config.json'} is gone; use "
+                             "--overwrite to delete them, or another --run_name")
+        self._delete_earlier()
 
     def _delete_earlier(self, config: dict | None = None) -> None:
         """Delete the files of the run that is overwritten.
