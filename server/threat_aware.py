@@ -4,8 +4,8 @@ The server has no data. It sees uploads, and asks of each what honest ones do no
 classes are. Its trust in a round is a product of two factors, each 1 up to a bar that hardly any honest client
 passes:
 
-- **norm**: an update longer than honest ones are (``longest``) loses trust, until it moves the mean less than one of
-  that length;
+- **norm**: an update longer than honest ones are (``longest``) loses trust, until it moves the mean less than one
+  of that length;
 - **direction**: its cosine with the trusted mean of the others. Honest clients of other classes are orthogonal or
   slightly opposed, those of the same classes agree. What counts is clear opposition.
 
