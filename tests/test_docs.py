@@ -228,8 +228,8 @@ def test_members_by_hand():
      "13 | 0.993, 0.970 | 3.9 | 1.1, 1.8 | 97 (131) | 73, 2 of 16"),
     ("server-others", "`mimic`, heads",
      "6 | – | 0.7, 2.9 | 28.0, 77.5 | 9.3, 32.9 | 1.3, 8.0 | 20.1, 55.2 | -0.3, 1.1 | -0.4, 1.1"),
-    ("server-nobody", "`mnist10k`, whole models, shards",   # means of 0.60449 and 0.72247, of 0.25843 and 0.4382
-     "11, 12 | 0.663, 0.348 | 1.00 | 1.00"),
+    ("server-nobody", "`mnist10k`, whole models, shards",   # means over three seeds: 0.57978, 0.68764, 0.56517
+     "11, 12, 13 | 0.611, 0.300 | 1.00 | 1.00"),
     ("server-backdoors", "`mnist10k`, `backdoor_patch`, whole models, iid",
      "– | 0.61 (0.58 to 0.64) | 0.13 (0.09 to 0.17) | 0.01 (0.01 to 0.01)"),
     ("conditioning", "`cifar10k`, `lg_fedavg`", "3072 | 3026 to 3029; 494 to 586 | 3072; 10.9 to 12.1"),
