@@ -78,7 +78,7 @@ def test_where_a_capture_fails_plain_steps_go_on(tiny_arrays):
 
 def test_what_the_driver_picks(driver, place):
     """No graph on a CPU."""
-    args = driver.args_parser(place.argv())
+    args = driver.arguments(place.argv())
     data = driver.datasets.load("tiny", args.data_dir)
     assert type(driver.make_trainer(args, data, torch.device("cpu"))) is driver.Trainer
 
