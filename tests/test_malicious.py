@@ -12,6 +12,7 @@ from server import forging, triggers
 from server.forging import Knowledge, harm, min_max_reach, min_sum_reach, tuned
 from server.malicious import BEHAVIOURS, MaliciousClients, pair_flipped
 from server.mean import Round, Server, Setting, moved, updates_of
+from server.privacy import NbAFL
 from server.rules import RULES
 from update import Trainer
 
@@ -102,8 +103,9 @@ def test_the_adaptive_one_harms_each_rule_more_than_its_fixed_cousins():
 
 
 def test_asking_a_server_leaves_it_as_it_was():
-    for name, rule in RULES.items():
-        server = rule.server(Setting(clients=3, options={"clip_noise": 0.1}))
+    setting = Setting(clients=3, options={"clip_noise": 0.1}, epsilon=8.0, delta=1e-5, exposures=1)
+    servers = {name: rule.server(setting) for name, rule in RULES.items()} | {"nbafl": NbAFL(setting)}
+    for name, server in servers.items():
         before, sent = {key: str(value) for key, value in server.memory.items()}, {"w": torch.zeros(5)}
         uploads = {k: {"w": torch.full((5,), float(k + 1))} for k in range(3)}
         round = Round(1, sent, uploads, dict.fromkeys(uploads, 1))
@@ -206,7 +208,20 @@ def test_forgers_know_what_the_server_would_make_of_it():
     made.behaviour = dataclasses.replace(made.behaviour, forge=note)
     head = server(made.forge(Round(1, sent, uploads, dict.fromkeys(uploads, 3)), server)).head
     torch.testing.assert_close(updates_of(sent, [head])[0], told[0])
+    bad, = made.members
+    honest = [k for k in range(5) if k != bad]
+    made.behaviour = dataclasses.replace(made.behaviour, forge=lambda known: told.append(known) or known.own)
+    made.forge(Round(1, sent, uploads, dict.fromkeys(uploads, 3)), server)
+    assert torch.equal(told[1].honest, updates_of(sent, [uploads[k] for k in honest]))
+    assert torch.equal(told[1].own, updates_of(sent, [uploads[bad]]))
     assert torch.equal(moved(sent, torch.zeros(6))["w"], sent["w"]) and forging.SHARES[0] == 1.0
+
+
+def test_only_the_malicious_claim_more_images():
+    made = MaliciousClients("false_size", 0.4, 5, seed=1)
+    uploads = {k: {"w": torch.zeros(1)} for k in range(5)}
+    arrived = made.forge(Round(1, {"w": torch.zeros(1)}, uploads, dict.fromkeys(uploads, 3)), Server(Setting()))
+    assert arrived.sizes == {k: 30 if k in made.members else 3 for k in range(5)}
 
 
 def test_forgers_know_the_least_trust_in_any_of_them():
