@@ -29,9 +29,9 @@ from metrics import over_clients
 from runs.checkpoint import borrowed_encoders, finished_source
 from runs.resuming import arguments
 from runs.run import Progress, Run, open_run
+from server.base import Aggregated, Round, Server, State
 from server.malicious import MaliciousClients
-from server.mean import Aggregated, Round, Server, State
-from update import Diverged, Private, Trained, Trainer, training_of
+from update import ClientState, Diverged, LocalUpdate, Trainer, training_of
 from utils import (
     InputError,
     choose_device,
@@ -92,7 +92,7 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
         print(f"note: {large}", file=sys.stderr)
     images, notes = sampling.described(data, owned, splits, args)
     trainer = make_trainer(args, data, device)
-    warm = replace(trainer, method=trainer.method.in_round(1, vars(args))) if args.warm_rounds else trainer
+    warm = replace(trainer, method=trainer.method.in_round(1, vars(args))) if args.full_sharing_rounds else trainer
     head, private = warm.shared_and_private(trainer.state())
     protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
     config = {
@@ -104,7 +104,7 @@ def run_all(args: Namespace, ranks: Ranks, interrupts: Interrupts) -> None:
     if args.encoders_from and not args.resume:   # before anything of this run is written
         finished_source(args)
     malicious = MaliciousClients(args.malicious_behaviour, args.malicious_frac, args.num_users, args.seed)
-    with open_run(config, Private(private), head, dict(server.memory), ranks) as run:
+    with open_run(config, ClientState(private), head, dict(server.memory), ranks) as run:
         if not run.finished:
             if ranks.first:
                 for note in notes:
@@ -177,7 +177,7 @@ class Federation:
     """Everyone who takes part in a run, as this process knows them.
 
     Args:
-        trainers: of the first ``--warm_rounds``, in which the whole network travels, and of the others.
+        trainers: of the first ``--full_sharing_rounds``, in which the whole network travels, and of the others.
         owned: what each client owns.
         splits: what each client trains on, and what is held out.
     """
@@ -192,11 +192,11 @@ class Federation:
 
     def trainer(self, number: int) -> Trainer:
         """Who trains in a round."""
-        return self.trainers[number > self.args.warm_rounds]
+        return self.trainers[number > self.args.full_sharing_rounds]
 
     def send(self, number: int, run: Run) -> State:
         """What clients receive in a round. In the first after the warm ones, they keep the rest as their own."""
-        if number != self.args.warm_rounds + 1 or number == 1:
+        if number != self.args.full_sharing_rounds + 1 or number == 1:
             return run.progress.head
         head, kept = self.trainer(number).method.shared_and_private(run.progress.head)
         run.private.start_from(kept)
@@ -246,20 +246,20 @@ class Federation:
         return uploads, list(itertools.chain(*self.ranks.gather(rows).values()))
 
     def _train_each(self, number: int, indices: dict[int, np.ndarray], sent: State,
-                    run: Run) -> Iterator[tuple[int, Trained | Diverged]]:
+                    run: Run) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
         """Every client's training, malicious clients last and as they behave."""
         for trainer, own in self.malicious.groups(self.trainer(number), indices):
             for k, outcome in train_each(trainer, number, own, sent, run.private.get, self.args.stack):
-                if isinstance(outcome, Trained):
+                if isinstance(outcome, LocalUpdate):
                     outcome = self.malicious.retrained(trainer, k, number, len(own[k]), outcome)
                 yield k, outcome
 
     def warns(self, round: Round, run: Run) -> bool:
         """Whether a round has too few uploads for its rule to tell who is malicious; says so on the first rank."""
-        few = self.ranks.first and len(round.uploads) < self.server.fewest
+        few = self.ranks.first and len(round.uploads) < self.server.min_uploads
         if few:
             run.say(f"warning: --aggregation {self.args.aggregation} cannot tell who is malicious among fewer "
-                    f"than {self.server.fewest} uploads; round {round.number} has {len(round.uploads)}")
+                    f"than {self.server.min_uploads} uploads; round {round.number} has {len(round.uploads)}")
         return few
 
     def aggregate(self, round: Round) -> Aggregated:
@@ -289,7 +289,7 @@ class Federation:
         honest = [row for row in rows if row["client"] not in bad] or rows
         means = [{"round": round.number, **mean, "seconds": seconds} for mean in over_clients(honest)]
         server = [{"round": round.number, **row, "malicious": int(row["client"] in bad)}
-                  for row in aggregated.rows] if self.trainer(round.number).method.travels else []
+                  for row in aggregated.rows] if self.trainer(round.number).method.shared else []
         progress = Progress(round.number, aggregated.head, round.sent, aggregated.uploads,
                             memory=dict(self.server.memory))
         run.end_round(progress, self.server.facts,

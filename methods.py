@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import models
 from parsing import HUGE, TINY, Option
-from server.mean import Server, Setting, State
+from server.base import Server, Setting, State
 from server.privacy import AdaptiveClientDP, ClientDP, NbAFL, usual_delta
 from server.rules import RULES
 
@@ -43,7 +43,7 @@ PRIOR = Option("prior", "what KL is taken to: normal is N(0, I), as published; c
 PRIOR_APART = Option("prior_apart", "how far apart the priors of --prior class start: the standard deviation over "
                      "classes of each number of their means", float, unread=models.APART, within=(0, 10),
                      group="privacy")
-WARM_ROUNDS = Option("warm_rounds", "first rounds in which the whole network travels, before the method's own "
+FULL_SHARING_ROUNDS = Option("full_sharing_rounds", "first rounds in which the whole network is shared, before the method's own "
                      "rule", int, unread=0, within=(0, HUGE), group="federated")
 EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; of the whole run with client-level DP, "
                  "whose noise it decides (8 if neither it nor --noise_multiplier is given)", float,
@@ -92,7 +92,7 @@ class Method:
         about: a few words.
         source: where it was published.
         network: what a client trains.
-        travels: prefixes of the parameters that leave a client: ``classifier.`` is the head, and all of the plain
+        shared: prefixes of the parameters that leave a client: ``classifier.`` is the head, and all of the plain
             CNN; none where nothing leaves.
         reads: the options that it reads besides those of all methods, with their defaults.
         by_dataset, by_partition: other defaults for a data set or a partition; the partition's win.
@@ -105,7 +105,7 @@ class Method:
     about: str
     source: str
     network: type[models.Network]
-    travels: tuple[str, ...]
+    shared: tuple[str, ...]
     reads: Values
     by_dataset: Mapping[str, Values] = field(default_factory=dict)
     by_partition: Mapping[str, Values] = field(default_factory=dict)
@@ -123,16 +123,16 @@ class Method:
 
     @property
     def shares_whole_head(self) -> bool:
-        """Whether every parameter of the head travels."""
-        return bool(self.travels) and "classifier.".startswith(self.travels)
+        """Whether every parameter of the head shared."""
+        return bool(self.shared) and "classifier.".startswith(self.shared)
 
     def in_round(self, number: int, options: Mapping[str, Any]) -> "Method":
-        """The row that holds in a round: everything travels in the first ``warm_rounds``.
+        """The row that holds in a round: everything shared in the first ``full_sharing_rounds``.
 
         Args:
             options: the run's, by name.
         """
-        return replace(self, travels=("",)) if number <= (options.get("warm_rounds") or 0) else self
+        return replace(self, shared=("",)) if number <= (options.get("full_sharing_rounds") or 0) else self
 
     @property
     def protects(self) -> bool:
@@ -140,8 +140,8 @@ class Method:
         return self.server is not None and self.server.protects
 
     def shared_and_private(self, state: State) -> tuple[State, State]:
-        """A state dict -> what travels, and what stays with the client."""
-        shared = {name: value for name, value in state.items() if name.startswith(self.travels)}
+        """A state dict -> what shared, and what stays with the client."""
+        shared = {name: value for name, value in state.items() if name.startswith(self.shared)}
         return shared, {name: value for name, value in state.items() if name not in shared}
 
     def count(self, model: nn.Module) -> dict[str, int]:
@@ -150,7 +150,7 @@ class Method:
         parts = {part: sum(n for name, n in sizes.items() if name.startswith(f"{part}."))
                  for part, _ in model.named_children()}
         travelling = self.shared_and_private(model.state_dict())[0]
-        return {**parts, "total": sum(sizes.values()), "travels": sum(sizes[name] for name in travelling)}
+        return {**parts, "total": sum(sizes.values()), "shared": sum(sizes[name] for name in travelling)}
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int,
               options: Mapping[str, object]) -> models.Network:
@@ -194,7 +194,7 @@ def inner_attacker(step: Step) -> Tensor:
 
 
 def proximal(step: Step) -> Tensor:
-    """``mu / 2 ||w - w_t||^2`` over what travels (Wei et al. 2020, eq. 5; Li et al. 2020)."""
+    """``mu / 2 ||w - w_t||^2`` over what shared (Wei et al. 2020, eq. 5; Li et al. 2020)."""
     now = dict(step.model.named_parameters())
     apart = torch.stack([(now[name] - value).square().sum() for name, value in step.sent.items()])
     return step.options["prox"] / 2 * apart.sum()
@@ -218,10 +218,10 @@ PROX_ON_MIXED = {"dirichlet": {LR: 3e-3, PROX: 0.1}, "iid": {LR: 3e-3, PROX: 0.0
 METHODS = {
     "rve_pfl": Method(
         "the paper", "Issa et al. 2024, doi 10.1109/TIFS.2024.3368879", models.RVE, HEAD,
-        {**VARIATIONAL, AGGREGATION: "threat", ENCODERS_FROM: None, WARM_ROUNDS: 0}, ON_CIFAR),
+        {**VARIATIONAL, AGGREGATION: "threat_aware", ENCODERS_FROM: None, FULL_SHARING_ROUNDS: 0}, ON_CIFAR),
     "lg_fedavg": Method(
         "its deterministic control", "Liang et al. 2020, arXiv 2001.01523", models.EncoderClassifier,
-        HEAD, {**PRIVATE_ENCODER, ENCODERS_FROM: None, WARM_ROUNDS: 0}, ON_CIFAR),
+        HEAD, {**PRIVATE_ENCODER, ENCODERS_FROM: None, FULL_SHARING_ROUNDS: 0}, ON_CIFAR),
     "local": Method(
         "RVE-PFL's model, nothing shared: the honest floor", "", models.RVE, (),
         {option: value for option, value in VARIATIONAL.items() if option is not AGGREGATION}, ON_CIFAR),
@@ -249,7 +249,7 @@ METHODS = {
         {**TRAINING, LOSS_WEIGHT: 0.3}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=inner_attacker),
     "rve_pfl_trunk": Method(
         "RVE-PFL whose encoders share all but mu and logvar", "", models.RVE, (*HEAD, "encoder.trunk."),
-        {**VARIATIONAL, WARM_ROUNDS: 0}, ON_CIFAR),
+        {**VARIATIONAL, FULL_SHARING_ROUNDS: 0}, ON_CIFAR),
     "nbafl_prox": Method(
         "NbAFL with its proximal term", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
         {**NBAFL, PROX: 1.0}, {"cifar": {**CNN_ON_CIFAR["cifar"], PROX: 0.1}}, PROX_ON_MIXED, server=NbAFL,

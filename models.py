@@ -30,13 +30,13 @@ class Output(NamedTuple):
         logits: ``N x num_classes``.
         kl: nats an image, ``N``; None where the network has no noise, and so bounds nothing.
         features: what the method's own loss looks at.
-        rehearsal: the head's cross-entropy on draws of a ``ClassPrior``, in training, ``N``; else None.
+        replay: the head's cross-entropy on draws of a ``ClassPrior``, in training, ``N``; else None.
     """
 
     logits: Tensor
     kl: Tensor | None = None
     features: Tensor | None = None
-    rehearsal: Tensor | None = None
+    replay: Tensor | None = None
 
 
 class Network(nn.Module):
@@ -359,12 +359,12 @@ class RVE(Network):
         return None if y is None else self.prior.kl(mu, logvar, y)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
-        """Logits from one draw of z, and KL; with a prior for each class, also the head's rehearsal."""
+        """Logits from one draw of z, and KL; with a prior for each class, also the head's replay."""
         mu, logvar = self.encoder(x)
         logits = self.classifier(as_image(reparameterise(mu, logvar), self.image_shape))
-        return Output(logits, self.kl(mu, logvar, y), rehearsal=self.rehearsal(len(x), x.device))
+        return Output(logits, self.kl(mu, logvar, y), replay=self.replay(len(x), x.device))
 
-    def rehearsal(self, count: int, device: torch.device) -> Tensor | None:
+    def replay(self, count: int, device: torch.device) -> Tensor | None:
         """The head's cross-entropy on ``count`` draws of the priors of random classes; None in evaluation.
 
         A client that owns two classes would train the head to forget the other eight. Drawn from their priors,

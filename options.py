@@ -241,14 +241,14 @@ def contradiction(args: argparse.Namespace) -> str | None:
     """What no single option shows, or None."""
     if args.save_rounds and max(args.save_rounds) > args.rounds:
         return f"--save_rounds {max(args.save_rounds)}: there are only --rounds {args.rounds}"
-    if args.warm_rounds is not None and args.warm_rounds >= args.rounds:
-        return (f"--warm_rounds {args.warm_rounds}: none of --rounds {args.rounds} would be left for the method's "
+    if args.full_sharing_rounds is not None and args.full_sharing_rounds >= args.rounds:
+        return (f"--full_sharing_rounds {args.full_sharing_rounds}: none of --rounds {args.rounds} would be left for the method's "
                 "own rule; give fewer")
     if args.malicious_frac and not round_down(args.malicious_frac * args.num_users):
         return (f"--malicious_frac {args.malicious_frac:g}: of --num_users {args.num_users} that is nobody; give "
                 f"{1 / args.num_users:g} or more, or leave it out")
     for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("resplit", "keep_split"),
-                          ("warm_rounds", "encoders_from")):
+                          ("full_sharing_rounds", "encoders_from")):
         if getattr(args, first) and getattr(args, second):
             return f"--{first} and --{second} contradict each other; leave one out"
     return None
@@ -259,11 +259,11 @@ def misfit(args: argparse.Namespace, method: Method) -> str | None:
     if method.server is not None and args.aggregation not in (None, "mean"):
         return (f"--aggregation {args.aggregation}: weights or rules that follow the uploads break the privacy "
                 f"accounting of --method {args.method}; leave it out")
-    if not method.travels and args.malicious_frac:
+    if not method.shared and args.malicious_frac:
         return (f"--malicious_frac {args.malicious_frac:g}: nothing travels with --method {args.method}; leave it "
                 "out")
     row = BEHAVIOURS.get(args.malicious_behaviour)
-    if row is not None and row.whole_head and method.travels and not method.shares_whole_head:
+    if row is not None and row.whole_head and method.shared and not method.shares_whole_head:
         return (f"--malicious_behaviour {args.malicious_behaviour}: needs the whole head, of which --method "
                 f"{args.method} keeps a part private; choose another")
     return None

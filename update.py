@@ -11,7 +11,7 @@ from torch import Tensor
 from methods import Method, Step
 from metrics import Tally
 from models import Network, Output
-from server.mean import State
+from server.base import State
 from utils import rng, seed_torch
 
 SHIFT = 4   # pixels, of --augment flip+shift
@@ -22,7 +22,7 @@ class Diverged(Exception):
 
 
 @dataclass
-class Private:
+class ClientState:
     """What never leaves a client: its parameters, and the optimiser steps it has made.
 
     Attributes:
@@ -44,7 +44,7 @@ class Private:
         return next((value.device.type for value in self.parameters.values()), "cpu")
 
 
-class Trained(NamedTuple):
+class LocalUpdate(NamedTuple):
     """What comes out of a client's local training.
 
     Args:
@@ -54,7 +54,7 @@ class Trained(NamedTuple):
     """
 
     upload: State
-    private: Private
+    private: ClientState
     metrics: dict[str, float]
 
 
@@ -137,7 +137,7 @@ class Trainer:
         shared, private = self.method.shared_and_private(state)
         return {name: value.cpu() for name, value in shared.items()}, private
 
-    def train(self, client: int, round: int, indices: np.ndarray, sent: State, private: Private) -> Trained:
+    def train(self, client: int, round: int, indices: np.ndarray, sent: State, private: ClientState) -> LocalUpdate:
         """``epochs`` local epochs on ``objective``.
 
         Raises:
@@ -160,17 +160,17 @@ class Trainer:
                 raise self.diverged(client, round)
         return self.trained(client, round, self.state(), steps, tally)
 
-    def trained(self, client: int, round: int, state: State, steps: int, tally: Tally) -> Trained:
+    def trained(self, client: int, round: int, state: State, steps: int, tally: Tally) -> LocalUpdate:
         """What ``train`` returns, of a client's parameters after training, or Diverged."""
         if not torch.stack([value.isfinite().all() for value in state.values()]).all():   # by the last step
             raise self.diverged(client, round)
         upload, kept = self.shared_and_private(state)
         own = upload if self.method.protects else {}
-        return Trained(upload, Private(kept, steps, own), tally.result(self.num_classes))
+        return LocalUpdate(upload, ClientState(kept, steps, own), tally.result(self.num_classes))
 
     @torch.inference_mode()
     def evaluate(self, client: int, round: int, indices: np.ndarray, shared: State,
-                 private: Private) -> dict[str, float]:
+                 private: ClientState) -> dict[str, float]:
         """Metrics of ``p(y|x)``, averaged over ``eval_samples`` draws of z; loss is its cross-entropy."""
         self.seed("evaluate", client, round)
         self._load(shared, private)
@@ -199,8 +199,8 @@ class Trainer:
         """
         loss = F.cross_entropy(output.logits, labels, reduction="none")
         whole = loss if output.kl is None else loss + self.training.beta(round) * output.kl
-        if output.rehearsal is not None:
-            whole = whole + output.rehearsal
+        if output.replay is not None:
+            whole = whole + output.replay
         if self.method.loss is not None:
             whole = whole + self.method.loss(Step(self.model, images, output, sent, self.training.options))
         return whole, loss
@@ -274,7 +274,7 @@ class Trainer:
         """Let what follows draw what one client's work in one round draws."""
         seed_torch(self.training.seed, purpose, client, round)
 
-    def _load(self, shared: State, private: Private) -> None:
+    def _load(self, shared: State, private: ClientState) -> None:
         self.model.load_state_dict({**shared, **private.parameters})
 
     def make_optimizer(self, parameters: State) -> torch.optim.Optimizer:
@@ -306,7 +306,7 @@ class Trainer:
 
 
 def one_by_one(trainer: Trainer, number: int, indices: dict[int, np.ndarray], sent: State,
-               private: Callable[[int], Private]) -> Iterator[tuple[int, Trained | Diverged]]:
+               private: Callable[[int], ClientState]) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
     """Train clients one after another; what comes out of each.
 
     Args:

@@ -36,9 +36,9 @@ from methods import METHODS, Method, make_server
 from models import RVE, Network, as_image, over_draws, reparameterise
 from runs import configs
 from runs.checkpoint import checked_head, load_checked, read_private, read_shared, same_memory
-from server.mean import Round, Server, State
+from server.base import Round, Server, State
 from server.privacy import NbAFL
-from update import Private, Trainer, training_of
+from update import ClientState, Trainer, training_of
 from utils import InputError, fingerprint, plain_file, seed_torch
 
 Query = Callable[[Tensor], Tensor]   # images N x C x H x W -> probabilities N x num_classes
@@ -137,7 +137,7 @@ class Target:
         """
         seed_torch(self.options["seed"], "init")
         network = self.network()
-        if 0 < (self.options.get("warm_rounds") or 0) < round:
+        if 0 < (self.options.get("full_sharing_rounds") or 0) < round:
             path = self.file(round, "server.pt")
             stays = self.row(round).shared_and_private(network.state_dict())[1]
             network.load_state_dict(checked_head(load_checked(path).get("warm"), stays, path), strict=False)
@@ -176,14 +176,14 @@ class Target:
             raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
         return memory
 
-    def private(self, round: int, client: int) -> Private:
+    def private(self, round: int, client: int) -> ClientState:
         """``client_<k>.pt``: what never left the client."""
         travels, stays = self.row(round).shared_and_private(self.network().state_dict() if round else self.seeded)
         if not round:
-            return Private(stays)
+            return ClientState(stays)
         return read_private(self.file(round, f"client_{client}.pt"), stays, travels)
 
-    def own_head(self, round: int, client: int, private: Private) -> State:
+    def own_head(self, round: int, client: int, private: ClientState) -> State:
         """The head of the client's own model.
 
         It is the head that the client trained in this round, before any noise or clipping that protects the
@@ -236,7 +236,7 @@ def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path) 
 
 
 @dataclass(frozen=True)
-class Holdings:
+class Knowledge:
     """What an adversary has of one client in one round. A part that it does not have is None.
 
     Attributes:
@@ -294,7 +294,7 @@ class Holdings:
 
 
 def held(part: Part | None) -> Part:
-    """A part of ``Holdings`` that the attack needs.
+    """A part of ``Knowledge`` that the attack needs.
 
     Raises:
         LookupError: this adversary does not have it.
@@ -304,7 +304,7 @@ def held(part: Part | None) -> Part:
     return part
 
 
-def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) -> Holdings:
+def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) -> Knowledge:
     """What the adversary has of ``client`` after ``round``. The prediction service's is made by scene.py.
 
     Args:
@@ -336,15 +336,15 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
     parts = {name.removeprefix("encoder.") for name in network.state_dict() if name.startswith("encoder.")}
     known = {name: parameters[f"encoder.{name}"] for name in parts if f"encoder.{name}" in parameters}
     encoder = network.get_submodule("encoder") if known and known.keys() == parts else None
-    return Holdings(network.get_submodule("classifier") if whole else None, encoder, target.has_encoder,
+    return Knowledge(network.get_submodule("classifier") if whole else None, encoder, target.has_encoder,
                     target.data.image_shape, next_head, known={} if encoder is not None else known,
                     next_trunk=next_trunk)
 
 
-def posterior_in_parts(holdings: Holdings, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``Holdings.posterior`` of many images, 256 at a time."""
+def posterior_in_parts(knowledge: Knowledge, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``Knowledge.posterior`` of many images, 256 at a time."""
     with torch.no_grad():
-        parts = [holdings.posterior(part) for part in images.split(256)]
+        parts = [knowledge.posterior(part) for part in images.split(256)]
     logvar = [noise for _, noise in parts if noise is not None]
     return torch.cat([mu for mu, _ in parts]), torch.cat(logvar) if logvar else None
 
@@ -363,20 +363,20 @@ class Victim:
         network.load_state_dict({**shared, **self.private})
         return network
 
-    def _holdings(self, shared: State) -> Holdings:
+    def _holdings(self, shared: State) -> Knowledge:
         network = self._network(shared)
-        return Holdings(network.get_submodule("classifier"), getattr(network, "encoder", None),
+        return Knowledge(network.get_submodule("classifier"), getattr(network, "encoder", None),
                         self.target.has_encoder, self.target.data.image_shape)
 
-    def stolen(self) -> Holdings:
+    def stolen(self) -> Knowledge:
         """The client's own model."""
         return self._holdings(self.own)
 
     @torch.no_grad()
     def head_input(self, x: Tensor) -> Tensor:
         """Images ``N x C x H x W`` -> the head's input: the images, or one draw of z in their shape."""
-        holdings = self._holdings(self.own)
-        return as_image(holdings.sample(x), holdings.image_shape) if self.target.has_encoder else x
+        knowledge = self._holdings(self.own)
+        return as_image(knowledge.sample(x), knowledge.image_shape) if self.target.has_encoder else x
 
     @torch.no_grad()
     def noise(self, x: Tensor, y: Tensor) -> dict[str, float] | None:
@@ -393,8 +393,8 @@ class Victim:
         """
         if not self.target.has_encoder:
             return None
-        holdings = self._holdings(self.own)
-        mu, logvar = posterior_in_parts(holdings, x)
+        knowledge = self._holdings(self.own)
+        mu, logvar = posterior_in_parts(knowledge, x)
         if logvar is None:
             return None
         network = self._network(self.own)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attack import classes, learnt
-from attack.access import Holdings, posterior_in_parts
+from attack.access import Knowledge, posterior_in_parts
 from models import FlattenHWC
 
 flatten = FlattenHWC()
@@ -50,9 +50,9 @@ class Adversary:
         seed: seeds PyTorch for what several attacks use, by its name.
     """
 
-    def __init__(self, holdings: Holdings, start: nn.Module, public: PublicImages, kl_weight: float,
+    def __init__(self, knowledge: Knowledge, start: nn.Module, public: PublicImages, kl_weight: float,
                  budget: Budget, seed: Callable[[str], None] = lambda name: None) -> None:
-        self.holdings, self.start, self.public = holdings, start, public
+        self.knowledge, self.start, self.public = knowledge, start, public
         self.kl_weight, self.budget, self.seed = kl_weight, budget, seed
         self.decoders: dict[tuple[int, ...], learnt.Decode] = {}   # by the classes they were trained on
 
@@ -64,16 +64,16 @@ class Adversary:
             yield
 
     @cached_property
-    def whole_model(self) -> Holdings:
+    def whole_model(self) -> Knowledge:
         """A model from images to logits: the real one, or the real head behind a shadow encoder."""
-        if not self.holdings.has_encoder or self.holdings.encoder is not None:
-            return self.holdings
+        if not self.knowledge.has_encoder or self.knowledge.encoder is not None:
+            return self.knowledge
         with self.shared("shadow"):
-            return learnt.shadow_encoder(self.holdings, self.start, self.public.images, self.public.labels,
+            return learnt.shadow_encoder(self.knowledge, self.start, self.public.images, self.public.labels,
                                          self.budget.epochs, self.kl_weight)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``Holdings.posterior`` of many images, by the victim's encoder or by the shadow encoder."""
+        """``Knowledge.posterior`` of many images, by the victim's encoder or by the shadow encoder."""
         return posterior_in_parts(self.whole_model, images)
 
     def public_of(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class Adversary:
 
         Behind an encoder the inputs are inexact latents, so ``learnt.decoder`` decodes them.
         """
-        if not self.holdings.has_encoder:
+        if not self.knowledge.has_encoder:
             return inputs.clamp(0, 1)
         key = tuple(labels.unique().tolist())
         if key not in self.decoders:
@@ -115,12 +115,12 @@ class Adversary:
 
     def tv_weight(self, weight: float) -> float:
         """The weight of total variation in gradient inversion; 0 for latents, which are not smooth."""
-        return 0.0 if self.holdings.has_encoder else weight
+        return 0.0 if self.knowledge.has_encoder else weight
 
     def random_inputs(self, *shape: int) -> Tensor:
         """Random inputs of the head where the restarts of a search start, ``R x shape``."""
         noise = torch.randn(self.budget.restarts, *shape)
-        return noise if self.holdings.has_encoder else (0.5 + 0.2 * noise).clamp(0, 1)
+        return noise if self.knowledge.has_encoder else (0.5 + 0.2 * noise).clamp(0, 1)
 
     def random_images(self, count: int) -> Tensor:
         """Noisy copies of the mean public image where the restarts start, ``R x count x C x H x W``."""

@@ -14,30 +14,30 @@ from attack import classes, gradients, latents, learnt, newton
 from attack.access import Target, Victim, held, posterior_in_parts
 from attack.adversary import Adversary, Budget, flatten
 from methods import METHODS
-from server.mean import State
+from server.base import State
 
 # Attacks on classes: (adversary, labels P) -> images R x P x C x H x W. Of each label, the adversary's own
 # choice comes first.
 
 def mi_face(adversary: Adversary, labels: Tensor) -> Tensor:
     """One run of ``classes.mi_face``, three times as long, since it has no restarts."""
-    return classes.mi_face(adversary.score(adversary.budget.draws), labels, adversary.holdings.image_shape,
+    return classes.mi_face(adversary.score(adversary.budget.draws), labels, adversary.knowledge.image_shape,
                            3 * adversary.budget.iterations)[None]
 
 
-def mi_strong(adversary: Adversary, labels: Tensor, draws: int | None = None) -> Tensor:
-    """``classes.mi_strong``; ``draws`` of z in place of the budget's, 0 for the mean of z."""
+def margin(adversary: Adversary, labels: Tensor, draws: int | None = None) -> Tensor:
+    """``classes.margin``; ``draws`` of z in place of the budget's, 0 for the mean of z."""
     start = adversary.random_images(len(labels))
     score = adversary.score(adversary.budget.draws if draws is None else draws)
     mean = adversary.public.images.mean(0)
-    return classes.mi_strong(score, labels, start, mean, adversary.budget.iterations)[0]
+    return classes.margin(score, labels, start, mean, adversary.budget.iterations)[0]
 
 
-def mi_prior(adversary: Adversary, labels: Tensor) -> Tensor:
-    """``classes.mi_prior`` with a generator of public images."""
+def gmi(adversary: Adversary, labels: Tensor) -> Tensor:
+    """``classes.gmi`` with a generator of public images."""
     generator = adversary.generator
     start = torch.randn(adversary.budget.restarts, len(labels), generator.size)
-    return classes.mi_prior(adversary.score(adversary.budget.draws), labels, generator.decode, start,
+    return classes.gmi(adversary.score(adversary.budget.draws), labels, generator.decode, start,
                             adversary.budget.iterations)[0]
 
 
@@ -72,7 +72,7 @@ def stacked(observed: list[State]) -> State:
 
 def dlg(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """``gradients.deep_leakage`` on each image's gradient."""
-    head, shape = held(adversary.holdings.next_head), adversary.holdings.image_shape
+    head, shape = held(adversary.knowledge.next_head), adversary.knowledge.image_shape
     outputs = len(observed[0]["output.bias"])
     tried = [[gradients.deep_leakage(head, one, 1, outputs, start[None], adversary.budget.iterations)
               for one, start in zip(observed, starts, strict=True)]
@@ -86,9 +86,9 @@ def dlg(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor
 
 def cosine_tv(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """``gradients.invert`` on each image's gradient."""
-    head, has_encoder = held(adversary.holdings.next_head), adversary.holdings.has_encoder
+    head, has_encoder = held(adversary.knowledge.next_head), adversary.knowledge.has_encoder
     labels = torch.stack([gradients.labels_of(one, 1) for one in observed])
-    start = adversary.random_inputs(len(observed), 1, *adversary.holdings.image_shape)
+    start = adversary.random_inputs(len(observed), 1, *adversary.knowledge.image_shape)
     found, _ = gradients.invert(lambda x, y: gradients.gradient(head, x, y), stacked(observed), labels, start,
                                 adversary.budget.iterations, adversary.tv_weight(1e-2), not has_encoder)
     return adversary.decode_inputs(found.squeeze(2), labels.squeeze(1)), labels.squeeze(1)
@@ -96,20 +96,20 @@ def cosine_tv(adversary: Adversary, observed: list[State], count: int) -> tuple[
 
 def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """Recover the exact input of the head's dense layer, then search images that lead to it."""
-    holdings, budget = adversary.holdings, adversary.budget
-    layers = list(held(holdings.next_head).get_submodule("features").children())
+    knowledge, budget = adversary.knowledge, adversary.budget
+    layers = list(held(knowledge.next_head).get_submodule("features").children())
     dense = next(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
     recovered = torch.stack([gradients.dense_input(one, f"features.{dense}") for one in observed])
-    start = adversary.random_inputs(len(observed), *holdings.image_shape)
+    start = adversary.random_inputs(len(observed), *knowledge.image_shape)
     found, _ = gradients.from_features(nn.Sequential(*layers[:dense]), recovered, start, budget.iterations,
-                                       adversary.tv_weight(1e-4), not holdings.has_encoder, lr=0.1)
+                                       adversary.tv_weight(1e-4), not knowledge.has_encoder, lr=0.1)
     labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
     return adversary.decode_inputs(found, labels), labels
 
 
 def trunk_analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """``analytic``, through an encoder's trunk that travels: its input is the image itself."""
-    trunk = held(adversary.holdings.next_trunk)
+    trunk = held(adversary.knowledge.next_trunk)
     layers = list(trunk.children())
     dense = next(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
     recovered = torch.stack([gradients.dense_input(one, f"trunk.{dense}") for one in observed])
@@ -121,33 +121,33 @@ def trunk_analytic(adversary: Adversary, observed: list[State], count: int) -> t
 
 def gauss_newton(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """The head's input by ``newton.head_input``, exact where it converges."""
-    holdings, budget = adversary.holdings, adversary.budget
-    found = newton.head_input(held(holdings.next_head), observed, holdings.image_shape,
+    knowledge, budget = adversary.knowledge, adversary.budget
+    found = newton.head_input(held(knowledge.next_head), observed, knowledge.image_shape,
                               hops=max(1, budget.iterations // 40), copies=budget.restarts)
     labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
     return adversary.decode_inputs(found[None], labels), labels
 
 
-def aligned(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+def feature_alignment(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """``newton.head_input``, then a decoder behind a shadow encoder that is aligned with the latents found."""
-    holdings, budget = adversary.holdings, adversary.budget
-    found = flatten(newton.head_input(held(holdings.next_head), observed, holdings.image_shape,
+    knowledge, budget = adversary.knowledge, adversary.budget
+    found = flatten(newton.head_input(held(knowledge.next_head), observed, knowledge.image_shape,
                                       hops=max(1, budget.iterations // 40), copies=budget.restarts))
     labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
     images, classes = adversary.public_of(labels)
-    shadow = learnt.shadow_encoder(holdings, adversary.start, images, classes, budget.epochs, adversary.kl_weight,
+    shadow = learnt.shadow_encoder(knowledge, adversary.start, images, classes, budget.epochs, adversary.kl_weight,
                                    learnt.moments_apart(found, labels))
     decode = learnt.latent_decoder(*posterior_in_parts(shadow, images), images, budget.epochs)
     return decode(found)[None], labels
 
 
-def gradient_likelihood(adversary: Adversary, observed: list[State], candidates: Tensor) -> tuple[Tensor, Tensor]:
+def gradient_reidentification(adversary: Adversary, observed: list[State], candidates: Tensor) -> tuple[Tensor, Tensor]:
     """``newton.head_input``, then the log-likelihood ``N x M`` of candidates for the latents found.
 
     The encoder is the seeded start before the first round, which the server knows, and later a shadow encoder.
     """
-    holdings, budget = adversary.holdings, adversary.budget
-    found = flatten(newton.head_input(held(holdings.next_head), observed, holdings.image_shape,
+    knowledge, budget = adversary.knowledge, adversary.budget
+    found = flatten(newton.head_input(held(knowledge.next_head), observed, knowledge.image_shape,
                                       hops=max(1, budget.iterations // 40), copies=budget.restarts))
     labels = torch.cat([gradients.labels_of(one, 1) for one in observed])
     return latents.log_likelihood(adversary, [latents.Seen(found[None])], candidates), labels
@@ -156,13 +156,13 @@ def gradient_likelihood(adversary: Adversary, observed: list[State], candidates:
 def invert_update(adversary: Adversary, observed: list[State], count: int,
                   steps: int) -> tuple[Tensor, Tensor]:
     """``gradients.invert`` on what ``observe_update`` gives, by simulating the same steps."""
-    holdings, budget = adversary.holdings, adversary.budget
-    head, batch = held(holdings.next_head), -(-count // steps)
+    knowledge, budget = adversary.knowledge, adversary.budget
+    head, batch = held(knowledge.next_head), -(-count // steps)
     labels = gradients.labels_of(observed[0], count, min(steps, count))
-    start = adversary.random_inputs(1, count, *holdings.image_shape)
+    start = adversary.random_inputs(1, count, *knowledge.image_shape)
     found, _ = gradients.invert(lambda x, y: gradients.epoch_update(head, x, y, budget.lr, batch),
                                 stacked(observed), labels[None], start, budget.iterations,
-                                adversary.tv_weight(1e-2), not holdings.has_encoder)
+                                adversary.tv_weight(1e-2), not knowledge.has_encoder)
     return adversary.decode_inputs(found.squeeze(1), labels), labels
 
 
@@ -177,7 +177,7 @@ def decode_scores(adversary: Adversary, observed: Tensor, count: int) -> tuple[T
     def centred(answers: Tensor) -> Tensor:
         logs = answers.clamp_min(1e-8).log()
         return logs - logs.mean(1, keepdim=True)
-    query, images = held(adversary.holdings.query), adversary.public.images
+    query, images = held(adversary.knowledge.query), adversary.public.images
     answers = torch.cat([centred(query(part)) for part in images.split(64)])
     decode = learnt.decoder(answers, None, images, adversary.budget.epochs)
     return decode(centred(observed))[None], observed.argmax(1)
@@ -268,10 +268,10 @@ HEAD = (shared_head, other_client, whole_head)
 # behind those of its adversary: before them it would change what they find.
 ATTACKS = {
     "mi_face": Attack(mi_face, None, WHITE_BOX, "Fredrikson et al. 2015", HEAD),
-    "mi_strong": Attack(mi_strong, None, WHITE_BOX, "margin, total variation, restarts", HEAD),
-    "mi_strong_mu": Attack(partial(mi_strong, draws=0), None, STOLEN, "the same, through the mean of z alone",
+    "margin": Attack(margin, None, WHITE_BOX, "margin, total variation, restarts", HEAD),
+    "margin_mu": Attack(partial(margin, draws=0), None, STOLEN, "the same, through the mean of z alone",
                            (noise,)),
-    "mi_prior": Attack(mi_prior, None, WHITE_BOX, "after Zhang et al. 2020, arXiv 1911.07135", HEAD),
+    "gmi": Attack(gmi, None, WHITE_BOX, "after Zhang et al. 2020, arXiv 1911.07135", HEAD),
     "dlg": Attack(dlg, observe_gradients, SERVER, "Zhu et al. 2019, arXiv 1906.08935", HEAD),
     "cosine_tv": Attack(cosine_tv, observe_gradients, SERVER, "Geiping et al. 2020, arXiv 2003.14053", HEAD),
     "analytic": Attack(analytic, observe_gradients, SERVER, "Phong et al. 2018, then a search", HEAD),
@@ -280,20 +280,20 @@ ATTACKS = {
     "epoch": Attack(partial(invert_update, steps=2), partial(observe_update, steps=2), SERVER,
                     "a local epoch simulated, after Geiping et al.", HEAD, unordered=True),
     "gauss_newton": Attack(gauss_newton, observe_gradients, SERVER, "exact where it converges", HEAD),
-    "aligned": Attack(aligned, observe_gradients, SERVER,
+    "feature_alignment": Attack(feature_alignment, observe_gradients, SERVER,
                       "gauss_newton, and a shadow encoder with the moments of its latents, after Xu et al. 2024",
                       (*HEAD, encoder)),
     "trunk_analytic": Attack(trunk_analytic, observe_trunk, SERVER, "analytic, through a trunk that is shared",
                              (shared_head, shared_trunk)),
-    "gradient_likelihood": Attack(gradient_likelihood, observe_gradients, SERVER,
+    "gradient_reidentification": Attack(gradient_reidentification, observe_gradients, SERVER,
                                   "gauss_newton, and the candidate with the largest log q(z|x)", (*HEAD, encoder),
                                   chooses=True),
     "latent_decoder": Attack(latents.decode, latents.observe, STOLEN, "a decoder trained on public images",
                              (encoder,), cheap=True),
-    "latent_likelihood": Attack(latents.likelihood, latents.observe, STOLEN,
+    "reidentification": Attack(latents.likelihood, latents.observe, STOLEN,
                                 "the candidate with the largest log q(z|x)", (encoder,), chooses=True,
                                 cheap=True),
-    "latent_prior": Attack(latents.most_likely, latents.observe, STOLEN,
+    "latent_generator": Attack(latents.most_likely, latents.observe, STOLEN,
                            "a search in a generator of public images", (encoder,)),
     "latent_search": Attack(latents.search, latents.observe, STOLEN, "Mahendran and Vedaldi 2015", (encoder,)),
     "posterior_mean": Attack(latents.posterior_mean, latents.observe, STOLEN,

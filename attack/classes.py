@@ -45,7 +45,7 @@ def mi_face(score: Score, labels: Tensor, image_shape: tuple[int, int, int], ite
     return best
 
 
-def mi_strong(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterations: int, tv: float = 3.0,
+def margin(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterations: int, tv: float = 3.0,
               pull: float = 0.3, lr: float = 0.05) -> tuple[Tensor, Tensor]:
     """Raise the margin ``log p - log(1 - p)`` by Adam; unlike p, it does not level off near 1.
 
@@ -66,7 +66,7 @@ def mi_strong(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterati
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
 
     def objective() -> Tensor:
-        return (-margin(score(x), y).clamp_max(20) + tv * total_variation(x)
+        return (-log_odds(score(x), y).clamp_max(20) + tv * total_variation(x)
                 + pull * (x - mean).square().mean((1, 2, 3)))
     for _ in range(iterations):
         optimizer.zero_grad()
@@ -79,7 +79,7 @@ def mi_strong(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterati
     return best_first(x.detach().unflatten(0, (restarts, problems)), value.unflatten(0, (restarts, problems)))
 
 
-def mi_prior(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, iterations: int,
+def gmi(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, iterations: int,
              weight: float = 0.05, lr: float = 0.05) -> tuple[Tensor, Tensor]:
     """Raise the margin over the images that a generator can draw.
 
@@ -93,14 +93,14 @@ def mi_prior(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, it
         weight: of ``-log N(code; 0, I)``.
 
     Returns:
-        As ``mi_strong``.
+        As ``margin``.
     """
     restarts, problems = start.shape[:2]
     code, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(restarts)
     optimizer = torch.optim.Adam([code], lr)
 
     def objective() -> Tensor:
-        return -margin(score(decoder(code)), y).clamp_max(20) + weight * 0.5 * code.square().sum(1)
+        return -log_odds(score(decoder(code)), y).clamp_max(20) + weight * 0.5 * code.square().sum(1)
     for _ in range(iterations):
         optimizer.zero_grad()
         objective().sum().backward()
@@ -110,7 +110,7 @@ def mi_prior(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, it
     return best_first(images.unflatten(0, (restarts, problems)), value.unflatten(0, (restarts, problems)))
 
 
-def margin(logs: Tensor, labels: Tensor) -> Tensor:
+def log_odds(logs: Tensor, labels: Tensor) -> Tensor:
     """Log-probabilities ``N x num_classes``, labels ``N`` -> ``log p - log(1 - p)`` of the labels, ``N``."""
     hit = torch.zeros_like(logs, dtype=torch.bool).scatter_(1, labels[:, None], True)
     return logs[hit] - logs.masked_fill(hit, -torch.inf).logsumexp(1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from server.mean import State
+from server.base import State
 
 BETA1, BETA2 = 0.9, 0.999   # of Adam, PyTorch's own
 POWER = 30   # iterations towards a first singular vector

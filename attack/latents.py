@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attack import gradients, learnt
-from attack.access import Holdings, Victim, held, hold, posterior_in_parts
+from attack.access import Knowledge, Victim, held, hold, posterior_in_parts
 from attack.adversary import Adversary, Budget
 from models import as_image, reparameterise
 
@@ -38,7 +38,7 @@ class Seen:
     """
 
     draws: Tensor
-    model: Holdings | None = None
+    model: Knowledge | None = None
     noisy: bool = True
 
     def posterior(self, adversary: Adversary, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -64,7 +64,7 @@ def observe(victim: Victim, x: Tensor, y: Tensor, budget: Budget, observed: str 
     return [Seen(drawn(view, x, int(observed[1:] or 1) if observed != "train" else 1))]
 
 
-def drawn(view: Holdings, x: Tensor, draws: int) -> Tensor:
+def drawn(view: Knowledge, x: Tensor, draws: int) -> Tensor:
     """Draws of z of images ``N x C x H x W``: ``S x N x D``."""
     mu, logvar = posterior_in_parts(view, x)
     mu = mu.expand(draws, *mu.shape)
@@ -73,9 +73,9 @@ def drawn(view: Holdings, x: Tensor, draws: int) -> Tensor:
 
 def labels_of(adversary: Adversary, latents: list[Seen]) -> Tensor:
     """The label that the heads give each image's latents, by their mean probability: ``N``."""
-    shape, found = adversary.holdings.image_shape, []
+    shape, found = adversary.knowledge.image_shape, []
     for seen in latents:
-        head = held((seen.model or adversary.holdings).head)
+        head = held((seen.model or adversary.knowledge).head)
         answers = torch.cat([head(part).softmax(1) for part in as_image(seen.draws, shape).split(512)])
         found.append(answers.unflatten(0, seen.draws.shape[:2]).mean(0))
     return torch.stack(found).mean(0).argmax(1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attack.access import Holdings, held
+from attack.access import Knowledge, held
 from models import RVE, as_image, kl_to_standard_normal, reparameterise
 
 Loss = Callable[[Tensor], Tensor]     # indices of a batch -> mean loss
@@ -38,25 +38,25 @@ def fit(parameters: list[Tensor], loss: Loss, count: int, epochs: int, lr: float
             schedule.step()
 
 
-def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels: Tensor, epochs: int,
-                   kl_weight: float, apart: Apart | None = None) -> Holdings:
+def shadow_encoder(knowledge: Knowledge, start: nn.Module, images: Tensor, labels: Tensor, epochs: int,
+                   kl_weight: float, apart: Apart | None = None) -> Knowledge:
     """Train an encoder on public images in front of the frozen head, as a client trains its own.
 
     Args:
-        holdings: gives the head, and the parts of the victim's encoder that travelled, which are kept as they are.
+        knowledge: gives the head, and the parts of the victim's encoder that travelled, which are kept as they are.
         start: the network with the weights that all clients start from. They are no secret.
         images, labels: public ones, ``N x C x H x W`` and ``N``.
         kl_weight: of the KL term in a client's loss.
         apart: added to the loss, for an encoder whose latents shall be like given ones (``moments_apart``).
 
     Returns:
-        Holdings with the head and the new encoder.
+        Knowledge with the head and the new encoder.
     """
     start = copy.deepcopy(start)   # whoever trains another one starts from the same weights
-    encoder, head = start.get_submodule("encoder").train(), held(holdings.head)
-    encoder.load_state_dict(holdings.known, strict=False)
+    encoder, head = start.get_submodule("encoder").train(), held(knowledge.head)
+    encoder.load_state_dict(knowledge.known, strict=False)
     own: list[Tensor] = [parameter for name, parameter in start.named_parameters()
-           if not name.startswith("classifier.") and name.removeprefix("encoder.") not in holdings.known]
+           if not name.startswith("classifier.") and name.removeprefix("encoder.") not in knowledge.known]
     for parameter in own:
         parameter.requires_grad_(True)
 
@@ -66,7 +66,7 @@ def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels:
         if isinstance(found, tuple):
             mu, logvar = found
             z, kl = reparameterise(mu, logvar), kl_of(start, mu, logvar, labels[part]).mean()
-        value = F.cross_entropy(head(as_image(z, holdings.image_shape)), labels[part]) + kl_weight * kl
+        value = F.cross_entropy(head(as_image(z, knowledge.image_shape)), labels[part]) + kl_weight * kl
         return value if apart is None else value + apart(z, labels[part])
     batch = BATCH
     if apart is not None:   # moments need many images of each class, and time
@@ -75,7 +75,7 @@ def shadow_encoder(holdings: Holdings, start: nn.Module, images: Tensor, labels:
     fit(own, loss, len(images), epochs, batch=batch)
     for parameter in own:
         parameter.requires_grad_(False)
-    return Holdings(head, encoder.eval(), True, holdings.image_shape)
+    return Knowledge(head, encoder.eval(), True, knowledge.image_shape)
 
 
 def kl_of(network: nn.Module, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attack import learnt
-from attack.access import Holdings, Target, Victim, hold, posterior_in_parts
+from attack.access import Knowledge, Target, Victim, hold, posterior_in_parts
 from attack.attacks import shared_head, whole_head
 from attack.references import Alone
 from attack.scene import MIN_PUBLIC, as_floats, same_classes, unowned_images
 from attack.tables import Unit
 from methods import METHODS
 from models import RVE, Network, as_image, reparameterise
-from server.mean import State
+from server.base import State
 from utils import rng, seed_torch
 
 Answer = Callable[[Tensor], Tensor]   # images N x C x H x W -> log-probabilities N x num_classes
@@ -128,8 +128,8 @@ class Adversary:
 
 def stolen(adversary: Adversary) -> Answer:
     """The client's own model, averaged over draws of z."""
-    holdings = hold(adversary.target, "stolen_model", adversary.round, adversary.client)
-    return partial(holdings.logits, draws=adversary.args.draws)
+    knowledge = hold(adversary.target, "stolen_model", adversary.round, adversary.client)
+    return partial(knowledge.logits, draws=adversary.args.draws)
 
 
 def service(adversary: Adversary) -> Answer:
@@ -213,7 +213,7 @@ def fedmia(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Te
             continue
         inputs = images[:, None]
         if target.has_encoder:
-            encoded = Holdings(None, shadow(adversary, r, labels), True, target.data.image_shape)
+            encoded = Knowledge(None, shadow(adversary, r, labels), True, target.data.image_shape)
             inputs = latents(encoded, images, adversary.args.draws)
         network, losses = target.network().requires_grad_(False), {}
         head = network.get_submodule("classifier").to(memory_format=torch.channels_last)
@@ -227,7 +227,7 @@ def fedmia(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Te
 
 
 @torch.no_grad()
-def latents(encoded: Holdings, images: Tensor, draws: int) -> Tensor:
+def latents(encoded: Knowledge, images: Tensor, draws: int) -> Tensor:
     """Draws of z for each image, in its shape, ``N x draws x C x H x W``; one where there is no noise."""
     mu, logvar = posterior_in_parts(encoded, images)
     z = mu[:, None] if logvar is None else reparameterise(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 from attack.gradients import dense_input
-from server.mean import State
+from server.base import State
 
 DONE = 1e-6                 # squared error of all equations at which an input counts as found
 DRAWN, RIDGE = 16_384, 1e-2   # inputs that the start's regression is fitted to; its penalty, relative

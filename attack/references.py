@@ -15,7 +15,7 @@ from attack.access import Target
 from methods import METHODS
 from models import Network
 from sampling import sample_clients
-from update import Diverged, Private, Trainer, training_of
+from update import ClientState, Diverged, Trainer, training_of
 from utils import InputError, choose_precision, rng
 
 
@@ -64,7 +64,7 @@ class Alone:
             trainer = Trainer(network, METHODS[target.options["method"]], pixels, labels, target.data.num_classes,
                               training_of(target.options, precision, seed=self.seed))
             shared, stays = trainer.shared_and_private(trainer.state())
-            private = Private(stays)
+            private = ClientState(stays)
             for number, epochs in self.schedule(target):
                 now = replace(trainer, training=replace(trainer.training, epochs=epochs))
                 shared, private, _ = now.train(self.client, number, np.arange(len(labels)), shared, private)

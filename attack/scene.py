@@ -12,7 +12,7 @@ from torch import Tensor
 
 import datasets
 from attack import picture, scoring
-from attack.access import Holdings, Target, Victim, hold
+from attack.access import Knowledge, Target, Victim, hold
 from attack.adversary import Adversary, Budget, PublicImages
 from attack.attacks import ATTACKS, Attack
 from attack.pairs import MAX_CANDIDATES, Ranks, candidates, paired
@@ -115,12 +115,12 @@ class Scene:
             if name == "prediction_api":
                 answers = partial(Victim(target, round, client).answers, draws=self.budget.draws,
                                   keep=self.budget.top_scores)
-                holdings = Holdings(None, None, target.has_encoder, target.data.image_shape, query=answers)
+                knowledge = Knowledge(None, None, target.has_encoder, target.data.image_shape, query=answers)
             else:
-                holdings = hold(target, name, round, client, own=(client + 1) % options["num_users"])
+                knowledge = hold(target, name, round, client, own=(client + 1) % options["num_users"])
             start = target.start(round)
             self.adversaries = {key: Adversary(
-                holdings, start, self.public, options.get("kl_weight") or 0.0, self.budget,
+                knowledge, start, self.public, options.get("kl_weight") or 0.0, self.budget,
                 lambda what: seed_torch(self.args.seed, f"{name} {what}", client, round))}
         return self.adversaries[key]
 

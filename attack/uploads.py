@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.mean import State
+from server.base import State
 
 BIAS, WEIGHT = "classifier.output.bias", "classifier.output.weight"
 

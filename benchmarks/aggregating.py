@@ -12,7 +12,7 @@ import torch
 from _path import Script, count, guarded
 
 from models import Classifier
-from server.mean import Round, Setting
+from server.base import Round, Setting
 from server.rules import RULES
 from utils import keep_freed_memory
 

@@ -20,7 +20,7 @@ from _path import guarded
 from torch import Tensor, nn
 
 from attack import classes, mi_attack, scoring
-from attack.access import Holdings, hold, open_target
+from attack.access import Knowledge, hold, open_target
 from attack.scene import Scene
 from utils import InputError, keep_freed_memory
 
@@ -30,7 +30,7 @@ LR, ENOUGH, PATIENCE = 0.1, 0.99, 100
 class Probabilities(nn.Module):
     """What ART calls a model: images to class probabilities."""
 
-    def __init__(self, view: Holdings):
+    def __init__(self, view: Knowledge):
         super().__init__()
         self.head, self.view = view.head, view
 
@@ -49,7 +49,7 @@ def art_miface() -> tuple[type, type]:
     return MIFace, PyTorchClassifier
 
 
-def contenders(view: Holdings, labels: Tensor, iterations: int) -> dict[str, Callable[[], Tensor]]:
+def contenders(view: Knowledge, labels: Tensor, iterations: int) -> dict[str, Callable[[], Tensor]]:
     """Each way to the images, ``P x C x H x W``."""
     attack, wrapper = art_miface()
 

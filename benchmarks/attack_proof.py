@@ -15,7 +15,7 @@ from torch import nn
 
 import datasets
 from attack import attacks, gradients, scoring
-from attack.access import Holdings
+from attack.access import Knowledge
 from attack.adversary import Adversary, Budget, PublicImages
 from attack.scene import as_floats
 from models import Classifier
@@ -44,8 +44,8 @@ class LeNet(nn.Module):
 def prove(name: str, head: nn.Module, solve, x: torch.Tensor, y: torch.Tensor, budget: Budget) -> str:
     """One line: median PSNR of the first choices, and how many labels were read off right."""
     started = time.perf_counter()
-    holdings = Holdings(head.eval(), None, False, SHAPE, next_head=head)
-    adversary = Adversary(holdings, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
+    knowledge = Knowledge(head.eval(), None, False, SHAPE, next_head=head)
+    adversary = Adversary(knowledge, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
     seen = [gradients.gradient(head, x[i:i + 1], y[i:i + 1]) for i in range(len(x))]
     found, labels = solve(adversary, seen, len(x))
     psnr = scoring.similarity(found[0], x)["psnr"]

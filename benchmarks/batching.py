@@ -18,7 +18,7 @@ import torch
 from _path import Script, count, guarded, named
 
 from attack import classes, gradients
-from attack.access import Holdings
+from attack.access import Knowledge
 from attack.attacks import stacked
 from models import CNN, RVE
 from utils import choose_device, environment, keep_freed_memory, seed_torch
@@ -27,13 +27,13 @@ SHAPE, CLASSES, RESTARTS, IMAGES = (1, 28, 28), 10, 3, 8
 Way = Callable[[bool], None]   # whether all problems are one batch
 
 
-def holdings(split: bool) -> Holdings:
+def knowledge(split: bool) -> Knowledge:
     """An untrained network as an adversary holds it: RVE-PFL's, or FedAvg's CNN."""
     network = (RVE(SHAPE, CLASSES, -2.0) if split else CNN(SHAPE, CLASSES)).eval().requires_grad_(False)
-    return Holdings(network.classifier, network.encoder if split else None, split, SHAPE)
+    return Knowledge(network.classifier, network.encoder if split else None, split, SHAPE)
 
 
-def class_inversion(view: Holdings, draws: int, iterations: int) -> tuple[Way, Way]:
+def class_inversion(view: Knowledge, draws: int, iterations: int) -> tuple[Way, Way]:
     """MI-Face and MI-strong."""
     labels, mean = torch.arange(CLASSES), torch.full(SHAPE, 0.3)
     start = (mean + 0.1 * torch.randn(RESTARTS, CLASSES, *SHAPE)).clamp(0, 1)
@@ -49,11 +49,11 @@ def class_inversion(view: Holdings, draws: int, iterations: int) -> tuple[Way, W
         size = (RESTARTS, CLASSES) if together else (1, 1)
         for row in start.split(size[0]):
             for part, y in zip(row.split(size[1], 1), labels.split(size[1]), strict=True):
-                classes.mi_strong(score, y, part, mean, iterations)
+                classes.margin(score, y, part, mean, iterations)
     return face, strong
 
 
-def gradient_inversion(view: Holdings, iterations: int) -> Way:
+def gradient_inversion(view: Knowledge, iterations: int) -> Way:
     """cosine_tv."""
     x, y, start = torch.rand(IMAGES, *SHAPE), torch.arange(IMAGES), torch.rand(RESTARTS, IMAGES, 1, *SHAPE)
     seen = [gradients.gradient(view.head, x[i:i + 1], y[i:i + 1]) for i in range(IMAGES)]
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     keep_freed_memory()
     seed_torch(1, "batching")
-    cnn = holdings(False)
+    cnn = knowledge(False)
     lines: dict[str, tuple[Way, ...]] = {
         "FedAvg, MI-Face set": class_inversion(cnn, 0, args.iterations),
-        "RVE-PFL, MI-Face set": class_inversion(holdings(True), args.draws, args.iterations),
+        "RVE-PFL, MI-Face set": class_inversion(knowledge(True), args.draws, args.iterations),
         "FedAvg, gradient inversion": (gradient_inversion(cnn, args.iterations),)}
     chosen = named(lines, args.only)
     print(f"{environment(choose_device('cpu'))['device']}, PyTorch {torch.__version__}; "
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
           f"{'':<30}{'one at a time, s':>18}{'one batch, s':>14}{'x':>7}")
     for name, ways in chosen.items():
         found = [seconds(way, args.repeats) for way in ways]
-        parts = zip((" mi_face", " mi_strong"), found, strict=True) if len(found) > 1 else ()
+        parts = zip((" mi_face", " margin"), found, strict=True) if len(found) > 1 else ()
         total = tuple(map(sum, zip(*found, strict=True)))
         for line, (alone, batch) in [*parts, (name, total)]:
             print(f"{line:<30}{alone:18.3f}{batch:14.3f}{alone / batch:7.2f}", flush=True)

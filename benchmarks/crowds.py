@@ -64,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     common = ("--partition", "iid", "--local_ep", "1", "--local_bs", "9")
     for name, clients, side, flags in (
-            ("heads", args.clients, 28, ("--method", "fedavg", "--aggregation", "threat", "--rounds", "2",
+            ("heads", args.clients, 28, ("--method", "fedavg", "--aggregation", "threat_aware", "--rounds", "2",
                                          "--eval_every", "2")),
             ("tiny", args.tiny, 8, ("--method", "fedper", "--frac", "0.05", "--rounds", "6",
                                     "--eval_every", "6")),
-            ("encoders", args.encoders, 28, ("--method", "rve_pfl", "--aggregation", "threat", "--rounds", "1"))):
+            ("encoders", args.encoders, 28, ("--method", "rve_pfl", "--aggregation", "threat_aware", "--rounds", "1"))):
         if clients:
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
                 data = drawn(Path(folder), side, clients)

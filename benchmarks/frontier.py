@@ -41,14 +41,14 @@ SETTINGS: dict[str, dict] = {
     "class prior, beta 1, nearer": {**PRIVATE, "kl_weight": 1, "prior_apart": 0.25},
     "trunk": {"method": "rve_pfl_trunk", "head_lr": 1},
     "trunk, class prior": {**PRIVATE, "method": "rve_pfl_trunk"},
-    "warm": {"warm_rounds": 2},
+    "warm": {"full_sharing_rounds": 2},
     "local": {"method": "local"},
     "lg_fedavg": {"method": "lg_fedavg"},
     "fedper": {"method": "fedper"},
     "fedavg": {"method": "fedavg"},
     "nbafl": {"method": "nbafl"},
 }
-ADVERSARY, DECODER, CHOOSER = "stolen_model", "latent_decoder", "latent_likelihood"
+ADVERSARY, DECODER, CHOOSER = "stolen_model", "latent_decoder", "reidentification"
 KEY = ["dataset", "partition", "setting", "seed"]
 
 

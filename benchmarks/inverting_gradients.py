@@ -20,7 +20,7 @@ from attack import attacks, gradients, mi_attack, scoring
 from attack.access import Victim, held, open_target
 from attack.pairs import candidates
 from attack.scene import FEW_IMAGES, Scene
-from server.mean import State
+from server.base import State
 from utils import InputError, keep_freed_memory, seed_torch
 
 TV, STEP, DECAY = 0.2, 0.1, (3 / 8, 5 / 8, 7 / 8)
@@ -58,7 +58,7 @@ def compare(argv: list[str] | None) -> None:
     round, client = (args.rounds or [run.latest_round()])[0], args.clients[0]
     scene = Scene(run, args)
     adversary = scene.adversary("curious_server", round, client)
-    head = held(adversary.holdings.next_head)
+    head = held(adversary.knowledge.next_head)
     order = scene.order(client, round)
     numbers = order[:args.images or FEW_IMAGES]
     truth, labels = (of(torch.from_numpy(numbers)) for of in (scene.pixels, scene.labels))

@@ -31,12 +31,12 @@ from torch import Tensor
 
 import datasets
 from attack import learnt, newton, scoring
-from attack.access import Holdings, Target, Victim, held, hold, open_target, posterior_in_parts
+from attack.access import Knowledge, Target, Victim, held, hold, open_target, posterior_in_parts
 from attack.attacks import part_of
 from attack.scene import CLIENT_LR, as_floats
 from methods import METHODS
 from models import FlattenHWC
-from update import Private, Trainer, training_of
+from update import ClientState, Trainer, training_of
 from utils import InputError, keep_freed_memory, rng, seed_torch, write_whole
 
 CANDIDATES = 500   # of the client's images that a true one is ranked among
@@ -52,8 +52,8 @@ def public_images(target: Target, name: str, args: argparse.Namespace) -> tuple[
     return as_floats(data.images[chosen]), torch.from_numpy(data.labels[chosen])
 
 
-def shadow(view: Holdings, target: Target, images: tuple[Tensor, Tensor], args: argparse.Namespace,
-           like: tuple[Tensor, Tensor] | None = None) -> Holdings:
+def shadow(view: Knowledge, target: Target, images: tuple[Tensor, Tensor], args: argparse.Namespace,
+           like: tuple[Tensor, Tensor] | None = None) -> Knowledge:
     """An encoder that the adversary trains on images, from the start that all clients had.
 
     Args:
@@ -74,23 +74,23 @@ def scores(found: Tensor, truth: Tensor, pool: Tensor) -> dict[str, float]:
             "identified": (rank == 1).double().mean().item()}
 
 
-def replayed(view: Holdings, target: Target, round: int, images: tuple[Tensor, Tensor], count: int) -> Holdings:
+def replayed(view: Knowledge, target: Target, round: int, images: tuple[Tensor, Tensor], count: int) -> Knowledge:
     """An encoder by the client's own training on ``count`` of the images, from the start that all clients had."""
     options, method = target.options, METHODS[target.options["method"]]
     seed_torch(options["seed"], "init")
     pixels = (255 * images[0]).round().byte().permute(0, 2, 3, 1)
     trainer = Trainer(target.network(), method, pixels, images[1], target.data.num_classes,
                       training_of(options, torch.float32))
-    private = Private(trainer.shared_and_private(trainer.state())[1])
+    private = ClientState(trainer.shared_and_private(trainer.state())[1])
     for number in (r for r in target.rounds() if r <= round):
         private = trainer.train(0, number, np.arange(min(count, len(pixels))), target.shared(number)["sent"],
                                 private).private
     trainer.model.load_state_dict(private.parameters, strict=False)
     encoder = trainer.model.get_submodule("encoder").eval().requires_grad_(False)
-    return Holdings(view.head, encoder, True, view.image_shape)
+    return Knowledge(view.head, encoder, True, view.image_shape)
 
 
-def decoder_behind(encoder: Holdings, images: Tensor, args: argparse.Namespace) -> learnt.Decode:
+def decoder_behind(encoder: Knowledge, images: Tensor, args: argparse.Namespace) -> learnt.Decode:
     """A decoder of the encoder's latents, trained on images."""
     return learnt.latent_decoder(*posterior_in_parts(encoder, images), images, args.train_epochs)
 

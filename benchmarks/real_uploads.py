@@ -30,8 +30,8 @@ from attack import gradients, newton, scoring, split, uploads
 from attack.access import Target, open_target
 from attack.scene import as_floats
 from methods import METHODS
-from server.mean import State
-from update import Private, Trainer, training_of
+from server.base import State
+from update import ClientState, Trainer, training_of
 from utils import InputError, keep_freed_memory, rng, seed_torch
 
 CANDIDATES = 500   # of the client's images that a true one is ranked among
@@ -195,7 +195,7 @@ def row_of(target: Target, round: int, case: Case, args: argparse.Namespace) -> 
     truth, sent = pool[:case.images], target.shared(round)["sent"]
     done = (round - 1) * case.epochs * -(-len(own) // args.local_bs)   # as many steps in each earlier round
     case = replace(case, rates=tuple(uploads.rates(target.options, case.epochs, len(own), args.local_bs, done)))
-    upload = client(target, case, args).train(args.client, round, own, sent, Private({}, done)).upload
+    upload = client(target, case, args).train(args.client, round, own, sent, ClientState({}, done)).upload
     head = target.network().get_submodule("classifier").requires_grad_(False).eval()
     head.load_state_dict({name.removeprefix(PREFIX): value for name, value in sent.items()})
     server = Server(head, sent, upload, case, args.local_bs, args)

@@ -37,10 +37,10 @@ from models import Classifier, Network, Output, kl_to_standard_normal, reparamet
 from options import args_parser
 from runs.configs import read_json
 from server import threat_aware, triggers
+from server.base import Round, Server, Setting
 from server.malicious import BEHAVIOURS, MaliciousClients
-from server.mean import Round, Server, Setting
 from server.rules import RULES
-from update import Diverged, Private, Trainer, one_by_one, training_of
+from update import ClientState, Diverged, Trainer, one_by_one, training_of
 from utils import ROOT, InputError, choose_precision, keep_freed_memory, rng, seed_torch, write_whole
 
 SCOPES = {"heads": "rve_pfl", "models": "fedavg"}
@@ -52,9 +52,9 @@ FIRST = ("adaptive", "optimal_ipm", "min_max", "mimic", "scaling", "label_flip",
 SCALE = {"rounds": 3, "local_ep": 1, "local_bs": 32, "images": 300, "after": 0}   # what no line of a CSV says
 CLEAN_ROUNDS = 3   # behind the encoders, and before the cells with whole models
 TRIGGERS = {triggers.patch: 1, triggers.blend: 2}   # trigger -> which third of a latent row
-# What the constants of `threat` are halved and doubled in; of COPY and KEEP it is what is left to 1.
-CONSTANTS = ("LONG", "SPREADS", "AGAINST", "COPY", "KEEP", "STANDS_OUT", "TAKEN", "SHARE")
-LEFT_TO_ONE = ("COPY", "KEEP")
+# What the constants of `threat` are halved and doubled in; of COS_COPY and TRUST_DECAY it is what is left to 1.
+CONSTANTS = ("MAX_NORM_RATIO", "SPREADS", "COS_FULL_TRUST", "COS_COPY", "TRUST_DECAY", "EIGENVALUE_RATIO", "MAX_FILTERED", "SHARE")
+LEFT_TO_ONE = ("COS_COPY", "TRUST_DECAY")
 
 
 class Cell(NamedTuple):
@@ -137,7 +137,7 @@ class World:
             self.head = kept
         if not path.exists():
             write_whole(path, lambda file: torch.save(kept, file))
-        self.private, self.after = Private(private), scale.after
+        self.private, self.after = ClientState(private), scale.after
         self.first: dict = {}   # what clients made of the initial weights, by client and what it trained on
 
     def _latents(self, image_shape: tuple[int, int, int]) -> Tensor:
@@ -168,10 +168,10 @@ class World:
                                      trainer.labels, trainer.num_classes,
                                      replace(trainer.training, augment="none"))
 
-    def _clean_rounds(self, head: dict, private: dict) -> tuple[dict, dict[int, Private]]:
+    def _clean_rounds(self, head: dict, private: dict) -> tuple[dict, dict[int, ClientState]]:
         """The head and the private parts after CLEAN_ROUNDS rounds of two epochs under the plain mean."""
         trainer = replace(self.trainer, training=replace(self.trainer.training, epochs=2))
-        own, indices = {k: Private(private) for k in self.splits}, {k: pair[0] for k, pair in self.splits.items()}
+        own, indices = {k: ClientState(private) for k in self.splits}, {k: pair[0] for k, pair in self.splits.items()}
         for number in range(101, 101 + CLEAN_ROUNDS):   # numbers, and so draws, that no cell's rounds have
             made = dict(one_by_one(trainer, number, indices, head, own.__getitem__))
             own = {k: one.private for k, one in made.items()}
@@ -265,7 +265,7 @@ def plan(scale: argparse.Namespace) -> Iterator[Cell]:
         for rule in scale.rules:
             yield Cell(*world, 0.0, "nobody", rule)
         for frac in scale.fracs:
-            yield Cell(*world, frac, "absent", "mean")
+            yield Cell(*world, frac, "oracle", "mean")
     for frac, behaviour in itertools.product(scale.fracs, scale.behaviours):
         for world, rule in itertools.product(worlds, scale.rules):
             yield Cell(*world, frac, behaviour, rule)
@@ -322,7 +322,7 @@ def sensitivity(scale: argparse.Namespace) -> None:
         world = None
         for constant, factor in [("as it is", 1.0), *itertools.product(CONSTANTS, (0.5, 2.0))]:
             for frac, behaviour in ((0.0, "nobody"), (0.3, "adaptive")):
-                cell = Cell(*key, frac, behaviour, "threat")
+                cell = Cell(*key, frac, behaviour, "threat_aware")
                 seen: dict[str, object] = dict(zip(Cell._fields, cell, strict=True))
                 seen |= {"constant": constant, "factor": factor}
                 if len(done) and (done[list(seen)] == pd.Series(seen)).all(axis=1).any():
@@ -331,7 +331,7 @@ def sensitivity(scale: argparse.Namespace) -> None:
                 old = getattr(threat_aware, constant, None)
                 if old is not None:
                     new = 1 - factor * (1 - old) if constant in LEFT_TO_ONE else factor * old
-                    setattr(threat_aware, constant, min(new, 1.0) if constant == "TAKEN" else new)
+                    setattr(threat_aware, constant, min(new, 1.0) if constant == "MAX_FILTERED" else new)
                 try:
                     figures = world.play(cell)
                 finally:
@@ -346,8 +346,8 @@ def tables(cells: pd.DataFrame) -> str:
     """What each rule loses to the oracle, the worst behaviour first; backdoors; and what a rule costs when nobody
     is malicious. Points are means over seeds."""
     world = ["dataset", "scope", "partition"]
-    oracle = cells[cells["behaviour"] == "absent"].set_index([*world, "seed", "frac"])["accuracy"]
-    tried = cells[~cells["behaviour"].isin(["absent", "nobody", "passive"])].copy()
+    oracle = cells[cells["behaviour"] == "oracle"].set_index([*world, "seed", "frac"])["accuracy"]
+    tried = cells[~cells["behaviour"].isin(["oracle", "nobody", "passive"])].copy()
     keys = tried[[*world, "seed", "frac"]].itertuples(index=False, name=None)
     tried["lost"] = [100 * (oracle.get(key, float("nan")) - accuracy)
                      for key, accuracy in zip(keys, tried["accuracy"], strict=True)]
@@ -366,7 +366,7 @@ def tables(cells: pd.DataFrame) -> str:
     for name in ("accuracy", "worst"):
         wide = clean.pivot_table(index=[*world, "seed"], columns="rule", values=name)
         lines += [f"nobody malicious: {name}", wide.to_string(float_format="%.4f")]
-    weights = clean[clean["rule"] == "threat"].set_index([*world, "seed"])[["least_weight", "most_weight"]]
+    weights = clean[clean["rule"] == "threat_aware"].set_index([*world, "seed"])[["least_weight", "most_weight"]]
     lines += ["nobody malicious: weights over what a size gives", weights.to_string(float_format="%.2f")]
     return "\n\n".join(lines)
 
@@ -382,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--partitions", nargs="+", choices=PARTITIONS, default=list(PARTITIONS))
     parser.add_argument("--fracs", nargs="*", type=share, default=list(FRACS))
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    rest = [name for name in BEHAVIOURS if name not in (*FIRST, "absent", "passive")]
+    rest = [name for name in BEHAVIOURS if name not in (*FIRST, "oracle", "passive")]
     parser.add_argument("--behaviours", nargs="*", choices=BEHAVIOURS, default=[*FIRST, *rest])
     parser.add_argument("--rounds", type=count)
     parser.add_argument("--local_ep", type=count)

@@ -40,8 +40,8 @@ from engine.several import train_each
 from engine.stacked import side_by_side, stack_size, steps_of
 from engine.threaded import one_thread_each, threads_for
 from metrics import Tally
-from server.mean import weighted_mean
-from update import Private, Trainer, Training
+from server.base import weighted_mean
+from update import ClientState, Trainer, Training
 from utils import choose_device, choose_precision, environment, keep_freed_memory
 
 ROUNDS = 3   # turns of whole rounds, at most
@@ -75,7 +75,7 @@ class Ours:
                      augment="none", dtype=choose_precision(precision, device)))
         self.parts = np.split(np.arange(len(labels)), work.clients)
         self.head, private = self.trainer.shared_and_private(self.trainer.state())
-        self.private = dict.fromkeys(range(work.clients), Private(private))
+        self.private = dict.fromkeys(range(work.clients), ClientState(private))
         self.rounds, self.batch = 0, work.batch
         self.stack = min(stack_size(device, work.batch), work.clients)
         self.endless = [self._stacked()] if self.stack > 1 else [

@@ -14,8 +14,8 @@ from _path import Script, count, guarded, load_driver
 
 import datasets
 from options import args_parser
-from server.mean import Round
-from update import Diverged, Private
+from server.base import Round
+from update import ClientState, Diverged
 from utils import choose_device, keep_freed_memory
 
 driver = load_driver()
@@ -27,7 +27,7 @@ def sweep(args, clients: int) -> None:
     splits = driver.deal(args, data)[1][:clients]
     trainer = driver.make_trainer(args, data, choose_device(args.device))
     head, private = trainer.shared_and_private(trainer.state())
-    kept = [Private(private)] * clients
+    kept = [ClientState(private)] * clients
     server = driver.make_server(vars(args), min(len(own) for own, _ in splits))
     for r in range(1, args.rounds + 1):
         start, uploads, accuracy = time.monotonic(), {}, {"training": [], "trained": [], "deployed": []}

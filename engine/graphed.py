@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from server.mean import State
+from server.base import State
 from update import Trainer
 from utils import InputError, generator_of
 

@@ -5,12 +5,12 @@ import numpy as np
 
 from engine.stacked import draws_of, in_stacks, stack_size
 from engine.threaded import at_once, threads_for
-from server.mean import State
-from update import Diverged, Private, Trained, Trainer, one_by_one
+from server.base import State
+from update import ClientState, Diverged, LocalUpdate, Trainer, one_by_one
 
 
 def train_each(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
-               private: Callable[[int], Private], stack: int | None) -> Iterator[tuple[int, Trained | Diverged]]:
+               private: Callable[[int], ClientState], stack: int | None) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
     """``update.one_by_one``, or several clients at once: small ones in stacks on a GPU, in threads on a CPU.
 
     A method with a loss of its own, which looks into the model, is always trained one client after another, and so

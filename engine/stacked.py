@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from metrics import Tally
 from models import Output
-from server.mean import State
-from update import Diverged, Private, Trained, Trainer
+from server.base import State
+from update import ClientState, Diverged, LocalUpdate, Trainer
 from utils import generator_of, rng, seed_torch
 
 FULL = 500   # images a step that keep a GPU busy
@@ -34,9 +34,9 @@ def stack_size(device: torch.device, batch_size: int) -> int:
 
 
 def in_stacks(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
-              private: Callable[[int], Private], most: int) -> Iterator[tuple[int, Trained | Diverged]]:
+              private: Callable[[int], ClientState], most: int) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
     """``update.one_by_one``, up to ``most`` clients at a time."""
-    alike: dict[tuple[int, int], dict[int, Private]] = {}   # by steps a round and steps made
+    alike: dict[tuple[int, int], dict[int, ClientState]] = {}   # by steps a round and steps made
     for k, own in indices.items():
         mine = private(k)
         members = alike.setdefault((-(-len(own) // trainer.training.batch_size), mine.steps), {})
@@ -169,7 +169,7 @@ def side_by_side(states: list[State], device: torch.device) -> State:
 
 
 def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
-           privates: dict[int, Private]) -> Iterator[tuple[int, Trained | Diverged]]:
+           privates: dict[int, ClientState]) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
     """``Trainer.train`` for clients with as many batches, and steps behind them, as one another."""
     how, device = trainer.training, trainer.labels.device
     received = {name: value.to(device) for name, value in sent.items()}

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from server.mean import State
-from update import Diverged, Private, Trained, Trainer
+from server.base import State
+from update import ClientState, Diverged, LocalUpdate, Trainer
 from utils import torch_rng
 
 # Where this was measured to be faster; beyond, one client at a time has all threads.
@@ -75,7 +75,7 @@ class ThreadsTrainer(Trainer):
 
     stop: Event
 
-    def train(self, client: int, round: int, indices: np.ndarray, sent: State, private: Private) -> Trained:
+    def train(self, client: int, round: int, indices: np.ndarray, sent: State, private: ClientState) -> LocalUpdate:
         with DrawsFrom(torch_rng(self.training.seed, "train", client, round)):
             return super().train(client, round, indices, sent, private)
 
@@ -110,7 +110,7 @@ def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def at_once(trainer: Trainer, number: int, indices: dict[int, np.ndarray], sent: State,
-            private: Callable[[int], Private], threads: int) -> Iterator[tuple[int, Trained | Diverged]]:
+            private: Callable[[int], ClientState], threads: int) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
     """``update.one_by_one`` in so many threads; what comes out of each client, in their order."""
     stop = Event()
     parts = {field.name: getattr(trainer, field.name) for field in fields(Trainer)}
@@ -118,7 +118,7 @@ def at_once(trainer: Trainer, number: int, indices: dict[int, np.ndarray], sent:
                  for _ in range(threads))
     waiting: deque[tuple[int, Future]] = deque()
 
-    def train(client: int, own: np.ndarray, mine: Private) -> Trained | Diverged:
+    def train(client: int, own: np.ndarray, mine: ClientState) -> LocalUpdate | Diverged:
         worker = free.popleft()
         try:
             return worker.train(client, number, own, sent, mine)

@@ -138,14 +138,14 @@ def _by_seed(figures: pd.Series) -> dict[int, float]:
 def robust(root: Path, scope: str) -> dict[int, float]:
     """The most that the threat-aware weights lose to the oracle, by seed."""
     lost = lost_to_oracle(server_cells(root))
-    lost = lost[(lost["rule"] == "threat") & (lost["scope"].map(SERVER_SCOPES) == scope) & (lost["frac"] <= SHARE)]
+    lost = lost[(lost["rule"] == "threat_aware") & (lost["scope"].map(SERVER_SCOPES) == scope) & (lost["frac"] <= SHARE)]
     return {int(seed): float(one) for seed, one in lost.groupby("seed")["lost"].max().items()}
 
 
 def opened(root: Path, scope: str) -> dict[int, float]:
     """The share of triggered images that a backdoor turns under the threat-aware weights, at worst, by seed, %."""
     table = server_cells(root)
-    table = table[(table["rule"] == "threat") & table["backdoor"].notna() & (table["frac"] <= SHARE)
+    table = table[(table["rule"] == "threat_aware") & table["backdoor"].notna() & (table["frac"] <= SHARE)
                   & (table["scope"].map(SERVER_SCOPES) == scope)]
     return {int(seed): 100 * float(one) for seed, one in table.groupby("seed")["backdoor"].max().items()}
 

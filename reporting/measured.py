@@ -44,13 +44,13 @@ MEMBERS = {"m10-iid-fedavg": "`fedavg`, IID", "m10-fedavg": "`fedavg`, two class
 ASKED = {("stolen_model", "loss"): "`loss`, stolen model", ("prediction_api", "loss"): "`loss`, service",
          ("curious_server", "fedmia"): "`fedmia`"}
 
-SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`", "warm": "`--warm_rounds 2`",
+SETTINGS = {"published": "default prior", "trunk": "`rve_pfl_trunk`", "warm": "`--full_sharing_rounds 2`",
             "class prior, beta 1": "`--prior class`, beta 1", "class prior, beta 0.1": "`--prior class`, beta 0.1",
             "class prior, beta 1, nearer": "`--prior class`, beta 1, `--prior_apart 0.25`",
             "class prior, beta 0.1, nearer": "`--prior class`, beta 0.1, `--prior_apart 0.25`"}
 FRONTIER_IMAGES = 16   # attacked in each run
-RULES = ("threat", "mean", "median", "caf")
-OTHERS = ("threat", "trimmed_mean", "krum", "multi_krum", "nnm_trimmed_mean", "geometric_median",
+RULES = ("threat_aware", "mean", "median", "caf")
+OTHERS = ("threat_aware", "trimmed_mean", "krum", "multi_krum", "nnm_trimmed_mean", "geometric_median",
           "centered_clipping", "norm_clipping")
 BEHAVED = ["scope", "behaviour"]
 SHARE = 0.3   # of malicious clients, in the tables by behaviour
@@ -247,8 +247,8 @@ def nobody(root: Path) -> list[str]:
 def lost_to_oracle(table: pd.DataFrame) -> pd.DataFrame:
     """Cells with malicious clients; ``oracle`` is the accuracy without them, and ``lost`` is in points."""
     key = ["dataset", "seed", "scope", "partition", "frac"]
-    oracle = table[table["behaviour"] == "absent"].set_index(key)["accuracy"].rename("oracle")
-    tried = table[~table["behaviour"].isin(["nobody", "absent"])].join(oracle, on=key)
+    oracle = table[table["behaviour"] == "oracle"].set_index(key)["accuracy"].rename("oracle")
+    tried = table[~table["behaviour"].isin(["nobody", "oracle"])].join(oracle, on=key)
     return tried.assign(lost=100 * (tried["oracle"] - tried["accuracy"]))
 
 

@@ -18,8 +18,8 @@ from typing import Any, TypeGuard
 import torch
 
 from runs import configs
-from server.mean import State, is_finite
-from update import Private
+from server.base import State, is_finite
+from update import ClientState
 from utils import InputError, plain_file, write_whole
 
 MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
@@ -149,7 +149,7 @@ class WaitingUploads:
         self.last = 0
 
 
-class PrivateStore:
+class ClientStore:
     """What stays with each client between its turns.
 
     It is kept on the GPU that trains, up to half of what is free there, shared with the processes beside this one;
@@ -164,10 +164,10 @@ class PrivateStore:
         base: what a client has of parameters that it never trained as its own: what travelled in the warm rounds.
     """
 
-    def __init__(self, folder: Path, initial: Private, memory: int = MEMORY, *, processes: int = 1):
+    def __init__(self, folder: Path, initial: ClientState, memory: int = MEMORY, *, processes: int = 1):
         self.folder, self.initial = folder, initial
-        self.kept: dict[int, Private | Path] = {}
-        self.new: dict[int, Private | Path] = {}
+        self.kept: dict[int, ClientState | Path] = {}
+        self.new: dict[int, ClientState | Path] = {}
         self.base: State = {}
         self.new_base: State | None = None
         self.serial = 0
@@ -177,7 +177,7 @@ class PrivateStore:
             sharing = -(-processes // torch.cuda.device_count())   # that ``choose_device`` gave the same GPU
             self.free["cuda"] = torch.cuda.mem_get_info(device)[0] // (2 * sharing)
 
-    def get(self, client: int) -> Private:
+    def get(self, client: int) -> ClientState:
         """The client's latest; a client that has never trained has what all started from."""
         entry = self.new.get(client, self.kept.get(client, self.initial))
         base = self.base if self.new_base is None else self.new_base
@@ -189,15 +189,15 @@ class PrivateStore:
         """From this round on, clients that have trained nothing of their own yet have this."""
         self.new_base = base
 
-    def put(self, client: int, private: Private) -> None:
+    def put(self, client: int, private: ClientState) -> None:
         """Remember for this round."""
-        entry: Private | Path = private
+        entry: ClientState | Path = private
         size = private.nbytes
         if private.kind == "cuda" and size <= self.free.get("cuda", 0):
             self.free["cuda"] -= size
         elif size <= self.free["cpu"]:
             self.free["cpu"] -= size
-            entry = Private(off_heap(private.parameters), private.steps, off_heap(private.own))
+            entry = ClientState(off_heap(private.parameters), private.steps, off_heap(private.own))
         else:
             self.serial += 1
             entry = file = self.folder / f"{client}-{self.serial}.pt"
@@ -220,10 +220,10 @@ class PrivateStore:
         first: dict[int, Path] = {}   # where an entry was written: clients that never trained share one
         for k in clients:
             entry, target = self.kept.get(k, self.initial), folder / f"client_{k}.pt"
-            if isinstance(entry, Private) and self.base and not entry.parameters:
+            if isinstance(entry, ClientState) and self.base and not entry.parameters:
                 write_private(target, replace(entry, parameters=self.base))
                 continue
-            if isinstance(entry, Private) and id(entry) not in first:
+            if isinstance(entry, ClientState) and id(entry) not in first:
                 first[id(entry)] = target
                 write_private(target, entry)
                 continue
@@ -234,7 +234,7 @@ class PrivateStore:
                 shutil.copyfile(source, target)
 
 
-def write_private(path: Path, private: Private) -> None:
+def write_private(path: Path, private: ClientState) -> None:
     """Write a ``client_<k>.pt``."""
     parameters = {name: value.cpu() for name, value in private.parameters.items()}
     found = {"parameters": parameters, "steps": private.steps}
@@ -243,7 +243,7 @@ def write_private(path: Path, private: Private) -> None:
     write_whole(path, lambda file: torch.save(found, file))
 
 
-def read_private(path: Path, expected: State, travels: State | None = None) -> Private:
+def read_private(path: Path, expected: State, travels: State | None = None) -> ClientState:
     """Read a ``client_<k>.pt``, whose parameters are like those ``expected``.
 
     Args:
@@ -263,7 +263,7 @@ def read_private(path: Path, expected: State, travels: State | None = None) -> P
             raise InputError(f"checkpoint {path} is of another network; start again with --overwrite")
         if not is_finite(state):
             raise InputError(f"checkpoint {path} holds NaN or infinite values; start again with --overwrite")
-    return Private(**found)
+    return ClientState(**found)
 
 
 def finished_source(args: Namespace) -> Path:
@@ -293,7 +293,7 @@ def finished_source(args: Namespace) -> Path:
 
 
 def borrowed_encoders(args: Namespace, clients: Iterable[int],
-                      expected: State) -> Iterator[tuple[int, Private]]:
+                      expected: State) -> Iterator[tuple[int, ClientState]]:
     """Each client's private parameters at the end of the run that ``--encoders_from`` names.
 
     Raises:
@@ -305,4 +305,4 @@ def borrowed_encoders(args: Namespace, clients: Iterable[int],
             found = read_private(folder / f"client_{k}.pt", expected)
         except InputError as error:
             raise InputError(f"--encoders_from {args.encoders_from}: {error}") from error
-        yield k, Private(found.parameters)
+        yield k, ClientState(found.parameters)

@@ -24,7 +24,7 @@ from methods import METHODS
 from metrics import METRICS
 from runs import configs, folders, pictures, resuming
 from runs.checkpoint import (
-    PrivateStore,
+    ClientStore,
     WaitingUploads,
     checked_head,
     is_whole,
@@ -36,10 +36,10 @@ from runs.checkpoint import (
 )
 from runs.configs import EVALUATION_SPLIT
 from runs.csvs import append_csv, cut_csv, read_csv
+from server.base import State
 from server.malicious import BEHAVIOURS
-from server.mean import State
 from server.rules import RULES
-from update import Private
+from update import ClientState
 from utils import InputError, printable, shown, write_whole
 
 
@@ -76,7 +76,7 @@ class Progress:
 
 
 @contextmanager
-def open_run(config: dict, initial: Private, head: State, memory: dict, ranks: Ranks) -> Iterator["Run"]:
+def open_run(config: dict, initial: ClientState, head: State, memory: dict, ranks: Ranks) -> Iterator["Run"]:
     """Take a run's folders, under a lock that lasts as long as the block, or the process.
 
     Args:
@@ -123,7 +123,7 @@ class Run:
     ever deleted (folders.py): a folder may be a link, or hold other things.
     """
 
-    def __init__(self, config: dict, initial: Private, start: Progress, ranks: Ranks,
+    def __init__(self, config: dict, initial: ClientState, start: Progress, ranks: Ranks,
                  owner: BinaryIO | None):
         options, self.ranks = config["options"], ranks
         self.results = Path(options["results_dir"]) / options["run_name"]
@@ -136,7 +136,7 @@ class Run:
         self.past: list[dict] = []   # environments of the run that is resumed
         self.finished = ranks.share(
             owner is not None and self._admit(options["resume"], options["overwrite"], owner))
-        self.private = PrivateStore(self.models / ".private", initial, processes=ranks.local_size)
+        self.private = ClientStore(self.models / ".private", initial, processes=ranks.local_size)
         self.uploads = WaitingUploads(self.models / ".private")
         self.progress = start
         if not self.finished:
@@ -391,7 +391,7 @@ class Run:
 
     def _is_ours(self, server: dict, round: int) -> bool:
         """Whether a ``server.pt`` is what this run would have written after that round."""
-        warm = {"warm"} if 0 < (self.config["options"].get("warm_rounds") or 0) < round else set()
+        warm = {"warm"} if 0 < (self.config["options"].get("full_sharing_rounds") or 0) < round else set()
         return (server.keys() == {"round", "head", "csv_bytes", "memory"} | warm
                 and is_whole(server["round"]) and server["round"] == round
                 and same_layout(server["head"], self._layout(round)[0])

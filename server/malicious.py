@@ -15,10 +15,10 @@ from torch.func import functional_call
 
 from models import Classifier
 from server import forging, triggers
-from server.forging import Knowledge
-from server.mean import Round, Server, State, moved, only_finite, updates_of
+from server.base import Round, Server, State, moved, only_finite, updates_of
+from server.forging import ForgerView
 from server.robust import round_down
-from update import Private, Trained, Trainer
+from update import ClientState, LocalUpdate, Trainer
 from utils import rng, torch_rng
 
 
@@ -76,7 +76,7 @@ class Behaviour:
     about: str
     relabel: Callable[[Tensor, int], Tensor] | None = None
     retrain: Callable[[Trainer, int, int, int, State], State] | None = None
-    forge: Callable[[Knowledge], Tensor] | None = None
+    forge: Callable[[ForgerView], Tensor] | None = None
     inflates: int = 1
     uploads: bool = True
     whole_head: bool = False
@@ -98,7 +98,7 @@ BEHAVIOURS = {
                             whole_head=True),
     "adaptive": Behaviour("the most harmful of four forgeries, each tuned", forge=forging.adaptive),
     "passive": Behaviour("honest, but curious"),
-    "absent": Behaviour("upload nothing: the oracle that the others are compared with", uploads=False),
+    "oracle": Behaviour("upload nothing: the oracle that the others are compared with", uploads=False),
     "min_max": Behaviour("as far off as honest updates are apart, tuned", forge=forging.min_max),
     "min_sum": Behaviour("the same by sums of distances, tuned", forge=forging.min_sum),
     "optimal_alie": Behaviour("alie, tuned", forge=forging.optimal_alie),
@@ -159,7 +159,7 @@ class MaliciousClients:
             self.liars[id(trainer)] = trainer, replace(trainer, images=images, labels=labels)
         return self.liars[id(trainer)][1]
 
-    def retrained(self, trainer: Trainer, client: int, number: int, images: int, trained: Trained) -> Trained:
+    def retrained(self, trainer: Trainer, client: int, number: int, images: int, trained: LocalUpdate) -> LocalUpdate:
         """What a client has after its training; a malicious one may train its head on."""
         if client not in self.members or self.behaviour.retrain is None:
             return trained
@@ -167,7 +167,7 @@ class MaliciousClients:
             upload=self.behaviour.retrain(trainer, client, number, images, trained.upload))
 
     def backdoor(self, trainer: Trainer, client: int, number: int, held_out: np.ndarray,
-                 model: tuple[State, Private]) -> float:
+                 model: tuple[State, ClientState]) -> float:
         """The share of a client's held-out images of other classes that its model takes for TARGET once they are
         triggered; NaN where nobody plants a backdoor, or it has no such image.
 
@@ -206,7 +206,7 @@ class MaliciousClients:
 
         def aggregate(updates: Tensor) -> Tensor:
             return updates_of(round.sent, [server.preview(with_forged(updates))])[0]
-        known = Knowledge(
+        known = ForgerView(
             own, updates_of(round.sent, [round.uploads[k] for k in honest]) if honest else own,
             torch_rng(self.seed, "forge", round=round.number), torch_rng(self.seed, "forge"),
             least_trust, aggregate,

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from server.mean import Aggregated, Judgement, Round, Server, Setting, State, is_finite, required
+from server.base import Aggregated, Round, Server, Setting, State, Weighting, is_finite, required
 from utils import InputError, rng, torch_rng
 
 SPACING = 0.05   # of the privacy losses that are accounted for, as a share of their scale frac / z
@@ -97,7 +97,7 @@ class NbAFL(Server):
         return {k: noisy(clipped(upload, clip), sigma, seed, "uplink", k, round.number)
                 for k, upload in round.uploads.items()}
 
-    def combine(self, round: Round, judgement: Judgement) -> State:
+    def combine(self, round: Round, judgement: Weighting) -> State:
         """The mean, with the downlink noise."""
         if not round.uploads:
             return round.sent
@@ -135,16 +135,16 @@ class ClientDP(Server):
                 "clip": self.memory["clip"],
                 "sigma_of_the_mean": self.sum_multiplier() * self.memory["clip"] / self.expected}
 
-    def judge(self, round: Round) -> Judgement:
+    def judge(self, round: Round) -> Weighting:
         """Uniform weights."""
-        return Judgement(dict.fromkeys(round.uploads, 1.0), self.memory)
+        return Weighting(dict.fromkeys(round.uploads, 1.0), self.memory)
 
     def receive(self, round: Round) -> dict[int, State]:
         """Clip the updates."""
         return {k: added(round.sent, clipped(difference(upload, round.sent), self.memory["clip"]))
                 for k, upload in round.uploads.items()}
 
-    def combine(self, round: Round, judgement: Judgement) -> State:
+    def combine(self, round: Round, judgement: Weighting) -> State:
         """``head + (sum of clipped updates + N(0, (z S)^2)) / m``, noise also when nobody was sampled."""
         total = {name: torch.zeros_like(value) for name, value in round.sent.items()}
         for upload in round.uploads.values():
@@ -198,7 +198,7 @@ def usual_delta(clients: int) -> float:
 
 
 def enough_clients(setting: Setting) -> int:
-    """The fewest clients that ``AdaptiveClientDP`` works with, at the same share per round.
+    """The min_uploads clients that ``AdaptiveClientDP`` works with, at the same share per round.
 
     With more clients the usual delta is smaller, and the noise multiplier larger, so the search is from below.
     """

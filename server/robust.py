@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from server.base import Round, Server, Setting, State, Weighting, moved, updates_of
+from server.base import median as median_of
 from server.filtering import filtered
-from server.mean import Judgement, Round, Server, Setting, State, moved, updates_of
-from server.mean import median as median_of
 from utils import torch_rng
 
 CHUNK = 2**16   # coordinates at a time in coordinate-wise rules: byzfl's need several copies of what they get
@@ -93,17 +93,17 @@ def clipped_to_median(updates: Tensor) -> tuple[Tensor, Tensor]:
 class Robust(Server):
     """A server whose next head is a robust rule's."""
 
-    fewest = 3   # of two that differ, neither is the odd one out
+    min_uploads = 3   # of two that differ, neither is the odd one out
 
     def __init__(self, setting: Setting, rule: RobustRule):
         super().__init__(setting)
         self.rule = rule
 
-    def judge(self, round: Round) -> Judgement:
+    def judge(self, round: Round) -> Weighting:
         """No weights: the rule works on all uploads at once."""
-        return Judgement(None, self.memory)
+        return Weighting(None, self.memory)
 
-    def combine(self, round: Round, judgement: Judgement) -> State:
+    def combine(self, round: Round, judgement: Weighting) -> State:
         """The rule's update, added to the head."""
         if not round.uploads:
             return round.sent
@@ -120,7 +120,7 @@ class ClippedNoisy(Robust):
     def __init__(self, setting: Setting):
         super().__init__(setting, lambda updates, f: clipped_to_median(updates)[0].mean(0))
 
-    def combine(self, round: Round, judgement: Judgement) -> State:
+    def combine(self, round: Round, judgement: Weighting) -> State:
         """The clipped mean and the noise, drawn anew in each round."""
         share = self.setting.options.get("clip_noise", 0.0)
         if not round.uploads or not share:

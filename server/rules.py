@@ -8,7 +8,7 @@ from functools import partial
 
 from parsing import Option
 from server import robust
-from server.mean import Server, Setting
+from server.base import Server, Setting
 from server.robust import ClippedNoisy, Robust, RobustRule
 from server.threat_aware import ThreatAware
 
@@ -26,7 +26,7 @@ class Rule:
         about: a few words for ``--help``.
         server: makes the server of a run.
         reads: the options that the rule reads, with their defaults.
-        columns: what it adds to ``server.csv`` (``Judgement.columns``).
+        columns: what it adds to ``server.csv`` (``Weighting.columns``).
     """
 
     about: str
@@ -41,8 +41,8 @@ def robust_server(rule: RobustRule) -> Callable[[Setting], Server]:
 
 
 RULES = {
-    "threat": Rule("weights that follow the threat model", ThreatAware,
-                   columns=("norm_ratio", "cosine", "probe", "lookalike", "trust")),
+    "threat_aware": Rule("weights that follow the threat model", ThreatAware,
+                   columns=("norm_ratio", "cosine", "probe", "max_cosine", "trust")),
     "mean": Rule("by data size", Server),
     "median": Rule("coordinate-wise", robust_server(robust.median)),
     "trimmed_mean": Rule("coordinate-wise, without the largest and the smallest",

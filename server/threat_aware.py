@@ -28,15 +28,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from server.base import Memory, Round, Server, Setting, State, Weighting, median, updates_of
 from server.filtering import filtered
-from server.mean import Judgement, Memory, Round, Server, Setting, State, median, updates_of
 
-LONG, SPREADS = 1.5, 2.0           # see ``longest``; honest ones had up to 1.56 median norms
-AGAINST, OPPOSED = -0.6, -0.85     # cosines: trust begins to fall at the first and is 0 at the second
-COPY = 0.985                       # cosine of copies: two clients of the same two classes have up to 0.97
-KEEP = 0.8                         # share of the old average in the new one
-STANDS_OUT = 1.3                   # see ``filtered``; of 10 honest clients up to 1.07, of fewer up to 1.8
-TAKEN, FEW = 0.6, 10               # share of the weight that the filter may take; fewer uploads are not filtered
+MAX_NORM_RATIO, SPREADS = 1.5, 2.0           # see ``longest``; honest ones had up to 1.56 median norms
+COS_FULL_TRUST, COS_NO_TRUST = -0.6, -0.85     # cosines: trust begins to fall at the first and is 0 at the second
+COS_COPY = 0.985                       # cosine of copies: two clients of the same two classes have up to 0.97
+TRUST_DECAY = 0.8                         # share of the old average in the new one
+EIGENVALUE_RATIO = 1.3                   # see ``filtered``; of 10 honest clients up to 1.07, of fewer up to 1.8
+MAX_FILTERED, MIN_TO_FILTER = 0.6, 10               # share of the weight that the filter may take; fewer uploads are not filtered
 SHARE = 3.0                        # no client weighs more than SHARE / K
 WHOLE, PART = 2**30, 2**27         # bytes of updates that are held at once; of a part, where there are more
 
@@ -44,7 +44,7 @@ WHOLE, PART = 2**30, 2**27         # bytes of updates that are held at once; of 
 class ThreatAware(Server):
     """The threat-aware mean."""
 
-    fewest = 3
+    min_uploads = 3
 
     def __init__(self, setting: Setting):
         super().__init__(setting)
@@ -60,11 +60,11 @@ class ThreatAware(Server):
         """How far each upload would be trusted."""
         return {k: columns["trust"] for k, columns in self.judge(round).columns.items()}
 
-    def judge(self, round: Round) -> Judgement:
+    def judge(self, round: Round) -> Weighting:
         """Weights, the reasons for them, and each client's trust for the next round."""
         clients = list(round.uploads)
         if not clients:
-            return Judgement({}, self.remembered(round, {}, fallback=False))
+            return Weighting({}, self.remembered(round, {}, fallback=False))
         met = self.memory["seen"][clients] > 0
         before = torch.where(met, self.memory["trust"][clients], 1.0).double()
         updates = Updates(round.sent, list(round.uploads.values()))
@@ -79,15 +79,15 @@ class ThreatAware(Server):
         # upload may so earn trust anew, but what it has stays low, and the round falls back.
         met_with = before if (before * short).sum() >= 1e-9 else 1.0
         cosine = against_others(gram, short / copies * met_with)
-        now = short * ((cosine - OPPOSED) / (AGAINST - OPPOSED)).clamp(0, 1)
-        trust = torch.where(met, torch.minimum(now, KEEP * before + (1 - KEEP) * now), now)
+        now = short * ((cosine - COS_NO_TRUST) / (COS_FULL_TRUST - COS_NO_TRUST)).clamp(0, 1)
+        trust = torch.where(met, torch.minimum(now, TRUST_DECAY * before + (1 - TRUST_DECAY) * now), now)
         fallback = bool(trust.sum() < len(trust) / 2)
         sizes = capped(torch.tensor([round.sizes[k] for k in clients]).double())
         weights = sizes / copies * (1 if fallback else trust / short)   # all of one length, as in ``gram``
-        if len(gram) >= FEW:
-            weights = filtered(gram, weights, 0 if fallback else STANDS_OUT, TAKEN)
-        columns = {"norm_ratio": ratio, "cosine": cosine, "lookalike": similarity, "trust": trust}
-        return Judgement(
+        if len(gram) >= MIN_TO_FILTER:
+            weights = filtered(gram, weights, 0 if fallback else EIGENVALUE_RATIO, MAX_FILTERED)
+        columns = {"norm_ratio": ratio, "cosine": cosine, "max_cosine": similarity, "trust": trust}
+        return Weighting(
             dict(zip(clients, shared_out(weights * short).tolist(), strict=True)),
             self.remembered(round, dict(zip(clients, now.tolist(), strict=True)), fallback),
             {k: {name: column[i].item() for name, column in columns.items()} for i, k in enumerate(clients)})
@@ -98,7 +98,7 @@ class ThreatAware(Server):
         trust, count = self.memory["trust"].clone(), self.memory["seen"].clone()
         for k in round.sizes:
             earned = now.get(k, 0.0)
-            trust[k] = earned if not count[k] else KEEP * trust[k] + (1 - KEEP) * earned
+            trust[k] = earned if not count[k] else TRUST_DECAY * trust[k] + (1 - TRUST_DECAY) * earned
             count[k] += 1
         return {"trust": trust, "seen": count, "fallbacks": self.memory["fallbacks"] + fallback}
 
@@ -156,10 +156,10 @@ def lengths(norms: Tensor) -> Tensor:
 def longest(ratio: Tensor) -> float:
     """Return how long an update may be and keep its trust, in median norms.
 
-    It is SPREADS robust standard deviations of the logarithms, LONG at most: clients of equally many images have
+    It is SPREADS robust standard deviations of the logarithms, MAX_NORM_RATIO at most: clients of equally many images have
     updates of nearly the same length.
     """
-    return min(LONG, math.exp(SPREADS * 1.4826 * median(ratio.log().abs()).item()))
+    return min(MAX_NORM_RATIO, math.exp(SPREADS * 1.4826 * median(ratio.log().abs()).item()))
 
 
 def cosines(gram: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def cosines(gram: Tensor) -> Tensor:
 def likenesses(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Each update's largest cosine with another, and how many copies of it there are, itself included."""
     others = cosines(gram) - 2 * torch.eye(len(gram))
-    return others.max(1).values, 1.0 + (others > COPY).sum(1)
+    return others.max(1).values, 1.0 + (others > COS_COPY).sum(1)
 
 
 def against_others(gram: Tensor, weight: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ import weakref
 import numpy as np
 import pytest
 from test_folders import Killed, die_after
-from test_mi_attack import Trained
+from test_mi_attack import LocalUpdate
 
 from attack import membership, mi_attack
 from engine import signals
 from engine.signals import Interrupted
 
-TWO = ("--adversary", "curious_server", "stolen_model", "--attack", "mi_face", "latent_likelihood")
+TWO = ("--adversary", "curious_server", "stolen_model", "--attack", "mi_face", "reidentification")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
     arrays = {name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()}
     np.savez(place.folder / "data" / "public.npz", **arrays)
     assert place.main("--rounds", 1) == 0
-    return Trained(place)
+    return LocalUpdate(place)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_files_are_the_same_however_often_an_attack_was_interrupted(trained,
         while trained.attack("run", *flags) == 130:
             pass
     assert len(stopped) == 4 and files() == expected
-    assert trained.attack("run", "--overwrite", *flags[:3], "latent_likelihood") == 0
+    assert trained.attack("run", "--overwrite", *flags[:3], "reidentification") == 0
     assert trained.attack("run", *flags) == 0 and files() == expected
 
 
@@ -136,7 +136,7 @@ def test_checkpoints_that_nobody_can_write_are_attacked(trained, monkeypatch, tm
     shutil.copytree(trained.place.folder / "models", tmp_path / "models")
     (tmp_path / "models" / "run" / ".lock").unlink()
     monkeypatch.setattr("attack.command.os.access", lambda path, mode: False)
-    assert trained.attack("run", "--overwrite", "--adversary", "stolen_model", "--attack", "latent_likelihood",
+    assert trained.attack("run", "--overwrite", "--adversary", "stolen_model", "--attack", "reidentification",
                           "--models_dir", tmp_path / "models") == 0
     assert not (tmp_path / "models" / "run" / ".lock").exists()
     signals.check()

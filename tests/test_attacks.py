@@ -12,7 +12,7 @@ from sklearn.metrics import mean_squared_error
 from torch import nn
 
 from attack import attacks, classes, gradients, latents, learnt, newton, scoring
-from attack.access import Holdings
+from attack.access import Knowledge
 from attack.adversary import Adversary, Budget, PublicImages
 from models import CNN, Classifier, Encoder, VariationalEncoder, as_image
 from utils import seed_torch
@@ -168,8 +168,8 @@ def test_a_batchs_gradient_gives_its_images_back():
     x[0, :, :4], x[1, :, :, :4] = 0.1, 0.9
     head, attack = Sigmoid(0.5), attacks.ATTACKS["batch"]
     budget = Budget(restarts=2, iterations=300, epochs=1, draws=1, lr=0.1, top_scores=1)
-    holdings = Holdings(head, None, False, SHAPE, next_head=head)
-    adversary = Adversary(holdings, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
+    knowledge = Knowledge(head, None, False, SHAPE, next_head=head)
+    adversary = Adversary(knowledge, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
     found, labels = attack.solve(adversary, attack.observe(Client(head), x, y, budget), 2)
     assert labels.tolist() == [0, 2] and (psnr(scoring.in_order_of(x, found[0]), x) > 20).all()
 
@@ -198,7 +198,7 @@ def test_class_inversion_finds_the_class():
     templates = (images(4) > 0.5).float()
     score, labels = score_by_template(templates), torch.tensor([2, 0])
     plain = classes.mi_face(score, labels, SHAPE, 500)
-    strong, value = classes.mi_strong(score, labels, torch.rand(3, 2, *SHAPE), torch.full(SHAPE, 0.5), 200)
+    strong, value = classes.margin(score, labels, torch.rand(3, 2, *SHAPE), torch.full(SHAPE, 0.5), 200)
     assert (score(plain).argmax(1) == labels).all()
     assert (score(strong[0]).argmax(1) == labels).all() and (value[0] <= value[2]).all()
     nearest = scoring.distances(strong[0], templates).argmin(1)
@@ -209,7 +209,7 @@ def test_a_generator_narrows_class_inversion_to_its_images():
     patterns = (images(4) > 0.5).float()
     public = (patterns.repeat(80, 1, 1, 1) * (0.7 + 0.3 * torch.rand(320, 1, 1, 1))).clamp(0, 1)
     made = learnt.generator(public, 30)
-    found, _ = classes.mi_prior(score_by_template(patterns), torch.tensor([3, 1]), made.decode,
+    found, _ = classes.gmi(score_by_template(patterns), torch.tensor([3, 1]), made.decode,
                                 torch.randn(3, 2, made.size), 200)
     assert (scoring.distances(found[0], patterns).argmin(1) == torch.tensor([3, 1])).all()
 
@@ -245,14 +245,14 @@ def test_a_shadow_encoder_fits_the_frozen_head(kind):
     for c in range(4):
         public[y == c, :, 2 * c:2 * c + 2] += 0.7
     before = {name: p.clone() for name, p in head.named_parameters()}
-    view = learnt.shadow_encoder(Holdings(head, None, True, SHAPE), start, public, y, 15, 1e-5)
+    view = learnt.shadow_encoder(Knowledge(head, None, True, SHAPE), start, public, y, 15, 1e-5)
     assert (view.logits(public, 8).argmax(1) == y).double().mean() > 0.9
     assert all(torch.equal(p, before[name]) for name, p in head.named_parameters())
 
 
 def test_answers_average_probabilities_over_draws():
     head, encoder = Classifier(SHAPE, 4).eval(), VariationalEncoder(SHAPE, 1.0).eval()
-    view, x = Holdings(head, encoder, True, SHAPE), images(2)
+    view, x = Knowledge(head, encoder, True, SHAPE), images(2)
     torch.manual_seed(1)
     found = view.logits(x, 5).exp()
     torch.manual_seed(1)
@@ -266,7 +266,7 @@ def test_answers_average_probabilities_over_draws():
 def test_the_likelihood_of_a_candidate_is_that_of_its_posterior(kind):
     head = Classifier(SHAPE, 4).eval()
     encoder = (kind(SHAPE, 1.0) if kind is VariationalEncoder else kind(SHAPE)).eval()
-    view, candidates = Holdings(head, encoder, True, SHAPE), images(5)
+    view, candidates = Knowledge(head, encoder, True, SHAPE), images(5)
     adversary = Adversary(view, head, PublicImages(candidates, None), 0.0, None)
     with torch.no_grad():
         z = view.sample(candidates[:3])
@@ -465,7 +465,7 @@ def test_a_search_in_a_generator_finds_an_image_that_it_can_draw(kind, monkeypat
     head, directions = Classifier(SHAPE, 4).eval(), torch.randn(2, 64)
     encoder = (kind(SHAPE, -6.0) if kind is VariationalEncoder else kind(SHAPE)).eval().requires_grad_(False)
     public, budget = PublicImages(images(5), None), Budget(4, 200, 1, 1, 0.1, 4)
-    adversary = Adversary(Holdings(head, encoder, True, SHAPE), head, public, 0.0, budget)
+    adversary = Adversary(Knowledge(head, encoder, True, SHAPE), head, public, 0.0, budget)
 
     def decode(code):
         return (code @ directions).sigmoid().unflatten(1, SHAPE)
@@ -510,7 +510,7 @@ def test_a_shadow_encoder_is_aligned_with_the_latents_seen():
     head = Classifier(SHAPE, 2).eval().requires_grad_(False)
     labels = torch.arange(400) % 2
     x = (0.5 * torch.rand(400, *SHAPE) + 0.5 * labels[:, None, None, None] * torch.rand(SHAPE)).clamp(0, 1)
-    view = Holdings(head, None, True, SHAPE)
+    view = Knowledge(head, None, True, SHAPE)
     with torch.no_grad():
         seen = victim(x[:200])[0]
 

@@ -31,14 +31,14 @@ def test_batching_prints_each_line(script, capsys):
     script("batching").main(["--iterations", "1", "--repeats", "1", "--draws", "2"])
     lines = capsys.readouterr().out.splitlines()[2:]
     assert [line[:30].strip() for line in lines] == [
-        "mi_face", "mi_strong", "FedAvg, MI-Face set", "mi_face", "mi_strong", "RVE-PFL, MI-Face set",
+        "mi_face", "margin", "FedAvg, MI-Face set", "mi_face", "margin", "RVE-PFL, MI-Face set",
         "FedAvg, gradient inversion"]
     assert all(float(figure) > 0 for line in lines for figure in line[30:].split())
 
 
 def test_one_batch_does_the_work_of_the_loop(script):
     """What the ratios rest on: the same images, whichever way."""
-    view, y = script("batching").holdings(False), torch.arange(3)
+    view, y = script("batching").knowledge(False), torch.arange(3)
     whole = classes.mi_face(view.logits, y, (1, 28, 28), 5)
     alone = [classes.mi_face(view.logits, one, (1, 28, 28), 5) for one in y.split(1)]
     torch.testing.assert_close(whole, torch.cat(alone), atol=1e-4, rtol=1e-3)
@@ -366,7 +366,7 @@ def test_the_grid_of_the_server_plays_resumes_and_varies(server, tmp_path, tiny_
     monkeypatch.setattr(server, "ROOT", tmp_path)
     flags = ["--out", str(tmp_path / "out"), "--datasets", "tiny", "--seeds", "1", "--partitions", "iid",
              "--fracs", "0.3", "--rounds", "2", "--images", "12", "--local_bs", "8"]
-    grid = [*flags, "--rules", "threat", "mean", "--behaviours", "adaptive", "backdoor_patch"]
+    grid = [*flags, "--rules", "threat_aware", "mean", "--behaviours", "adaptive", "backdoor_patch"]
     server.main(grid)
     cells = pd.read_csv(tmp_path / "out" / "cells.csv")
     assert len(cells) == 2 * (2 + 1 + 4) and cells["accuracy"].between(0, 1).all()

@@ -5,18 +5,18 @@ import pytest
 import torch
 
 from runs import checkpoint
-from runs.checkpoint import PrivateStore, WaitingUploads, load_checked
-from update import Private
+from runs.checkpoint import ClientStore, WaitingUploads, load_checked
+from update import ClientState
 from utils import InputError
 
 
 def private(value, steps=1):
-    return Private({"encoder.x": torch.full((1000,), float(value))}, steps)
+    return ClientState({"encoder.x": torch.full((1000,), float(value))}, steps)
 
 
 @pytest.mark.parametrize("memory", [0, 6000, 10**9])
 def test_the_store_keeps_rounds_apart_whatever_the_memory(tmp_path, memory):
-    store = PrivateStore(tmp_path / "spill", private(0, 0), memory)
+    store = ClientStore(tmp_path / "spill", private(0, 0), memory)
     for r in range(1, 4):
         for k in range(3):
             store.put(k, private(10 * k + r, r))
@@ -36,10 +36,10 @@ def test_the_store_keeps_rounds_apart_whatever_the_memory(tmp_path, memory):
 @pytest.mark.parametrize("processes, size", [(1, 4000), (2, 4000), (5, 1333)])
 def test_processes_share_what_is_free_on_a_gpu(monkeypatch, tmp_path, processes, size):
     """Half of 8,000 bytes on each of two GPUs."""
-    monkeypatch.setattr(Private, "kind", "cuda")
+    monkeypatch.setattr(ClientState, "kind", "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000, 9000))
-    assert PrivateStore(tmp_path, private(0), processes=processes).free["cuda"] == size
+    assert ClientStore(tmp_path, private(0), processes=processes).free["cuda"] == size
 
 
 @pytest.mark.parametrize("small", [0, 2**16])
@@ -114,7 +114,7 @@ def test_a_rounds_uploads_do_not_outlive_its_checkpoint(place, driver, monkeypat
 def test_waiting_in_files_changes_no_number(place, monkeypatch, method):
     assert place.main("--method", method) == 0
     expected = place.clients_csv()
-    monkeypatch.setattr(PrivateStore.__init__, "__defaults__", (0,))
+    monkeypatch.setattr(ClientStore.__init__, "__defaults__", (0,))
     monkeypatch.setattr(WaitingUploads.__init__, "__defaults__", (0,))
     assert place.main("--method", method, "--overwrite") == 0
     assert place.clients_csv() == expected

@@ -81,7 +81,7 @@ def test_who_trains_in_a_round(driver, dealt, method):
 
 
 def test_the_warm_rounds_are_the_first_and_no_more(driver, dealt):
-    federated = federation(driver, dealt, "--warm_rounds", 2)
+    federated = federation(driver, dealt, "--full_sharing_rounds", 2)
     assert [federated.trainer(number).name for number in (1, 2, 3, 4)] == ["warm", "warm", "own", "own"]
 
 

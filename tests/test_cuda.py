@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.graphed import GraphedTrainer
 from engine.several import train_each
-from update import Private, Trainer
+from update import ClientState, Trainer
 from utils import choose_device, seed_torch
 
 INDICES = {0: np.arange(90), 2: np.arange(90, 160), 3: np.arange(20, 110), 5: np.arange(40)}
@@ -122,7 +122,7 @@ def test_a_stack_draws_what_its_clients_draw_alone(tiny_arrays, device, augment)
     for most in (1, 2, 8):
         client, head, private, start = set_up(tiny_arrays, augment=augment)
         client = on(device, client)
-        there = Private({name: value.to(device) for name, value in private.parameters.items()})
+        there = ClientState({name: value.to(device) for name, value in private.parameters.items()})
         found.append(dict(train_each(client, 2, INDICES, head, lambda k, here=private, there=there:
                                      there if k % 2 else here, most)))
     for stacked in found[1:]:

@@ -12,8 +12,8 @@ from attack.attacks import ATTACKS
 from methods import METHODS
 from options import make_parser
 from parsing import Option
+from server.base import Server, Weighting
 from server.malicious import BEHAVIOURS
-from server.mean import Judgement, Server
 from server.rules import RULES, Rule
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.S)
@@ -94,7 +94,7 @@ def test_a_rule_with_an_option_and_a_column_of_its_own(place):
     class Shortest(Server):
         def judge(self, round):
             share = self.setting.options["keep"]
-            return Judgement({k: share + k for k in round.uploads}, self.memory,
+            return Weighting({k: share + k for k in round.uploads}, self.memory,
                              {k: {"length": float(k)} for k in round.uploads})
     keep = Option("keep", "share that is kept", float, within=(0, 1), group="server")
     RULES["shortest"] = Rule("the shortest", Shortest, {keep: 0.5}, columns=("length",))

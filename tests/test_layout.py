@@ -13,7 +13,7 @@ FLOORS = [
      "runs.pictures", "attack.tables", "attack.roc"],
     ["datasets"],
     ["sampling"],
-    ["server.mean", "server.filtering"],
+    ["server.base", "server.filtering"],
     ["server.robust", "server.privacy", "server.threat_aware", "server.forging", "server.triggers"],
     ["server.rules"],
     ["methods"],
@@ -46,7 +46,7 @@ FILES = sorted([*ROOT.glob("*.py"), *(p for part in PARTS for p in (ROOT / part)
 
 
 def name_of(path):
-    """``server/mean.py`` -> ``server.mean``."""
+    """``server/base.py`` -> ``server.base``."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 

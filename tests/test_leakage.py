@@ -18,7 +18,7 @@ LAST = {   # latent_search has the higher SSIM, but is no better on another imag
     ("stolen_model", "latent_search", 2): (0.7, 0.7, 50, 0),
     ("stolen_model", "latent_decoder", 2): (0.6, 0.55, 20, 6),
     ("stolen_model", "mi_face", 2): (0.5, 0.25, 1, 0),
-    ("stolen_model", "mi_strong", 2): (0.75, 0.0, 1, 0),
+    ("stolen_model", "margin", 2): (0.75, 0.0, 1, 0),
     ("prediction_api", "score_decoder", 2): (0.2, 0.3, 50, 1)}
 BLIND = dict.fromkeys(LAST, (0.2, 0.2, 50, 0))
 
@@ -88,7 +88,7 @@ def test_the_strongest_attack_beside_its_control():
     assert image[["score", "control_score", "leakage", "low", "high", "rank", "control_rank", "n"]].tolist() == \
         pytest.approx([0.6, 0.55, 0.05, 0.05, 0.05, 20, 50, 8])
     assert image[["identified", "control_identified", "identified_worst"]].tolist() == [0.75, 0, 1]
-    assert (drawn["attack"], drawn["control"]) == ("mi_strong", "grey")
+    assert (drawn["attack"], drawn["control"]) == ("margin", "grey")
     assert drawn[["score", "control_score", "leakage"]].tolist() == pytest.approx([0.75, 0, 0.75])
     assert drawn["low"] < 0.75 < drawn["high"] and np.isnan(drawn["identified"])
     assert found.loc[("stolen_model", 1, "image"), "leakage"] == pytest.approx(0.6)
@@ -96,11 +96,11 @@ def test_the_strongest_attack_beside_its_control():
 
 
 def test_who_chooses_a_candidate_counts_by_rank_and_not_as_a_picture():
-    chosen = {("stolen_model", "latent_likelihood", 2): (1.0, 0.0, 3, 7)}
+    chosen = {("stolen_model", "reidentification", 2): (1.0, 0.0, 3, 7)}
     image = leakage.condense(lines({**LAST, **chosen})).set_index(["adversary", "kind"]).loc[
         ("stolen_model", "image")]
     assert (image["attack"], image["score"]) == ("latent_decoder", 0.6)
-    assert (image["rank_attack"], image["rank"], image["identified"]) == ("latent_likelihood", 3, 7 / 8)
+    assert (image["rank_attack"], image["rank"], image["identified"]) == ("reidentification", 3, 7 / 8)
     alone = leakage.condense(lines(chosen))
     assert alone["score"].isna().all() and alone["leakage"].isna().all() and alone["rank"].tolist() == [3]
     assert leakage.worst(alone)["image_leakage"] is None
@@ -109,7 +109,7 @@ def test_who_chooses_a_candidate_counts_by_rank_and_not_as_a_picture():
 def test_the_worst_adversary_in_the_last_rounds():
     row = leakage.worst(leakage.condense(lines({**EARLY, **LAST})))
     assert row["image_attack"] == "stolen_model latent_decoder"
-    assert row["class_attack"] == "stolen_model mi_strong"
+    assert row["class_attack"] == "stolen_model margin"
     assert (row["image_leakage"], row["image_ssim"], row["class_right"]) == pytest.approx((0.05, 0.6, 0.75))
     assert not any(leakage.worst(leakage.NONE).values())
     assert leakage.worst(leakage.condense(lines(EARLY)))["class_right"] is None
@@ -206,7 +206,7 @@ def test_summary_means_over_seeds(report, runs):
     assert both[["image_leakage", "image_ssim", "class_right"]].tolist() == pytest.approx([0.025, 0.4, 0.5])
     assert both["image_leakage_std"] == pytest.approx(0.025 * math.sqrt(2), rel=1e-4)   # of 0.05 and 0
     assert both["image_attack"] == "stolen_model latent_decoder; stolen_model latent_search"   # equal: the first
-    assert both["class_attack"] == "stolen_model mi_strong; stolen_model mi_face"   # equal: the first
+    assert both["class_attack"] == "stolen_model margin; stolen_model mi_face"   # equal: the first
     added = ["seeds_attacked", *leakage.WORST]
     assert table[table["stage"] == "trained"][added].isna().all(axis=None)
     assert deployed[deployed["method"].isin(["fedavg", "local"])][added].isna().all(axis=None)
@@ -249,7 +249,7 @@ def test_the_page(report, runs, capsys):
     assert report.main(["--results_dir", str(runs)]) == 0
     assert "left out: torn: finished, but attack.csv" in capsys.readouterr().out
     text = (runs / "report.html").read_text()
-    assert "latent_decoder</small> 0.60 (0.55)" in text and "mi_strong</small> 75% (0%)" in text
+    assert "latent_decoder</small> 0.60 (0.55)" in text and "margin</small> 75% (0%)" in text
     assert "latent_decoder</small> 75.0% (0.0%)</td><td>100%</td><td>20 (50)" in text
     assert "no proof of privacy" in text
     assert "different budgets" in text   # one trained on other public images

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from server import forging, triggers
-from server.forging import Knowledge, harm, min_max_reach, min_sum_reach, tuned
+from server.base import Round, Server, Setting, moved, updates_of
+from server.forging import ForgerView, harm, min_max_reach, min_sum_reach, tuned
 from server.malicious import BEHAVIOURS, MaliciousClients, pair_flipped
-from server.mean import Round, Server, Setting, moved, updates_of
 from server.privacy import NbAFL
 from server.rules import RULES
 from update import Trainer
@@ -24,7 +24,7 @@ def known(own, honest=HONEST, aggregate=None, round=1):
     own = torch.tensor(own)
     mean = aggregate or (lambda forged: torch.cat([honest, forged]).mean(0))
     drawn, lasting = torch.Generator().manual_seed(round), torch.Generator().manual_seed(0)
-    return Knowledge(own, honest, drawn, lasting, lambda forged: 1.0, mean, torch.tensor([1.0, 1.0]))
+    return ForgerView(own, honest, drawn, lasting, lambda forged: 1.0, mean, torch.tensor([1.0, 1.0]))
 
 
 def test_harm_is_progress_lost_along_the_honest_mean():

@@ -25,7 +25,7 @@ RUNS["by_heart"] = ("--method", "fedavg", "--dataset", "noise", "--partition", "
                     "--save_rounds", 1, "--local_ep", 60)
 
 
-class Trained:
+class LocalUpdate:
     """A folder with trained runs in it, and the attack on them. Those of RUNS are trained when they are needed."""
 
     def __init__(self, place):
@@ -79,7 +79,7 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
         labels = rng.integers(0, 4, size).astype(np.uint8)
         np.savez(data / f"{name}.npz", train_images=images[50:], train_labels=labels[50:],
                  test_images=images[:50], test_labels=labels[:50])
-    return Trained(place)
+    return LocalUpdate(place)
 
 
 def options(trained, run, *flags):
@@ -205,8 +205,8 @@ def test_non_members_are_of_the_clients_classes_and_its_own(trained, tiny_arrays
 
 def test_models_answer_as_the_options_say(trained, monkeypatch):
     target, args = trained.target("rve_pfl"), options(trained, "rve_pfl", "--draws", 3, "--scores", 2)
-    drawn, logits = [], access.Holdings.logits
-    monkeypatch.setattr(access.Holdings, "logits", lambda held, x, draws=0: drawn.append(draws) or logits(
+    drawn, logits = [], access.Knowledge.logits
+    monkeypatch.setattr(access.Knowledge, "logits", lambda held, x, draws=0: drawn.append(draws) or logits(
         held, x, draws))
     adversary, images = members.Adversary(target, args, [2], 2, 0), members.asked(target, 0).images
     told = {who: answer(adversary)(images).isfinite().sum(1) for who, answer in members.MODELS.items()}
@@ -334,9 +334,9 @@ def test_fedmia_trains_a_shadow_encoder_behind_the_head_sent_in_each_round(train
     target = replace(target, options=target.options | {"kl_weight": 0.3, "local_ep": 7})
     args = options(trained, "rve_pfl", "--draws", "1")
 
-    def shadow_encoder(holdings, start, images, labels, epochs, kl_weight):
-        made.append((holdings.head.state_dict(prefix="classifier."), start.state_dict(), epochs, kl_weight))
-        return access.Holdings(holdings.head, Shifted(len(made)), True, (1, 8, 8))
+    def shadow_encoder(knowledge, start, images, labels, epochs, kl_weight):
+        made.append((knowledge.head.state_dict(prefix="classifier."), start.state_dict(), epochs, kl_weight))
+        return access.Knowledge(knowledge.head, Shifted(len(made)), True, (1, 8, 8))
     monkeypatch.setattr(members.learnt, "shadow_encoder", shadow_encoder)
     asked, seen, confidence = members.asked(target, 0), [], members.confidence
     monkeypatch.setattr(members, "confidence", lambda answer, x, y: seen.append(x) or confidence(answer, x, y))
@@ -441,7 +441,7 @@ def test_a_reference_trains_in_the_rounds_of_its_client(trained, monkeypatch):
     for k in range(3):
         asked = set(table[table["client"] == k]["round"])
         assert schedule(k) == [(r, 2) for r in sorted(asked)]
-        assert schedule(k, warm_rounds=3) == [(r, 2) for r in sorted({1, 2, 3} | asked)]
+        assert schedule(k, full_sharing_rounds=3) == [(r, 2) for r in sorted({1, 2, 3} | asked)]
         assert schedule(k, method="fedavg") == [(r, 2) for r in range(1, 7)]
     assert len(table[["client", "round"]].drop_duplicates()) == 12   # not 18
     assert schedule(0, 5) == [(1, 2), (2, 2), (3, 1)] and schedule(0, 1) == [(1, 1)]

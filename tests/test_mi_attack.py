@@ -26,7 +26,7 @@ def guard():
     sys.addaudithook(note)
 
 
-class Trained:
+class LocalUpdate:
     """A folder with trained runs in it, and the attack on them."""
 
     def __init__(self, place):
@@ -61,17 +61,17 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
     np.savez(place.folder / "data" / "public.npz", **arrays)
     for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper"):
         assert place.main("--method", method, "--run_name", method, "--rounds", 2, "--save_rounds", 1) == 0
-    return Trained(place)
+    return LocalUpdate(place)
 
 
 def expected(method):
     """What fits, by hand."""
-    classes = {"mi_face", "mi_strong", "mi_prior"}
-    steps = {"dlg", "cosine_tv", "analytic", "gauss_newton", "aligned", "batch", "epoch", "gradient_likelihood"}
-    latent = {"latent_decoder", "latent_prior", "latent_search", "latent_likelihood", "posterior_mean"}
+    classes = {"mi_face", "margin", "gmi"}
+    steps = {"dlg", "cosine_tv", "analytic", "gauss_newton", "feature_alignment", "batch", "epoch", "gradient_reidentification"}
+    latent = {"latent_decoder", "latent_generator", "latent_search", "reidentification", "posterior_mean"}
     server = {"rve_pfl": classes | steps, "lg_fedavg": classes | steps, "local": set(), "fedper": set(),
-              "fedavg": classes | steps - {"aligned", "gradient_likelihood"}}[method]
-    stolen = classes | {"rve_pfl": {"mi_strong_mu"} | latent, "local": {"mi_strong_mu"} | latent,
+              "fedavg": classes | steps - {"feature_alignment", "gradient_reidentification"}}[method]
+    stolen = classes | {"rve_pfl": {"margin_mu"} | latent, "local": {"margin_mu"} | latent,
                         "lg_fedavg": latent}.get(method, set())
     client = classes if method != "local" else set()
     return {*(("curious_server", how) for how in server), *(("stolen_model", how) for how in stolen),
@@ -90,8 +90,8 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, few_
         row = ATTACKS[how]
         count = 4 if row.kind == "class" else 2 * (1 + row.unordered)   # the client's classes, or --images
         count = min(count, found.groupby("restart").size().max())
-        restarts = 1 if how in ("mi_face", "gauss_newton", "aligned", "latent_decoder", "latent_likelihood",
-                                "posterior_mean", "gradient_likelihood", "score_decoder") else 2
+        restarts = 1 if how in ("mi_face", "gauss_newton", "feature_alignment", "latent_decoder", "reidentification",
+                                "posterior_mean", "gradient_reidentification", "score_decoder") else 2
         assert len(found) == count * restarts
         assert part["control"].value_counts().drop("").to_dict() == dict.fromkeys(
             ("grey", "noise") if row.kind == "class" else ("foreign",), count)   # public: of other classes
@@ -154,19 +154,19 @@ def test_no_attack_opens_a_file(trained, few_steps, monkeypatch):
 
 
 def test_an_attack_is_the_same_whichever_came_before(trained, few_steps):
-    """The server's shadow encoder, its decoder and `aligned`'s own shadow, alone and behind each other."""
+    """The server's shadow encoder, its decoder and `feature_alignment`'s own shadow, alone and behind each other."""
     def rows(*attacks):
         flags = ("--adversary", "curious_server", "--attack", *attacks)
         assert trained.attack("rve_pfl", "--overwrite", *flags) == 0
         table = trained.csv("rve_pfl").set_index("attack")
         return table.assign(kl_nats=pd.to_numeric(table["kl_nats"]))   # empty for attacks on classes
-    together = rows("mi_face", "analytic", "aligned")
-    for attack in ("aligned", "analytic"):
+    together = rows("mi_face", "analytic", "feature_alignment")
+    for attack in ("feature_alignment", "analytic"):
         pd.testing.assert_frame_equal(rows(attack), together.loc[[attack]])
 
 
 def test_it_goes_on_where_it_stopped_and_narrowing_is_free(trained, monkeypatch):
-    flags = ("--adversary", "stolen_model", "--attack", "mi_face", "mi_strong", "latent_decoder")
+    flags = ("--adversary", "stolen_model", "--attack", "mi_face", "margin", "latent_decoder")
     assert trained.attack("rve_pfl", "--overwrite", *flags) == 0
     whole = trained.csv("rve_pfl")
     attack, calls = scene.Scene.attack, []
@@ -180,7 +180,7 @@ def test_it_goes_on_where_it_stopped_and_narrowing_is_free(trained, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         trained.attack("rve_pfl", "--overwrite", *flags)
     assert trained.attack("rve_pfl", *flags) == 0
-    assert calls == ["mi_face", "mi_strong", "mi_strong", "latent_decoder"]
+    assert calls == ["mi_face", "margin", "margin", "latent_decoder"]
     again = trained.csv("rve_pfl")
     pd.testing.assert_frame_equal(again[again["attack"] != "latent_decoder"],
                                   whole[whole["attack"] != "latent_decoder"])
@@ -209,26 +209,26 @@ def test_other_options_than_before_are_refused(trained, capsys):
 
 
 def test_an_attack_of_an_older_version_is_not_gone_on_with(trained, capsys):
-    assert trained.attack("lg_fedavg", "--overwrite", "--attack", "latent_likelihood") == 0
+    assert trained.attack("lg_fedavg", "--overwrite", "--attack", "reidentification") == 0
     path = trained.place.folder / "results" / "lg_fedavg" / "attack.json"
     before = json.loads(path.read_text())
     del before["public_images"]
     path.write_text(json.dumps(before))
-    line = trained.refuses(capsys, "lg_fedavg", "--attack", "latent_likelihood")
+    line = trained.refuses(capsys, "lg_fedavg", "--attack", "reidentification")
     assert "before with None" in line and "--overwrite" in line
 
 
 def test_attacks_of_a_client_and_round_attack_the_same_images(trained, few_steps):
     """All of the client's where that is cheap, and the first of these elsewhere; a number given is for all."""
-    flags = ("--attack", "latent_likelihood", "latent_decoder", "latent_search", "--public_images", 200)
+    flags = ("--attack", "reidentification", "latent_decoder", "latent_search", "--public_images", 200)
     argv = trained.argv("lg_fedavg", "--overwrite", *flags)
     del argv[argv.index("--images"):argv.index("--images") + 2]
     assert mi_attack.main(argv) == 0
     table = trained.csv("lg_fedavg").query("restart == 0 and control == ''")
     images = {how: part["image"].tolist() for how, part in table.groupby("attack")}
     own = np.load(trained.place.folder / "results" / "lg_fedavg" / "partition.npz")["train_0"]
-    assert sorted(images["latent_likelihood"]) == sorted(own)
-    assert images["latent_decoder"] == images["latent_likelihood"]
+    assert sorted(images["reidentification"]) == sorted(own)
+    assert images["latent_decoder"] == images["reidentification"]
     assert images["latent_search"] == images["latent_decoder"][:8]
     assert trained.attack("lg_fedavg", "--overwrite", *flags, "--images", 3) == 0
     table = trained.csv("lg_fedavg").query("restart == 0 and control == ''")
@@ -236,7 +236,7 @@ def test_attacks_of_a_client_and_round_attack_the_same_images(trained, few_steps
 
 
 def test_each_image_has_its_kl_and_the_summary_the_worst(trained, capsys):
-    flags = ("--attack", "latent_likelihood", "--images", 9)
+    flags = ("--attack", "reidentification", "--images", 9)
     assert trained.attack("rve_pfl", "--overwrite", "--clients", 0, 1, *flags) == 0
     assert "of the 2% with the highest KL" in capsys.readouterr().out
     folders = (trained.place.folder / name for name in ("results", "models", "data"))
@@ -257,20 +257,20 @@ def test_each_image_has_its_kl_and_the_summary_the_worst(trained, capsys):
 
 
 def test_rows_of_another_format_are_refused(trained, capsys):
-    assert trained.attack("lg_fedavg", "--overwrite", "--attack", "latent_likelihood") == 0
+    assert trained.attack("lg_fedavg", "--overwrite", "--attack", "reidentification") == 0
     path = trained.place.folder / "results" / "lg_fedavg" / "attack.csv"
     pd.read_csv(path).drop(columns="class_rank").to_csv(path, index=False)
-    assert "--overwrite" in trained.refuses(capsys, "lg_fedavg", "--attack", "latent_likelihood")
+    assert "--overwrite" in trained.refuses(capsys, "lg_fedavg", "--attack", "reidentification")
 
 
 def test_scores_fit_together(trained):
     """What is found is no nearer to the true image than to the nearest of its class, itself one of these."""
     assert trained.attack("lg_fedavg", "--overwrite", "--adversary", "stolen_model", "--attack", "latent_decoder",
-                          "latent_likelihood", "mi_face") == 0
+                          "reidentification", "mi_face") == 0
     table = trained.csv("lg_fedavg").astype({"feature_distance": float, "knn_distance": float, "guess": float})
     assert (table["knn_distance"] <= table["feature_distance"] + 1e-4).all()
     assert (table["identified"] == (table["nearest_rank"] == 1)).all()
-    chosen = table[(table["attack"] == "latent_likelihood") & (table["control"] == "")]
+    chosen = table[(table["attack"] == "reidentification") & (table["control"] == "")]
     chosen = chosen[chosen["identified"] == 1]
     assert len(chosen) and chosen["feature_distance"].max() < 1e-3   # the true image itself
     own = len(np.load(trained.place.folder / "results" / "lg_fedavg" / "partition.npz")["train_0"])
@@ -343,7 +343,7 @@ def test_gradients_of_a_trained_run_give_its_images_away(trained):
 
 
 def test_a_candidate_is_identified_by_its_latent(trained):
-    flags = ("--adversary", "stolen_model", "--attack", "latent_likelihood", "--images", 8)
+    flags = ("--adversary", "stolen_model", "--attack", "reidentification", "--images", 8)
     assert trained.place.main("--run_name", "quiet", "--rounds", 1, "--init_logvar", -9, "--overwrite") == 0
     for run in ("quiet", "lg_fedavg"):
         assert trained.attack(run, "--overwrite", *flags) == 0

@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import models
-from attack.access import Holdings
+from attack.access import Knowledge
 from models import (
     CNN,
     RVE,
@@ -121,7 +121,7 @@ def test_many_draws_go_through_the_head_in_parts(monkeypatch, draws):
     """The same answers as all at once, with at most LATENTS in the head, or a draw of each image."""
     torch.manual_seed(0)
     model, x = RVE((1, 8, 8), 3, 2.0).eval(), torch.rand(4, 1, 8, 8)
-    holdings, sizes = Holdings(model.classifier, model.encoder, True, (1, 8, 8)), []
+    knowledge, sizes = Knowledge(model.classifier, model.encoder, True, (1, 8, 8)), []
     model.classifier.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
 
     def answers(latents):
@@ -129,7 +129,7 @@ def test_many_draws_go_through_the_head_in_parts(monkeypatch, draws):
         torch.manual_seed(1)
         probabilities = model.predict(x, draws)[0]
         torch.manual_seed(1)
-        logs = holdings.logits(x, draws)
+        logs = knowledge.logits(x, draws)
         assert torch.allclose(logs.exp(), probabilities, atol=1e-5)
         return probabilities, logs, torch.autograd.grad(logs[:, 0].sum(), model.encoder.mu.weight)[0]
     whole = answers(10**6)
@@ -261,10 +261,10 @@ def test_the_head_rehearses_every_class_in_training_alone():
     torch.manual_seed(0)
     model = RVE((1, 8, 8), 4, -2.0, "class")
     x, y = torch.rand(64, 1, 8, 8), torch.zeros(64, dtype=torch.int64)
-    assert model.eval()(x, y).rehearsal is None and RVE((1, 8, 8), 4, -2.0).train()(x).rehearsal is None
-    rehearsal = model.train()(x, y).rehearsal
-    assert rehearsal.shape == (64,)
-    rehearsal.mean().backward()
+    assert model.eval()(x, y).replay is None and RVE((1, 8, 8), 4, -2.0).train()(x).replay is None
+    replay = model.train()(x, y).replay
+    assert replay.shape == (64,)
+    replay.mean().backward()
     assert model.prior.mu.grad is None and model.encoder.mu.weight.grad is None
     assert (model.classifier.output.bias.grad.abs() > 0).all()
     with torch.no_grad():   # a head that knows nothing but the priors is right on their draws
@@ -272,7 +272,7 @@ def test_the_head_rehearses_every_class_in_training_alone():
     optimizer = torch.optim.Adam(model.classifier.parameters(), 1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        model.rehearsal(64, x.device).mean().backward()
+        model.replay(64, x.device).mean().backward()
         optimizer.step()
     logits = model.eval().classifier(as_image(model.prior.mu, (1, 8, 8)))
     assert torch.equal(logits.argmax(1), torch.arange(4))

@@ -14,7 +14,7 @@ from attack.scene import CLIENT_LR, as_floats
 from methods import METHODS
 from models import Classifier, ClassPrior, as_image
 from runs.checkpoint import load_checked
-from update import Private, Trainer, training_of
+from update import ClientState, Trainer, training_of
 from utils import rng, seed_torch
 
 RUNS = {
@@ -107,7 +107,7 @@ def by_training(victim, numbers, batch):
                       torch.float32)
     trainer = Trainer(network, METHODS[target.options["method"]], torch.from_numpy(target.data.images),
                       torch.from_numpy(target.data.labels), target.data.num_classes, how)
-    upload = trainer.train(0, victim.round + 1, numbers, victim.sent_next, Private(victim.private)).upload
+    upload = trainer.train(0, victim.round + 1, numbers, victim.sent_next, ClientState(victim.private)).upload
     return {name: (value - upload[name]) / CLIENT_LR for name, value in victim.sent_next.items()}
 
 
@@ -236,7 +236,7 @@ def test_latents_are_observed_as_asked(trained):
     adversary, victim = stolen(trained, "rve_pfl")
     x, y = trained.images("rve_pfl", 3)
     with torch.no_grad():
-        mu, logvar = adversary.holdings.posterior(x)
+        mu, logvar = adversary.knowledge.posterior(x)
 
         def deviation(observed):
             seen, = latents.observe(victim, x, y, None, observed)
@@ -276,7 +276,7 @@ def test_the_likelihood_sums_over_draws_and_encoders(trained, observed):
     expected = torch.zeros(3, 6, dtype=torch.double)
     with torch.no_grad():
         for one in seen:
-            mu, logvar = (one.model or adversary.holdings).posterior(x)
+            mu, logvar = (one.model or adversary.knowledge).posterior(x)
             sigma = torch.ones_like(mu) if observed == "mu" else (0.5 * logvar).exp()
             for draw in one.draws:
                 expected += torch.distributions.Normal(mu.double(), sigma.double()).log_prob(
@@ -316,13 +316,13 @@ def test_the_posterior_mean_by_hand(trained):
     found, _ = latents.posterior_mean(adversary, seen, 2)
     public = adversary.public.images
     with torch.no_grad():
-        mu, logvar = adversary.holdings.posterior(public)
+        mu, logvar = adversary.knowledge.posterior(public)
     logs = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(seen[0].draws[0][:, None]).sum(2)
     expected = (logs.double().softmax(1)[:, :, None, None, None] * public).sum(1)
     torch.testing.assert_close(found[0], expected.float(), atol=1e-3, rtol=1e-3)
     exact = latents.observe(victim, x, y, None, "mu")
     with torch.no_grad():
-        nearest = torch.cdist(adversary.holdings.posterior(x)[0], mu).argmin(1)
+        nearest = torch.cdist(adversary.knowledge.posterior(x)[0], mu).argmin(1)
     torch.testing.assert_close(latents.posterior_mean(adversary, exact, 2)[0][0], public[nearest])
     mine = PublicImages(torch.cat([public, x]), torch.zeros(len(public) + 2, dtype=torch.long))
     adversary.public = mine   # where the image itself is public, it is what is found
@@ -330,18 +330,18 @@ def test_the_posterior_mean_by_hand(trained):
 
 
 def test_observations_stand_side_by_side(trained, capsys):
-    flags = ("--adversary", "stolen_model", "--attack", "latent_likelihood", "mi_face")
+    flags = ("--adversary", "stolen_model", "--attack", "reidentification", "mi_face")
     assert trained.attack("rve_pfl", "--overwrite", *flags, "--observe", "z", "mu") == 0
     assert trained.attack("rve_pfl", *flags, "--observe", "rounds", "z8", "z") == 0
     table, folder = trained.csv("rve_pfl"), trained.results("rve_pfl")
-    assert set(table[table["attack"] == "latent_likelihood"]["observed"]) == {"z", "z8", "mu", "rounds"}
+    assert set(table[table["attack"] == "reidentification"]["observed"]) == {"z", "z8", "mu", "rounds"}
     for observed in ("", "_mu", "_z8"):
         assert (folder / f"attack_stolen_model_latent_likelihood{observed}_round3_client0.png").exists()
     assert set(table[table["attack"] == "mi_face"]["observed"]) == {""}
     assert not table.duplicated(["attack", "observed", "image", "restart", "control", "label"]).any()
     summary = pd.read_csv(folder / "attack_summary.csv", keep_default_na=False)
     assert not summary.duplicated(["adversary", "attack", "round", "observed", "control"]).any()
-    assert "latent_likelihood (rounds) round 3 client 0" in capsys.readouterr().out
+    assert "reidentification (rounds) round 3 client 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("run, flags, named", [
@@ -376,8 +376,8 @@ def test_images_are_told_apart_at_the_start(trained, monkeypatch):
     monkeypatch.setattr(access.Victim, "update", lambda *given: update(*given, inputs=behind))
     monkeypatch.setattr(newton, "head_input", lambda *_, **__: torch.cat(behind))
     flags = ("--rounds", 0, "--adversary", "stolen_model", "curious_server")
-    assert trained.attack("rve_pfl", "--overwrite", *flags, "--attack", "latent_likelihood",
-                          "gradient_likelihood") == 0
+    assert trained.attack("rve_pfl", "--overwrite", *flags, "--attack", "reidentification",
+                          "gradient_reidentification") == 0
     table = trained.csv("rve_pfl").query("control == ''")
     assert set(table["adversary"]) == {"stolen_model", "curious_server"} and set(table["round"]) == {0}
     assert (table["identified"] == 1).all() and len(table) == 8
@@ -385,7 +385,7 @@ def test_images_are_told_apart_at_the_start(trained, monkeypatch):
 
 def test_a_start_that_cannot_be_made_again_is_refused(trained, capsys):
     path = trained.results("rve_pfl") / "config.json"
-    text, flags = path.read_text(), ("--rounds", 0, "--attack", "latent_likelihood")
+    text, flags = path.read_text(), ("--rounds", 0, "--attack", "reidentification")
     config = json.loads(text)
     try:
         for other in (None, "0123456789abcdef"):
@@ -432,7 +432,7 @@ def test_a_shadow_encoder_pays_for_its_kl():
     kl = []
     for weight in (0.0, 1.0):
         seed_torch(1, "shadow")
-        view = learnt.shadow_encoder(access.Holdings(head, None, True, (1, 8, 8)), start, x, y, 20, weight)
+        view = learnt.shadow_encoder(access.Knowledge(head, None, True, (1, 8, 8)), start, x, y, 20, weight)
         with torch.no_grad():
             kl.append(learnt.kl_of(start, *view.posterior(x), y).mean().item())
     assert kl[1] < 0.8 * kl[0]

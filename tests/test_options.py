@@ -62,9 +62,9 @@ def test_bad_option_is_one_line_and_status_2(line, named, capsys):
     "--method nbafl_prox --stack 2|--method nbafl_prox", "--prior class --stack 2|--prior class",
     "--momentum 0.5|--optimizer adam", "--alpha 1 --partition iid|--partition iid",
     "--classes_per_client 3 --partition dirichlet|--partition dirichlet",
-    "--malicious_behaviour passive|--malicious_frac 0", "--clip_noise 0.1|--aggregation threat",
+    "--malicious_behaviour passive|--malicious_frac 0", "--clip_noise 0.1|--aggregation threat_aware",
     "--aggregation median --tolerate 0.1|--aggregation median", "--method local --aggregation mean|--method local",
-    "--method fedavg --warm_rounds 1|--method fedavg", "--method nbafl --prox 1|--method nbafl",
+    "--method fedavg --full_sharing_rounds 1|--method fedavg", "--method nbafl --prox 1|--method nbafl",
     "--encoders_from a --init_logvar -4|--encoders_from a", "--encoders_from a --kl_weight 1|--encoders_from a",
     "--encoders_from a --kl_warmup 2|--encoders_from a", "--method client_dp --loss_weight 1|--method client_dp",
     "--prior class --encoders_from a --prior_apart 0.3|--encoders_from a",
@@ -211,7 +211,7 @@ def test_delta_depends_on_the_clients():
 @pytest.mark.parametrize("method, option, value, said", [
     ("fedavg", "lr", -1.0, "--lr -1.0: must be between"), ("fedavg", "lr", "abc", "--lr abc: must be a number"),
     ("fedavg", "aggregation", "nosuch", "--aggregation nosuch: choose from"),
-    ("nbafl", "aggregation", "threat", "accounting")])
+    ("nbafl", "aggregation", "threat_aware", "accounting")])
 def test_a_rows_edited_default_is_checked_too(monkeypatch, capsys, method, option, value, said):
     row = METHODS[method]
     reads = {key: value if key.name == option else old for key, old in row.reads.items()}

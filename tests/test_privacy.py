@@ -9,7 +9,7 @@ import torch
 
 from methods import METHODS, Step
 from options import args_parser
-from server.mean import Round, Setting
+from server.base import Round, Setting
 from server.privacy import (
     AdaptiveClientDP,
     ClientDP,

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from attack import latents, mi_attack, scene, scoring, tables
-from attack.access import Holdings
+from attack.access import Knowledge
 from attack.adversary import Adversary, Budget, PublicImages
 from attack.attacks import ATTACKS
 from attack.gradients import epoch_update
 from methods import METHODS
 from runs.checkpoint import load_checked
-from server.mean import Judgement, Round, Setting
+from server.base import Round, Setting, Weighting
 from server.privacy import ClientDP, NbAFL, nbafl_sigmas
 from utils import rng, seed_torch
 
@@ -314,7 +314,7 @@ def test_noise_is_drawn_anew_each_round():
     assert_drawn_anew(lambda r: server(Round(r, zeros, {}, {})).head["w"])
     server = NbAFL(Setting(clients=2, rounds=50, smallest=10, epsilon=5.0, delta=0.01, clip=3.0, exposures=1))
     assert_drawn_anew(lambda r: server(Round(r, zeros, {1: zeros}, {1: 10})).uploads[1]["w"])   # uplink
-    whole = Judgement({1: 1.0}, server.memory)
+    whole = Weighting({1: 1.0}, server.memory)
     assert_drawn_anew(lambda r: server.combine(Round(r, zeros, {1: zeros}, {1: 10}), whole)["w"])   # downlink
 
 
@@ -421,8 +421,8 @@ def test_the_evaluator_and_the_adversaries_know_no_private_image(attacked, tiny_
         results["public"] = made.public.images
         z = torch.linspace(-1, 1, 192).reshape(1, 3, 64)
         for who, how, seen in (("stolen_model", "latent_decoder", [latents.Seen(z)]),
-                               ("stolen_model", "mi_prior", None), ("curious_client", "mi_strong", None),
-                               ("curious_server", "mi_strong", None), ("curious_server", "mi_prior", None),
+                               ("stolen_model", "gmi", None), ("curious_client", "margin", None),
+                               ("curious_server", "margin", None), ("curious_server", "gmi", None),
                                ("prediction_api", "score_decoder", torch.eye(4)[:3])):
             adversary, labels = made.adversary(who, 2, 0), torch.tensor([0, 1, 2])
             seed_torch(1, f"{who} {how}")
@@ -553,7 +553,7 @@ def test_answers_are_those_of_the_model_the_victim_trained(attacked, monkeypatch
 def test_a_service_answers_by_draws_of_z(attacked):
     """--draws of them, their probabilities averaged, and not from the mean of z."""
     made = attacked.scene("rve_pfl", "--scores", 4, "--draws", 1000)
-    query = made.adversary("prediction_api", 2, 1).holdings.query
+    query = made.adversary("prediction_api", 2, 1).knowledge.query
     model = {**attacked.file("rve_pfl", 2, "client_1.pt")["parameters"],
              **attacked.file("rve_pfl", 2, "shared.pt")["uploads"][1]}
     x, mean = attacked.pixels(range(20)), {**model, "encoder.logvar.bias": torch.full((64,), -80.0)}
@@ -587,7 +587,7 @@ def test_an_adversarys_start_is_the_one_that_is_no_secret(attacked):
 @pytest.mark.parametrize("who, encoder, head", [
     ("curious_server", None, "upload"), ("stolen_model", 0, "upload"), ("curious_client", 1, "sent")])
 def test_adversaries_hold_what_the_table_says(attacked, who, encoder, head):
-    held = attacked.scene("rve_pfl").adversary(who, 2, 0).holdings
+    held = attacked.scene("rve_pfl").adversary(who, 2, 0).knowledge
     shared = attacked.file("rve_pfl", 2, "shared.pt")
     expected = shared["sent"] if head == "sent" else shared["uploads"][0]
     for name, value in held.head.state_dict().items():
@@ -607,8 +607,8 @@ def test_labels_are_told_from_an_epoch_of_two_steps():
     x, budget = torch.rand(4, 1, 8, 8), Budget(1, 1, 1, 1, 0.01, 4)
     victim = SimpleNamespace(update=lambda x, y, lr, batch: {
         f"classifier.{name}": value for name, value in epoch_update(head, x, y, lr, batch).items()})
-    holdings = Holdings(head, None, False, (1, 8, 8), next_head=head)
-    adversary = Adversary(holdings, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
+    knowledge = Knowledge(head, None, False, (1, 8, 8), next_head=head)
+    adversary = Adversary(knowledge, head, PublicImages(x, y, lambda _: (x, y)), 0.0, budget)
     for attack in (ATTACKS["epoch"], ATTACKS["batch"]):
         _, labels = attack.solve(adversary, attack.observe(victim, x, y, budget), 4)
         assert labels.tolist() == [0, 1, 1, 1]

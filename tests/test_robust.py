@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from server import robust
-from server.mean import Round, Setting, moved, updates_of
+from server.base import Round, Setting, moved, updates_of
 from server.rules import RULES as ALL
 
-RULES = {name: rule for name, rule in ALL.items() if name not in ("threat", "mean")}
+RULES = {name: rule for name, rule in ALL.items() if name not in ("threat_aware", "mean")}
 SENT = {"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "bias": torch.tensor([5.0])}
 
 

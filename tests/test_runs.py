@@ -21,7 +21,7 @@ COLUMNS = {
     "clients.csv": "round,client,stage,split,n,loss,accuracy,precision,recall,f1,kl_nats",
     "rounds.csv": "round,stage,split,loss,accuracy,accuracy_std,accuracy_worst,precision,recall,f1,kl_nats,"
                   "seconds",
-    "server.csv": "round,client,n,norm_ratio,cosine,probe,lookalike,trust,weight,malicious"}
+    "server.csv": "round,client,n,norm_ratio,cosine,probe,max_cosine,trust,weight,malicious"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -37,7 +37,7 @@ def test_each_method_from_the_command_line(place, method):
     shared = load_checked(place.models / "round_2" / "shared.pt")
     private = load_checked(place.models / "round_2" / "client_0.pt")["parameters"]
     whole = METHODS[method].build((1, 8, 8), 4, {"init_logvar": 0.0}).state_dict()
-    assert bool(shared["uploads"][0]) == bool(METHODS[method].travels)
+    assert bool(shared["uploads"][0]) == bool(METHODS[method].shared)
     assert bool(private) == bool(METHODS[method].shared_and_private(whole)[1])
 
 
@@ -69,7 +69,7 @@ def test_the_files_of_a_run(place):
     config = json.loads((place.results / "config.json").read_text())
     assert config["status"] == "finished" and config["options"]["frac"] == 0.5
     count = config["parameters"]
-    assert count["travels"] == count["classifier"] < count["total"] == count["encoder"] + count["classifier"]
+    assert count["shared"] == count["classifier"] < count["total"] == count["encoder"] + count["classifier"]
     parts = np.load(place.results / "partition.npz")
     assert sorted(parts.files) == sorted(f"{half}_{k}" for half in ("train", "test") for k in range(4))
     pooled = np.concatenate([parts[name] for name in parts.files])

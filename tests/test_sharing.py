@@ -34,9 +34,9 @@ def test_the_trunk_travels_and_the_posterior_stays(place):
 
 
 @pytest.mark.parametrize("method", [m for m, row in METHODS.items() if any(
-    option.name == "warm_rounds" for option in row.reads)])
+    option.name == "full_sharing_rounds" for option in row.reads)])
 def test_everything_travels_in_warm_rounds_and_stays_after_them(place, method):
-    flags = ("--method", method, "--warm_rounds", 2, "--save_rounds", 1, 2, 3, "--num_users", 4, "--frac", 0.5)
+    flags = ("--method", method, "--full_sharing_rounds", 2, "--save_rounds", 1, 2, 3, "--num_users", 4, "--frac", 0.5)
     assert place.main(*flags) == 0
     for round in (1, 2):
         shared, client = checkpoint_of(place, round, "shared.pt"), checkpoint_of(place, round, "client_0.pt")
@@ -55,7 +55,7 @@ def test_everything_travels_in_warm_rounds_and_stays_after_them(place, method):
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_a_run_with_warm_rounds_and_a_class_prior_is_resumed_to_the_byte(place, kept):
-    flags = ("--method", "rve_pfl_trunk", "--prior", "class", "--warm_rounds", 2, "--rounds", 4, "--num_users", 4,
+    flags = ("--method", "rve_pfl_trunk", "--prior", "class", "--full_sharing_rounds", 2, "--rounds", 4, "--num_users", 4,
              "--frac", 0.6)
     assert place.main(*flags) == 0
     expected = place.clients_csv()
@@ -71,7 +71,7 @@ def test_a_run_with_warm_rounds_and_a_class_prior_is_resumed_to_the_byte(place, 
 
 def test_an_interruption_in_the_first_round_after_the_warm_ones(place, driver, monkeypatch):
     """The checkpoint is of the last warm round, in which nobody had an encoder of its own."""
-    flags = ("--warm_rounds", 1, "--rounds", 3, "--num_users", 4, "--frac", 0.5)
+    flags = ("--full_sharing_rounds", 1, "--rounds", 3, "--num_users", 4, "--frac", 0.5)
     assert place.main(*flags) == 0
     expected, aggregate = place.clients_csv(), driver.Federation.aggregate
 
@@ -91,15 +91,15 @@ def test_a_run_of_a_version_without_these_options_is_resumed(place):
     expected = place.clients_csv()
     shutil.rmtree(place.models / "round_2")
     config = json.loads((place.results / "config.json").read_text())
-    old = {name: value for name, value in config["options"].items() if name not in ("prior", "warm_rounds")}
+    old = {name: value for name, value in config["options"].items() if name not in ("prior", "full_sharing_rounds")}
     (place.results / "config.json").write_text(json.dumps({**config, "options": old, "status": "unfinished"}))
     assert place.main("--rounds", 2, "--save_rounds", 1, "--resume") == 0 and place.clients_csv() == expected
 
 
 @pytest.mark.parametrize("flags, why", [
-    (("--warm_rounds", 3), "--warm_rounds 3: none of --rounds 3 would be left"),
-    (("--warm_rounds", 1, "--encoders_from", "other"), "--warm_rounds and --encoders_from contradict"),
-    (("--warm_rounds", 1, "--method", "fedavg"), "--method fedavg does not read it"),
+    (("--full_sharing_rounds", 3), "--full_sharing_rounds 3: none of --rounds 3 would be left"),
+    (("--full_sharing_rounds", 1, "--encoders_from", "other"), "--full_sharing_rounds and --encoders_from contradict"),
+    (("--full_sharing_rounds", 1, "--method", "fedavg"), "--method fedavg does not read it"),
     (("--prior", "class", "--method", "lg_fedavg"), "--method lg_fedavg does not read it"),
     (("--prior", "uniform"), "--prior")])
 def test_what_makes_no_sense_is_refused(place, capsys, flags, why):
@@ -110,7 +110,7 @@ def test_what_makes_no_sense_is_refused(place, capsys, flags, why):
 
 @pytest.mark.parametrize("behaviour", ["sign_flip", "gan_poison"])
 def test_malicious_clients_and_the_threat_aware_weights_where_more_than_the_head_travels(place, behaviour):
-    assert place.main("--method", "rve_pfl_trunk", "--aggregation", "threat", "--num_users", 4, "--rounds", 1,
+    assert place.main("--method", "rve_pfl_trunk", "--aggregation", "threat_aware", "--num_users", 4, "--rounds", 1,
                       "--malicious_frac", 0.25, "--malicious_behaviour", behaviour) == 0
     assert all(value.isfinite().all() for value in checkpoint_of(place, 1, "server.pt")["head"].values())
 
@@ -119,7 +119,7 @@ def test_malicious_clients_and_the_threat_aware_weights_where_more_than_the_head
 def shared(tmp_path_factory, make_place):
     """A run whose trunk travels after a warm round."""
     place = make_place(tmp_path_factory.mktemp("sharing"))
-    assert place.main("--method", "rve_pfl_trunk", "--warm_rounds", 1, "--rounds", 2, "--save_rounds", 1,
+    assert place.main("--method", "rve_pfl_trunk", "--full_sharing_rounds", 1, "--rounds", 2, "--save_rounds", 1,
                       "--local_ep", 3) == 0
     return place
 

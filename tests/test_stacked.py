@@ -10,7 +10,7 @@ from torch import nn, vmap
 from engine.several import train_each
 from engine.stacked import draws_of, side_by_side, stack_size
 from methods import METHODS
-from update import Diverged, Private
+from update import ClientState, Diverged
 
 INDICES = {0: np.arange(90), 2: np.arange(90, 160), 3: np.arange(20, 110), 5: np.arange(40)}
 
@@ -135,7 +135,7 @@ def test_clients_with_other_step_counts_are_not_stacked(tiny_arrays):
     for most in (1, 8):
         client, head, private = make(tiny_arrays, "fedavg", lr_decay=0.1)
         results.append(outcomes(without_draws(client), most, head,
-                                lambda k, own=private: Private(own.parameters, 40 * (k == 2))))
+                                lambda k, own=private: ClientState(own.parameters, 40 * (k == 2))))
     for k in INDICES:
         alone, stacked = (found[k][0] for found in results)
         assert all(torch.allclose(alone[n], stacked[n], atol=2e-5) for n in alone)
@@ -144,7 +144,7 @@ def test_clients_with_other_step_counts_are_not_stacked(tiny_arrays):
 
 def test_one_client_that_diverges_leaves_the_others_alone(tiny_arrays):
     client, head, private = make(tiny_arrays, "lg_fedavg", epochs=1)
-    broken = Private({name: value * float("nan") for name, value in private.parameters.items()})
+    broken = ClientState({name: value * float("nan") for name, value in private.parameters.items()})
     found = outcomes(client, 8, head, lambda k: broken if k == 2 else private)
     assert isinstance(found[2], Diverged) and "client 2, round 2" in str(found[2])
     assert all(value.isfinite().all() for k in (0, 3, 5) for value in found[k][0].values())

@@ -12,7 +12,7 @@ from test_update import make
 
 from engine import several, threaded
 from methods import METHODS
-from update import Diverged, Private, Trainer
+from update import ClientState, Diverged, Trainer
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -77,7 +77,7 @@ def test_a_weight_that_is_used_twice_is_summed_the_same_whoever_takes_turns(tiny
         client.model = METHODS["rve_pfl"].build(client.model.image_shape, client.num_classes,
                                                 {"init_logvar": -2.0, "prior": "class"})
         head, private = client.shared_and_private(client.state())
-        results.append(dict(threaded.at_once(client, 2, INDICES, head, lambda k, p=private: Private(p), 3)))
+        results.append(dict(threaded.at_once(client, 2, INDICES, head, lambda k, p=private: ClientState(p), 3)))
     for k in INDICES:
         same(results[0][k], results[1][k])
 
@@ -137,7 +137,7 @@ def test_whoever_leaves_early_waits_for_a_step_at_most(tiny_arrays, two_threads,
 
 def test_one_that_diverges_and_one_that_fails(tiny_arrays, two_threads, monkeypatch):
     client, head, private = make(tiny_arrays)
-    bad = Private({name: value * float("nan") for name, value in private.parameters.items()})
+    bad = ClientState({name: value * float("nan") for name, value in private.parameters.items()})
     found = dict(threaded.at_once(client, 2, INDICES, head, lambda k: bad if k == 2 else private, 2))
     assert isinstance(found[2], Diverged) and "client 2, round 2" in str(found[2])
     assert not any(isinstance(found[k], Diverged) for k in (0, 3, 5))

@@ -12,10 +12,10 @@ import torch
 from models import Classifier
 from sampling import partition as partition_of
 from server import threat_aware
+from server.base import Round, Setting, State, moved, updates_of
 from server.filtering import filtered
-from server.forging import Knowledge, trusted_most
+from server.forging import ForgerView, trusted_most
 from server.malicious import BEHAVIOURS, MaliciousClients
-from server.mean import Round, Setting, State, moved, updates_of
 from server.rules import RULES
 from server.threat_aware import (
     ThreatAware,
@@ -274,7 +274,7 @@ def test_the_filter_takes_weight_from_those_who_push_one_way():
     against[7:] = 0
     bad = torch.stack([0.9 * against + (1 - 0.81)**0.5 * torch.eye(10)[k] for k in (7, 8, 9)])
     updates, mean = torch.cat([honest, bad]).double(), honest.mean(0).double()
-    bar = threat_aware.STANDS_OUT
+    bar = threat_aware.EIGENVALUE_RATIO
     weight = filtered(updates @ updates.T, torch.ones(10).double(), bar, 0.6)
     assert updates.mean(0) @ mean < 0 < (weight / weight.sum()) @ updates @ mean
     assert weight[7:].sum() / weight.sum() < 0.05 and weight[:7].min() > 0.2
@@ -383,7 +383,7 @@ def test_one_and_two_uploads_of_any_length(network, crowd, factor):
 def test_one_line_says_once_that_two_uploads_are_too_few(place, capsys):
     assert place.main("--rounds", 3) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert said == ["warning: --aggregation threat cannot tell who is malicious among fewer than 3 uploads; "
+    assert said == ["warning: --aggregation threat_aware cannot tell who is malicious among fewer than 3 uploads; "
                     "round 1 has 2"]
     for flags in (("--num_users", 3), ("--aggregation", "mean")):
         assert place.main(*flags, "--overwrite") == 0
@@ -395,7 +395,7 @@ def known(own, honest, least_trust=lambda forged: 1.0, aggregate=None):
     own, honest = torch.tensor(own), torch.tensor(honest)
     mean = aggregate or (lambda forged: torch.cat([honest, forged]).mean(0))
     drawn, lasting = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
-    return Knowledge(own, honest, drawn, lasting, least_trust, mean, torch.ones(own.shape[1]))
+    return ForgerView(own, honest, drawn, lasting, least_trust, mean, torch.ones(own.shape[1]))
 
 
 @pytest.mark.parametrize("behaviour, expected", [
@@ -432,7 +432,7 @@ def test_every_behaviour_runs(place, behaviour):
     assert place.main("--num_users", 4, "--rounds", 2, "--malicious_frac", 0.25,
                       "--malicious_behaviour", behaviour) == 0
     server = pd.read_csv(place.results / "server.csv")
-    assert server.groupby("round")["malicious"].sum().tolist() == [behaviour != "absent"] * 2
+    assert server.groupby("round")["malicious"].sum().tolist() == [behaviour != "oracle"] * 2
     assert (place.results / "trust.png").exists()
     clients = pd.read_csv(place.results / "clients.csv").query("round == 2 and stage == 'deployed'")
     rounds = pd.read_csv(place.results / "rounds.csv").query("round == 2 and stage == 'deployed'")
@@ -480,14 +480,14 @@ def test_encoders_are_borrowed_of_the_same_deal_and_whole(place, capsys):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--method nbafl --aggregation threat", "accounting"),
+    ("--method nbafl --aggregation threat_aware", "accounting"),
     ("--method client_dp --aggregation krum", "accounting"),
     ("--method local --malicious_frac 0.2", "nothing travels"),
     ("--method local --aggregation mean", "read"),
     ("--method fedper --malicious_frac 0.5 --malicious_behaviour gan_poison", "whole head"),
     ("--malicious_behaviour nan", "--malicious_frac 0.0 does not read it"),
     ("--method fedavg --encoders_from x", "read"),
-    ("--tolerate 0.2", "--aggregation threat does not read"),
+    ("--tolerate 0.2", "--aggregation threat_aware does not read"),
     ("--malicious_frac 2", "between"), ("--malicious_behaviour nun", "choose from")])
 def test_refusals(place, capsys, flags, said):
     assert said in place.refuses(capsys, *flags.split())

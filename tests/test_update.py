@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from methods import METHODS
 from metrics import METRICS, Tally, over_clients
 from models import Output
-from update import Diverged, Private, Trainer, Training
+from update import ClientState, Diverged, Trainer, Training
 from utils import rng, seed_torch
 
 
@@ -25,7 +25,7 @@ def make(tiny_arrays, name="rve_pfl", prior="normal", **changes):
                      torch.from_numpy(tiny_arrays["train_labels"]).long(), 4,
                      Training(**settings, options={option.name: value for option, value in method.reads.items()}))
     head, private = client.shared_and_private(client.state())
-    return client, head, Private(private)
+    return client, head, ClientState(private)
 
 
 FIRST, SECOND = np.arange(100), np.arange(100, 180)
@@ -49,9 +49,9 @@ def test_what_is_uploaded_and_what_stays(tiny_arrays, name, travels):
 def test_the_objective_is_cross_entropy_and_beta_times_kl_and_the_rehearsal(tiny_arrays):
     client, *_ = make(tiny_arrays, kl_weight=0.1)
     images, labels = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 3])
-    logits, kl, rehearsal = torch.randn(3, 4), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])
+    logits, kl, replay = torch.randn(3, 4), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])
     for output, more in ((Output(logits), 0), (Output(logits, kl), 0.1 * kl),
-                         (Output(logits, kl, rehearsal=rehearsal), 0.1 * kl + rehearsal)):
+                         (Output(logits, kl, replay=replay), 0.1 * kl + replay)):
         whole, loss = client.objective(images, output, labels, 1, {})
         assert torch.allclose(loss, -logits.log_softmax(1)[torch.arange(3), labels])
         assert torch.allclose(whole, loss + more)
@@ -99,7 +99,7 @@ def test_the_learning_rate_decays_with_a_clients_own_steps(tiny_arrays):
     client, head, private = make(tiny_arrays, optimizer="sgd", lr=0.1, lr_decay=1.0, batch_size=100,
                                  kl_weight=0.0)
     fresh, kept, _ = client.train(0, 1, FIRST, head, private)
-    late, kept_late, _ = client.train(0, 1, FIRST, head, Private(private.parameters, 99))
+    late, kept_late, _ = client.train(0, 1, FIRST, head, ClientState(private.parameters, 99))
     assert (kept.steps, kept_late.steps) == (1, 100)
     step = {name: (fresh[name] - head[name], late[name] - head[name]) for name in head}
     for early, slow in step.values():
@@ -177,7 +177,7 @@ def test_learning_rates_by_hand(tiny_arrays):
     client, head, private = make(tiny_arrays, epochs=2, batch_size=50, lr=0.8, head_lr=0.25, lr_warmup=0.75,
                                  lr_decay=0.5)
     for before in (0, 6):
-        rates = [rate for _, rate in steps_of(client, head, Private(private.parameters, before))]
+        rates = [rate for _, rate in steps_of(client, head, ClientState(private.parameters, before))]
         expected = [0.8 * min(1, (done + 1) / 3) / (1 + 0.5 * (before + done)) for done in range(4)]
         assert rates == [pytest.approx([rate, 0.25 * rate]) for rate in expected]
     client, head, private = make(tiny_arrays, freezes_private=True, lr_warmup=0.0, lr_decay=0.0)

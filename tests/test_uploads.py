@@ -9,7 +9,7 @@ from attack import gradients, split, uploads
 from attack.uploads import BIAS, WEIGHT, class_scores, owned_classes
 from methods import METHODS
 from runs.checkpoint import load_checked
-from update import Private, Trainer, Training
+from update import ClientState, Trainer, Training
 from utils import rng, seed_torch
 
 
@@ -42,7 +42,7 @@ def test_the_simulated_adam_is_the_clients_own(tiny_arrays):
     """Warm-up, decay, five steps and two batches an epoch: what the Trainer uploads, to rounding."""
     options = {"lr": 3e-3, "head_lr": 0.5, "lr_decay": 1e-2, "lr_warmup": 0.5}
     trainer, sent, own, head = client_of(tiny_arrays, epochs=3, batch=3, **options)
-    upload = trainer.train(0, 2, own, sent, Private({}, 7)).upload
+    upload = trainer.train(0, 2, own, sent, ClientState({}, 7)).upload
     rates = uploads.rates(options, 3, len(own), 3, 7)
     x, y = images_of(tiny_arrays, own)
     orders = rng(1, "order", 0, 2)
@@ -96,7 +96,7 @@ def test_one_image_is_recovered_from_a_real_upload(tiny_arrays, optimizer):
     """With dropout: its features from the upload, and the image from its features."""
     options = {"lr": 1e-3 if optimizer == "adam" else 0.1, "head_lr": 1.0, "lr_decay": 0.0, "lr_warmup": 0.2}
     trainer, sent, own, head = client_of(tiny_arrays, epochs=1, batch=32, optimizer=optimizer, **options)
-    upload = trainer.train(0, 1, own[:1], sent, Private({})).upload
+    upload = trainer.train(0, 1, own[:1], sent, ClientState({})).upload
     parts = []
     for kind in ("weight", "bias"):
         before, after = (state[f"classifier.features.7.{kind}"] for state in (sent, upload))

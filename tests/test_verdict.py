@@ -43,8 +43,8 @@ def test_single_images_are_judged_by_ssim_and_rank_in_the_class(ssim, rank, word
     (40, 50, LEAKS), (50 + 100 * LEVEL, 50, GUESS), (60, 50, GUESS),
     (60, 90, GUESS)])   # better than its control, and worse than a guess in a class of 100
 def test_who_chooses_a_candidate_is_judged_by_its_rank_alone(rank, foreign, word):
-    table = rows({"": 1.0}, {"": rank, FOREIGN: foreign}, attack="latent_likelihood")
-    assert judge(table, ATTACKS["latent_likelihood"]).word == word
+    table = rows({"": 1.0}, {"": rank, FOREIGN: foreign}, attack="reidentification")
+    assert judge(table, ATTACKS["reidentification"]).word == word
 
 
 @pytest.mark.parametrize("right, word", [(1, LEAKS), ([1, 0] * 4, GUESS), (0, GUESS)])

@@ -111,7 +111,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Weighting:
     """What a server decides about the uploads that it can use.
 
     Args:
@@ -147,11 +147,11 @@ class Server:
     Attributes:
         protects: whether ``receive`` changes what clients trained, so that the server does not see it.
         memory: numbers and tensors that the next round starts from; a checkpoint keeps them.
-        fewest: uploads of a round under which it cannot tell who is malicious.
+        min_uploads: uploads of a round under which it cannot tell who is malicious.
     """
 
     protects = False
-    fewest = 1
+    min_uploads = 1
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -181,11 +181,11 @@ class Server:
         """What the server sees of the uploads, after whatever clients do to protect them."""
         return round.uploads
 
-    def judge(self, round: Round) -> Judgement:
+    def judge(self, round: Round) -> Weighting:
         """Weigh a round's finite uploads; ``round.sizes`` still has every client asked."""
-        return Judgement({k: round.sizes[k] for k in round.uploads}, self.memory)
+        return Weighting({k: round.sizes[k] for k in round.uploads}, self.memory)
 
-    def combine(self, round: Round, judgement: Judgement) -> State:
+    def combine(self, round: Round, judgement: Weighting) -> State:
         """The next head, from finite uploads in the clients' order; the one sent where there are none."""
         if not round.uploads:
             return round.sent
@@ -216,7 +216,7 @@ def median(values: Tensor) -> Tensor:
     return values.quantile(0.5)
 
 
-def report(usable: Round, judgement: Judgement) -> list[dict]:
+def report(usable: Round, judgement: Weighting) -> list[dict]:
     """The rows of ``server.csv``; an upload that could not be used has a weight of 0."""
     weights = judgement.weights
     total = sum(weights.values()) if weights else 1.0

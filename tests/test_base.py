@@ -1,7 +1,7 @@
 """The server's mean against arithmetic done by hand."""
 import torch
 
-from server.mean import Judgement, Round, Server, Setting, weighted_mean
+from server.base import Round, Server, Setting, Weighting, weighted_mean
 
 
 def state(*values):
@@ -57,7 +57,7 @@ def test_with_nothing_usable_the_head_stays():
 def test_a_weight_belongs_to_its_client_whatever_the_order():
     class Backward(Server):
         def judge(self, round):
-            return Judgement({1: 10.0, 0: 1.0}, self.memory)
+            return Weighting({1: 10.0, 0: 1.0}, self.memory)
     head, _, rows = Backward(Setting())(Round(1, state(0, 0), {0: state(0, 0), 1: state(11, 11)}, {0: 5, 1: 5}))
     assert torch.allclose(head["weight"], torch.tensor([10.0, 10.0]))
     assert [row["weight"] for row in rows] == [1 / 11, 10 / 11]
