@@ -1,5 +1,4 @@
-"""Draw docs/protocol.png, the README's picture of the protocol: python docs/protocol.py"""
-from dataclasses import dataclass
+"""Draw docs/protocol.png, the README's picture: python docs/protocol.py"""
 from pathlib import Path
 
 import matplotlib
@@ -9,73 +8,65 @@ import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
-GREY = "#666666"
-Point = tuple[float, float]
+PRIVATE, SHARED, SERVER, FRAME = "#d9ead3", "#fce5cd", "#cfe2f3", "white"
+SEEN = ("images,\nlabels", "encoder", "$z$", "uploaded\nhead $h_k$", "mean\nhead $h_t$", "class\nscores")
+ADVERSARIES = {   # one mark for each of SEEN
+    "curious server": "   xx ", "curious client": "    x ", "stolen model": " xoxxx", "prediction API": "     x"}
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a box is drawn."""
-
-    colour: str
-    edge: str = "#444444"
-    font: float = 9
-    line: str = "-"
+def box(axes: Axes, corner: tuple[float, float], size: tuple[float, float], text: str, colour: str) -> None:
+    """Draw a box from its lower left corner, with centred text; a frame is dashed."""
+    axes.add_patch(FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=0.08", facecolor=colour,
+                                  edgecolor="#444444", linestyle="--" if colour == FRAME else "-"))
+    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", fontsize=9)
 
 
-STAYS, TRAVELS, SERVER = Look("#d9ead3"), Look("#fce5cd"), Look("#cfe2f3")
-CLIENT, SEER = Look("white", GREY, line="--"), Look("#f3f3f3", font=8)
-
-
-def box(axes: Axes, corner: Point, size: Point, text: str, look: Look) -> None:
-    """A box from its lower left corner, with its text in the middle."""
-    axes.add_patch(FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=0.08",
-                                  facecolor=look.colour, edgecolor=look.edge, linewidth=1.1,
-                                  linestyle=look.line))
-    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center",
-              fontsize=look.font)
-
-
-def arrow(axes: Axes, start: Point, end: Point, style: str = "-|>") -> None:
-    """A straight arrow."""
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], style: str = "-|>") -> None:
+    """Draw a straight arrow."""
     axes.annotate("", end, start, arrowprops={"arrowstyle": style, "color": "#444444", "lw": 1.4})
 
 
-def client(axes: Axes, y: float, k: int | str) -> None:
-    """One client: what stays with it, and the head that travels."""
-    box(axes, (0.1, y), (7.2, 1.5), "", CLIENT)
-    axes.text(0.25, y + 1.32, f"client {k}", fontsize=9, weight="bold", va="center")
-    box(axes, (0.3, y + 0.25), (1.1, 0.8), "images $x$,\nlabels $y$", STAYS)
-    box(axes, (1.9, y + 0.25), (1.75, 0.8), f"encoder $q_{k}(z|x)$\n$\\mu(x),\\ \\log\\sigma^2(x)$", STAYS)
-    box(axes, (4.15, y + 0.25), (1.2, 0.8), "$z=\\mu+\\sigma\\epsilon$\nimage-sized", STAYS)
-    box(axes, (5.85, y + 0.25), (1.3, 0.8), "head\n$p(y|z)$", TRAVELS)
-    for left, right in [(1.4, 1.9), (3.65, 4.15), (5.35, 5.85)]:
-        arrow(axes, (left, y + 0.65), (right, y + 0.65))
+def protocol(axes: Axes) -> None:
+    """Draw a client, the server, and what passes between them."""
+    for shift in (0.2, 0.1, 0):
+        box(axes, (0.1 + shift, 2.6 + shift), (7.2, 1.6), "", FRAME)
+    axes.text(0.25, 4.0, "client $k = 1 \\ldots K$", fontsize=9, weight="bold", va="center")
+    parts = {"images $x$,\nlabels $y$": PRIVATE, "encoder $q_k(z|x)$\n$\\mu(x),\\ \\log\\sigma^2(x)$": PRIVATE,
+             "$z=\\mu+\\sigma\\epsilon$": PRIVATE, "head\n$p(y|z)$": SHARED}
+    for i, (text, colour) in enumerate(parts.items()):
+        box(axes, (0.3 + 1.75 * i, 2.8), (1.5, 0.9), text, colour)
+        if i:
+            arrow(axes, (0.05 + 1.75 * i, 3.25), (0.3 + 1.75 * i, 3.25))
+    box(axes, (9.6, 2.8), (2.6, 0.9), "$\\bf{server}$\n$h_{t+1}=\\sum_k w_k h_k$", SERVER)
+    arrow(axes, (7.05, 3.4), (9.6, 3.4))
+    arrow(axes, (9.6, 3.05), (7.05, 3.05))
+    axes.text(8.55, 3.5, "trained head $h_k$", fontsize=9, ha="center")
+    axes.text(8.55, 2.78, "new head $h_{t+1}$", fontsize=9, ha="center")
+    box(axes, (9.6, 4.1), (1.2, 0.3), "private", PRIVATE)
+    box(axes, (11.0, 4.1), (1.2, 0.3), "shared", SHARED)
+
+
+def views(axes: Axes) -> None:
+    """Draw the table of what each adversary sees of a client."""
+    axes.text(0.3, 1.95, "adversary sees\nof client $k$", fontsize=9, weight="bold", va="center")
+    for i, name in enumerate(SEEN):
+        axes.text(3.6 + 1.6 * i, 1.95, name, fontsize=9, ha="center", va="center")
+    for row, (adversary, sees) in enumerate(ADVERSARIES.items()):
+        y = 1.4 - 0.4 * row
+        axes.plot([0.3, 12.2], [y + 0.2, y + 0.2], color="#cccccc", lw=0.8)
+        axes.text(0.3, y, adversary, fontsize=9, va="center")
+        for i, mark in enumerate(sees):
+            text = {"x": "yes", "o": "if observed", " ": "–"}[mark]
+            axes.text(3.6 + 1.6 * i, y, text, fontsize=9, ha="center", va="center",
+                      weight="bold" if mark == "x" else "normal", color="#b00000" if mark != " " else "#999999")
 
 
 def main() -> None:
-    figure, axes = plt.subplots(figsize=(10.9, 4.5), layout="constrained")
-    axes.set(xlim=(0, 12.5), ylim=(-0.15, 5.0))
+    figure, axes = plt.subplots(figsize=(10.9, 4.3), layout="constrained")
+    axes.set(xlim=(0, 12.5), ylim=(-0.1, 4.7))
     axes.axis("off")
-    client(axes, 3.0, 1)
-    client(axes, 1.0, "K")
-    axes.text(3.7, 2.75, "...", fontsize=14, ha="center", va="center")
-    box(axes, (9.2, 1.85), (3.15, 1.8),
-        "$\\bf{server}$\nmean of the uploaded heads;\nweights by size (up to the median)\n"
-        "× clipping × trust\n\nwhere most are distrusted:\na filtered mean", SERVER)
-    for y, end in [(3.65, 3.1), (1.65, 2.4)]:
-        arrow(axes, (7.15, y), (9.2, end), style="<|-|>")
-    axes.text(8.27, 3.78, "head: sent and\nuploaded, each round", fontsize=8, ha="center", va="center")
-    axes.text(8.27, 1.55, "encoders, $z$ and\nimages never move", fontsize=8, ha="center", va="center")
-    box(axes, (0.1, 4.6), (1.2, 0.3), "stays", STAYS)
-    box(axes, (1.4, 4.6), (1.2, 0.3), "travels", TRAVELS)
-    sees = [("curious server", "every head sent and uploaded"),
-            ("curious client", "its own model, the heads sent to it"),
-            ("stolen model", "one client's encoder and head"), ("prediction API", "class scores alone")]
-    axes.text(0.1, 0.62, "Who sees what", fontsize=9, weight="bold", va="center")
-    for i, (who, what) in enumerate(sees):
-        bold = who.replace(" ", r"\ ")
-        box(axes, (0.1 + 3.1 * i, -0.1), (2.95, 0.55), f"$\\bf{{{bold}}}$\n{what}", SEER)
+    protocol(axes)
+    views(axes)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=130)
 
 
