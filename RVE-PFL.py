@@ -19,19 +19,19 @@ import torch
 
 import datasets
 import sampling
-from engine.graphed import GraphedTrainer
+from engine.graphs import GraphedTrainer
 from engine.memory import in_one_line, said_of
-from engine.ranks import PeerLost, Ranks
+from engine.processes import PeerLost, Ranks
 from engine.several import train_each
 from engine.signals import Interrupted, Interrupts, steady_output
 from methods import METHODS, make_server
 from metrics import over_clients
-from runs.checkpoint import borrowed_encoders, finished_source
+from runs.checkpoints import borrowed_encoders, finished_source
 from runs.resuming import arguments
 from runs.run import Progress, Run, open_run
 from server.base import Aggregated, Round, Server, State
 from server.malicious import MaliciousClients
-from update import ClientState, Diverged, LocalUpdate, Trainer, training_of
+from update import ClientState, Diverged, LocalUpdate, Trainer, Training
 from utils import (
     InputError,
     choose_device,
@@ -164,7 +164,7 @@ def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) 
     model = method.build(data.image_shape, data.num_classes, vars(args))
     if args.encoders_from:   # spares the backward pass; its learning rate is 0 besides
         model.encoder.requires_grad_(False)
-    training = training_of(vars(args), choose_precision(args.precision, device),
+    training = Training.from_options(vars(args), choose_precision(args.precision, device),
                            freezes_private=bool(args.encoders_from))
     kind = GraphedTrainer if device.type == "cuda" else Trainer
     return kind(model.to(device).to(memory_format=torch.channels_last), method,
@@ -232,9 +232,9 @@ class Federation:
                 run.say(f"warning: {outcome}; this client's round is dropped")
                 continue
             uploads[k] = run.uploads.keep(k, outcome.upload)
-            run.private.put(k, outcome.private)
+            run.private.put(k, outcome.client_state)
             if self.evaluates(number):
-                held_out = self.trainer(number).evaluate(k, number, splits[k][1], outcome.upload, outcome.private)
+                held_out = self.trainer(number).evaluate(k, number, splits[k][1], outcome.upload, outcome.client_state)
                 rows[k] = [row_of(number, k, "trained", "train", outcome.metrics),
                            row_of(number, k, "trained", run.evaluation_split, held_out)]
             run.advance(number, k, len(mine), outcome.metrics["accuracy"])
@@ -316,7 +316,7 @@ def federate(federation: Federation, run: Run, interrupts: Interrupts) -> None:
         sizes = {k: len(splits[k][0]) for k in asked}
 
         # Malicious clients forge their uploads; the server weighs all uploads and aggregates them.
-        arrived = federation.malicious.forge(Round(number, sent, uploads, sizes), federation.server)
+        arrived = federation.malicious.poison(Round(number, sent, uploads, sizes), federation.server)
         warned = warned or federation.warns(arrived, run)
         aggregated = federation.aggregate(arrived)
 

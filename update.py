@@ -26,17 +26,17 @@ class ClientState:
     """What never leaves a client: its parameters, and the optimiser steps it has made.
 
     Attributes:
-        own: what it trained last of the shared part, where the server sees it clipped or noised only.
+        trained_shared: what it trained last of the shared part, where the server sees it clipped or noised only.
     """
 
     parameters: State
     steps: int = 0
-    own: State = field(default_factory=dict)
+    trained_shared: State = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Size of its tensors."""
-        return sum(value.nbytes for value in (*self.parameters.values(), *self.own.values()))
+        return sum(value.nbytes for value in (*self.parameters.values(), *self.trained_shared.values()))
 
     @property
     def kind(self) -> str:
@@ -49,12 +49,12 @@ class LocalUpdate(NamedTuple):
 
     Args:
         upload: the shared part, in main memory.
-        private: what stays with the client.
+        client_state: what stays with the client.
         metrics: the running ones of the last local epoch; ``loss`` is the cross-entropy alone.
     """
 
     upload: State
-    private: ClientState
+    client_state: ClientState
     metrics: dict[str, float]
 
 
@@ -93,17 +93,17 @@ class Training:
     freezes_private: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], dtype: torch.dtype, **changes: Any) -> "Training":
+        """Return how clients train by a run's options (options.py), but for ``changes``."""
+        same = ("seed", "optimizer", "lr", "head_lr", "lr_decay", "lr_warmup", "momentum", "kl_weight",
+                "kl_warmup", "eval_samples", "augment")
+        return replace(cls(epochs=options["local_ep"], batch_size=options["local_bs"], dtype=dtype,
+                           options=options, **{name: options[name] for name in same}), **changes)
+
     def beta(self, round: int) -> float:
         """``kl_weight``, or the part of it that its warm-up has reached."""
         return self.kl_weight * min(1.0, (round - 1) / self.kl_warmup if self.kl_warmup else 1.0)
-
-
-def training_of(options: Mapping[str, Any], dtype: torch.dtype, **changes: Any) -> Training:
-    """How clients train by a run's options (options.py), but for ``changes``."""
-    same = ("seed", "optimizer", "lr", "head_lr", "lr_decay", "lr_warmup", "momentum", "kl_weight", "kl_warmup",
-            "eval_samples", "augment")
-    return replace(Training(epochs=options["local_ep"], batch_size=options["local_bs"], dtype=dtype,
-                            options=options, **{name: options[name] for name in same}), **changes)
 
 
 def reflect(index: Tensor, side: int) -> Tensor:

@@ -35,10 +35,10 @@ from attack import gradients
 from methods import METHODS, Method, make_server
 from models import RVE, Network, as_image, over_draws, reparameterise
 from runs import configs
-from runs.checkpoint import checked_head, load_checked, read_private, read_shared, same_memory
+from runs.checkpoints import checked_state, load_checked, read_client, read_shared, same_memory
 from server.base import Round, Server, State
 from server.privacy import NbAFL
-from update import ClientState, Trainer, training_of
+from update import ClientState, Trainer, Training
 from utils import InputError, fingerprint, plain_file, seed_torch
 
 Query = Callable[[Tensor], Tensor]   # images N x C x H x W -> probabilities N x num_classes
@@ -140,7 +140,8 @@ class Target:
         if 0 < (self.options.get("full_sharing_rounds") or 0) < round:
             path = self.file(round, "server.pt")
             stays = self.row(round).shared_and_private(network.state_dict())[1]
-            network.load_state_dict(checked_head(load_checked(path).get("warm"), stays, path), strict=False)
+            network.load_state_dict(
+                checked_state(load_checked(path).get("private_start"), stays, path), strict=False)
         return network
 
     def sent_next(self, round: int) -> State:
@@ -153,7 +154,7 @@ class Target:
             return self.row(0).shared_and_private(self.seeded)[0]
         path = self.file(round, "server.pt")
         travels = self.row(round).shared_and_private(self.network().state_dict())[0]
-        return checked_head(load_checked(path).get("head"), travels, path)
+        return checked_state(load_checked(path).get("head"), travels, path)
 
     @cached_property
     def first_server(self) -> Server:
@@ -181,7 +182,7 @@ class Target:
         travels, stays = self.row(round).shared_and_private(self.network().state_dict() if round else self.seeded)
         if not round:
             return ClientState(stays)
-        return read_private(self.file(round, f"client_{client}.pt"), stays, travels)
+        return read_client(self.file(round, f"client_{client}.pt"), stays, travels)
 
     def own_head(self, round: int, client: int, private: ClientState) -> State:
         """The head of the client's own model.
@@ -190,8 +191,8 @@ class Target:
         upload. A client that did not train has the head just aggregated.
         """
         uploads, hidden = self.shared(round)["uploads"], METHODS[self.options["method"]].protects
-        if client in uploads and private.own:
-            return private.own
+        if client in uploads and private.trained_shared:
+            return private.trained_shared
         if client in uploads and not hidden:
             return uploads[client]
         return self.sent_next(round)   # also for a protected run of an older version, which stored no ``own``
@@ -456,7 +457,7 @@ class Victim:
         noted: list[Tensor] = []   # what the head is given in a step: first its input, then the replay
         network.classifier.register_forward_pre_hook(lambda _, given: noted.append(given[0].detach()))
         trainer = Trainer(network, METHODS[target.options["method"]], torch.empty(0), torch.empty(0),
-                          target.data.num_classes, training_of(target.options, torch.float32))
+                          target.data.num_classes, Training.from_options(target.options, torch.float32))
         travels = {name: value for name, value in network.named_parameters() if name in self.sent_next}
         total = {name: torch.zeros_like(value) for name, value in travels.items()}
         for part, labels in zip(x.split(batch), y.split(batch), strict=True):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from runs.pictures import drawable, plt
+from runs.plots import drawable, plt
 from utils import write_whole
 
 MOST = 10   # images in a picture

@@ -15,7 +15,7 @@ from attack.access import Target
 from methods import METHODS
 from models import Network
 from sampling import sample_clients
-from update import ClientState, Diverged, Trainer, training_of
+from update import ClientState, Diverged, Trainer, Training
 from utils import InputError, choose_precision, rng
 
 
@@ -62,7 +62,7 @@ class Alone:
         try:
             precision = choose_precision(target.options["precision"], torch.device("cpu"))
             trainer = Trainer(network, METHODS[target.options["method"]], pixels, labels, target.data.num_classes,
-                              training_of(target.options, precision, seed=self.seed))
+                              Training.from_options(target.options, precision, seed=self.seed))
             shared, stays = trainer.shared_and_private(trainer.state())
             private = ClientState(stays)
             for number, epochs in self.schedule(target):

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import pandas as pd
 from _path import ROOT, Script, count, guarded, index, load_driver
+from runs.pictures import plt
 from study import publish
 
 from attack import mi_attack
@@ -27,7 +28,6 @@ from attack.attacks import unfit
 from methods import METHODS
 from reporting.summary import one_line
 from runs import configs
-from runs.pictures import plt
 from utils import InputError, write_whole
 
 PRIVATE = {"prior": "class", "kl_weight": 1e-2, "head_lr": 1}

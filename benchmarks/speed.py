@@ -29,16 +29,16 @@ import torch
 import torch.nn.functional as F
 from _path import Script, count, guarded, load_driver, named
 from _path import device as device_name
+from engine.graphed import GraphedTrainer
+from engine.stacked import side_by_side, stack_size, steps_of
+from engine.threaded import one_thread_each, threads_for
 from plain import Plain, SmallCNN, TutorialCNN, Workload
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import models
-from engine.graphed import GraphedTrainer
 from engine.several import train_each
-from engine.stacked import side_by_side, stack_size, steps_of
-from engine.threaded import one_thread_each, threads_for
 from metrics import Tally
 from server.base import weighted_mean
 from update import ClientState, Trainer, Training

@@ -3,8 +3,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from engine.stacked import draws_of, in_stacks, stack_size
-from engine.threaded import at_once, threads_for
+from engine.stacks import draws_of, in_stacks, stack_size
+from engine.threads import at_once, threads_for
 from server.base import State
 from update import ClientState, Diverged, LocalUpdate, Trainer, one_by_one
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
-from runs.pictures import plt
+from runs.plots import plt
 
 LARGEST = 8 * 2**20   # bytes of a picture, so that browsers can load the page
 

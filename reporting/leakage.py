@@ -21,7 +21,7 @@ from attack.tables import FOREIGN, Unit, interval, read_attack, worst_identified
 from attack.verdict import LEVEL, WORDS, Verdict, judge
 from methods import METHODS
 from runs.configs import read_json
-from runs.pictures import matplotlib, plt
+from runs.plots import matplotlib, plt
 from utils import shown
 
 KINDS = ("image", "class")

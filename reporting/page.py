@@ -13,7 +13,7 @@ from attack.verdict import LEAKS
 from reporting import leakage
 from reporting.images import figure_image, image
 from reporting.summary import BASIC, RUN_METRICS, Finished, by_setting, unusual
-from runs.pictures import matplotlib, plt
+from runs.plots import matplotlib, plt
 
 DASH = Markup("&ndash;")
 STYLE = """

@@ -19,17 +19,18 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from engine.ranks import Ranks
+from engine.processes import Ranks
 from methods import METHODS
 from metrics import METRICS
-from runs import configs, folders, pictures, resuming
-from runs.checkpoint import (
+from runs import configs, folders, resuming
+from runs import plots as pictures
+from runs.checkpoints import (
     ClientStore,
     WaitingUploads,
-    checked_head,
+    checked_state,
     is_whole,
     load_checked,
-    read_private,
+    read_client,
     read_shared,
     same_layout,
     same_memory,
@@ -222,7 +223,7 @@ class Run:
             shared = {"round": now.round, "protocol": self.config["protocol"],
                       "sent": now.sent, "uploads": now.uploads}
             server = {"round": now.round, "head": now.head, "csv_bytes": now.csv_bytes,
-                      "memory": now.memory, **({"warm": self.private.base} if self.private.base else {})}
+                      "memory": now.memory, **({"private_start": self.private.base} if self.private.base else {})}
             write_whole(partial / "shared.pt", lambda file: torch.save(shared, file))
             write_whole(partial / "server.pt", lambda file: torch.save(server, file))
             partial.rename(target)
@@ -365,12 +366,12 @@ class Run:
             if not self._is_ours(server, found):
                 raise InputError(f"checkpoint {folder} is not of this run; start again with --overwrite")
             travels, stays = self._layout(found)
-            head = checked_head(server["head"], travels, folder / "server.pt")
+            head = checked_state(server["head"], travels, folder / "server.pt")
             sent = read_shared(folder / "shared.pt", travels, self.clients)["sent"]
-            if "warm" in server:
-                self.private.start_from(checked_head(server["warm"], stays, folder / "server.pt"))
+            if "private_start" in server:
+                self.private.start_from(checked_state(server["private_start"], stays, folder / "server.pt"))
             for k in self.ranks.mine(range(self.clients)):
-                self.private.put(k, read_private(folder / f"client_{k}.pt", stays, travels))
+                self.private.put(k, read_client(folder / f"client_{k}.pt", stays, travels))
             self.private.commit()
             csv_bytes = server["csv_bytes"]
             self.progress = Progress(found, head, sent, memory=server["memory"])   # uploads: in the checkpoint
@@ -391,7 +392,7 @@ class Run:
 
     def _is_ours(self, server: dict, round: int) -> bool:
         """Whether a ``server.pt`` is what this run would have written after that round."""
-        warm = {"warm"} if 0 < (self.config["options"].get("full_sharing_rounds") or 0) < round else set()
+        warm = {"private_start"} if 0 < (self.config["options"].get("full_sharing_rounds") or 0) < round else set()
         return (server.keys() == {"round", "head", "csv_bytes", "memory"} | warm
                 and is_whole(server["round"]) and server["round"] == round
                 and same_layout(server["head"], self._layout(round)[0])

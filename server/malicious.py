@@ -182,7 +182,7 @@ class MaliciousClients:
         asked = replace(trainer, images=shown, labels=trainer.labels.new_full((len(shown),), triggers.TARGET))
         return asked.evaluate(client, number, np.arange(len(shown)), *model)["accuracy"]
 
-    def forge(self, round: Round, server: Server) -> Round:
+    def poison(self, round: Round, server: Server) -> Round:
         """The round as it reaches the server: uploads and sizes after the malicious clients' turn."""
         bad = [k for k in sorted(round.uploads) if k in self.members]
         claimed = replace(round, sizes={k: n * (self.behaviour.inflates if k in self.members else 1)

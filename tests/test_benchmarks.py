@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 
 from attack import classes
-from engine.graphed import GraphedTrainer
+from engine.graphs import GraphedTrainer
 from engine.signals import Interrupted
 
 

@@ -4,8 +4,8 @@ import weakref
 import pytest
 import torch
 
-from runs import checkpoint
-from runs.checkpoint import ClientStore, WaitingUploads, load_checked
+from runs import checkpoints as checkpoint
+from runs.checkpoints import ClientStore, WaitingUploads, load_checked
 from update import ClientState
 from utils import InputError
 
@@ -25,7 +25,7 @@ def test_the_store_keeps_rounds_apart_whatever_the_memory(tmp_path, memory):
     store.put(1, private(99))   # a round that never ends
     (tmp_path / "out").mkdir()
     store.export(range(5), tmp_path / "out")
-    found = [checkpoint.read_private(tmp_path / "out" / f"client_{k}.pt", private(0).parameters)
+    found = [checkpoint.read_client(tmp_path / "out" / f"client_{k}.pt", private(0).parameters)
              for k in range(5)]
     assert [f.parameters["encoder.x"][0].item() for f in found] == [3, 13, 23, 0, 0]
     assert [f.steps for f in found] == [3, 3, 3, 0, 0]

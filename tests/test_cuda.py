@@ -9,7 +9,7 @@ import torch
 from test_update import make
 from torch import nn
 
-from engine.graphed import GraphedTrainer
+from engine.graphs import GraphedTrainer
 from engine.several import train_each
 from update import ClientState, Trainer
 from utils import choose_device, seed_torch
@@ -40,7 +40,7 @@ def graphed(device, client):
 
 def way(start, trained):
     """A client's update as one vector."""
-    end = {**trained.upload, **trained.private.parameters}
+    end = {**trained.upload, **trained.client_state.parameters}
     return torch.cat([(end[name].cpu() - start[name].cpu()).flatten() for name in start])
 
 
@@ -65,7 +65,7 @@ def test_training_is_the_cpus_to_rounding(tiny_arrays, device, name):
         client, head, private, start = set_up(tiny_arrays, name, draws=False)
         client = kind(where, client)
         trained = client.train(0, 1, INDICES[0], head, private)
-        figures = client.evaluate(0, 1, INDICES[0], trained.upload, trained.private)
+        figures = client.evaluate(0, 1, INDICES[0], trained.upload, trained.client_state)
         found.append((way(start, trained), trained.metrics["loss"], figures["loss"]))
     for update, *losses in found[1:]:
         assert near(update, found[0][0])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_update import FIRST, SECOND, equal, make
 
-from engine import graphed as module
-from engine.graphed import WARM_UP, Before, GraphedTrainer, cuda_graph
+from engine import graphs as module
+from engine.graphs import WARM_UP, Before, GraphedTrainer, cuda_graph
 from methods import METHODS
 from server.malicious import MaliciousClients
 from utils import InputError, choose_device

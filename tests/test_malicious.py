@@ -96,7 +96,7 @@ def test_the_adaptive_one_harms_each_rule_more_than_its_fixed_cousins():
         lost = {}
         for name in ("adaptive", "ipm", "alie", "passive"):
             server, made = RULES[rule].server(Setting(clients=10)), MaliciousClients(name, 0.3, 10, seed=1)
-            head = server(made.forge(Round(1, sent, uploads, sizes), server)).head["w"]
+            head = server(made.poison(Round(1, sent, uploads, sizes), server)).head["w"]
             mean = torch.stack([uploads[k]["w"] for k in uploads if k not in made.members]).mean(0)
             lost[name] = ((mean - head) @ mean / mean.square().sum()).item()
         assert max(lost, key=lost.__getitem__) == "adaptive", (rule, lost)
@@ -206,12 +206,12 @@ def test_forgers_know_what_the_server_would_make_of_it():
         told.append(known.aggregate(2 * known.own))
         return 2 * known.own
     made.behaviour = dataclasses.replace(made.behaviour, forge=note)
-    head = server(made.forge(Round(1, sent, uploads, dict.fromkeys(uploads, 3)), server)).head
+    head = server(made.poison(Round(1, sent, uploads, dict.fromkeys(uploads, 3)), server)).head
     torch.testing.assert_close(updates_of(sent, [head])[0], told[0])
     bad, = made.members
     honest = [k for k in range(5) if k != bad]
     made.behaviour = dataclasses.replace(made.behaviour, forge=lambda known: told.append(known) or known.own)
-    made.forge(Round(1, sent, uploads, dict.fromkeys(uploads, 3)), server)
+    made.poison(Round(1, sent, uploads, dict.fromkeys(uploads, 3)), server)
     assert torch.equal(told[1].honest, updates_of(sent, [uploads[k] for k in honest]))
     assert torch.equal(told[1].own, updates_of(sent, [uploads[bad]]))
     assert torch.equal(moved(sent, torch.zeros(6))["w"], sent["w"]) and forging.SHARES[0] == 1.0
@@ -220,7 +220,7 @@ def test_forgers_know_what_the_server_would_make_of_it():
 def test_only_the_malicious_claim_more_images():
     made = MaliciousClients("false_size", 0.4, 5, seed=1)
     uploads = {k: {"w": torch.zeros(1)} for k in range(5)}
-    arrived = made.forge(Round(1, {"w": torch.zeros(1)}, uploads, dict.fromkeys(uploads, 3)), Server(Setting()))
+    arrived = made.poison(Round(1, {"w": torch.zeros(1)}, uploads, dict.fromkeys(uploads, 3)), Server(Setting()))
     assert arrived.sizes == {k: 30 if k in made.members else 3 for k in range(5)}
 
 
@@ -237,11 +237,11 @@ def test_forgers_know_the_least_trust_in_any_of_them():
         made.behaviour, forge=lambda known: told.append(known.least_trust(known.own)) or known.own)
     for found in ({one: 0.3, other: 0.9}, {one: 0.9, other: 0.3}):
         found = {k: found.get(k, 0.1) for k in uploads}
-        made.forge(Round(1, sent, uploads, dict.fromkeys(uploads, 1)), Trusts(Setting()))
+        made.poison(Round(1, sent, uploads, dict.fromkeys(uploads, 1)), Trusts(Setting()))
     assert told == [0.3, 0.3]
 
     class Uses(Server):
         def trust(self, round):
             return {other: 1.0}
-    made.forge(Round(1, sent, uploads, dict.fromkeys(uploads, 1)), Uses(Setting()))
+    made.poison(Round(1, sent, uploads, dict.fromkeys(uploads, 1)), Uses(Setting()))
     assert told[2] == 0

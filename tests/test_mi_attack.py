@@ -365,7 +365,7 @@ def test_who_steals_a_protected_client_has_what_it_trained(trained, method, flag
     stolen = access.hold(run, "stolen_model", 1, 0).head.state_dict()
     server = access.hold(run, "curious_server", 1, 0)
     for name, value in stolen.items():
-        assert torch.equal(value, private["own"][f"classifier.{name}"])
+        assert torch.equal(value, private["trained_shared"][f"classifier.{name}"])
         assert torch.equal(server.head.state_dict()[name], upload[f"classifier.{name}"])
     weight = "output.weight"
     assert not torch.allclose(stolen[weight], server.head.state_dict()[weight], atol=1e-3)

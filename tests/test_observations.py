@@ -13,8 +13,8 @@ from attack.adversary import Adversary, Budget, PublicImages
 from attack.scene import CLIENT_LR, as_floats
 from methods import METHODS
 from models import Classifier, ClassPrior, as_image
-from runs.checkpoint import load_checked
-from update import ClientState, Trainer, training_of
+from runs.checkpoints import load_checked
+from update import ClientState, Trainer, Training
 from utils import rng, seed_torch
 
 RUNS = {
@@ -102,7 +102,7 @@ def by_training(victim, numbers, batch):
     for layer in network.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-    how = training_of({**target.options, "local_ep": 1, "local_bs": batch, "lr": CLIENT_LR, "lr_decay": 0.0,
+    how = Training.from_options({**target.options, "local_ep": 1, "local_bs": batch, "lr": CLIENT_LR, "lr_decay": 0.0,
                        "lr_warmup": 0.0, "head_lr": 1.0, "optimizer": "sgd", "momentum": 0.0, "augment": "none"},
                       torch.float32)
     trainer = Trainer(network, METHODS[target.options["method"]], torch.from_numpy(target.data.images),

@@ -11,7 +11,7 @@ import options
 import parsing
 import report
 from attack import membership, mi_attack
-from engine.stacked import draws_of
+from engine.stacks import draws_of
 from methods import METHODS, PRIOR
 from options import args_parser, make_parser, of_rows, readers
 from server.rules import RULES

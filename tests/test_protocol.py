@@ -16,7 +16,7 @@ from attack.adversary import Adversary, Budget, PublicImages
 from attack.attacks import ATTACKS
 from attack.gradients import epoch_update
 from methods import METHODS
-from runs.checkpoint import load_checked
+from runs.checkpoints import load_checked
 from server.base import Round, Setting, Weighting
 from server.privacy import ClientDP, NbAFL, nbafl_sigmas
 from utils import rng, seed_torch

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 from attack import membership, mi_attack
-from engine import ranks
+from engine import processes as ranks
 from utils import choose_device
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
@@ -73,7 +73,7 @@ def test_the_same_numbers_as_one_process(place, alone, processes):
 PARTS = """
 import sys
 sys.path.insert(0, {root!r})
-from engine.ranks import Ranks
+from engine.processes import Ranks
 with Ranks() as ranks:
     own = {{k: f"head {{k}}" for k in range(11) if k % 2 == ranks.rank and k < 9}}
     parts = list(ranks.gather_parts(own, 2))

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from runs import checkpoint
-from runs.checkpoint import load_checked
+from runs import checkpoints as checkpoint
+from runs.checkpoints import load_checked
 from runs.run import csv_columns
 from utils import write_whole
 

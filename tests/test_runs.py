@@ -12,8 +12,9 @@ import torch
 
 from attack import picture
 from methods import METHODS
-from runs import checkpoint, pictures
-from runs.checkpoint import load_checked
+from runs import checkpoints as checkpoint
+from runs import plots as pictures
+from runs.checkpoints import load_checked
 from runs.run import Run
 from utils import remove_leftovers
 

@@ -11,7 +11,7 @@ from attack.adversary import Adversary, Budget, PublicImages
 from engine.signals import Interrupted
 from methods import METHODS
 from models import RVE
-from runs.checkpoint import load_checked
+from runs.checkpoints import load_checked
 from utils import rng
 
 TRUNK = "encoder.trunk."
@@ -41,9 +41,9 @@ def test_everything_travels_in_warm_rounds_and_stays_after_them(place, method):
     for round in (1, 2):
         shared, client = checkpoint_of(place, round, "shared.pt"), checkpoint_of(place, round, "client_0.pt")
         assert any(name.startswith("encoder.mu") for name in shared["sent"]) and not client["parameters"]
-        assert "warm" not in checkpoint_of(place, round, "server.pt")
+        assert "private_start" not in checkpoint_of(place, round, "server.pt")
     before, after = checkpoint_of(place, 2, "server.pt"), checkpoint_of(place, 3, "server.pt")
-    sent, warm = checkpoint_of(place, 3, "shared.pt")["sent"], after["warm"]
+    sent, warm = checkpoint_of(place, 3, "shared.pt")["sent"], after["private_start"]
     assert not sent.keys() & warm.keys() and "encoder.mu.weight" in warm
     assert {**sent, **warm}.keys() == before["head"].keys()   # parted, and nothing lost or changed
     assert all(torch.equal(value, before["head"][name]) for name, value in {**sent, **warm}.items())
@@ -138,7 +138,7 @@ def test_what_the_server_knows_of_an_encoder(shared):
     client = access.hold(target, "curious_client", 2, 0, own=1)   # its own posterior, behind the trunk it is sent
     assert torch.equal(client.encoder.state_dict()["mu.weight"],
                        target.private(2, 1).parameters["encoder.mu.weight"])
-    warm = load_checked(target.file(2, "server.pt"))["warm"]
+    warm = load_checked(target.file(2, "server.pt"))["private_start"]
     start = target.start(2).state_dict()
     assert all(torch.equal(start[name], value) for name, value in warm.items())
     assert not torch.equal(target.start(1).state_dict()["encoder.mu.weight"], warm["encoder.mu.weight"])

@@ -8,7 +8,7 @@ from test_update import equal, make
 from torch import nn, vmap
 
 from engine.several import train_each
-from engine.stacked import draws_of, side_by_side, stack_size
+from engine.stacks import draws_of, side_by_side, stack_size
 from methods import METHODS
 from update import ClientState, Diverged
 
@@ -64,7 +64,7 @@ def test_gradients_lie_in_memory_as_their_parameters_do(tiny_arrays, monkeypatch
             (value.stride(), value.grad.stride()) for value in parameters.values()))
         return optimizer
     monkeypatch.setattr(type(client), "make_optimizer", spied)
-    monkeypatch.setattr("engine.stacked.vmap", transposed)
+    monkeypatch.setattr("engine.stacks.vmap", transposed)
     found = outcomes(client, 4, head, private)
     assert len(strides) > 10 and all(value == gradient for value, gradient in strides)
     assert all(equal(found[k].upload, expected[k].upload) for k in INDICES)
@@ -81,7 +81,7 @@ def test_clients_draw_in_a_stack_what_they_draw_alone(tiny_arrays, augment):
 
     def way(trained):
         """A client's whole update as one vector."""
-        end = {**trained.upload, **trained.private.parameters}
+        end = {**trained.upload, **trained.client_state.parameters}
         return torch.cat([(end[name] - start[name]).flatten() for name in start])
     for stacked in results[1:]:
         for k, trained in stacked.items():
@@ -185,6 +185,6 @@ def test_frozen_encoders_stay_also_in_a_stack(tiny_arrays, most):
     client, head, private = make(tiny_arrays, freezes_private=True)
     found = outcomes(client, most, head, private)
     for trained in found.values():
-        kept = trained.private.parameters
+        kept = trained.client_state.parameters
         assert all(torch.equal(value, private.parameters[name]) for name, value in kept.items())
         assert any(not torch.equal(value, head[name]) for name, value in trained.upload.items())

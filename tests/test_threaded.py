@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from test_stacked import INDICES, outcomes
 from test_update import make
 
-from engine import several, threaded
+from engine import several
+from engine import threads as threaded
 from methods import METHODS
 from update import ClientState, Diverged, Trainer
 
@@ -46,8 +47,8 @@ def alone(tiny_arrays, *arguments, **changes):
 
 def same(one, other):
     assert one.metrics == pytest.approx(other.metrics, abs=0, nan_ok=True)
-    assert one.private.steps == other.private.steps
-    for a, b in ((one.upload, other.upload), (one.private.parameters, other.private.parameters)):
+    assert one.client_state.steps == other.client_state.steps
+    for a, b in ((one.upload, other.upload), (one.client_state.parameters, other.client_state.parameters)):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 

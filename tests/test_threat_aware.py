@@ -524,7 +524,7 @@ def test_the_adaptive_keep_the_trust_of_every_one_of_them(crowd):
     """Two of them: it is the lower trust that has to stay up."""
     sent, honest, _ = crowd
     made = MaliciousClients("adaptive", 0.2, 10, seed=1)
-    arrived = made.forge(Round(1, sent, honest, sizes(honest)), server())
+    arrived = made.poison(Round(1, sent, honest, sizes(honest)), server())
     trust = server().trust(arrived)
     assert min(trust[k] for k in made.members) >= 0.9
     assert any(not torch.equal(arrived.uploads[k][n], honest[k][n]) for k in made.members for n in sent)
@@ -538,7 +538,7 @@ def test_forged_noise_is_drawn_anew_each_round_and_by_seed(network, crowd, behav
         made = MaliciousClients(behaviour, 0.2, 10, seed=1)
         made.seed = seed
         bad = min(made.members)
-        return made.forge(Round(number, sent, honest, sizes(honest)), server()).uploads[bad]
+        return made.poison(Round(number, sent, honest, sizes(honest)), server()).uploads[bad]
     first, again, later, other = forged(1, 1), forged(1, 1), forged(2, 1), forged(1, 2)
     name = "classifier.output.weight"
     assert torch.equal(first[name], again[name])

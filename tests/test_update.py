@@ -188,7 +188,7 @@ def test_learning_rates_by_hand(tiny_arrays):
 def test_a_client_keeps_what_it_uploads_where_the_server_sees_less(tiny_arrays, name):
     client, head, private = make(tiny_arrays, name)
     upload, kept, _ = client.train(0, 1, FIRST, head, private)
-    assert equal(kept.own, {} if name == "fedavg" else upload)
+    assert equal(kept.trained_shared, {} if name == "fedavg" else upload)
 
 
 def test_flip_mirrors_about_half_of_the_training_images_and_nothing_else(tiny_arrays):

@@ -8,7 +8,7 @@ import torch
 from attack import gradients, split, uploads
 from attack.uploads import BIAS, WEIGHT, class_scores, owned_classes
 from methods import METHODS
-from runs.checkpoint import load_checked
+from runs.checkpoints import load_checked
 from update import ClientState, Trainer, Training
 from utils import rng, seed_torch
 

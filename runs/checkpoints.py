@@ -88,10 +88,10 @@ def read_shared(path: Path, travels: State, clients: int) -> dict:
     if not (isinstance(uploads, dict) and all(
             is_whole(k) and k < clients and same_layout(upload, travels) for k, upload in uploads.items())):
         raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
-    return {**found, "sent": checked_head(found.get("sent"), travels, path)}
+    return {**found, "sent": checked_state(found.get("sent"), travels, path)}
 
 
-def checked_head(found: object, travels: State, path: Path) -> State:
+def checked_state(found: object, travels: State, path: Path) -> State:
     """A head as it was read from a file, if it is like those that travel, and finite."""
     if not same_layout(found, travels):
         raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
@@ -182,7 +182,7 @@ class ClientStore:
         entry = self.new.get(client, self.kept.get(client, self.initial))
         base = self.base if self.new_base is None else self.new_base
         if isinstance(entry, Path):
-            return read_private(entry, base or self.initial.parameters)
+            return read_client(entry, base or self.initial.parameters)
         return entry if entry.parameters or not base else replace(entry, parameters=base)
 
     def start_from(self, base: State) -> None:
@@ -197,11 +197,11 @@ class ClientStore:
             self.free["cuda"] -= size
         elif size <= self.free["cpu"]:
             self.free["cpu"] -= size
-            entry = ClientState(off_heap(private.parameters), private.steps, off_heap(private.own))
+            entry = ClientState(off_heap(private.parameters), private.steps, off_heap(private.trained_shared))
         else:
             self.serial += 1
             entry = file = self.folder / f"{client}-{self.serial}.pt"
-            write_private(file, private)
+            write_client(file, private)
         self.new[client] = entry
 
     def commit(self) -> None:
@@ -221,11 +221,11 @@ class ClientStore:
         for k in clients:
             entry, target = self.kept.get(k, self.initial), folder / f"client_{k}.pt"
             if isinstance(entry, ClientState) and self.base and not entry.parameters:
-                write_private(target, replace(entry, parameters=self.base))
+                write_client(target, replace(entry, parameters=self.base))
                 continue
             if isinstance(entry, ClientState) and id(entry) not in first:
                 first[id(entry)] = target
-                write_private(target, entry)
+                write_client(target, entry)
                 continue
             source = entry if isinstance(entry, Path) else first[id(entry)]
             try:
@@ -234,16 +234,16 @@ class ClientStore:
                 shutil.copyfile(source, target)
 
 
-def write_private(path: Path, private: ClientState) -> None:
+def write_client(path: Path, private: ClientState) -> None:
     """Write a ``client_<k>.pt``."""
     parameters = {name: value.cpu() for name, value in private.parameters.items()}
     found = {"parameters": parameters, "steps": private.steps}
-    if private.own:
-        found["own"] = private.own
+    if private.trained_shared:
+        found["trained_shared"] = private.trained_shared
     write_whole(path, lambda file: torch.save(found, file))
 
 
-def read_private(path: Path, expected: State, travels: State | None = None) -> ClientState:
+def read_client(path: Path, expected: State, travels: State | None = None) -> ClientState:
     """Read a ``client_<k>.pt``, whose parameters are like those ``expected``.
 
     Args:
@@ -251,11 +251,11 @@ def read_private(path: Path, expected: State, travels: State | None = None) -> C
     """
     found = load_checked(path)
     used = [(found.get("parameters"), expected)]
-    if not isinstance(found.get("own", {}), dict):
+    if not isinstance(found.get("trained_shared", {}), dict):
         raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
-    if travels is not None and "own" in found:
-        used.append((found["own"], travels))
-    if not (found.keys() - {"own"} == {"parameters", "steps"} and is_whole(found["steps"])
+    if travels is not None and "trained_shared" in found:
+        used.append((found["trained_shared"], travels))
+    if not (found.keys() - {"trained_shared"} == {"parameters", "steps"} and is_whole(found["steps"])
             and found["steps"] <= MOST_STEPS):
         raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
     for state, like in used:
@@ -302,7 +302,7 @@ def borrowed_encoders(args: Namespace, clients: Iterable[int],
     folder = finished_source(args)
     for k in clients:
         try:
-            found = read_private(folder / f"client_{k}.pt", expected)
+            found = read_client(folder / f"client_{k}.pt", expected)
         except InputError as error:
             raise InputError(f"--encoders_from {args.encoders_from}: {error}") from error
         yield k, ClientState(found.parameters)
