@@ -1,0 +1,357 @@
+"""The parts that all experiments share: declaration, queue of runs, CSV, table, picture and command line.
+
+    python experiments/NAME.py              run what is missing; the same command goes on after an interruption
+    python experiments/NAME.py --list       print each command line and whether it is done
+    python experiments/NAME.py --draw       redraw the picture, and the table of the page, from the CSV
+
+A file of this folder declares one ``Experiment`` and passes it to ``main``. Its rows are in
+results/reference/NAME.csv, each with the command behind it; its page is docs/NAME.md, its picture docs/NAME.png.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pandas as pd  # noqa: E402, after the path
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from parsing import Parser  # noqa: E402
+from utils import InputError, choose_precision, environment, error_line, write_whole  # noqa: E402
+
+REFERENCE: Final = ROOT / "results" / "reference"
+PAGES: Final = ROOT / "docs"
+SEEDS: Final = (11, 12, 13)   # of tables; options are chosen on seeds 1 to 3
+STUDENT: Final = 4.303   # 97.5 % quantile of Student's t with two degrees of freedom: three seeds
+PROVENANCE: Final = ["seed", "precision", "processor", "commit", "command"]
+START, END = "<!-- results -->", "<!-- end -->"
+GENERATED: Final = [":(exclude)results/reference", ":(exclude)docs"]   # files that the queue itself changes
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of the queue.
+
+    Args:
+        run: name of its folder under results/ and saved_models/.
+        key: values of the columns that tell this run from others.
+        commands: command lines as a reader would type them, run one after the other.
+    """
+
+    run: str
+    key: dict[str, object]
+    seed: int
+    commands: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """Return the literal command line."""
+        return " && ".join(self.commands)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One question and how it is answered.
+
+    Args:
+        name: of its file, page, CSV and picture.
+        question: one sentence.
+        tasks: returns the runs for some seeds, the most important first.
+        measure: returns rows of the CSV from the folder of a finished run, results/RUN.
+        keys: columns that name a row of the table, with their headings.
+        values: columns whose means over seeds the table shows, with headings and formats.
+        select: chooses the rows of the CSV that the table and the picture are about.
+        draw: draws the selected rows.
+        spread: the column of ``values`` whose 95 % interval the table shows.
+    """
+
+    name: str
+    question: str
+    tasks: Callable[[Sequence[int]], list[Task]]
+    measure: Callable[[Path], list[dict]]
+    keys: dict[str, str]
+    values: dict[str, tuple[str, str]]
+    draw: Callable[[pd.DataFrame], Figure]
+    select: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
+    spread: str = ""
+
+
+def flags(options: dict[str, object]) -> str:
+    """Return options as words of a command line."""
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items())
+
+
+def training(run: str, options: dict[str, object]) -> str:
+    """Return the command line that trains a run."""
+    return f"python RVE-PFL.py {flags(options)} --run_name {run}"
+
+
+def curve(folder: Path) -> list[dict]:
+    """Return a row for each evaluated round of a run: means over clients on held-out images."""
+    rounds = pd.read_csv(folder / "rounds.csv")
+    rounds = rounds[rounds["split"] != "train"]
+    rows = []
+    for number, part in rounds.groupby("round"):
+        stages = part.set_index("stage")
+        row: dict[str, object] = {"round": number}
+        for stage in ("deployed", "trained"):
+            if stage in stages.index:
+                accuracy, worst = stages.loc[stage, ["accuracy", "accuracy_worst"]]
+                row |= {stage: accuracy, f"{stage}_worst": worst}
+        rows.append({**row, "kl_nats": stages.loc["deployed", "kl_nats"], "seconds": part["seconds"].iloc[0]})
+    return rows
+
+
+def commit() -> str:
+    """Return the commit of the working tree, marked if tracked files other than generated ones have edits."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=True, text=True).stdout
+
+    try:
+        head, edits = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno", "--", ".", *GENERATED)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head[:12] + (" with edits" if edits else "")
+
+
+def provenance(task: Task, folder: Path, made_by: str) -> dict[str, object]:
+    """Return the columns that say how a row was made."""
+    config = folder / "config.json"
+    facts = json.loads(config.read_text()) if config.exists() else {
+        **environment(torch.device("cpu")), "precision": str(choose_precision("auto", torch.device("cpu")))}
+    return {"seed": task.seed, "precision": facts["precision"].removeprefix("torch."),
+            "processor": facts["device"], "commit": made_by, "command": task.command}
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Return the rows of an experiment's CSV; none if there is no file.
+
+    Raises:
+        InputError: it is no such CSV.
+    """
+    if not path.exists():
+        return pd.DataFrame(columns=PROVENANCE)
+    try:
+        rows = pd.read_csv(path)
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if missing := [name for name in PROVENANCE if name not in rows]:
+        raise InputError(f"{path}: has no column {missing[0]}")
+    return rows
+
+
+def add(path: Path, rows: list[dict]) -> None:
+    """Add rows to a CSV in place of those of the same command."""
+    old, new = read(path), pd.DataFrame(rows)
+    old = old[~old["command"].isin(new["command"])]
+    table = new if old.empty else pd.concat([old, new])
+    table = table[[*(name for name in table if name not in PROVENANCE), *PROVENANCE]]
+    write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.5g"))
+
+
+class Queue:
+    """Run tasks that are not done, several at a time, each with one thread.
+
+    Args:
+        out: folder of the CSV.
+    """
+
+    def __init__(self, experiment: Experiment, out: Path):
+        self.experiment, self.path = experiment, out / f"{experiment.name}.csv"
+        self.lock, self.running, self.stopped, self.failed = threading.Lock(), set[subprocess.Popen](), False, 0
+
+    def is_done(self, task: Task) -> bool:
+        """Return whether the CSV has rows of a task's command."""
+        return bool((read(self.path)["command"] == task.command).any())
+
+    def run(self, tasks: Sequence[Task], workers: int) -> int:
+        """Run what is missing and return the exit status."""
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                list(pool.map(self.make, [task for task in tasks if not self.is_done(task)]))
+            except BaseException:
+                self.stop()
+                raise
+        return int(self.failed > 0)
+
+    def make(self, task: Task) -> None:
+        """Run one task, add its rows to the CSV, and delete its folders."""
+        made_by = commit()
+        for command in task.commands:
+            if not self.call(task, command):
+                return
+        folder = ROOT / "results" / task.run
+        rows = self.experiment.measure(folder)
+        facts = provenance(task, folder, made_by)
+        with self.lock:
+            add(self.path, [{**task.key, **row, **facts} for row in rows])
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(ROOT / "saved_models" / task.run, ignore_errors=True)
+        print(f"done    {task.run}", flush=True)
+
+    def call(self, task: Task, command: str) -> bool:
+        """Run one command line in a process of its own; return whether it succeeded."""
+        words = [sys.executable, *shlex.split(command)[1:], *["--resume"] * ("RVE-PFL.py" in command)]
+        with self.lock:
+            if self.stopped:
+                return False
+            process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                       start_new_session=True)
+            self.running.add(process)
+        lines = process.communicate()[1].strip().splitlines() or ["it gave no reason"]
+        with self.lock:
+            self.running.discard(process)
+            if process.returncode and not self.stopped:
+                self.failed += 1
+                print(f"failed  {task.run}: {lines[-1]}", flush=True)
+        return process.returncode == 0
+
+    def stop(self) -> None:
+        """Let the runs write a checkpoint and end; start no others."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()
+
+
+def whole(experiment: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the selected rows of the settings that have every seed of ``SEEDS``, all in one precision."""
+    rows = rows[rows["seed"].isin(SEEDS)]
+    rows = experiment.select(rows) if len(rows) else rows
+    if rows.empty:
+        return rows
+    rows = rows[rows["precision"] == rows["precision"].mode()[0]]
+    seeds = rows.groupby([*experiment.keys], dropna=False)["seed"].transform("nunique")
+    return rows[seeds == len(SEEDS)]
+
+
+def table(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
+    """Return the lines of the table: means over seeds, one number per cell, and one column of half intervals.
+
+    A column that no run has measured yet is left out.
+    """
+    measured = [name for name in experiment.values if name in rows and rows[name].notna().all()]
+    values = {name: experiment.values[name] for name in measured}
+    heads = [*experiment.keys.values()]
+    for name, (heading, _) in values.items():
+        heads += [heading, "± (95 %)"] if name == experiment.spread else [heading]
+    lines = [heads, ["---"] * len(heads)]
+    for key, part in rows.groupby([*experiment.keys], sort=False, dropna=False):
+        cells = [str(word) for word in key]
+        for name, (_, form) in values.items():
+            seeds = part.groupby("seed")[name].mean()
+            cells.append(form.format(seeds.mean()))
+            if name == experiment.spread:
+                cells.append(form.format(STUDENT * seeds.std() / len(SEEDS) ** 0.5))
+        lines.append(cells)
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def results(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
+    """Return what stands between the markers of a page."""
+    rows = whole(experiment, rows)
+    if rows.empty:
+        return ["The table is still to be filled: no setting has been run with all three seeds."]
+    return [f"![{experiment.question}]({experiment.name}.png)", "", *table(experiment, rows), "",
+            f"Means over seeds {', '.join(map(str, SEEDS))}, {rows['precision'].iloc[0]}; every row, with its "
+            f"command: [{experiment.name}.csv](../results/reference/{experiment.name}.csv)."]
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a CSV, which its picture carries."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def drawn_from(picture: Path) -> str:
+    """Return the SHA-256 of the CSV that a picture was drawn from."""
+    with Image.open(picture) as image:
+        return image.info.get("Description", "")
+
+
+def draw(experiment: Experiment, out: Path) -> None:
+    """Draw the picture, and fill in the page if ``out`` is the reference folder; print the table elsewhere."""
+    path = out / f"{experiment.name}.csv"
+    rows = read(path)
+    committed = out.resolve() == REFERENCE
+    if len(chosen := whole(experiment, rows)):
+        picture = (PAGES if committed else out) / f"{experiment.name}.png"
+        figure = experiment.draw(chosen)
+        write_whole(picture, lambda file: figure.savefig(file, format="png", dpi=110,
+                                                         metadata={"Description": digest(path)}))
+    lines = results(experiment, rows)
+    if not committed:
+        print("\n".join(lines))
+        return
+    page = PAGES / f"{experiment.name}.md"
+    text = filled(page.read_text(encoding="utf-8"), page, lines)
+    write_whole(page, lambda file: file.write(text.encode()))
+
+
+def filled(text: str, page: Path, lines: Sequence[str]) -> str:
+    """Return a page's text with other lines between its markers; InputError if it lacks one."""
+    before, start, rest = text.partition(f"{START}\n")
+    _, end, after = rest.partition(f"{END}\n")
+    if not start or not end:
+        raise InputError(f"{page}: needs a line {START} and a line {END} after it")
+    return f"{before}{start}" + "".join(f"{line}\n" for line in lines) + f"{end}{after}"
+
+
+def arguments(experiment: Experiment, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line of an experiment."""
+    parser = Parser(f"{experiment.name}.py", experiment.question)
+    parser.add_argument("--list", action="store_true", help="print each command line and whether it is done")
+    parser.add_argument("--draw", action="store_true", help="redraw the table and the picture; run nothing")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--workers", type=int, choices=range(1, 65), default=1, metavar="N",
+                        help="runs at a time, one thread each")
+    parser.add_argument("--match", default="", help="only runs whose name contains this")
+    parser.add_argument("--out", type=Path, default=REFERENCE, help="folder of the CSV")
+    return parser.parse(argv)
+
+
+def listed(queue: Queue, tasks: Sequence[Task]) -> Iterator[str]:
+    """Yield a line for each task."""
+    for task in tasks:
+        yield f"{'done   ' if queue.is_done(task) else 'missing'} {task.command}"
+
+
+def main(experiment: Experiment, argv: list[str] | None = None) -> int:
+    """Run an experiment's command line and return the exit status."""
+    args = arguments(experiment, argv)
+    try:
+        if args.draw:
+            draw(experiment, args.out)
+            return 0
+        tasks, queue = [task for task in experiment.tasks(args.seeds) if args.match in task.run], Queue(
+            experiment, args.out)
+        if args.list:
+            print("\n".join(listed(queue, tasks)))
+            return 0
+        if args.out.resolve() == REFERENCE and commit().endswith("with edits"):
+            raise InputError("the working tree has uncommitted edits; commit them, or try out with --out FOLDER")
+        args.out.mkdir(parents=True, exist_ok=True)
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, signal.default_int_handler)
+        return queue.run(tasks, args.workers)
+    except KeyboardInterrupt:
+        print(f"{experiment.name}.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except (InputError, OSError) as error:
+        print(error_line(f"{experiment.name}.py", error), file=sys.stderr)
+        return 2
