@@ -26,13 +26,16 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pandas as pd  # noqa: E402, after the path
+import matplotlib  # noqa: E402, after the path
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from parsing import Parser  # noqa: E402
 from utils import InputError, choose_precision, environment, error_line, write_whole  # noqa: E402
+
+matplotlib.use("Agg")
 
 REFERENCE: Final = ROOT / "results" / "reference"
 PAGES: Final = ROOT / "docs"
@@ -73,10 +76,11 @@ class Experiment:
         question: one sentence.
         tasks: returns the runs for some seeds, the most important first.
         measure: returns rows of the CSV from the folder of a finished run, results/RUN.
-        keys: columns that name a row of the table, with their headings.
+        settings: columns that tell settings apart; a setting counts if it has all seeds in one precision.
+        tabulate: returns one row for each row of the table and seed, from the rows of these settings.
+        keys: columns of those rows that name a row of the table, with their headings.
         values: columns whose means over seeds the table shows, with headings and formats.
-        select: chooses the rows of the CSV that the table and the picture are about.
-        draw: draws the selected rows.
+        draw: draws the rows of these settings.
         spread: the column of ``values`` whose 95 % interval the table shows.
     """
 
@@ -84,10 +88,11 @@ class Experiment:
     question: str
     tasks: Callable[[Sequence[int]], list[Task]]
     measure: Callable[[Path], list[dict]]
+    settings: Sequence[str]
+    tabulate: Callable[[pd.DataFrame], pd.DataFrame]
     keys: dict[str, str]
     values: dict[str, tuple[str, str]]
     draw: Callable[[pd.DataFrame], Figure]
-    select: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
     spread: str = ""
 
 
@@ -99,6 +104,11 @@ def flags(options: dict[str, object]) -> str:
 def training(run: str, options: dict[str, object]) -> str:
     """Return the command line that trains a run."""
     return f"python RVE-PFL.py {flags(options)} --run_name {run}"
+
+
+def slug(words: str) -> str:
+    """Return words as part of a folder's name."""
+    return words.replace(", ", "-").replace(" ", "_")
 
 
 def curve(folder: Path) -> list[dict]:
@@ -231,28 +241,30 @@ class Queue:
 
 
 def whole(experiment: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the selected rows of the settings that have every seed of ``SEEDS``, all in one precision."""
+    """Return the rows of the settings that have every seed of ``SEEDS``, all in one precision."""
     rows = rows[rows["seed"].isin(SEEDS)]
-    rows = experiment.select(rows) if len(rows) else rows
     if rows.empty:
         return rows
     rows = rows[rows["precision"] == rows["precision"].mode()[0]]
-    seeds = rows.groupby([*experiment.keys], dropna=False)["seed"].transform("nunique")
+    seeds = rows.groupby([*experiment.settings], dropna=False)["seed"].transform("nunique")
     return rows[seeds == len(SEEDS)]
 
 
 def table(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
     """Return the lines of the table: means over seeds, one number per cell, and one column of half intervals.
 
-    A column that no run has measured yet is left out.
+    A column that nothing was measured for is left out, and so is a row with gaps in the others.
     """
-    measured = [name for name in experiment.values if name in rows and rows[name].notna().all()]
+    rows = experiment.tabulate(rows)
+    measured = [name for name in experiment.values if name in rows and rows[name].notna().any()]
     values = {name: experiment.values[name] for name in measured}
     heads = [*experiment.keys.values()]
     for name, (heading, _) in values.items():
         heads += [heading, "± (95 %)"] if name == experiment.spread else [heading]
     lines = [heads, ["---"] * len(heads)]
     for key, part in rows.groupby([*experiment.keys], sort=False, dropna=False):
+        if part[[*values]].isna().any(axis=None):
+            continue
         cells = [str(word) for word in key]
         for name, (_, form) in values.items():
             seeds = part.groupby("seed")[name].mean()

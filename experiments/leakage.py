@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
-from common import Experiment, Task, flags, main, training
+from common import Experiment, Task, flags, main, slug, training
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from attack.attacks import ATTACKS
 from attack.tables import FOREIGN, WORST, read_attack
-from runs.pictures import plt
 
 SCALE = {"dataset": "mnist10k", "partition": "shards", "rounds": 5, "local_ep": 2, "local_bs": 64}
 METHODS: dict[str, dict[str, object]] = {
@@ -44,7 +44,7 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
     found = []
     for seed in seeds:
         for name, options in METHODS.items():
-            run = f"leakage-{name.replace(', ', '-').replace(' ', '_')}-seed{seed}"
+            run = f"leakage-{slug(name)}-seed{seed}"
             attacks = LATENTS if options["method"] == "rve_pfl" else PIXELS
             found.append(Task(run, {"method": name}, seed, (
                 training(run, {**SCALE, **options, "seed": seed}),
@@ -75,9 +75,9 @@ def attack_rows(key: dict, part: pd.DataFrame) -> Iterator[dict]:
         yield row
 
 
-def select(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the attacks that the table shows, in its order."""
-    rows = rows.fillna({"observed": ""})
+def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the attacks that the table and the picture show, in their order."""
+    rows = rows.assign(observed=rows["observed"].astype(object).fillna(""))
     parts = [rows[(rows["method"] == method) & (rows["attack"] == attack) & (rows["observed"] == observed)
                   & (rows["images"] == "all")] for method, attack, observed in SHOWN]
     prior, attack, observed = SHOWN[3]
@@ -90,7 +90,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     """Draw the identified share of every attack beside its control, a dot for each seed."""
     figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     names = []
-    for i, (key, part) in enumerate(rows.groupby([*KEYS], sort=False)):
+    for i, (key, part) in enumerate(tabulate(rows).groupby([*KEYS], sort=False)):
         method, attack, observed, images = key
         names.append(f"{method}\n{attack} {observed}" + ("" if images == "all" else f"\n{images}"))
         axes.plot([i] * len(part), part["identified"], "o", color="C3", label="attack" if not i else "")
@@ -107,7 +107,8 @@ KEYS = {"method": "method", "attack": "attack", "observed": "observes", "images"
 EXPERIMENT = Experiment(
     name="leakage",
     question="How many of a client's training images do attackers identify?",
-    tasks=tasks, measure=measure, keys=KEYS, select=select, draw=draw, spread="identified",
+    tasks=tasks, measure=measure, settings=["method", "adversary", "attack", "observed", "images"],
+    tabulate=tabulate, keys=KEYS, draw=draw, spread="identified",
     values={"identified": ("identified", "{:.3f}"), "control_identified": ("control", "{:.3f}"),
             "rank": ("rank in class", "{:.0f}"), "class_size": ("images of the class", "{:.0f}")})
 

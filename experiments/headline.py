@@ -1,0 +1,103 @@
+"""Compare the methods on full data sets with two classes per client.
+
+Every method aggregates by the plain mean, so that methods are compared and not servers. ``deployed`` is the model
+after the last aggregation, ``trained`` the one after a client's local training before it: for a shared model, a
+round of fine-tuning. Needs data/mnist.npz, fmnist.npz and cifar.npz.
+"""
+import sys
+from collections.abc import Sequence
+
+import pandas as pd
+from common import Experiment, Task, curve, main, slug, training
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+import methods
+
+SHORT = {"mnist": (5, 2), "fmnist": (5, 2), "cifar": (6, 5)}   # rounds, local epochs
+LONG = dict.fromkeys(SHORT, (100, 1))
+METHODS: dict[str, dict[str, object]] = {
+    "rve_pfl": {"method": "rve_pfl", "aggregation": "mean"},
+    "nbafl": {"method": "nbafl"},
+    "nbafl_prox": {"method": "nbafl_prox"},
+    "fedavg": {"method": "fedavg"},
+    "local": {"method": "local"},
+    "lg_fedavg": {"method": "lg_fedavg"},
+    "fedper": {"method": "fedper"},
+}
+
+
+def options_of(label: dict[str, object], dataset: str, partition: str) -> dict[str, object]:
+    """Return the options of a labelled method; a data set NAME10k is trained with the defaults of NAME."""
+    row, name = methods.METHODS[str(label["method"])], dataset.removesuffix("10k")
+    tuned = {option.name: row.default(option, name, partition) for option in row.by_dataset.get(name, {})}
+    return {"dataset": dataset, "partition": partition, **tuned, **label}
+
+
+def tasks(seeds: Sequence[int]) -> list[Task]:
+    """Return the runs: short ones of every seed first, then long ones."""
+    return [task(dataset, scale, name, seed) for scales in (SHORT, LONG) for seed in seeds
+            for dataset, scale in scales.items() for name in METHODS]
+
+
+def task(dataset: str, scale: tuple[int, int], name: str, seed: int) -> Task:
+    """Return one run."""
+    rounds, epochs = scale
+    options = {**options_of(METHODS[name], dataset, "shards"), "seed": seed, "rounds": rounds, "local_ep": epochs}
+    run = f"headline-{dataset}-{rounds}x{epochs}-{slug(name)}-seed{seed}"
+    key: dict[str, object] = {"dataset": dataset, "rounds": rounds, "local_ep": epochs, "method": name}
+    return Task(run, key, seed, (training(run, options),))
+
+
+def last(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of each run's last round."""
+    return rows[rows["round"] == rows.groupby("command")["round"].transform("max")]
+
+
+def side_by_side(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Return a row for each setting and seed, with a column for each method and ``METHOD, trained``."""
+    wide = {"": "deployed", ", trained": "trained"}
+    parts = [last(rows).pivot_table(index=[*keys, "seed"], columns="method", values=value, sort=False)
+             .add_suffix(suffix) for suffix, value in wide.items()]
+    return pd.concat(parts, axis=1).reset_index()
+
+
+def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies of the longest runs of each data set."""
+    rows = rows[rows["rounds"] == rows.groupby("dataset")["rounds"].transform("max")]
+    return side_by_side(rows, [*KEYS])
+
+
+def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
+    """Draw deployed accuracy over rounds, a panel per setting and a line per method, means over seeds."""
+    panels = list(rows.groupby([*by], sort=False))
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 2.6 * down + 0.6), layout="constrained",
+                                squeeze=False)
+    lines = {}
+    for panel, (key, part) in zip(axes.flat, panels, strict=False):
+        for i, method in enumerate(dict.fromkeys(rows["method"])):
+            own = part[part["method"] == method].groupby("round")["deployed"].mean()
+            if len(own):
+                lines[method], = panel.plot(own.index, own, ".-", color=f"C{i}")
+        panel.set(title=", ".join(map(str, key)), xlabel="round")
+        panel.grid(alpha=0.3)
+    for panel in axes.flat[len(panels):]:
+        panel.axis("off")
+    axes[0, 0].set_ylabel("deployed accuracy")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+KEYS = {"dataset": "data set", "rounds": "rounds"}
+VALUES = {"rve_pfl": ("RVE-PFL", "{:.3f}"), "nbafl": ("NbAFL", "{:.3f}"),
+          "nbafl_prox": ("NbAFL, proximal", "{:.3f}"), "nbafl, trained": ("NbAFL, fine-tuned", "{:.3f}"), "fedavg": ("FedAvg", "{:.3f}"),
+          "fedavg, trained": ("FedAvg, fine-tuned", "{:.3f}"), "local": ("alone", "{:.3f}")}
+EXPERIMENT = Experiment(
+    name="headline", question="How accurate are the methods with two classes per client?",
+    tasks=tasks, measure=curve, settings=["dataset", "rounds", "local_ep", "method"], tabulate=tabulate, keys=KEYS,
+    values=VALUES, spread="rve_pfl", draw=lambda rows: curves(rows, ["dataset", "rounds"]))
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT))

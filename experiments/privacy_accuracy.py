@@ -1,0 +1,96 @@
+"""Compare accuracy and re-identification under the default prior and the class prior (CEB, Fischer 2020).
+
+An attacker with client 0's stolen model sees one draw of z, or eight, and chooses among up to 500 of the client's
+images. All training images of the client are attacked.
+"""
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from common import Experiment, Task, curve, flags, main, slug, training
+from headline import options_of
+from leakage import measure as attacks_of
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+CLASS = {"prior": "class", "head_lr": 1}
+SETTINGS: dict[str, dict[str, object]] = {
+    "default prior, beta 1e-5": {},
+    "class prior, beta 1, apart 0.25": {**CLASS, "kl_weight": 1, "prior_apart": 0.25},
+    "class prior, beta 1": {**CLASS, "kl_weight": 1},
+    "class prior, beta 0.1": {**CLASS, "kl_weight": 0.1},
+    "class prior, beta 0.1, apart 0.25": {**CLASS, "kl_weight": 0.1, "prior_apart": 0.25},
+    "class prior, beta 0.01": {**CLASS, "kl_weight": 0.01},
+    "default prior, beta 1e-3": {"kl_weight": 1e-3},
+    "default prior, 2 full rounds": {"full_sharing_rounds": 2},
+}
+DATASETS = ("mnist10k", "fmnist10k", "cifar10k")
+PARTITIONS = ("shards", "dirichlet", "iid")
+
+
+def tasks(seeds: Sequence[int]) -> list[Task]:
+    """Return the runs, seed after seed and partition after partition."""
+    found = []
+    for seed in seeds:
+        for partition in PARTITIONS:
+            for dataset in DATASETS:
+                for name, setting in SETTINGS.items():
+                    run = f"privacy-{dataset}-{partition}-{slug(name)}-seed{seed}"
+                    options = {**options_of({"method": "rve_pfl"}, dataset, partition), "seed": seed, "rounds": 5,
+                               "local_ep": 2, "local_bs": 64, **setting}
+                    attack = {"run": run, "adversary": "stolen_model", "attack": "reidentification",
+                              "observe": "z z8", "public": dataset.removesuffix("10k")}
+                    found.append(Task(run, {"dataset": dataset, "partition": partition, "setting": name}, seed, (
+                        training(run, options), f"python attack/mi_attack.py {flags(attack)}")))
+    return found
+
+
+def measure(folder: Path) -> list[dict]:
+    """Return one row: the last round's accuracy, and what the attacker identifies."""
+    row = curve(folder)[-1]
+    for attack in attacks_of(folder):
+        name = f"identified_{attack['observed']}" + ("" if attack["images"] == "all" else "_worst")
+        row |= {name: attack["identified"], f"control_{name}": attack["control_identified"]}
+    return [row]
+
+
+def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with two classes per client, of the first three settings."""
+    rows = rows.drop_duplicates([*SETTING, "seed"], keep="last")
+    order = [name for name in SETTINGS if name in set(rows["setting"])][:3]
+    rows = rows[(rows["partition"] == "shards") & rows["setting"].isin(order)]
+    return rows.sort_values("dataset", key=lambda names: names.map(DATASETS.index), kind="stable")
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Draw accuracy against KL, or the identified share where all were attacked; a dot per seed."""
+    rows = rows.drop_duplicates([*SETTING, "seed"], keep="last")
+    attacked = "identified_z" in rows and rows["identified_z"].notna().all()
+    x, label = ("identified_z", "share identified from one z") if attacked else ("kl_nats", "KL, nats per image")
+    datasets = list(dict.fromkeys(rows["dataset"]))
+    figure, axes = plt.subplots(1, len(datasets), figsize=(1.5 + 3.2 * len(datasets), 3.6), layout="constrained",
+                                squeeze=False)
+    for panel, dataset in zip(axes[0], datasets, strict=True):
+        part = rows[rows["dataset"] == dataset]
+        for i, name in enumerate(SETTINGS):
+            own = part[part["setting"] == name]
+            if len(own):
+                panel.plot(own[x], own["deployed"], "o" if "class" in name else "s", color=f"C{i}", label=name)
+        panel.set(xlabel=label, title=dataset, xscale="linear" if attacked else "log")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    axes[0, 0].set_ylabel("deployed accuracy")
+    return figure
+
+
+SETTING = ["dataset", "partition", "setting"]
+EXPERIMENT = Experiment(
+    name="privacy_accuracy", question="What does privacy from an attacker with the stolen model cost in accuracy?",
+    tasks=tasks, measure=measure, settings=SETTING, tabulate=tabulate,
+    keys={"dataset": "data set", "setting": "setting"}, draw=draw, spread="deployed",
+    values={"deployed": ("accuracy", "{:.3f}"), "kl_nats": ("KL, nats", "{:.1f}"),
+            "identified_z": ("identified, one z", "{:.3f}"), "identified_z8": ("eight z", "{:.3f}")})
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT))
