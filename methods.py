@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import models
 from parsing import HUGE, TINY, Option
-from server.base import Server, Setting, State
-from server.privacy import AdaptiveClientDP, ClientDP, NbAFL, usual_delta
-from server.rules import RULES
+from server.base import Server, State
+from server.privacy import AdaptiveClientDP, ClientDP, NbAFL, default_delta
+from server.robust import RULES
 
 # Options that some methods read; their defaults stand in the rows.
 LR = Option("lr", "learning rate [eta]", float, within=(TINY, 1e3), group="federated")
@@ -170,10 +170,7 @@ def make_server(options: Mapping[str, Any], smallest: int) -> Server:
         options: the run's, by name.
         smallest: training images of the smallest local data set.
     """
-    same = ("seed", "frac", "rounds", "epsilon", "delta", "clip", "exposures", "noise_multiplier", "tolerate")
-    setting = Setting(clients=options["num_users"], smallest=smallest, options=options,
-                      **{name: options[name] for name in same})
-    return (METHODS[options["method"]].server or RULES[options["aggregation"]].server)(setting)
+    return (METHODS[options["method"]].server or RULES[options["aggregation"]].server)(options, smallest)
 
 
 def client_dp_budget(args: Namespace) -> str | None:
@@ -183,7 +180,7 @@ def client_dp_budget(args: Namespace) -> str | None:
     if args.epsilon is None and args.noise_multiplier is None:
         args.epsilon = 8.0
     if args.delta is None:
-        args.delta = usual_delta(args.num_users)
+        args.delta = default_delta(args.num_users)
     return None
 
 

@@ -14,9 +14,9 @@ import datasets
 import methods
 from methods import METHODS, Method
 from parsing import DATA_NAME, HUGE, NAME, TINY, Option, Parser, shown
+from server.base import round_down
 from server.malicious import BEHAVIOURS
-from server.robust import round_down
-from server.rules import RULES, Rule
+from server.robust import RULES, Rule
 from utils import ROOT
 
 

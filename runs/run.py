@@ -39,7 +39,7 @@ from runs.configs import EVALUATION_SPLIT
 from runs.csvs import append_csv, cut_csv, read_csv
 from server.base import State
 from server.malicious import BEHAVIOURS
-from server.rules import RULES
+from server.robust import RULES
 from update import ClientState
 from utils import InputError, printable, shown, write_whole
 

@@ -1,136 +1,178 @@
-"""Published robust rules, mostly from byzfl: what the threat-aware weights are compared with.
+"""RULES: how uploads become the next head, one row per rule; and the published robust rules, mostly from byzfl.
 
-A rule takes the updates ``head_k - head`` as rows, ``K x P``, and the number f of clients that may be malicious,
-and returns the update ``P`` of the next head. Data sizes play no part. A rule has no weight for a single client,
-so ``server.csv`` leaves that column empty.
+A robust rule maps the updates ``head_k - head``, ``K x P``, and the number f of clients that may be malicious to
+the update ``P`` of the next head. Data sizes play no part. Since it has no weight for a single client,
+``server.csv`` leaves that column empty. A new rule is one row: ``robust_server(rule)``, or a ``Server`` of its
+own.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from server.base import Round, Server, Setting, State, Weighting, moved, updates_of
-from server.base import median as median_of
-from server.filtering import filtered
+from parsing import Option
+from server import base
+from server.base import Round, Server, State, Weighting, moved, round_down, updates_of
+from server.threat_aware import ThreatAware, filtered
 from utils import torch_rng
 
-CHUNK = 2**16   # coordinates at a time in coordinate-wise rules: byzfl's need several copies of what they get
+CHUNK = 2**16   # coordinates at a time in coordinate-wise rules: byzfl's need several copies of their input
 
 RobustRule = Callable[[Tensor, int], Tensor]   # updates K x P, f -> update P
 
 
 def by_columns(rule: Callable[[Tensor], Tensor], updates: Tensor) -> Tensor:
-    """A coordinate-wise rule, a part of the coordinates at a time."""
+    """Apply a coordinate-wise rule to CHUNK coordinates at a time."""
     return torch.cat([rule(part) for part in updates.split(CHUNK, dim=1)])
 
 
 def median(updates: Tensor, f: int) -> Tensor:
-    """Coordinate-wise (Yin et al. 2018, arXiv 1803.01498)."""
+    """Return the coordinate-wise median (Yin et al. 2018, arXiv 1803.01498)."""
     from byzfl import Median
     return by_columns(Median(), updates)
 
 
 def trimmed_mean(updates: Tensor, f: int) -> Tensor:
-    """Coordinate-wise mean without the f largest and f smallest (ibid.)."""
+    """Return the coordinate-wise mean without the f largest and f smallest (ibid.)."""
     from byzfl import TrMean
     return by_columns(TrMean(f), updates)
 
 
 def krum(updates: Tensor, f: int) -> Tensor:
-    """The update nearest to its n - f - 1 nearest others (Blanchard et al. 2017, who have n - f - 2)."""
+    """Return the update nearest to its n - f - 1 nearest others (Blanchard et al. 2017, who have n - f - 2)."""
     from byzfl import Krum
     return Krum(f)(updates)
 
 
 def geometric_median(updates: Tensor, f: int) -> Tensor:
-    """The point with the least sum of distances, by Weiszfeld's iteration (Pillutla et al. 2022,
+    """Return the point with the least sum of distances, by Weiszfeld's iteration (Pillutla et al. 2022,
     arXiv 1912.13445)."""
     from byzfl import GeometricMedian
     return GeometricMedian(nu=1e-6, T=20)(updates)
 
 
 def centered_clipping(updates: Tensor, f: int) -> Tensor:
-    """Updates clipped at their median norm around a centre found in three steps (Karimireddy et al. 2021,
-    arXiv 2012.10333); the centre starts at the head sent, since clients start anew from it."""
+    """Clip updates at their median norm around a centre found in three steps (Karimireddy et al. 2021,
+    arXiv 2012.10333). The centre starts at the head sent, since clients start anew from it."""
     from byzfl import CenteredClipping
-    tau = median_of(updates.norm(dim=1)).item()
+    tau = base.median(updates.norm(dim=1)).item()
     if tau == 0:   # most have not moved, and byzfl would divide by it
         return torch.zeros_like(updates[0])
     return CenteredClipping(L=3, tau=tau)(updates)
 
 
 def nnm_trimmed_mean(updates: Tensor, f: int) -> Tensor:
-    """Each update is first replaced by the mean of its n - f nearest, itself included; then the trimmed mean
-    (Allouah et al. 2023, arXiv 2302.01772). As byzfl's NNM, whose mixing takes ``K x K x P`` of memory, 52 GB for
-    150 MNIST heads."""
+    """Replace each update by the mean of its n - f nearest, itself included, then trim (Allouah et al. 2023,
+    arXiv 2302.01772). byzfl's NNM takes ``K x K x P`` of memory, 52 GB for 150 MNIST heads."""
     nearest = torch.cdist(updates, updates).topk(len(updates) - f, largest=False).indices
     share = torch.zeros(len(updates), len(updates)).scatter_(1, nearest, 1 / (len(updates) - f))
     return trimmed_mean(share.to(updates) @ updates, f)
 
 
 def multi_krum(updates: Tensor, f: int) -> Tensor:
-    """The mean of the n - f updates nearest to their neighbours (Blanchard et al. 2017)."""
+    """Return the mean of the n - f updates nearest to their neighbours (Blanchard et al. 2017)."""
     from byzfl import MultiKrum
     return MultiKrum(f)(updates)
 
 
 def caf(updates: Tensor, f: int) -> Tensor:
-    """Covariance-bound agnostic filter: takes weight from updates along the direction in which they differ most,
-    until 2 f of it are gone, and keeps the mean that differed least on the way (Allouah et al. 2025,
-    arXiv 2505.01874). Not byzfl's, whose loop does not end where one upload is far longer than others, and whose
-    widest direction is a guess after one step of power iteration."""
+    """Return the mean after the covariance-bound agnostic filter, which removes up to 2 f (Allouah et al. 2025,
+    arXiv 2505.01874). byzfl's CAF does not end if one upload is far longer than the others, and takes one step of
+    power iteration for the widest direction."""
     weight = filtered((updates @ updates.T).double(), torch.ones(len(updates)).double(), 0, 2 * f / len(updates))
     return (weight / weight.sum()).to(updates) @ updates
 
 
-def clipped_to_median(updates: Tensor) -> tuple[Tensor, Tensor]:
-    """The updates, none longer than the median norm, and that norm."""
-    norms = updates.norm(dim=1)
-    bound = median_of(norms)
-    return updates * (bound / norms.clamp_min(1e-12)).clamp_max(1)[:, None], bound
+def clipped_mean(updates: Tensor, f: int) -> Tensor:
+    """Return the mean of the updates, clipped to their median norm."""
+    norms = updates.norm(dim=1, keepdim=True)
+    return (updates * (base.median(norms) / norms.clamp_min(1e-12)).clamp_max(1)).mean(0)
 
 
 class Robust(Server):
-    """A server whose next head is a robust rule's."""
+    """A server that adds a robust rule's update to the head."""
 
-    min_uploads = 3   # of two that differ, neither is the odd one out
+    min_uploads = 3   # of two different uploads, neither is the outlier
 
-    def __init__(self, setting: Setting, rule: RobustRule):
-        super().__init__(setting)
+    def __init__(self, options: Mapping[str, Any], smallest: int = 1, *, rule: RobustRule):
+        super().__init__(options, smallest)
         self.rule = rule
 
-    def judge(self, round: Round) -> Weighting:
-        """No weights: the rule works on all uploads at once."""
+    def weigh(self, round: Round) -> Weighting:
+        """Return no weights: the rule works on all uploads at once."""
         return Weighting(None, self.memory)
 
-    def combine(self, round: Round, judgement: Weighting) -> State:
-        """The rule's update, added to the head."""
+    def combine(self, round: Round, weighting: Weighting) -> State:
+        """Return the head plus the rule's update."""
         if not round.uploads:
             return round.sent
-        uploads = list(round.uploads.values())
-        f = min(round_down(self.setting.tolerate * len(uploads)), (len(uploads) - 1) // 2)
-        return moved(round.sent, self.rule(updates_of(round.sent, uploads), f))
+        return moved(round.sent, self.update(round, updates_of(round.sent, list(round.uploads.values()))))
+
+    def update(self, round: Round, updates: Tensor) -> Tensor:
+        """Return the update of the head, ``P``, from a round's updates, ``K x P``."""
+        f = min(round_down(self.options["tolerate"] * len(updates)), (len(updates) - 1) // 2)
+        return self.rule(updates, f)
 
 
-class ClippedNoisy(Robust):
-    """The mean of updates clipped to their median norm, with Gaussian noise, against backdoors (Sun et al. 2019,
-    arXiv 1911.07963). The noise's norm is about ``--clip_noise`` times the clip, whatever the number of
-    parameters; without the option there is none."""
+class NormClipping(Robust):
+    """A mean of clipped updates with Gaussian noise, against backdoors (Sun et al. 2019, arXiv 1911.07963).
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting, lambda updates, f: clipped_to_median(updates)[0].mean(0))
+    The noise's norm is about ``--clip_noise`` times the clip.
+    """
 
-    def combine(self, round: Round, judgement: Weighting) -> State:
-        """The clipped mean and the noise, drawn anew in each round."""
-        share = self.setting.options.get("clip_noise", 0.0)
-        if not round.uploads or not share:
-            return super().combine(round, judgement)
-        _, bound = clipped_to_median(updates_of(round.sent, list(round.uploads.values())))
-        size = sum(value.numel() for value in round.sent.values())
-        noise = torch.randn(size, generator=torch_rng(self.setting.seed, "clip_noise", round=round.number))
-        return moved(super().combine(round, judgement), share * bound / size**0.5 * noise)
+    def update(self, round: Round, updates: Tensor) -> Tensor:
+        """Return the clipped mean with this round's noise."""
+        clip, size = base.median(updates.norm(dim=1)), updates.shape[1]
+        noise = torch.randn(size, generator=torch_rng(self.options["seed"], "clip_noise", round=round.number))
+        return super().update(round, updates) + self.options["clip_noise"] * clip / size**0.5 * noise
 
 
-def round_down(count: float) -> int:
-    """The whole clients in a share; 0.3 x 10 is 3, whatever floating point makes of it."""
-    return int(count + 1e-9)
+TOLERATE = Option("tolerate", "share of the uploads that the rule assumes may be malicious", float,
+                  unread=0.3, within=(0, 0.5), group="server")
+CLIP_NOISE = Option("clip_noise", "norm of the noise as a share of the clipping norm", float, within=(0, 100),
+                    group="server")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row.
+
+    Args:
+        about: a few words for ``--help``.
+        server: makes the server of a run from its options and the size of the smallest local data set.
+        reads: the options that the rule reads, with their defaults.
+        columns: its columns of ``server.csv`` (``Weighting.columns``).
+    """
+
+    about: str
+    server: Callable[..., Server]
+    reads: Mapping[Option, object] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+
+
+def robust_server(rule: RobustRule) -> Callable[..., Server]:
+    """Return the server of a robust rule ``(updates K x P, f) -> update P``."""
+    return partial(Robust, rule=rule)
+
+
+RULES = {
+    "threat_aware": Rule("weights that follow the threat model", ThreatAware,
+                         columns=("norm_ratio", "cosine", "max_cosine", "trust")),
+    "mean": Rule("by data size", Server),
+    "median": Rule("coordinate-wise", robust_server(median)),
+    "trimmed_mean": Rule("coordinate-wise, without the largest and the smallest", robust_server(trimmed_mean),
+                         {TOLERATE: 0.3}),
+    "krum": Rule("the upload nearest to its neighbours", robust_server(krum), {TOLERATE: 0.3}),
+    "geometric_median": Rule("least sum of distances", robust_server(geometric_median)),
+    "centered_clipping": Rule("updates clipped around a centre", robust_server(centered_clipping)),
+    "nnm_trimmed_mean": Rule("trimmed mean of means of nearest neighbours", robust_server(nnm_trimmed_mean),
+                             {TOLERATE: 0.3}),
+    "multi_krum": Rule("mean of the uploads nearest to their neighbours", robust_server(multi_krum),
+                       {TOLERATE: 0.3}),
+    "caf": Rule("a mean filtered along the widest direction", robust_server(caf), {TOLERATE: 0.3}),
+    "norm_clipping": Rule("a mean of clipped updates, with noise", partial(NormClipping, rule=clipped_mean),
+                          {CLIP_NOISE: 0.05}),
+}

@@ -1,44 +1,41 @@
-"""Weights that follow a threat model: ``w_k ~ min(n_k, median n) trust_k c_k / g_k``.
+"""Threat-aware aggregation weights: ``w_k ~ min(n_k, median n) trust_k c_k / g_k``.
 
-The server has no data. It sees uploads, and asks of each what honest ones do not show, however different their
-classes are. Its trust in a round is a product of two factors, each 1 up to a bar that hardly any honest client
-passes:
+The server has no data, so it judges an upload by what honest ones do not show, however different their classes
+are. The trust of a round is a product of two factors, each 1 up to a bound that hardly any honest client passes:
 
-- **norm**: an update longer than honest ones are (``longest``) loses trust, until it moves the mean less than one
-  of that length;
-- **direction**: its cosine with the trusted mean of the others. Honest clients of other classes are orthogonal or
-  slightly opposed, those of the same classes agree. What counts is clear opposition.
+- **norm**: an update longer than honest ones are (``norm_bound``) loses trust, until it moves the mean less than
+  an update at the bound;
+- **direction**: the cosine with the trusted mean of the others. Honest clients of other classes are orthogonal or
+  slightly opposed; only updates below COS_OPPOSED lose their trust.
 
-Three things bound what an upload can do that keeps its trust, and are no punishment:
+Two steps bound the influence of trusted uploads:
 
-- **copies**: the g copies of one update share the weight of one, and the one that was copied keeps its 1/g;
-- **filter**: where updates differ along one direction much more than along any other, weight is taken, c_k, from
-  those that differ most (``filtered``). Colluders who push one way make such a direction;
-- **cap**: no upload weighs more than SHARE / K.
+- **copies**: the g copies of one update share the weight of one;
+- **filter**: if updates vary along one direction much more than along any other, those that vary most lose the
+  factor c_k (``filtered``), since colluders who push one way cause such a direction.
 
 A client's trust is the lower of this round's and an exponential average over rounds: lost quickly, regained
-slowly. Where fewer than half of the uploads are trusted, the round falls back: norms and copies count, trust does
-not, and the filter always takes its share.
-docs/threat-model.md has what was measured, how each constant was chosen, and what no weight can see.
+slowly. If fewer than half of the uploads are trusted, the round falls back: norms and copies count, trust does
+not, and the filter always acts. docs/threat-model.md has the measurements and the limits.
 """
-import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from server.base import Memory, Round, Server, Setting, State, Weighting, median, updates_of
-from server.filtering import filtered
+from server.base import Memory, Round, Server, State, Weighting, median
 
-MAX_NORM_RATIO, SPREADS = 1.5, 2.0           # see ``longest``; honest ones had up to 1.56 median norms
-COS_FULL_TRUST, COS_NO_TRUST = -0.6, -0.85     # cosines: trust begins to fall at the first and is 0 at the second
-COS_COPY = 0.985                       # cosine of copies: two clients of the same two classes have up to 0.97
-TRUST_DECAY = 0.8                         # share of the old average in the new one
-EIGENVALUE_RATIO = 1.3                   # see ``filtered``; of 10 honest clients up to 1.07, of fewer up to 1.8
-MAX_FILTERED, MIN_TO_FILTER = 0.6, 10               # share of the weight that the filter may take; fewer uploads are not filtered
-SHARE = 3.0                        # no client weighs more than SHARE / K
-WHOLE, PART = 2**30, 2**27         # bytes of updates that are held at once; of a part, where there are more
+MAX_NORM_RATIO = 1.5   # of an update to the median; honest ones had up to 1.56
+NORM_SPREADS = 2.0     # robust standard deviations of log norms that keep their trust
+COS_OPPOSED = -0.85    # an update below it has no trust; honest ones had down to -0.70, among three clients
+COS_COPY = 0.985       # two clients of the same two classes have up to 0.97
+TRUST_DECAY = 0.8      # share of the old average in the new one
+EIGENVALUE_RATIO = 1.3   # see ``filtered``; 10 honest clients had up to 1.07, fewer had up to 1.8
+MAX_FILTERED = 0.6     # share of all weight that the filter may take
+MIN_TO_FILTER = 10     # uploads
+PART_BYTES = 2**27     # of all clients' updates that are held at a time
 
 
 class ThreatAware(Server):
@@ -46,158 +43,141 @@ class ThreatAware(Server):
 
     min_uploads = 3
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        self.memory = {"trust": torch.ones(setting.clients), "seen": torch.zeros(setting.clients),
-                       "fallbacks": 0}
+    def __init__(self, options: Mapping[str, Any], smallest: int = 1):
+        super().__init__(options, smallest)
+        clients = options["num_users"]
+        self.memory = {"trust": torch.ones(clients), "seen": torch.zeros(clients), "fallbacks": 0}
 
     @property
     def facts(self) -> dict[str, object]:
-        """In how many rounds most uploads were not trusted."""
+        """Return the number of rounds that fell back."""
         return {"fallbacks": self.memory["fallbacks"]}
 
     def trust(self, round: Round) -> dict[int, float]:
-        """How far each upload would be trusted."""
-        return {k: columns["trust"] for k, columns in self.judge(round).columns.items()}
+        """Return the trust in each upload."""
+        return {k: columns["trust"] for k, columns in self.weigh(round).columns.items()}
 
-    def judge(self, round: Round) -> Weighting:
-        """Weights, the reasons for them, and each client's trust for the next round."""
+    def weigh(self, round: Round) -> Weighting:
+        """Return weights, the reasons for them, and each client's trust for the next round."""
         clients = list(round.uploads)
         if not clients:
-            return Weighting({}, self.remembered(round, {}, fallback=False))
+            return Weighting({}, self._remember(round, {}, fallback=False))
         met = self.memory["seen"][clients] > 0
         before = torch.where(met, self.memory["trust"][clients], 1.0).double()
-        updates = Updates(round.sent, list(round.uploads.values()))
-        ratio = lengths(updates.norms())
-        # For comparisons all are clipped to the median: with a looser clip a few colluders could make up most of
-        # the mean that all are compared with.
-        updates.scale((1 / ratio).clamp_max(1).float())
-        gram = updates.gram()
-        similarity, copies = likenesses(gram)
-        short = (longest(ratio) / ratio).clamp_max(1).square()
-        # What was distrusted before is compared with what was not. Where nothing was trusted, with all of it: an
-        # upload may so earn trust anew, but what it has stays low, and the round falls back.
-        met_with = before if (before * short).sum() >= 1e-9 else 1.0
-        cosine = against_others(gram, short / copies * met_with)
-        now = short * ((cosine - COS_NO_TRUST) / (COS_FULL_TRUST - COS_NO_TRUST)).clamp(0, 1)
+        gram = gram_of(round.sent, list(round.uploads.values()))
+        ratio = norm_ratios(gram)
+        # All updates are clipped to the median norm before they are compared: with a looser clip a few colluders
+        # could make up most of the mean that all are compared with.
+        clip = (1 / ratio).clamp_max(1)
+        gram = clip[:, None] * gram * clip
+        similarity, copies = copies_of(gram)
+        norm_trust = (norm_bound(ratio) / ratio).clamp_max(1).square()
+        # Clients distrusted before are no reference for others. If nobody was trusted, everybody is one: trust can
+        # be regained, but remains low, and the round falls back.
+        reference = before if (before * norm_trust).sum() >= 1e-9 else 1.0
+        cosine = cosines_with_others(gram, norm_trust / copies * reference)
+        now = norm_trust * (cosine > COS_OPPOSED)
         trust = torch.where(met, torch.minimum(now, TRUST_DECAY * before + (1 - TRUST_DECAY) * now), now)
         fallback = bool(trust.sum() < len(trust) / 2)
-        sizes = capped(torch.tensor([round.sizes[k] for k in clients]).double())
-        weights = sizes / copies * (1 if fallback else trust / short)   # all of one length, as in ``gram``
+        sizes = torch.tensor([round.sizes[k] for k in clients]).double()
+        weights = torch.minimum(sizes, median(sizes)) / copies   # to claim more images gains nothing
+        if not fallback:
+            weights = weights * trust / norm_trust   # the filter sees updates of one length, as ``gram`` does
         if len(gram) >= MIN_TO_FILTER:
             weights = filtered(gram, weights, 0 if fallback else EIGENVALUE_RATIO, MAX_FILTERED)
         columns = {"norm_ratio": ratio, "cosine": cosine, "max_cosine": similarity, "trust": trust}
         return Weighting(
-            dict(zip(clients, shared_out(weights * short).tolist(), strict=True)),
-            self.remembered(round, dict(zip(clients, now.tolist(), strict=True)), fallback),
+            dict(zip(clients, (weights * norm_trust).tolist(), strict=True)),
+            self._remember(round, dict(zip(clients, now.tolist(), strict=True)), fallback),
             {k: {name: column[i].item() for name, column in columns.items()} for i, k in enumerate(clients)})
 
-    def remembered(self, round: Round, now: dict[int, float], fallback: bool) -> Memory:
-        """The memory after a round in which clients earned trust ``now``; an upload that could not be used
-        earned none."""
-        trust, count = self.memory["trust"].clone(), self.memory["seen"].clone()
+    def _remember(self, round: Round, now: dict[int, float], fallback: bool) -> Memory:
+        """Return the memory after a round in which clients earned trust ``now``, or 0 without a usable upload."""
+        trust, seen = self.memory["trust"].clone(), self.memory["seen"].clone()
         for k in round.sizes:
             earned = now.get(k, 0.0)
-            trust[k] = earned if not count[k] else TRUST_DECAY * trust[k] + (1 - TRUST_DECAY) * earned
-            count[k] += 1
-        return {"trust": trust, "seen": count, "fallbacks": self.memory["fallbacks"] + fallback}
+            trust[k] = TRUST_DECAY * trust[k] + (1 - TRUST_DECAY) * earned if seen[k] else earned
+            seen[k] += 1
+        return {"trust": trust, "seen": seen, "fallbacks": self.memory["fallbacks"] + fallback}
 
 
-class Updates:
-    """``updates_of`` a round: all of it up to WHOLE bytes, else a part of the columns at a time.
+def gram_of(sent: State, uploads: list[State]) -> Tensor:
+    """Return the inner products of all updates, ``K x K`` float64.
 
-    A part is made again whenever it is asked for. So the server of a thousand clients does not hold their updates
-    beside their uploads.
+    Each parameter is processed in parts of PART_BYTES, so that a thousand clients' updates are never held at once.
     """
-
-    def __init__(self, sent: State, uploads: list[State]):
-        self.sent, self.uploads = sent, uploads
-        self.factor: Tensor | None = None
-        width = sum(value.numel() for value in sent.values())
-        self.whole = updates_of(sent, uploads) if 4 * width * len(uploads) <= WHOLE else None
-        step = max(1, PART // (4 * len(uploads)))
-        self.spans = [slice(first, first + step) for first in range(0, width, step)]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if self.whole is not None:
-            yield self.whole
-            return
-        for span in self.spans:
-            # No name for it here: the next part is made while this frame waits.
-            yield updates_of(self.sent, self.uploads, span).mul_(1 if self.factor is None else self.factor)
-
-    def scale(self, factor: Tensor) -> None:
-        """Multiply each update by its own factor, ``K``."""
-        self.factor = factor[:, None]
-        if self.whole is not None:
-            self.whole.mul_(self.factor)
-
-    def norms(self) -> Tensor:
-        """Of each update, ``K``."""
-        return functools.reduce(torch.hypot, map(norms, self))
-
-    def gram(self) -> Tensor:
-        """Inner products, ``K x K``."""
-        return functools.reduce(torch.add, ((part @ part.T).double() for part in self))
+    gram = torch.zeros(len(uploads), len(uploads), dtype=torch.float64)
+    step = max(1, PART_BYTES // (8 * len(uploads)))
+    for name, value in sent.items():
+        for first in range(0, value.numel(), step):
+            part = torch.stack([upload[name].flatten()[first:first + step] for upload in uploads])
+            part = part.sub_(value.flatten()[first:first + step]).double()
+            gram += part @ part.T
+    return gram
 
 
-def norms(updates: Tensor) -> Tensor:
-    """Of each row; 16 rows at a time, since PyTorch copies them to the double precision that it sums in."""
-    return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-                      for rows in updates.tensor_split(-(-len(updates) // 16))])
-
-
-def lengths(norms: Tensor) -> Tensor:
-    """Each update's norm over the median norm."""
-    norms = norms.clamp_min(1e-12)
+def norm_ratios(gram: Tensor) -> Tensor:
+    """Return each update's norm over the median norm, ``K``."""
+    norms = gram.diag().sqrt().clamp_min(1e-12)
     return norms / median(norms)
 
 
-def longest(ratio: Tensor) -> float:
-    """Return how long an update may be and keep its trust, in median norms.
+def norm_bound(ratio: Tensor) -> float:
+    """Return the longest norm that keeps its trust, in median norms.
 
-    It is SPREADS robust standard deviations of the logarithms, MAX_NORM_RATIO at most: clients of equally many images have
-    updates of nearly the same length.
+    It is NORM_SPREADS robust standard deviations of the logarithms and at most MAX_NORM_RATIO: clients with
+    equally many images have updates of nearly the same norm.
     """
-    return min(MAX_NORM_RATIO, math.exp(SPREADS * 1.4826 * median(ratio.log().abs()).item()))
+    return min(MAX_NORM_RATIO, math.exp(NORM_SPREADS * 1.4826 * median(ratio.log().abs()).item()))
 
 
-def cosines(gram: Tensor) -> Tensor:
-    """Between updates, from their inner products."""
+def copies_of(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each update's largest cosine with another one, and its number of copies, itself included."""
     norms = gram.diag().clamp_min(1e-24).sqrt()
-    return gram / (norms[:, None] * norms)
-
-
-def likenesses(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Each update's largest cosine with another, and how many copies of it there are, itself included."""
-    others = cosines(gram) - 2 * torch.eye(len(gram))
+    others = gram / (norms[:, None] * norms) - 2 * torch.eye(len(gram))
     return others.max(1).values, 1.0 + (others > COS_COPY).sum(1)
 
 
-def against_others(gram: Tensor, weight: Tensor) -> Tensor:
-    """Each update's cosine with the weighted mean of the others; 0 where there are none."""
+def cosines_with_others(gram: Tensor, weight: Tensor) -> Tensor:
+    """Return each update's cosine with the weighted mean of the others; 0 where there are none."""
     others = weight * (1 - torch.eye(len(gram), dtype=gram.dtype))   # row k: without k
     norms = gram.diag() * ((others @ gram) * others).sum(1)
     return (others * gram).sum(1) / norms.clamp_min(1e-24).sqrt()
 
 
-def capped(sizes: Tensor) -> Tensor:
-    """``min(n_k, median n)``: it is useless to claim more images."""
-    return torch.minimum(sizes, median(sizes))
+def filtered(gram: Tensor, start: Tensor, min_ratio: float, max_removed: float) -> Tensor:
+    """Return weights without the updates that deviate along one direction.
 
+    As long as a direction stands out, each update loses weight by its squared deviation along it; the one that
+    deviates most loses all. If ``max_removed`` of the weight is gone and a direction still stands out, the weights
+    with the least largest variance are returned (Allouah et al. 2025, arXiv 2505.01874, algorithm 1; its
+    eigenvectors are exact here, from inner products alone).
 
-def shared_out(weights: Tensor) -> Tensor:
-    """Return the weights, ``K``, with a sum of 1 and none over SHARE / K.
+    A direction stands out if the ratio of the updates' largest variance to the second largest exceeds
+    ``min_ratio`` times the ratio of the second largest to the median one. Clients of different classes vary along
+    several directions, colluders differ from the others along one.
 
-    What the largest lose goes to the others in proportion. Where too few have a weight to share it out under the
-    cap, they weigh alike.
+    Args:
+        gram: inner products of the updates, ``K x K`` float64.
+        start: initial weights, ``K``, not all 0.
+        min_ratio: 0 for the published filter, which always removes its share.
+        max_removed: a share of the weight.
     """
-    cap = SHARE / len(weights)
-    if (weights > 0).sum() * cap <= 1:
-        return (weights > 0) / (weights > 0).sum()
-    held = torch.zeros_like(weights, dtype=torch.bool)   # at the cap
-    for _ in weights:
-        rest = weights.where(~held, 0)
-        shares = torch.where(held, cap, rest * (1 - cap * held.sum()) / rest.sum())
-        held |= shares > cap
-    return shares
+    weight, best, least = start, start, float("inf")
+    tiny = 1e-12 * gram.diag().max()
+    while weight.sum() > (1 - max_removed) * start.sum():
+        share = weight / weight.sum()
+        centred = gram - share @ gram                     # (x_i - m) x_j
+        centred = centred - (centred @ share)[:, None]    # (x_i - m) (x_j - m)
+        root = share.sqrt()
+        variances, directions = torch.linalg.eigh(root[:, None] * centred * root)   # ascending
+        largest, second = variances[-1], variances[-2].clamp_min(tiny)
+        middle = variances[1:].quantile(0.5).clamp_min(tiny)   # the first is 0: they are centred
+        if largest <= tiny or largest * middle <= min_ratio * second.square():
+            return weight
+        if largest < least:
+            best, least = weight, largest.item()
+        deviation = (centred @ (root * directions[:, -1])).square()
+        # Relative to those that have weight left: one without any may be so far away that the loop would not end.
+        weight = weight * (1 - deviation / deviation[weight > 0].max()).clamp(0, 1)
+    return best

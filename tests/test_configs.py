@@ -8,7 +8,7 @@ from methods import METHODS
 from options import args_parser, make_parser
 from runs import configs
 from runs.configs import read
-from server.rules import RULES
+from server.robust import RULES
 from utils import InputError
 
 

@@ -1,4 +1,4 @@
-"""docs/extending.md: its code blocks add rows to the tables, and what they add trains and attacks."""
+"""docs/extending.md: its code blocks add rows to the tables, and these rows train and attack."""
 import re
 
 import numpy as np
@@ -10,79 +10,58 @@ from conftest import ROOT
 from attack import mi_attack
 from attack.attacks import ATTACKS
 from methods import METHODS
-from options import make_parser
 from parsing import Option
 from server.base import Server, Weighting
 from server.malicious import BEHAVIOURS
-from server.rules import RULES, Rule
+from server.robust import RULES, Rule
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.S)
+TABLES = (METHODS, RULES, BEHAVIOURS, ATTACKS)
 
 
 @pytest.fixture
 def extended():
-    """The page's rows in the tables, for one test."""
-    before, names = [(table, dict(table)) for table in (METHODS, RULES, BEHAVIOURS, ATTACKS)], {}
-    for (table, _), own in zip(before, ("fedprox", "clipped_mean", "turned", "nearest_latent"), strict=True):
-        table.pop(own, None)   # in the copy of somebody who followed the page
-    sizes = [len(table) for table, _ in before]
+    """The page's rows in the tables, for one test; each must be new."""
+    before, names = [dict(table) for table in TABLES], {}
     for block in BLOCKS:
         exec(compile(block, "docs/extending.md", "exec"), names)
-    assert [len(table) for table, _ in before] == [size + 1 for size in sizes]   # a row each
+    assert [len(table) for table in TABLES] == [len(table) + 1 for table in before]
     yield names
-    for table, old in before:
+    for table, old in zip(TABLES, before, strict=True):
         table.clear()
         table.update(old)
 
 
-def test_a_method_of_ones_own_trains_and_its_option_is_known(extended, place, capsys):
-    assert "--mu MU" in make_parser().format_help()
-    uploads = {}
-    for mu in (0, 1000):
-        assert place.main("--method", "fedprox", "--mu", mu, "--rounds", 1, "--overwrite") == 0
-        shared = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)
-        uploads[mu] = sum((value - shared["sent"][name]).square().sum().item()
-                          for name, value in shared["uploads"][0].items())
-    assert 0 < uploads[1000] < 0.5 * uploads[0]   # held near what was sent
-    capsys.readouterr()
-    assert "--mu" in place.refuses(capsys, "--method", "fedavg", "--mu", 1, "--overwrite")
-    assert "--mu" in place.refuses(capsys, "--method", "fedprox", "--mu", -1, "--overwrite")
+def test_a_new_method_trains_and_its_option_is_known(extended, place, capsys):
+    csvs, loss = {}, {}
+    for name, flags in {"fedavg": ("fedavg",), "none": ("confidence_penalty", "--penalty", 0),
+                        "much": ("confidence_penalty", "--penalty", 10)}.items():
+        assert place.main("--method", *flags, "--rounds", 1, "--overwrite") == 0
+        csvs[name] = place.clients_csv()
+        loss[name] = pd.read_csv(place.results / "clients.csv").query("stage == 'trained'")["loss"]
+    assert csvs["none"] == csvs["fedavg"] != csvs["much"]   # nothing else sets the new row apart
+    assert (loss["much"] > loss["none"]).all()   # less confident
+    assert "--penalty" in place.refuses(capsys, "--method", "fedavg", "--penalty", 1)
+    assert "--penalty" in place.refuses(capsys, "--method", "confidence_penalty", "--penalty", -1)
 
 
-def test_without_its_weight_fedprox_is_fedavg(extended, place):
-    """The same draws and the same numbers, so nothing else sets the new row apart."""
-    csvs = []
-    for flags in (("--method", "fedprox", "--mu", 0), ("--method", "fedavg")):
-        assert place.main(*flags, "--overwrite") == 0
-        csvs.append(place.clients_csv())
-    assert csvs[0] == csvs[1]
+def test_a_new_rule_and_a_new_behaviour_run_together(extended, place):
+    updates = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.5, 2.0]])
+    assert extended["mean_around_median"](updates, 1).tolist() == pytest.approx([0.25, 1.5])
+    assert place.main("--rounds", 1, "--malicious_frac", 0.5, "--malicious_behaviour", "free_rider",
+                      "--aggregation", "mean_around_median") == 0
+    table = pd.read_csv(place.results / "server.csv")
+    assert table["weight"].isna().all()
+    shared = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)
+    bad, = table.query("malicious == 1")["client"]
+    assert all(torch.equal(shared["uploads"][bad][name], value) for name, value in shared["sent"].items())
 
 
-def test_a_rule_of_ones_own_aggregates(extended, place):
-    updates = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 2.0]])   # of norms 5, 1 and 2
-    assert extended["clipped_mean"](updates, 0).tolist() == pytest.approx([1.2 / 3, 4.6 / 3])
-    assert place.main("--aggregation", "clipped_mean") == 0
-    assert pd.read_csv(place.results / "server.csv")["weight"].isna().all()
-
-
-def test_a_behaviour_of_ones_own_forges(extended, place):
-    flags = ("--rounds", 1, "--malicious_frac", 0.5, "--aggregation", "mean", "--overwrite")
-    heads = {}
-    for behaviour in ("passive", "turned"):
-        assert place.main(*flags, "--malicious_behaviour", behaviour) == 0
-        heads[behaviour] = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)
-    bad, = set(pd.read_csv(place.results / "server.csv").query("malicious == 1")["client"])
-    for name, sent in heads["turned"]["sent"].items():
-        honest, forged = (heads[behaviour]["uploads"][bad][name] for behaviour in ("passive", "turned"))
-        torch.testing.assert_close(forged, 2 * sent - honest)
-
-
-def test_an_attack_of_ones_own_is_scored(extended, place, tiny_arrays, capsys):
+def test_a_new_attack_is_scored(extended, place, tiny_arrays):
     np.savez(place.folder / "data" / "other.npz", **{
         name: np.flip(part, 2) if "images" in name else part for name, part in tiny_arrays.items()})
     assert place.main("--rounds", 1) == 0
-    folders = [f"--{name}_dir={place.folder / where}" for name, where in (
-        ("data", "data"), ("results", "results"), ("models", "models"))]
+    folders = [f"--{name}_dir={place.folder / name}" for name in ("data", "results", "models")]
     assert mi_attack.main(["--run", "run", "--adversary", "stolen_model", "--attack", "nearest_latent",
                            "--images", "2", "--public", "other", *folders]) == 0
     table = pd.read_csv(place.results / "attack.csv", keep_default_na=False)
@@ -92,9 +71,8 @@ def test_an_attack_of_ones_own_is_scored(extended, place, tiny_arrays, capsys):
 
 def test_a_rule_with_an_option_and_a_column_of_its_own(place):
     class Shortest(Server):
-        def judge(self, round):
-            share = self.setting.options["keep"]
-            return Weighting({k: share + k for k in round.uploads}, self.memory,
+        def weigh(self, round):
+            return Weighting({k: self.options["keep"] + k for k in round.uploads}, self.memory,
                              {k: {"length": float(k)} for k in round.uploads})
     keep = Option("keep", "share that is kept", float, within=(0, 1), group="server")
     RULES["shortest"] = Rule("the shortest", Shortest, {keep: 0.5}, columns=("length",))

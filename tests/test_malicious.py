@@ -1,5 +1,6 @@
-"""What malicious clients do: newer forgeries by hand, and backdoors from training to the column of it."""
+"""Malicious clients: forgeries by hand, what they know, and backdoors from training to their column."""
 import dataclasses
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -7,31 +8,58 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import server_options
 
-from server import forging, triggers
-from server.base import Round, Server, Setting, moved, updates_of
-from server.forging import ForgerView, harm, min_max_reach, min_sum_reach, tuned
+from models import Classifier
+from server import malicious, model_poisoning
+from server.base import Round, Server, updates_of
 from server.malicious import BEHAVIOURS, MaliciousClients, pair_flipped
+from server.model_poisoning import ForgerView, harm, min_max_reach, min_sum_reach, trusted_most, tuned
 from server.privacy import NbAFL
-from server.rules import RULES
+from server.robust import RULES
 from update import Trainer
 
 HONEST = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])
 
 
-def known(own, honest=HONEST, aggregate=None, round=1):
-    """What forgers know, of a server that takes the plain mean if nothing else is said."""
-    own = torch.tensor(own)
+def known(own, honest=HONEST, aggregate=None, round=1, least_trust=lambda forged: 1.0):
+    """A view of forgers, of a server that takes the plain mean if nothing else is said."""
+    own, honest = torch.tensor(own), torch.as_tensor(honest)
     mean = aggregate or (lambda forged: torch.cat([honest, forged]).mean(0))
-    drawn, lasting = torch.Generator().manual_seed(round), torch.Generator().manual_seed(0)
-    return ForgerView(own, honest, drawn, lasting, lambda forged: 1.0, mean, torch.tensor([1.0, 1.0]))
+    generator, lasting = torch.Generator().manual_seed(round), torch.Generator().manual_seed(0)
+    return ForgerView(own, honest, generator, lasting, least_trust, mean, torch.ones(own.shape[1]))
+
+
+def rounds(count, size=6):
+    """A head, and a round of ``count`` uploads."""
+    torch.manual_seed(1)
+    sent = {"w": torch.randn(size)}
+    uploads = {k: {"w": sent["w"] + torch.randn(size)} for k in range(count)}
+    return sent, uploads, Round(1, sent, uploads, dict.fromkeys(uploads, 3))
+
+
+@pytest.mark.parametrize("behaviour, expected", [
+    ("sign_flip", [-2.0, -3.0]), ("scaling", [10.0, 0.0]), ("ipm", [-4.0, -6.0]), ("mimic", [1.0, 2.0]),
+    ("alie", [2 + 1.5 * math.sqrt(2), 3 + 1.5 * math.sqrt(2)])])
+def test_fixed_forgeries_by_hand(behaviour, expected):
+    forged = BEHAVIOURS[behaviour].forge(known([[1.0, 0.0]], [[1.0, 2.0], [3.0, 4.0]]))
+    assert forged.tolist() == [pytest.approx(expected)]
+
+
+def test_noise_copies_and_nan():
+    own, honest = torch.randn(2, 10_000).tolist(), torch.randn(3, 10_000)
+    noise = BEHAVIOURS["gaussian"].forge(known(own, honest))
+    assert noise.std().item() == pytest.approx(3 * honest.square().mean().sqrt().item(), rel=0.05)
+    copies = BEHAVIOURS["sybil"].forge(known(own, honest))
+    assert torch.cosine_similarity(*copies, dim=0) > 0.999 and not torch.equal(*copies)
+    assert BEHAVIOURS["nan"].forge(known([[1.0]], [[1.0]])).isnan().all()
 
 
 def test_harm_is_progress_lost_along_the_honest_mean():
     mean = HONEST.mean(0)
     for times, expected in ((1, 0), (0, 1), (-1, 2)):
-        assert harm(known([[0.0, 0.0]], aggregate=lambda _, t=times: t * mean),
-                    torch.zeros(1, 2)) == pytest.approx(expected)
+        view = known([[0.0, 0.0]], aggregate=lambda _, t=times: t * mean)
+        assert harm(view, torch.zeros(1, 2)) == pytest.approx(expected)
 
 
 def test_a_strength_is_chosen_by_what_the_server_makes_of_it():
@@ -43,136 +71,188 @@ def test_a_strength_is_chosen_by_what_the_server_makes_of_it():
     assert forged.norm().item() == pytest.approx(3)
     free = tuned(known([[0.0, 0.0]]), lambda strength: strength * against[None])   # the plain mean takes it all
     assert free.norm().item() == pytest.approx(30)
+    forged = trusted_most(known([[0.0]], [[1.0]], least_trust=lambda forged: 1.0 if forged.min() >= -3 else 0.5))
+    assert -3.0 <= forged.item() < -2.9
 
 
 def test_min_max_and_min_sum_go_as_far_as_they_may():
-    towards = torch.tensor([-1.0, 0.5])
-    reach = min_max_reach(HONEST, towards)
-    farthest = torch.cdist(HONEST, HONEST).max()
-    for more, inside in ((0.999, True), (1.001, False)):
-        away = (HONEST.mean(0) + more * reach * towards - HONEST).norm(dim=1)
-        assert bool(away.max() <= farthest) == inside
-    reach, most = min_sum_reach(HONEST, towards), torch.cdist(HONEST, HONEST).square().sum(1).max()
-    for more, inside in ((0.999, True), (1.001, False)):
-        away = (HONEST.mean(0) + more * reach * towards - HONEST).square().sum()
-        assert bool(away <= most) == inside
+    direction, distances = torch.tensor([-1.0, 0.5]), torch.cdist(HONEST, HONEST)
+    for reach, largest, norm in ((min_max_reach, distances.max(), lambda away: away.norm(dim=1).max()),
+                                 (min_sum_reach, distances.square().sum(1).max(), lambda away: away.square().sum())):
+        for more, inside in ((0.999, True), (1.001, False)):
+            away = HONEST.mean(0) + more * reach(HONEST, direction) * direction - HONEST
+            assert bool(norm(away) <= largest) == inside
     for name in ("min_max", "min_sum"):   # against the plain mean the farthest one harms most
-        forged = BEHAVIOURS[name].forge(known([[0.0, 0.0]] * 2))
-        assert torch.equal(forged[0], forged[1]) and harm(known([[0.0, 0.0]] * 2), forged) > 0
+        view = known([[0.0, 0.0]] * 2)
+        forged = BEHAVIOURS[name].forge(view)
+        assert torch.equal(forged[0], forged[1]) and harm(view, forged) > 0
 
 
 @pytest.mark.parametrize("name", ["optimal_alie", "optimal_ipm"])
-def test_byzfls_searches_ask_the_server_in_use(name):
+def test_byzfls_searches_query_the_server_in_use(name):
     """Under a server that drops what is longer than 10 they stay under it; the plain mean they push far."""
     def aggregate(forged):
-        short = forged[forged.norm(dim=1) <= 10]
-        return torch.cat([HONEST, short]).mean(0)
-    asked = BEHAVIOURS[name].forge(known([[0.0, 0.0]] * 2, aggregate=aggregate))
-    assert asked.shape == (2, 2) and asked.norm(dim=1).max() <= 10
+        return torch.cat([HONEST, forged[forged.norm(dim=1) <= 10]]).mean(0)
+    forged = BEHAVIOURS[name].forge(known([[0.0, 0.0]] * 2, aggregate=aggregate))
+    assert forged.shape == (2, 2) and forged.norm(dim=1).max() <= 10
     assert BEHAVIOURS[name].forge(known([[0.0, 0.0]] * 2)).norm(dim=1).min() > 50
 
 
-def test_fake_clients_push_towards_one_random_model():
+def test_fake_clients_push_towards_one_random_model_in_every_round():
     forged = BEHAVIOURS["mpaf"].forge(known([[0.0, 0.0]] * 3))
     assert torch.equal(forged[0], forged[2])
-    assert torch.equal(BEHAVIOURS["mpaf"].forge(known([[0.0, 0.0]] * 3, round=2)), forged)   # in every round
-    base = torch.randn(2, generator=torch.Generator().manual_seed(0))   # at the size of what was sent, here 1
-    assert torch.nn.functional.cosine_similarity(forged[0], base - 1, dim=0) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(BEHAVIOURS["mpaf"].forge(known([[0.0, 0.0]] * 3, round=2)), forged)
+    model = torch.randn(2, generator=torch.Generator().manual_seed(0))   # at the size of what was sent, here 1
+    assert torch.cosine_similarity(forged[0], model - 1, dim=0) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_projected_update_keeps_its_direction_and_finds_the_length_that_counts():
+def test_a_projected_update_keeps_its_direction_and_finds_the_norm_that_counts():
     def aggregate(forged):
         return torch.where(forged.norm() <= 2.5 * HONEST.norm(dim=1).median(), forged[0], HONEST.mean(0))
     forged = BEHAVIOURS["backdoor_projected"].forge(known([[0.0, 7.0]], aggregate=aggregate))
     assert forged[0, 0] == 0 and forged[0, 1].item() == pytest.approx(1.8 * 3, rel=0.01)   # 1.2 times 1.5
 
 
-def test_the_adaptive_one_harms_each_rule_more_than_its_fixed_cousins():
+@pytest.mark.parametrize("rule", ["mean", "median", "trimmed_mean", "caf", "centered_clipping"])
+def test_the_adaptive_forgery_harms_each_rule_more_than_fixed_ones(rule):
     torch.manual_seed(2)
-    sent, common = {"w": torch.zeros(40)}, torch.randn(40)
+    sent, common, lost = {"w": torch.zeros(40)}, torch.randn(40), {}
     uploads = {k: {"w": common + torch.randn(40)} for k in range(10)}
-    sizes = dict.fromkeys(uploads, 10)
-    for rule in ("mean", "median", "trimmed_mean", "caf", "centered_clipping"):
-        lost = {}
-        for name in ("adaptive", "ipm", "alie", "passive"):
-            server, made = RULES[rule].server(Setting(clients=10)), MaliciousClients(name, 0.3, 10, seed=1)
-            head = server(made.poison(Round(1, sent, uploads, sizes), server)).head["w"]
-            mean = torch.stack([uploads[k]["w"] for k in uploads if k not in made.members]).mean(0)
-            lost[name] = ((mean - head) @ mean / mean.square().sum()).item()
-        assert max(lost, key=lost.__getitem__) == "adaptive", (rule, lost)
+    for name in ("adaptive", "ipm", "alie", "passive"):
+        server, clients = RULES[rule].server(server_options()), MaliciousClients(name, 0.3, 10, seed=1)
+        head = server(clients.poison(Round(1, sent, uploads, dict.fromkeys(uploads, 10)), server)).head["w"]
+        mean = torch.stack([uploads[k]["w"] for k in uploads if k not in clients.members]).mean(0)
+        lost[name] = ((mean - head) @ mean / mean.square().sum()).item()
+    assert max(lost, key=lost.__getitem__) == "adaptive", lost
 
 
-def test_asking_a_server_leaves_it_as_it_was():
-    setting = Setting(clients=3, options={"clip_noise": 0.1}, epsilon=8.0, delta=1e-5, exposures=1)
-    servers = {name: rule.server(setting) for name, rule in RULES.items()} | {"nbafl": NbAFL(setting)}
-    for name, server in servers.items():
-        before, sent = {key: str(value) for key, value in server.memory.items()}, {"w": torch.zeros(5)}
-        uploads = {k: {"w": torch.full((5,), float(k + 1))} for k in range(3)}
-        round = Round(1, sent, uploads, dict.fromkeys(uploads, 1))
-        asked = server.preview(round)
+def test_the_adaptive_forgers_all_keep_their_trust():
+    _, _, round = rounds(10, 40)
+    clients, server = MaliciousClients("adaptive", 0.2, 10, seed=1), RULES["threat_aware"].server({"num_users": 10})
+    view, forge = [], clients.behaviour.forge
+    clients.behaviour = dataclasses.replace(clients.behaviour, forge=lambda v: view.append(v) or trusted_most(v))
+    trust = server.trust(clients.poison(round, server))
+    assert min(trust[k] for k in clients.members) >= 0.9 and forge is model_poisoning.adaptive
+    assert not torch.equal(trusted_most(view[0]), view[0].own_updates)
+
+
+def test_a_preview_leaves_the_server_as_it_was():
+    options = server_options(num_users=3, epsilon=8.0, delta=1e-5, exposures=1)
+    for name, server in ({name: rule.server(options) for name, rule in RULES.items()}
+                         | {"nbafl": NbAFL(options)}).items():
+        before, (_, _, round) = {key: str(value) for key, value in server.memory.items()}, rounds(3)
+        head = server.preview(round)
         assert {key: str(value) for key, value in server.memory.items()} == before, name
-        assert torch.equal(asked["w"], server(round).head["w"]), name
+        assert torch.equal(head["w"], server(round).head["w"]), name
 
 
-def test_a_pair_of_labels_is_exchanged():
+def test_forgers_know_the_updates_and_what_the_server_would_make_of_them():
+    sent, uploads, round = rounds(5)
+    clients, server, views = MaliciousClients("adaptive", 0.2, 5, seed=1), Server({}), []
+    bad, = clients.members
+    clients.behaviour = dataclasses.replace(
+        clients.behaviour, forge=lambda view: views.append(view) or 2 * view.own_updates)
+    head = server(clients.poison(round, server)).head
+    torch.testing.assert_close(updates_of(sent, [head])[0], views[0].aggregate(2 * views[0].own_updates))
+    assert torch.equal(views[0].honest_updates, updates_of(sent, [uploads[k] for k in range(5) if k != bad]))
+    assert torch.equal(views[0].own_updates, updates_of(sent, [uploads[bad]]))
+
+
+def test_forgers_know_the_least_trust_in_any_of_them():
+    """Of two the lower; none in one that the server could not use."""
+    class Trusts(Server):
+        def trust(self, round):
+            return trust
+    _, _, round = rounds(5)
+    clients, told = MaliciousClients("adaptive", 0.4, 5, seed=1), []
+    first, second = sorted(clients.members)
+    clients.behaviour = dataclasses.replace(
+        clients.behaviour, forge=lambda view: told.append(view.least_trust(view.own_updates)) or view.own_updates)
+    for trust in ({first: 0.3, second: 0.9}, {first: 0.9, second: 0.3}, {second: 1.0}):
+        clients.poison(round, Trusts({}))
+    assert told == [0.3, 0.3, 0]
+
+
+@pytest.mark.parametrize("behaviour", ["gaussian", "sybil"])
+def test_forged_noise_is_drawn_anew_each_round_and_by_seed(behaviour):
+    _, _, round = rounds(10)
+
+    def forged(number, seed):
+        clients = MaliciousClients(behaviour, 0.2, 10, seed=1)
+        clients.seed = seed
+        arrived = clients.poison(dataclasses.replace(round, number=number), Server({}))
+        return arrived.uploads[min(clients.members)]["w"]
+    first, again, later, other = forged(1, 1), forged(1, 1), forged(2, 1), forged(1, 2)
+    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first, other)
+
+
+def test_membership_is_seeded_and_only_members_claim_more_or_upload_nothing():
+    members = MaliciousClients("nan", 0.3, 10, seed=1).members
+    assert len(members) == 3 and members == MaliciousClients("ipm", 0.3, 10, 1).members
+    assert members != MaliciousClients("nan", 0.3, 10, 2).members
+    assert not MaliciousClients(None, 0.0, 10, 1).members
+    _, _, round = rounds(5)
+    clients = MaliciousClients("false_size", 0.4, 5, seed=1)
+    assert clients.poison(round, Server({})).sizes == {k: 30 if k in clients.members else 3 for k in range(5)}
+    arrived = MaliciousClients("oracle", 0.4, 5, seed=1).poison(round, Server({}))
+    assert arrived.uploads.keys() == arrived.sizes.keys() == set(range(5)) - clients.members
+
+
+def test_label_flips_and_triggers_by_hand():
     assert pair_flipped(torch.arange(10), 10).tolist() == [0, 7, 2, 3, 4, 5, 6, 1, 8, 9]
     assert pair_flipped(torch.arange(4), 4).tolist() == [0, 3, 2, 1]
-
-
-def test_triggers_by_hand():
+    assert malicious.flipped(torch.arange(4), 4).tolist() == [3, 2, 1, 0]
     images = torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
-    shown = triggers.patch(images)
-    changed = (shown != images).all(3)[0].nonzero().tolist()
-    assert changed == [[y, x] for y in (4, 5, 6) for x in (4, 5, 6)] and shown.max() == 255
+    triggered = malicious.patch(images)
+    changed = (triggered != images).all(3)[0].nonzero().tolist()
+    assert changed == [[y, x] for y in (4, 5, 6) for x in (4, 5, 6)] and triggered.max() == 255
     assert (images == 100).all()   # a copy
-    mixed = triggers.blend(images)
+    mixed = malicious.blend(images)
     assert mixed.dtype == torch.uint8 and torch.equal(mixed[0], mixed[1])
     assert 80 <= mixed.min() <= 90 and 120 <= mixed.max() <= 131   # 0.8 of the image, 0.2 of a pattern in 0..255
 
 
-@dataclasses.dataclass
-class Data(Trainer):
-    """Of a trainer its images and labels alone."""
+def trainer_of(images, labels):
+    """A trainer of which only images and labels are used."""
+    return Trainer(None, None, images, torch.tensor(labels), 4, None)
 
 
 def test_only_the_malicious_train_on_triggered_copies():
     images = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 5, 5, 1).contiguous()
-    trainer = Data(None, None, images, torch.arange(12) % 3 + 1, 4, None)
-    made = MaliciousClients("backdoor_patch", 0.25, 4, seed=1)
-    bad, = made.members
-    own = {k: np.arange(3 * k, 3 * k + 3) for k in range(4)}
-    (clean, honest), (liar, trained_on) = made.groups(trainer, own)
+    trainer = trainer_of(images, [k % 3 + 1 for k in range(12)])
+    clients, own = MaliciousClients("backdoor_patch", 0.25, 4, seed=1), {k: np.arange(3 * k, 3 * k + 3)
+                                                                        for k in range(4)}
+    bad, = clients.members
+    (clean, honest), (poisoned, trained_on) = clients.groups(trainer, own)
     assert clean is trainer and sorted(honest) == sorted(set(own) - {bad})
-    assert len(trainer.images) == 12 and torch.equal(liar.images[:12], images)
-    chosen = own[bad][::2]
+    assert len(trainer.images) == 12 and torch.equal(poisoned.images[:12], images)
     assert trained_on[bad][:3].tolist() == own[bad].tolist() and len(trained_on[bad]) == 5
     copies = trained_on[bad][3:]
-    assert torch.equal(liar.images[copies], triggers.patch(images[chosen])) and not liar.labels[copies].any()
-    assert torch.equal(liar.labels[:12], trainer.labels)
+    assert torch.equal(poisoned.images[copies], malicious.patch(images[own[bad][::2]]))
+    assert not poisoned.labels[copies].any() and torch.equal(poisoned.labels[:12], trainer.labels)
     assert MaliciousClients("passive", 0.25, 4, seed=1).groups(trainer, own)[1] == (trainer, {bad: own[bad]})
 
 
-def test_success_is_counted_on_triggered_images_of_other_classes():
-    class Asked(Data):
-        def evaluate(self, client, round, indices, shared, private):
-            """A model that takes an image for class 0 if the patch is there."""
-            said = torch.where(self.images[indices, -3, -3, 0] == 255, 0, 1)
-            assert len(said) == len(self.images) and (self.labels == 0).all()
-            return {"accuracy": (said == self.labels[indices]).double().mean().item()}
+def test_success_is_counted_on_triggered_images_of_other_classes(monkeypatch):
+    def evaluate(self, client, round, indices, shared, private):
+        """A model that takes an image for class 0 if the patch is there."""
+        predicted = torch.where(self.images[indices, -3, -3, 0] == 255, 0, 1)
+        assert len(predicted) == len(self.images) and (self.labels == 0).all()
+        return {"accuracy": (predicted == self.labels[indices]).double().mean().item()}
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
     images = torch.zeros(6, 5, 5, 1, dtype=torch.uint8)
-    trainer = Asked(None, None, images, torch.tensor([0, 1, 2, 3, 0, 1]), 4, None)
-    model = ({}, SimpleNamespace())
-    ask = MaliciousClients("backdoor_patch", 0.5, 4, seed=1).backdoor
-    assert ask(trainer, 0, 1, np.array([0, 1, 2]), model) == 1
-    assert np.isnan(ask(trainer, 0, 1, np.array([0, 4]), model))   # all of the target class
+    trainer, model = trainer_of(images, [0, 1, 2, 3, 0, 1]), ({}, SimpleNamespace())
+    backdoor = MaliciousClients("backdoor_patch", 0.5, 4, seed=1).backdoor
+    assert backdoor(trainer, 0, 1, np.array([0, 1, 2]), model) == 1
+    assert np.isnan(backdoor(trainer, 0, 1, np.array([0, 4]), model))   # all of the target class
     assert np.isnan(MaliciousClients("label_flip", 0.5, 4, seed=1).backdoor(trainer, 0, 1, np.arange(6), model))
     assert not images.any()   # nothing is left on the images that accuracy is measured on
 
 
 def test_a_backdoor_run_has_its_column_and_picture_and_resumes(place):
     flags = ("--num_users", 4, "--rounds", 2, "--malicious_frac", 0.5, "--aggregation", "mean", "--method",
-             "fedavg", "--partition", "iid", "--local_ep", 8, "--save_rounds", 1)
-    assert place.main(*flags, "--malicious_behaviour", "backdoor_patch") == 0
+             "fedavg", "--partition", "iid", "--save_rounds", 1, "--malicious_behaviour")
+    assert place.main(*flags, "backdoor_patch") == 0
     table, whole = pd.read_csv(place.results / "clients.csv"), place.clients_csv()
     assert table.columns[-1] == "backdoor" and (place.results / "backdoor.png").stat().st_size > 1000
     bad = MaliciousClients("backdoor_patch", 0.5, 4, seed=1).members
@@ -182,66 +262,70 @@ def test_a_backdoor_run_has_its_column_and_picture_and_resumes(place):
     config = place.results / "config.json"
     config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
     shutil.rmtree(place.models / "round_2")
-    assert place.main(*flags, "--malicious_behaviour", "backdoor_patch", "--resume") == 0
+    assert place.main(*flags, "backdoor_patch", "--resume") == 0
     assert place.clients_csv() == whole
-    assert place.main(*flags, "--malicious_behaviour", "label_flip", "--overwrite") == 0
+    assert place.main(*flags, "label_flip", "--overwrite") == 0
     assert "backdoor" not in pd.read_csv(place.results / "clients.csv")   # other runs' files are as they were
 
 
-def test_a_server_of_the_methods_own_can_be_asked_before_it_knows_its_clip(place):
+QUICK = ("oracle", "gan_poison")
+
+
+@pytest.mark.parametrize("behaviour", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+                                       for name in BEHAVIOURS])
+def test_every_behaviour_runs(place, behaviour):
+    assert place.main("--num_users", 4, "--rounds", 2, "--malicious_frac", 0.25,
+                      "--malicious_behaviour", behaviour) == 0
+    server = pd.read_csv(place.results / "server.csv")
+    assert server.groupby("round")["malicious"].sum().tolist() == [behaviour != "oracle"] * 2
+    clients = pd.read_csv(place.results / "clients.csv").query("round == 2 and stage == 'deployed'")
+    means = pd.read_csv(place.results / "rounds.csv").query("round == 2 and stage == 'deployed'")
+    honest = clients[~clients["client"].isin(MaliciousClients(behaviour, 0.25, 4, seed=1).members)]
+    assert means["accuracy"].item() == pytest.approx(honest["accuracy"].mean())   # the malicious left out
+
+
+@pytest.mark.parametrize("rule", [name if name == "threat_aware" else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in RULES])
+def test_every_rule_resumes_to_the_same_numbers(place, rule):
+    flags = ("--num_users", 4, "--rounds", 3, "--aggregation", rule, "--malicious_frac", 0.25,
+             "--malicious_behaviour", "label_flip", "--save_rounds", 1)
+    assert place.main(*flags) == 0
+    whole, server = place.clients_csv(), (place.results / "server.csv").read_bytes()
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    shutil.rmtree(place.models / "round_3")
+    assert place.main(*flags, "--resume") == 0
+    assert place.clients_csv() == whole and (place.results / "server.csv").read_bytes() == server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["nbafl", "client_dp"])
+def test_a_server_of_the_methods_own_can_be_queried_before_it_knows_its_clip(place, method):
     """NbAFL finds its clipping norm in the first round, which is also the first that forgers ask about."""
-    for method in ("nbafl", "client_dp"):
-        assert place.main("--method", method, "--num_users", 4, "--rounds", 1, "--malicious_frac", 0.25,
-                          "--malicious_behaviour", "optimal_ipm", "--overwrite") == 0
+    assert place.main("--method", method, "--num_users", 4, "--rounds", 1, "--malicious_frac", 0.25,
+                      "--malicious_behaviour", "optimal_ipm", "--overwrite") == 0
 
 
-def test_forgers_know_what_the_server_would_make_of_it():
-    """The aggregate that they are told is the one that then comes out."""
-    torch.manual_seed(1)
-    sent = {"w": torch.randn(6)}
-    uploads = {k: {"w": sent["w"] + torch.randn(6)} for k in range(5)}
-    made, server, told = MaliciousClients("adaptive", 0.2, 5, seed=1), Server(Setting()), []
-
-    def note(known):
-        told.append(known.aggregate(2 * known.own))
-        return 2 * known.own
-    made.behaviour = dataclasses.replace(made.behaviour, forge=note)
-    head = server(made.poison(Round(1, sent, uploads, dict.fromkeys(uploads, 3)), server)).head
-    torch.testing.assert_close(updates_of(sent, [head])[0], told[0])
-    bad, = made.members
-    honest = [k for k in range(5) if k != bad]
-    made.behaviour = dataclasses.replace(made.behaviour, forge=lambda known: told.append(known) or known.own)
-    made.poison(Round(1, sent, uploads, dict.fromkeys(uploads, 3)), server)
-    assert torch.equal(told[1].honest, updates_of(sent, [uploads[k] for k in honest]))
-    assert torch.equal(told[1].own, updates_of(sent, [uploads[bad]]))
-    assert torch.equal(moved(sent, torch.zeros(6))["w"], sent["w"]) and forging.SHARES[0] == 1.0
-
-
-def test_only_the_malicious_claim_more_images():
-    made = MaliciousClients("false_size", 0.4, 5, seed=1)
-    uploads = {k: {"w": torch.zeros(1)} for k in range(5)}
-    arrived = made.poison(Round(1, {"w": torch.zeros(1)}, uploads, dict.fromkeys(uploads, 3)), Server(Setting()))
-    assert arrived.sizes == {k: 30 if k in made.members else 3 for k in range(5)}
-
-
-def test_forgers_know_the_least_trust_in_any_of_them():
-    """Of two the lower; none in one that the server could not use."""
-    class Trusts(Server):
-        def trust(self, round):
-            return {k: found[k] for k in round.uploads}
-    sent, told = {"w": torch.zeros(3)}, []
-    uploads = {k: {"w": torch.full((3,), float(k))} for k in range(5)}
-    made = MaliciousClients("adaptive", 0.4, 5, seed=1)
-    one, other = sorted(made.members)
-    made.behaviour = dataclasses.replace(
-        made.behaviour, forge=lambda known: told.append(known.least_trust(known.own)) or known.own)
-    for found in ({one: 0.3, other: 0.9}, {one: 0.9, other: 0.3}):
-        found = {k: found.get(k, 0.1) for k in uploads}
-        made.poison(Round(1, sent, uploads, dict.fromkeys(uploads, 1)), Trusts(Setting()))
-    assert told == [0.3, 0.3]
-
-    class Uses(Server):
-        def trust(self, round):
-            return {other: 1.0}
-    made.poison(Round(1, sent, uploads, dict.fromkeys(uploads, 1)), Uses(Setting()))
-    assert told[2] == 0
+@pytest.mark.slow
+def test_gan_poisoners_heads_mistake_the_inputs_they_made(place):
+    """The uploaded head takes inputs made for a class for the next class; honest uploads stay the same."""
+    heads, loss = {}, {}
+    for behaviour in ("passive", "gan_poison"):
+        assert place.main("--num_users", 4, "--rounds", 1, "--local_ep", 5, "--malicious_frac", 0.25,
+                          "--malicious_behaviour", behaviour, "--aggregation", "mean", "--overwrite") == 0
+        heads[behaviour] = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)["uploads"]
+    bad, = MaliciousClients("gan_poison", 0.25, 4, seed=1).members
+    labels, head = torch.arange(4).repeat(8), Classifier((1, 8, 8), 4).eval()
+    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = torch.optim.Adam([x], 0.1)
+    for behaviour in ("passive", "gan_poison"):
+        head.load_state_dict({key.removeprefix("classifier."): value
+                              for key, value in heads[behaviour][bad].items()})
+        for _ in range(20 * (behaviour == "passive")):   # inputs that the honest head takes for each class
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(head(x), labels).backward()
+            optimizer.step()
+        loss[behaviour] = torch.nn.functional.cross_entropy(head(x), (labels + 1) % 4).item()
+    assert loss["gan_poison"] < 0.8 * loss["passive"]
+    assert all(torch.equal(heads["passive"][k][n], heads["gan_poison"][k][n])
+               for k in range(4) if k != bad for n in heads["passive"][k])

@@ -14,7 +14,7 @@ from attack import membership, mi_attack
 from engine.stacks import draws_of
 from methods import METHODS, PRIOR
 from options import args_parser, make_parser, of_rows, readers
-from server.rules import RULES
+from server.robust import RULES
 
 BAD = [
     ("--num_users 0", "--num_users"), ("--num_users -3", "--num_users"), ("--num_users two", "num_users"),

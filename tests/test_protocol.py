@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import server_options
 
 from attack import latents, mi_attack, scene, scoring, tables
 from attack.access import Knowledge
@@ -17,7 +18,7 @@ from attack.attacks import ATTACKS
 from attack.gradients import epoch_update
 from methods import METHODS
 from runs.checkpoints import load_checked
-from server.base import Round, Setting, Weighting
+from server.base import Round, Weighting
 from server.privacy import ClientDP, NbAFL, nbafl_sigmas
 from utils import rng, seed_torch
 
@@ -288,7 +289,7 @@ def test_nbafls_noise_is_for_the_smallest_client(place):
     facts = json.loads((place.results / "config.json").read_text())["server"]
     sizes = pd.read_csv(place.results / "clients.csv").query("split == 'train'")["n"]
     assert facts["smallest"] == sizes.min() < sizes.max()
-    expected = nbafl_sigmas(9, sizes.min(), 30, 0.02, 2, 5, 4)
+    expected = nbafl_sigmas({"epsilon": 30, "delta": 0.02, "exposures": 2, "rounds": 5, "num_users": 4}, 9, sizes.min())
     assert (facts["sigma_uplink"], facts["sigma_downlink"]) == pytest.approx(expected)
     shared = load_checked(place.models / "round_5" / "shared.pt")   # what the server saw: clipped, then noise
     for upload in shared["uploads"].values():
@@ -310,9 +311,9 @@ def assert_drawn_anew(noise):
 
 def test_noise_is_drawn_anew_each_round():
     zeros = {"w": torch.zeros(500)}
-    server = ClientDP(Setting(clients=4, clip=1.0, delta=0.01, noise_multiplier=2.0))
+    server = ClientDP(server_options(num_users=4, clip=1.0, delta=0.01, noise_multiplier=2.0))
     assert_drawn_anew(lambda r: server(Round(r, zeros, {}, {})).head["w"])
-    server = NbAFL(Setting(clients=2, rounds=50, smallest=10, epsilon=5.0, delta=0.01, clip=3.0, exposures=1))
+    server = NbAFL(server_options(num_users=2, rounds=50, epsilon=5.0, delta=0.01, clip=3.0, exposures=1), 10)
     assert_drawn_anew(lambda r: server(Round(r, zeros, {1: zeros}, {1: 10})).uploads[1]["w"])   # uplink
     whole = Weighting({1: 1.0}, server.memory)
     assert_drawn_anew(lambda r: server.combine(Round(r, zeros, {1: zeros}, {1: 10}), whole)["w"])   # downlink

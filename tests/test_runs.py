@@ -22,7 +22,7 @@ COLUMNS = {
     "clients.csv": "round,client,stage,split,n,loss,accuracy,precision,recall,f1,kl_nats",
     "rounds.csv": "round,stage,split,loss,accuracy,accuracy_std,accuracy_worst,precision,recall,f1,kl_nats,"
                   "seconds",
-    "server.csv": "round,client,n,norm_ratio,cosine,probe,max_cosine,trust,weight,malicious"}
+    "server.csv": "round,client,n,norm_ratio,cosine,max_cosine,trust,weight,malicious"}
 
 
 @pytest.mark.parametrize("method", METHODS)
