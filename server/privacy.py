@@ -178,8 +178,8 @@ class AdaptiveClientDP(ClientDP):
         if self.z >= 2 * self.sigma_bits:
             raise InputError(
                 f"--method client_dp_adaptive: a noise multiplier of {self.z:.3g} needs more than "
-                f"{10 * self.z:.3g} clients per round, and there are {self.expected:g}; use more clients, a larger "
-                "--epsilon, or --method client_dp")
+                f"{10 * self.z:.3g} clients per round, and there are {self.expected:g}; use more clients, "
+                "a larger --epsilon, or --method client_dp")
         self.sum_multiplier = (self.z**-2 - (2 * self.sigma_bits)**-2) ** -0.5   # z_D
 
     def __call__(self, round: Round) -> Aggregated:
