@@ -9,19 +9,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from attack.gradients import best_first, total_variation
+from attack.adversaries import Adversary
+from attack.gradients import best_first, descend, total_variation
 
 Score = Callable[[Tensor], Tensor]   # images N x C x H x W -> log-probabilities N x num_classes
 
 
 def mi_face(score: Score, labels: Tensor, image_shape: tuple[int, int, int], iterations: int, lr: float = 0.1,
             patience: int = 100, enough: float = 0.99) -> Tensor:
-    """MI-Face: gradient descent on ``1 - p(label | x)`` from black (Fredrikson et al. 2015, algorithm 1).
+    """Descend on ``1 - p(label | x)`` from black: MI-Face (Fredrikson et al. 2015, algorithm 1).
 
     Args:
         labels: ``P``.
-        enough: an image is finished when its probability reaches this,
-        patience: or when its cost has not fallen for this many steps.
+        patience: an image is finished when its cost has not fallen for this many steps,
+        enough: or when its probability reaches this.
 
     Returns:
         The best image of each label, ``P x C x H x W``.
@@ -46,7 +47,7 @@ def mi_face(score: Score, labels: Tensor, image_shape: tuple[int, int, int], ite
 
 
 def margin(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterations: int, tv: float = 3.0,
-              pull: float = 0.3, lr: float = 0.05) -> tuple[Tensor, Tensor]:
+           pull: float = 0.3, lr: float = 0.05) -> tuple[Tensor, Tensor]:
     """Raise the margin ``log p - log(1 - p)`` by Adam; unlike p, it does not level off near 1.
 
     Total variation keeps the image smooth, and a pull keeps it near the mean of public images.
@@ -60,27 +61,16 @@ def margin(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterations
     Returns:
         Images ``R x P x C x H x W`` and objectives ``R x P``. Each label's best restart comes first.
     """
-    restarts, problems = start.shape[:2]
-    x, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(restarts)
-    optimizer = torch.optim.Adam([x], lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    x, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(len(start))
 
     def objective() -> Tensor:
         return (-log_odds(score(x), y).clamp_max(20) + tv * total_variation(x)
                 + pull * (x - mean).square().mean((1, 2, 3)))
-    for _ in range(iterations):
-        optimizer.zero_grad()
-        objective().sum().backward()
-        optimizer.step()
-        schedule.step()
-        x.data.clamp_(0, 1)
-    with torch.no_grad():
-        value = objective()
-    return best_first(x.detach().unflatten(0, (restarts, problems)), value.unflatten(0, (restarts, problems)))
+    return best_first(x.detach(), descend(objective, x, iterations, lr), len(start))
 
 
 def gmi(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, iterations: int,
-             weight: float = 0.05, lr: float = 0.05) -> tuple[Tensor, Tensor]:
+        weight: float = 0.05, lr: float = 0.05) -> tuple[Tensor, Tensor]:
     """Raise the margin over the images that a generator can draw.
 
     The generator was trained on public images, and its code is kept near N(0, I). After Zhang et al. 2020
@@ -95,22 +85,37 @@ def gmi(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, iterati
     Returns:
         As ``margin``.
     """
-    restarts, problems = start.shape[:2]
-    code, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(restarts)
-    optimizer = torch.optim.Adam([code], lr)
+    code, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(len(start))
 
     def objective() -> Tensor:
         return -log_odds(score(decoder(code)), y).clamp_max(20) + weight * 0.5 * code.square().sum(1)
-    for _ in range(iterations):
-        optimizer.zero_grad()
-        objective().sum().backward()
-        optimizer.step()
-    with torch.no_grad():
-        value, images = objective(), decoder(code)
-    return best_first(images.unflatten(0, (restarts, problems)), value.unflatten(0, (restarts, problems)))
+    value = descend(objective, code, iterations, lr, cosine=False, bounded=False)
+    return best_first(decoder(code).detach(), value, len(start))
 
 
 def log_odds(logs: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities ``N x num_classes``, labels ``N`` -> ``log p - log(1 - p)`` of the labels, ``N``."""
-    hit = torch.zeros_like(logs, dtype=torch.bool).scatter_(1, labels[:, None], True)
-    return logs[hit] - logs.masked_fill(hit, -torch.inf).logsumexp(1)
+    """Return ``log p - log(1 - p)`` of the labels, ``N``, from log-probabilities ``N x num_classes``."""
+    true = torch.zeros_like(logs, dtype=torch.bool).scatter_(1, labels[:, None], True)
+    return logs[true] - logs.masked_fill(true, -torch.inf).logsumexp(1)
+
+
+# Attacks: (adversary, labels P) -> images R x P x C x H x W, the adversary's own choice of each label first.
+
+def attack_mi_face(adversary: Adversary, labels: Tensor) -> Tensor:
+    """Run ``mi_face`` once, three times as long as others, since it has no restarts."""
+    return mi_face(adversary.score(adversary.budget.draws), labels, adversary.knowledge.image_shape,
+                   3 * adversary.budget.iterations)[None]
+
+
+def attack_margin(adversary: Adversary, labels: Tensor, draws: int | None = None) -> Tensor:
+    """Run ``margin`` with ``draws`` of z in place of the budget's; 0 is for the mean of z."""
+    score = adversary.score(adversary.budget.draws if draws is None else draws)
+    return margin(score, labels, adversary.random_images(len(labels)), adversary.public.images.mean(0),
+                  adversary.budget.iterations)[0]
+
+
+def attack_gmi(adversary: Adversary, labels: Tensor) -> Tensor:
+    """Run ``gmi`` with a generator of public images."""
+    generator, budget = adversary.generator, adversary.budget
+    start = torch.randn(budget.restarts, len(labels), generator.size)
+    return gmi(adversary.score(budget.draws), labels, generator.decode, start, budget.iterations)[0]

@@ -1,83 +1,248 @@
-"""What the two commands on a trained run have in common: options, the rounds and clients attacked, errors."""
+"""The steps that both commands on a trained run share, from the options to the exit status."""
+import json
 import os
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from attack.access import Target
+import pandas as pd
+from tqdm import tqdm
+
+import datasets
+from attack.target import open_target
+from attack.verdict import Unit, read_attack
 from engine.memory import in_one_line
-from engine.signals import Interrupted, Interrupts
-from parsing import DATA_NAME, HUGE, Option
+from engine.signals import Interrupted, Interrupts, check
+from parsing import DATA_NAME, HUGE, Option, Parser
 from runs import folders
-from utils import ROOT, InputError
+from runs.configs import read_json
+from utils import ROOT, InputError, keep_freed_memory, printable, shown, write_whole
+
+SCOPE_OPTIONS = ("adversary", "attack", "observe", "clients", "rounds")   # choose attacks, and do not change them
+PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
 
 
-def public_options(most: int) -> list[Option]:
-    """What adversaries train on; ``most`` images if not said otherwise."""
-    return [
-        Option("public", "images that adversaries train on: `unowned`, the images of the run's data set that no "
-               "client has, or the NAME of another data set with images of the same shape", default="unowned",
-               pattern=DATA_NAME),
-        Option("public_images", "an adversary trains on at most so many of them", int, most, within=(200, HUGE)),
-        Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1))]
+class Command:
+    """A command that runs attacks of a table by several adversaries on clients of a trained run.
+
+    Attributes:
+        program, description: as in ``--help``.
+        name: of its table NAME.csv, and of the options behind that, NAME.json.
+        files: the names of all its files, as a regular expression.
+        columns: of NAME.csv. The first are those of a ``Unit``.
+        adversaries, attacks: those that there are, in the order of the rows. An attack has a ``source``.
+        draws, public_images: defaults of these options.
+        first_round: the earliest that can be attacked.
+    """
+
+    program: str
+    description: str
+    name: str
+    files: str
+    columns: Sequence[str]
+    adversaries: Collection[str]
+    attacks: dict
+    draws: int
+    public_images: int
+    first_round = 1
+
+    def __init__(self, args: Namespace) -> None:
+        keep_freed_memory()
+        args.public = datasets.canonical(args.public, args.data_dir)
+        self.args, self.target = args, open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+        self.rounds = args.rounds or [self.target.latest_round()]
+        last = self.target.options["num_users"] - 1
+        if max(args.clients) > last:
+            raise InputError(f"--clients {max(args.clients)}: the run's clients are 0 to {last}")
+        for r in self.rounds:
+            self.target.require(r)
+
+    # Each command defines these.
+
+    @staticmethod
+    def options() -> list[Option]:
+        """Return the options that the other command does not have."""
+        raise NotImplementedError
+
+    def units(self) -> Iterator[tuple[Unit, str | None]]:
+        """Yield each attack asked for, and why it cannot be run, or None."""
+        raise NotImplementedError
+
+    def prepare(self, plan: list[Unit]) -> None:
+        """Read what the attacks need. A bad file is refused here, before results of earlier attacks change."""
+        raise NotImplementedError
+
+    def attack(self, unit: Unit) -> list[dict]:
+        """Run one attack and return its rows."""
+        raise NotImplementedError
+
+    @staticmethod
+    def describe(unit: Unit, rows: list[dict]) -> str:
+        """Return an attack's result in one line."""
+        raise NotImplementedError
+
+    def finish(self, rows: list[dict]) -> list[str]:
+        """Write what follows from all rows, and return lines to print."""
+        return []
+
+    def again(self, unit: Unit) -> bool:
+        """Return True for an attack whose row may be out of date."""
+        return False
+
+    # The steps.
+
+    @classmethod
+    def parser(cls) -> Parser:
+        """Build the parser of the command line."""
+        parser = Parser(cls.program, cls.description)
+        sources = ", ".join(f"{name} ({attack.source})" for name, attack in cls.attacks.items())
+        for option in (
+                Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
+                Option("adversary", "the adversaries", default=list(cls.adversaries), choices=cls.adversaries,
+                       several=True),
+                Option("attack", f"the attacks, as far as they fit an adversary and the method: {sources}",
+                       default=list(cls.attacks), choices=cls.attacks, several=True),
+                Option("clients", "numbers of the victims", int, [0], within=(0, HUGE), several=True),
+                Option("rounds", "attack the checkpoints of these rounds (the latest if not given)"
+                       + "; 0 is the start" * (not cls.first_round), int, within=(cls.first_round, HUGE),
+                       several=True),
+                *cls.options(),
+                Option("draws", "draws of z that an answer of the model is averaged over", int, cls.draws,
+                       within=(1, 1000)),
+                Option("scores", "how many of the largest class scores the prediction service tells", int, 3,
+                       within=(1, HUGE)),
+                Option("public", "images that adversaries train on: `unowned`, the images of the run's data set "
+                       "that no client has, or the NAME of another data set with images of the same shape",
+                       default="unowned", pattern=DATA_NAME),
+                Option("public_images", "an adversary trains on at most so many of them", int, cls.public_images,
+                       within=(200, HUGE)),
+                Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1)),
+                Option("overwrite", "delete what earlier attacks of this command on this run found", bool, False),
+                *(Option(name, "as in RVE-PFL.py", Path, ROOT / folder) for name, folder in (
+                    ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")))):
+            parser.add(replace(option, group="attack"))
+        return parser
+
+    @classmethod
+    def main(cls, argv: list[str] | None = None) -> int:
+        """Run a command line and return the exit status; what went wrong is one line on standard error."""
+        args = cls.parser().parse(argv)
+        try:
+            with Interrupts(), locked(args):
+                cls(args).run()
+            return 0
+        except Interrupted:
+            line, status = "interrupted; the same command goes on where it stopped", 130
+        except Exception as error:
+            if (known := in_one_line(cls.program, error)) is None:
+                raise
+            line, status = known, 2
+        print(line, file=sys.stderr)
+        return status
+
+    def run(self) -> None:
+        """Run every attack that was asked for, fits, and is not done yet.
+
+        Raises:
+            InputError: no attack fits, the run cannot be attacked, or an earlier attack had other options.
+        """
+        plan = self.planned()
+        self.prepare(plan)
+        for path in folders.half_written(self.target.results, self.files):
+            path.unlink()
+        options, rows = self.begin()
+        done = {unit_of(row) for row in rows}
+        todo = [unit for unit in plan if unit not in done or self.again(unit)]
+        with tqdm(total=len(plan), initial=len(plan) - len(todo), unit="attack", disable=None) as bar:
+            for unit in todo:
+                bar.set_description(" ".join(map(str, unit)))
+                started, new = time.monotonic(), self.attack(unit)
+                if not rows:   # just before the first rows, so that a refused attack leaves no file
+                    write_whole(self.path("json"), lambda file: file.write(options.encode()))
+                rows = sorted([row for row in rows if unit_of(row) != unit] + new, key=self._place)
+                self.write(self.path("csv"), pd.DataFrame(rows, columns=self.columns))
+                bar.write(f"{unit.adversary} {unit.words} round {unit.round} client {unit.client}: "
+                          f"{self.describe(unit, new)} ({time.monotonic() - started:.0f} s)")
+                bar.update(1)
+                check()
+        print("", *self.finish(rows), f"results:     {printable(self.path('csv'))}", sep="\n")
+
+    def planned(self) -> list[Unit]:
+        """Return the attacks to run, each once; InputError if none fits."""
+        why = dict(self.units())
+        plan = [unit for unit, reason in why.items() if reason is None]
+        if not plan:
+            reasons = "; ".join(sorted({reason for reason in why.values() if reason}))
+            raise InputError(f"--run {self.args.run}: none of these attacks fits ({reasons})")
+        return plan
+
+    def begin(self) -> tuple[str, list[dict]]:
+        """Return the options that decide the rows, as JSON, and the rows of earlier attacks with the same options.
+
+        Raises:
+            InputError: the earlier attacks' files are damaged, or had other options.
+        """
+        options = {key: value for key, value in json.loads(json.dumps(vars(self.args), default=str)).items()
+                   if key not in (*SCOPE_OPTIONS, *PLACE_OPTIONS)}
+        text = json.dumps(options, indent=2) + "\n"
+        if self.args.overwrite:
+            self.path("csv").unlink(missing_ok=True)
+        if not self.path("csv").exists():   # an --overwrite that was interrupted has left files without rows
+            for old in folders.own(self.target.results, self.files):
+                old.unlink()
+            return text, []
+        rows = self.read(self.path("csv"), self.columns)
+        try:
+            before = read_json(self.path("json"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path('json')} is damaged; use --overwrite") from error
+        for key, value in options.items():
+            if before.get(key) != value:
+                raise InputError(f"--{key} {value}: this run was attacked before with {shown(before.get(key))}; "
+                                 "give the same, or --overwrite to start again")
+        return text, rows
+
+    def path(self, suffix: str) -> Path:
+        """Return the path of NAME.csv or NAME.json."""
+        return self.target.results / f"{self.name}.{suffix}"
+
+    @staticmethod
+    def read(path: Path, columns: Sequence[str]) -> list[dict]:
+        """Read the rows of a table; InputError if it is damaged."""
+        try:
+            return read_attack(path, columns).to_dict("records")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged; use --overwrite") from error
+
+    @staticmethod
+    def write(path: Path, table: pd.DataFrame, digits: int = 6) -> None:
+        """Write a table anew, so that an attack is in it with all its rows or not at all."""
+        write_whole(path, lambda file: table.to_csv(file, index=False, float_format=f"%.{digits}g"))
+
+    def _place(self, row: dict) -> tuple:
+        """Return the key that rows are sorted by: the file is the same whichever attacks were asked for first."""
+        places = [list(table).index(row[column]) if row[column] in table else len(table)
+                  for column, table in (("adversary", self.adversaries), ("attack", self.attacks))]
+        return row["round"], row["client"], *places, unit_of(row).observed
 
 
-def service_options(draws: int) -> list[Option]:
-    """How a model answers."""
-    return [
-        Option("draws", "draws of z that an answer of the model is averaged over", int, draws, within=(1, 1000)),
-        Option("scores", "how many of the largest class scores the prediction service tells", int, 3,
-               within=(1, HUGE))]
-
-
-def folder_options() -> list[Option]:
-    """Where runs and data sets are."""
-    return [Option(name, "as in RVE-PFL.py", Path, ROOT / where) for name, where in (
-        ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data"))]
-
-
-def chosen_rounds(target: Target, args: Namespace) -> list[int]:
-    """The rounds to attack; InputError if a checkpoint or a client of the command line does not exist."""
-    rounds = args.rounds or [target.latest_round()]
-    last = target.options["num_users"] - 1
-    if max(args.clients) > last:
-        raise InputError(f"--clients {max(args.clients)}: the run's clients are 0 to {last}")
-    for r in rounds:
-        target.require(r)
-    return rounds
+def unit_of(row: dict) -> Unit:
+    """Return the attack behind a row."""
+    return Unit(*(row[column] for column in Unit._fields if column in row))
 
 
 @contextmanager
 def locked(args: Namespace) -> Iterator[None]:
-    """Keep training and other attacks away from the run that is attacked.
-
-    Raises:
-        InputError: another process trains or attacks it.
-    """
+    """Keep training and other attacks away from the run that is attacked; InputError if one is at work."""
     results, models = args.results_dir / args.run, args.models_dir / args.run
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if (results / "config.json").exists():   # else it is no run, and nothing is left in it
-            folders.lock(results, held, "--run")
+            folders.lock(results, stack, "--run")
             # Nobody trains into a folder that cannot be written.
             if models.is_dir() and not models.samefile(results) and os.access(models, os.W_OK):
-                folders.lock(models, held, "--run")
+                folders.lock(models, stack, "--run")
         yield
-
-
-def exit_status(program: str, args: Namespace, work: Callable[[Namespace], None], interrupted: str) -> int:
-    """Do the work on a locked run and return the exit status; what went wrong is one line on standard error."""
-    try:
-        with Interrupts(), locked(args):
-            work(args)
-        return 0
-    except Interrupted:
-        line, status = interrupted, 130
-    except Exception as error:
-        said = in_one_line(program, error)
-        if said is None:
-            raise
-        line, status = said, 2
-    print(line, file=sys.stderr)
-    return status

@@ -12,32 +12,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from attack import decoders, newton
+from attack.adversaries import Adversary, flatten, held, moment_distance, posterior_in_parts, shadow_encoder
 from server.base import State
-
-BETA1, BETA2 = 0.9, 0.999   # of Adam, PyTorch's own
-POWER = 30   # iterations towards a first singular vector
 
 
 def loss_of(head: nn.Module) -> Callable[[State, Tensor, Tensor], Tensor]:
-    """A function ``(parameters, inputs, labels) -> mean cross-entropy``; labels may be probabilities."""
+    """Return a function ``(parameters, inputs, labels) -> mean cross-entropy``; labels may be probabilities."""
     return lambda parameters, x, y: F.cross_entropy(functional_call(head, parameters, (x,)), y)
 
 
+def parameters_of(head: nn.Module) -> State:
+    """Return the head's parameters by name, without gradients."""
+    return {name: value.detach() for name, value in head.named_parameters()}
+
+
 def gradient(head: nn.Module, x: Tensor, y: Tensor) -> State:
-    """The gradient of one step on inputs ``B x C x H x W`` and labels ``B``, by parameter name."""
-    return grad(loss_of(head))({name: p.detach() for name, p in head.named_parameters()}, x, y)
+    """Return the gradient of one step on inputs ``B x C x H x W`` and labels ``B``, by parameter name."""
+    return grad(loss_of(head))(parameters_of(head), x, y)
 
 
 def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -> State:
-    """The change of the head over one epoch of SGD, divided by ``-lr``: the sum of its steps' gradients.
+    """Return the change of the head over one epoch of SGD, divided by ``-lr``: the sum of its steps' gradients.
 
-    With a single batch this is the batch's gradient. It is differentiable in ``x``.
+    It is differentiable in ``x``.
 
     Args:
         x, y: inputs and labels, in the order in which they are trained on.
         batch: images in a step.
     """
-    now = {name: p.detach() for name, p in head.named_parameters()}
+    now = parameters_of(head)
     total = {name: torch.zeros_like(value) for name, value in now.items()}
     for part, labels in zip(x.split(batch), y.split(batch), strict=True):
         slope = grad(loss_of(head))(now, part, labels)
@@ -46,113 +50,44 @@ def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -
     return total
 
 
-def adam_update(head: nn.Module, x: Tensor, y: Tensor, rates: list[float], batch: int, eps: float = 1e-7) -> State:
-    """``sent - upload`` of a client that trains by Adam (Kingma and Ba 2015, arXiv 1412.6980), without dropout.
-
-    It is differentiable in ``x``: the steps are unrolled. Every epoch takes the images in the order given.
-
-    Args:
-        x, y: inputs ``B x C x H x W`` and labels ``B``.
-        rates: the learning rate of each step.
-        batch: images in a step.
-        eps: Adam's, which ``update.py`` sets to 1e-7.
-    """
-    sent = {name: p.detach() for name, p in head.named_parameters()}
-    total = {name: torch.zeros_like(value) for name, value in sent.items()}
-    first, second = dict(total), dict(total)
-    parts = list(zip(x.split(batch), y.split(batch), strict=True))
-    for step, rate in enumerate(rates, 1):
-        now = {name: value - total[name] for name, value in sent.items()}
-        slope = grad(loss_of(head))(now, *parts[(step - 1) % len(parts)])
-        for name, value in slope.items():
-            first[name] = BETA1 * first[name] + (1 - BETA1) * value
-            second[name] = BETA2 * second[name] + (1 - BETA2) * value.square()
-            # The root has no slope at 0, where a dead unit's gradient is.
-            root = ((second[name] / (1 - BETA2 ** step)).clamp_min(1e-30)).sqrt()
-            total[name] = total[name] + rate * first[name] / (1 - BETA1 ** step) / (root + eps)
-    return total
-
-
-def of_upload(sent: State, arrived: State, lr: float, clipped: bool) -> State:
-    """Return the sum of gradients behind an upload, ``(sent - arrived / s) / lr``, in single precision.
-
-    Args:
-        sent, arrived: the parameters that the client started from, and those that arrived, in double precision.
-        lr: size of the client's steps.
-        clipped: whether the client's parameters were scaled as one vector, by s. Most parameters hardly move in a
-            step, so s is the median of ``arrived / sent``, weighted by ``|sent|``: the least absolute deviation.
-    """
-    scale = 1.0
-    if clipped:
-        before, after = (torch.cat([state[name].flatten() for name in sent]) for state in (sent, arrived))
-        ratio, order = (after / before).nan_to_num(0.0).sort()
-        weight = before.abs()[order].cumsum(0)
-        scale = float(ratio[torch.searchsorted(weight, weight[-1] / 2)].clamp(1e-6, 1))
-    return {name: ((value - arrived[name] / scale) / lr).float() for name, value in sent.items()}
-
-
-def labels_of(observed: State, count: int, steps: int = 1, layer: str = "output.bias") -> Tensor:
-    """The labels of the images behind an observed gradient, or behind the sum of several steps' gradients.
+def labels_of(observed: State, count: int, steps: int = 1) -> Tensor:
+    """Return the labels of the images behind an observed gradient, or behind the sum of several steps' gradients.
 
     With one image, the label is the only negative entry of the last bias's gradient, ``p - onehot`` (iDLG,
     Zhao et al. 2020, arXiv 2001.02610). With several, the most negative entry is the first label. Each image
     lowers its entry by ``steps / count``, so that much is added back before the next label is read (after
     Wainakh et al. 2021, arXiv 2105.09369).
 
-    Args:
-        observed: the gradient, by parameter name.
-        count: how many images.
-        steps: how many steps share them out.
-        layer: name of the last layer's bias.
-
     Returns:
         ``count`` labels in ascending order, repeated where several images have the same.
     """
-    left, labels = observed[layer].clone(), []
+    left, labels = observed["output.bias"].clone(), []
     for _ in range(count):
         labels.append(int(left.argmin()))
         left[labels[-1]] += steps / count
     return torch.tensor(sorted(labels))
 
 
-def dense_input(observed: State, layer: str) -> Tensor:
-    """The input of a dense layer for one image (Phong et al., IEEE TIFS 2018), exact without noise.
-
-    It follows from ``dL/dW = (dL/db) input^T``: with a 1 appended to the input, ``[dL/dW, dL/db]`` has rank 1.
-    Under noise its first singular vectors are used, by power iterations from ``dL/db``.
-
-    Args:
-        observed: the gradient of one image.
-        layer: name of the layer, whose ``.weight`` is ``M x D`` and whose ``.bias`` is ``M``.
-
-    Returns:
-        The input, ``D`` values.
-    """
-    weight, bias = observed[f"{layer}.weight"].double(), observed[f"{layer}.bias"].double()
-    whole, units = torch.cat([weight, bias[:, None]], 1), bias
-    for _ in range(POWER):
-        units = whole @ (units @ whole)
-        units = units / units.norm()
-    return ((units @ weight) / (units @ bias)).float()
-
-
 def total_variation(x: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels, for each image: ``... x C x H x W -> ...``."""
+    """Return the mean absolute difference of neighbouring pixels of each image: ``... x C x H x W -> ...``."""
     down, right = x.diff(dim=-2).abs().mean((-3, -2, -1)), x.diff(dim=-1).abs().mean((-3, -2, -1))
     return down + right
 
 
 def cosine_distance(one: State, other: State) -> Tensor:
-    """``1 - <a, b> / (|a| |b|)`` of two gradients, each taken as one long vector."""
+    """Return ``1 - <a, b> / (|a| |b|)`` of two gradients, each taken as one long vector."""
     zero = torch.zeros(())
     dot = sum(((value * other[name]).sum() for name, value in one.items()), zero)
     sizes = [sum((value.square().sum() for value in state.values()), zero) for state in (one, other)]
     return 1 - dot / (sizes[0] * sizes[1]).sqrt().clamp_min(1e-20)
 
 
-def squared_distance(one: State, other: State) -> Tensor:
-    """``|a - b|^2`` of two gradients, each taken as one long vector."""
-    return sum(((value - other[name]).square().sum() for name, value in one.items()), torch.zeros(()))
+def best_first(found: Tensor, value: Tensor, restarts: int) -> tuple[Tensor, Tensor]:
+    """Sort each problem's restarts by value, the lowest first: ``RP x ...`` and ``RP`` to ``R x P``."""
+    found, value = found.unflatten(0, (restarts, -1)), value.unflatten(0, (restarts, -1))
+    order = value.argsort(0)
+    index = order.reshape(*order.shape, *[1] * (found.ndim - 2)).expand_as(found)
+    return found.gather(0, index), value.gather(0, order)
 
 
 def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: Tensor, start: Tensor,
@@ -168,10 +103,10 @@ def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: T
         bounded: True keeps the inputs in [0, 1], for images; False is for latents.
 
     Returns:
-        The inputs, ``R x P x B x C x H x W``, and their objective, ``R x P``. Each problem's best
-        restart comes first.
+        The inputs, ``R x P x B x C x H x W``, and their objective, ``R x P``. Each problem's best restart comes
+        first.
     """
-    restarts, problems = start.shape[:2]
+    restarts = len(start)
     x = start.flatten(0, 1).clone().requires_grad_()
     many = {name: value.repeat(restarts, *[1] * (value.ndim - 1)) for name, value in observed.items()}
     y = labels.repeat(restarts, 1)
@@ -192,44 +127,57 @@ def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: T
             x.data.clamp_(0, 1)
     with torch.no_grad():
         value = vmap(objective)(x, y, many).nan_to_num(torch.inf)
-    return best_first(x.detach().unflatten(0, (restarts, problems)), value.unflatten(0, (restarts, problems)))
+    return best_first(x.detach(), value, restarts)
 
 
-def best_first(found: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort each problem's restarts by value, the lowest first: ``R x P x ...`` and ``R x P``."""
-    order = value.argsort(0)
-    index = order.reshape(*order.shape, *[1] * (found.ndim - 2)).expand_as(found)
-    return found.gather(0, index), value.gather(0, order)
-
-
-def deep_leakage(head: nn.Module, observed: State, count: int, classes: int, start: Tensor,
-                 iterations: int) -> tuple[Tensor, float]:
-    """DLG: search inputs and soft labels together by L-BFGS (Zhu et al. 2019, arXiv 1906.08935).
+def deep_leakage(head: nn.Module, observed: State, start: Tensor, iterations: int) -> tuple[Tensor, float]:
+    """Search an input and a soft label together by L-BFGS: DLG (Zhu et al. 2019, arXiv 1906.08935).
 
     Args:
-        observed: the gradient of one problem.
-        count: how many images are behind it, B.
-        start: where the search starts, ``B x C x H x W``.
+        observed: the gradient of one image.
+        start: where the search starts, ``1 x C x H x W``.
 
     Returns:
-        The inputs, and the squared distance of their gradient from the observed one; infinite if the search
-        diverged.
+        The input, and the squared distance of its gradient from the observed one; infinite if the search diverged.
     """
     x = start.clone().requires_grad_()
-    y = torch.zeros(count, classes, requires_grad=True)
-    parameters = {name: p.detach() for name, p in head.named_parameters()}
+    y = torch.zeros(1, len(observed["output.bias"]), requires_grad=True)
     optimizer = torch.optim.LBFGS([x, y], lr=1.0, max_iter=iterations, history_size=100,
                                   tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = squared_distance(grad(loss_of(head))(parameters, x, y.softmax(1)), observed)
+        made = gradient(head, x, y.softmax(1))
+        value = sum(((made[name] - observed[name]).square().sum() for name in made), torch.zeros(()))
         value.backward()
         return value
 
     value = float(optimizer.step(closure).detach())
     final = float(closure().detach())
     return x.detach(), final if final == final and value == value else float("inf")
+
+
+def descend(objective: Callable[[], Tensor], x: Tensor, iterations: int, lr: float, *, cosine: bool = True,
+            bounded: bool = True) -> Tensor:
+    """Minimise an objective of N independent searches by Adam and return its values at the end, ``N``.
+
+    Args:
+        x: where the searches start, changed in place.
+        cosine: let the learning rate fall to 0 along a cosine.
+        bounded: keep x in [0, 1].
+    """
+    optimizer = torch.optim.Adam([x], lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) if cosine else None
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        objective().sum().backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        if bounded:
+            x.data.clamp_(0, 1)
+    with torch.no_grad():
+        return objective()
 
 
 def from_features(features: Callable[[Tensor], Tensor], goal: Tensor, start: Tensor, iterations: int,
@@ -245,20 +193,107 @@ def from_features(features: Callable[[Tensor], Tensor], goal: Tensor, start: Ten
         The inputs, ``R x P x C x H x W``, and their objective, ``R x P``. Each problem's best restart comes
         first.
     """
-    restarts, problems = start.shape[:2]
+    restarts = len(start)
     x = start.flatten(0, 1).clone().requires_grad_()
     goal = goal.repeat(restarts, 1)
     scale = goal.square().sum(1).clamp_min(1e-12)
-    optimizer = torch.optim.Adam([x], lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
-        optimizer.zero_grad()
-        value = (features(x) - goal).square().sum(1) / scale + tv * total_variation(x)
-        value.sum().backward()
-        optimizer.step()
-        schedule.step()
-        if bounded:
-            x.data.clamp_(0, 1)
-    with torch.no_grad():
-        value = (features(x) - goal).square().sum(1) / scale + tv * total_variation(x)
-    return best_first(x.detach().unflatten(0, (restarts, problems)), value.unflatten(0, (restarts, problems)))
+
+    def objective() -> Tensor:
+        return (features(x) - goal).square().sum(1) / scale + tv * total_variation(x)
+    value = descend(objective, x, iterations, lr, bounded=bounded)
+    return best_first(x.detach(), value, restarts)
+
+
+# Attacks: (adversary, gradients of the head or its update, N) -> images R x N x C x H x W, labels N.
+
+def stacked(observed: list[State]) -> State:
+    """Return P gradients as one, whose values are ``P x ...``."""
+    return {name: torch.stack([gradient[name] for gradient in observed]) for name in observed[0]}
+
+
+def single_labels(observed: list[State]) -> Tensor:
+    """Return the label behind each gradient of one image, ``N``."""
+    return torch.cat([labels_of(gradient, 1) for gradient in observed])
+
+
+def dlg(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """Run ``deep_leakage`` on each image's gradient."""
+    head, budget = held(adversary.knowledge.next_head), adversary.budget
+    starts = adversary.random_inputs(count, *adversary.knowledge.image_shape)
+    tried = [deep_leakage(head, gradient, start[None], budget.iterations)
+             for restart in starts for gradient, start in zip(observed, restart, strict=True)]
+    inputs, distances = zip(*tried, strict=True)
+    found, _ = best_first(torch.cat(inputs).nan_to_num(0.5), torch.tensor(distances), budget.restarts)
+    labels = single_labels(observed)
+    return adversary.decode_inputs(found, labels), labels
+
+
+def cosine_tv(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """Run ``invert`` on each image's gradient."""
+    head, labels = held(adversary.knowledge.next_head), single_labels(observed)
+    start = adversary.random_inputs(count, 1, *adversary.knowledge.image_shape)
+    found, _ = invert(lambda x, y: gradient(head, x, y), stacked(observed), labels[:, None], start,
+                      adversary.budget.iterations, adversary.tv_weight(1e-2), not adversary.knowledge.has_encoder)
+    return adversary.decode_inputs(found.squeeze(2), labels), labels
+
+
+def invert_update(adversary: Adversary, observed: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Run ``invert`` on one update of several images, by simulating the same steps."""
+    knowledge, budget = adversary.knowledge, adversary.budget
+    head, batch = held(knowledge.next_head), -(-count // steps)
+    labels = labels_of(observed[0], count, min(steps, count))
+    start = adversary.random_inputs(1, count, *knowledge.image_shape)
+    found, _ = invert(lambda x, y: epoch_update(head, x, y, budget.lr, batch), stacked(observed), labels[None],
+                      start, budget.iterations, adversary.tv_weight(1e-2), not knowledge.has_encoder)
+    return adversary.decode_inputs(found.squeeze(1), labels), labels
+
+
+def from_dense(layers: nn.Module, name: str, observed: list[State], start: Tensor, iterations: int, tv: float,
+               bounded: bool) -> Tensor:
+    """Recover the exact input of the first dense layer, then search images that lead to it.
+
+    Args:
+        name: of ``layers`` in the gradients.
+    """
+    before, dense = newton.before_dense(layers)
+    goal = torch.stack([newton.dense_input(gradient, f"{name}.{dense}") for gradient in observed])
+    return from_features(before, goal, start, iterations, tv, bounded, lr=0.1)[0]
+
+
+def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """Run ``from_dense`` on the head."""
+    knowledge, labels = adversary.knowledge, single_labels(observed)
+    found = from_dense(held(knowledge.next_head).get_submodule("features"), "features", observed,
+                       adversary.random_inputs(count, *knowledge.image_shape), adversary.budget.iterations,
+                       adversary.tv_weight(1e-4), not knowledge.has_encoder)
+    return adversary.decode_inputs(found, labels), labels
+
+
+def trunk_analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """Run ``from_dense`` on an encoder's trunk that travels: its input is the image itself."""
+    found = from_dense(held(adversary.knowledge.next_trunk), "trunk", observed, adversary.random_images(count),
+                       adversary.budget.iterations, 1e-4, True)
+    return found, single_labels(observed)
+
+
+def head_inputs(adversary: Adversary, observed: list[State]) -> Tensor:
+    """Recover the head's inputs by ``newton.head_input``, ``N x C x H x W``."""
+    knowledge, budget = adversary.knowledge, adversary.budget
+    return newton.head_input(held(knowledge.next_head), observed, knowledge.image_shape,
+                             hops=max(1, budget.iterations // 40), copies=budget.restarts)
+
+
+def gauss_newton(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """Recover the head's inputs, exactly where the search converges."""
+    found, labels = head_inputs(adversary, observed), single_labels(observed)
+    return adversary.decode_inputs(found[None], labels), labels
+
+
+def feature_alignment(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
+    """Recover latents by ``head_inputs``, align a shadow encoder with them, and train a decoder behind it."""
+    found, labels, budget = flatten(head_inputs(adversary, observed)), single_labels(observed), adversary.budget
+    images, classes = adversary.public.of(labels)
+    shadow = shadow_encoder(adversary.knowledge, adversary.start, images, classes, budget.epochs,
+                            adversary.kl_weight, moment_distance(found, labels))
+    decode = decoders.latent_decoder(*posterior_in_parts(shadow, images), images, budget.epochs)
+    return decode(found)[None], labels

@@ -1,4 +1,4 @@
-"""Attacks on latents: what is observed of an image's z, and how z is turned back into the image.
+"""Attacks on latents: an image's z is observed, or recovered from a gradient, and turned back into the image.
 
 ``--observe`` says what an attacker with the stolen model sees of each image:
 
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attack import gradients, learnt
-from attack.access import Knowledge, Victim, held, hold, posterior_in_parts
-from attack.adversary import Adversary, Budget
+from attack import decoders, gradients
+from attack.adversaries import Adversary, Budget, Knowledge, flatten, held, hold, posterior_in_parts
+from attack.observations import Victim
 from models import as_image, reparameterise
+from server.base import State
 
 OBSERVED = (r"z([2-9]|[1-9]\d{1,3})?|rounds|mu|train",
             "choose from z, zN (N draws, from 2 to 9999), rounds, mu, train")
@@ -29,12 +30,12 @@ AT_ONCE = 1024      # candidates whose likelihood is computed together
 
 @dataclass(frozen=True)
 class Seen:
-    """What is observed of N images' latents under one encoder.
+    """Observed latents of N images under one encoder.
 
     Attributes:
         draws: ``S x N x D``.
         model: this encoder and its head; None for those of the adversary's own round.
-        noisy: whether these are draws of z; False where they are its mean.
+        noisy: True for draws of z, False for its mean.
     """
 
     draws: Tensor
@@ -42,21 +43,21 @@ class Seen:
     noisy: bool = True
 
     def posterior(self, adversary: Adversary, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and log variance of a draw, ``M x D`` each, for images ``M x C x H x W``; None without noise."""
+        """Return mean and log variance of a draw, ``M x D`` each, for images; the latter is None without noise."""
         mu, logvar = posterior_in_parts(self.model or adversary.whole_model, images)
         return mu, logvar if self.noisy else None
 
     def of_mean(self, logvar: Tensor | None) -> Tensor | None:
-        """The log variance of the mean of the draws, from that of one."""
+        """Return the log variance of the mean of the draws, from that of one."""
         return None if logvar is None else logvar - math.log(len(self.draws))
 
 
-def observe(victim: Victim, x: Tensor, y: Tensor, budget: Budget, observed: str = "z") -> list[Seen]:
-    """Latents of images ``N x C x H x W``, an entry for each encoder; ``observed`` as above."""
+def observe(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[Seen]:
+    """Observe latents of images ``N x C x H x W`` as ``budget.observed`` says, an entry for each encoder."""
+    observed = budget.observed
     if observed == "rounds":
-        target, client = victim.target, victim.client
-        return [Seen(drawn(view, x, 1), view)
-                for view in (hold(target, "stolen_model", r, client) for r in range(1, victim.round + 1))]
+        views = (hold(victim.target, "stolen_model", r, victim.client) for r in range(1, victim.round + 1))
+        return [Seen(drawn(view, x, 1), view) for view in views]
     view = victim.stolen()
     if observed == "mu":
         return [Seen(posterior_in_parts(view, x)[0][None], noisy=False)]
@@ -65,84 +66,76 @@ def observe(victim: Victim, x: Tensor, y: Tensor, budget: Budget, observed: str 
 
 
 def drawn(view: Knowledge, x: Tensor, draws: int) -> Tensor:
-    """Draws of z of images ``N x C x H x W``: ``S x N x D``."""
+    """Draw z of images ``N x C x H x W``: ``S x N x D``."""
     mu, logvar = posterior_in_parts(view, x)
     mu = mu.expand(draws, *mu.shape)
     return mu if logvar is None else reparameterise(mu, logvar.expand_as(mu))
 
 
 def labels_of(adversary: Adversary, latents: list[Seen]) -> Tensor:
-    """The label that the heads give each image's latents, by their mean probability: ``N``."""
-    shape, found = adversary.knowledge.image_shape, []
+    """Return the label that the heads give each image's latents, by their mean probability: ``N``."""
+    shape, probabilities = adversary.knowledge.image_shape, []
     for seen in latents:
         head = held((seen.model or adversary.knowledge).head)
         answers = torch.cat([head(part).softmax(1) for part in as_image(seen.draws, shape).split(512)])
-        found.append(answers.unflatten(0, seen.draws.shape[:2]).mean(0))
-    return torch.stack(found).mean(0).argmax(1)
+        probabilities.append(answers.unflatten(0, seen.draws.shape[:2]).mean(0))
+    return torch.stack(probabilities).mean(0).argmax(1)
 
 
 def decode(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
-    """Decoders of the mean of each encoder's draws, trained on public images; the mean of their pictures.
+    """Decode the mean of each encoder's draws, by decoders trained on public images, and average the pictures.
 
     Where the public images show other classes it is ridge regression, since hidden layers would not work on the
     victim's.
     """
     labels = labels_of(adversary, latents)
-    learn = learnt.cleaned_ridge if adversary.public.of_classes is None else learnt.latent_decoder
-    images, _ = adversary.public_of(labels)
-    made = []
+    learn = decoders.cleaned_ridge if adversary.public.of_classes is None else decoders.latent_decoder
+    images, _ = adversary.public.of(labels)
+    pictures = []
     for seen in latents:
         mu, logvar = seen.posterior(adversary, images)
-        made.append(learn(mu, seen.of_mean(logvar), images, adversary.budget.epochs)(seen.draws.mean(0)))
-    return torch.stack(made).mean(0)[None], labels
+        pictures.append(learn(mu, seen.of_mean(logvar), images, adversary.budget.epochs)(seen.draws.mean(0)))
+    return torch.stack(pictures).mean(0)[None], labels
 
 
 def search(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
     """Search images whose mean latent is that observed (Mahendran and Vedaldi 2015, arXiv 1412.0035)."""
     models = [seen.model or adversary.whole_model for seen in latents]
     goal = torch.cat([seen.draws.mean(0) for seen in latents], 1)
-    found, _ = gradients.from_features(lambda x: torch.cat([model.posterior(x)[0] for model in models], 1), goal,
-                                       adversary.random_images(count), adversary.budget.iterations, 0.3, True)
-    return found, labels_of(adversary, latents)
+    images, _ = gradients.from_features(
+        lambda x: torch.cat([model.posterior(x)[0] for model in models], 1), goal,
+        adversary.random_images(count), adversary.budget.iterations, 0.3, True)
+    return images, labels_of(adversary, latents)
 
 
 def most_likely(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
-    """The most likely image that a generator can draw: the largest ``log q(z|G(c)) + log N(c; 0, I)``.
+    """Search the most likely image that a generator can draw: the largest ``log q(z|G(c)) + log N(c; 0, I)``.
 
     The generator learns public images of the classes that z shows. The search over its codes c starts at the
     picture that ``decode`` makes: from a random code it ends far from the image.
     """
     (rough,), labels = decode(adversary, latents, count)
-    images, _ = adversary.public_of(labels)
-    generator = learnt.generator(images, max(adversary.budget.epochs, -(-PRIOR_STEPS // learnt.steps(images))))
-    code = generator.encode(rough)[:, :generator.size].repeat(adversary.budget.restarts, 1)
+    (images, _), budget = adversary.public.of(labels), adversary.budget
+    generator = decoders.generator(images, max(budget.epochs, -(-PRIOR_STEPS // decoders.steps(images))))
+    code = generator.encode(rough)[:, :generator.size].repeat(budget.restarts, 1)
     code[count:] += 0.5 * torch.randn_like(code[count:])   # the first restart is the decoder's own picture
     code.requires_grad_()
-    goals = [seen.draws.mean(0).repeat(adversary.budget.restarts, 1) for seen in latents]
-    optimizer = torch.optim.Adam([code], 0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, adversary.budget.iterations)
+    goals = [seen.draws.mean(0).repeat(budget.restarts, 1) for seen in latents]
 
     def unlikeliness() -> Tensor:
-        made, value = generator.decode(code), code.square().sum(1)
+        pictures, value = generator.decode(code), code.square().sum(1)
         for seen, goal in zip(latents, goals, strict=True):
-            mu, noise = (seen.model or adversary.whole_model).posterior(made)
+            mu, noise = (seen.model or adversary.whole_model).posterior(pictures)
             logvar = seen.of_mean(noise) if seen.noisy else None
             logvar = torch.zeros_like(mu) if logvar is None else logvar
             value = value + ((goal - mu).square() / logvar.exp() + logvar).sum(1)
         return 0.5 * value
-    for _ in range(adversary.budget.iterations):
-        optimizer.zero_grad()
-        unlikeliness().sum().backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        value = unlikeliness().unflatten(0, (-1, count))
-        images = generator.decode(code).unflatten(0, (-1, count))
-    return gradients.best_first(images, value)[0], labels
+    value = gradients.descend(unlikeliness, code, budget.iterations, 0.05, bounded=False)
+    return gradients.best_first(generator.decode(code).detach(), value, budget.restarts)[0], labels
 
 
 def likelihood(adversary: Adversary, latents: list[Seen], candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """``log q(z|x)`` of each of M candidates up to a constant, ``N x M``, summed over draws; the labels of z.
+    """Return ``log q(z|x)`` of M candidates up to a constant, ``N x M``, summed over draws, and the labels of z.
 
     Of a mean, and for an encoder without noise, it is minus half the squared distance.
     """
@@ -150,13 +143,13 @@ def likelihood(adversary: Adversary, latents: list[Seen], candidates: Tensor) ->
 
 
 def log_likelihood(adversary: Adversary, latents: list[Seen], images: Tensor) -> Tensor:
-    """``likelihood`` without the labels, ``N x M``, in double precision."""
+    """Return ``likelihood`` without the labels, ``N x M``, in double precision."""
     return torch.cat([sum((_of_draws(seen.draws, *seen.posterior(adversary, part)) for seen in latents),
                           torch.zeros(())) for part in images.split(AT_ONCE)], 1)
 
 
 def _of_draws(draws: Tensor, mu: Tensor, logvar: Tensor | None) -> Tensor:
-    """The sum over draws ``S x N x D`` of ``log N(z; mu, sigma^2)`` up to a constant, ``N x M``."""
+    """Return the sum over draws ``S x N x D`` of ``log N(z; mu, sigma^2)`` up to a constant, ``N x M``."""
     logvar = torch.zeros_like(mu) if logvar is None else logvar
     draws, mu, logvar = draws.double(), mu.double(), logvar.double()
     weight = (-logvar).exp()   # sum (z - mu)^2 / sigma^2, expanded so that no tensor is N x M x D
@@ -165,15 +158,26 @@ def _of_draws(draws: Tensor, mu: Tensor, logvar: Tensor | None) -> Tensor:
 
 
 def posterior_mean(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
-    """The mean of the public images, weighted by their likelihood: ``softmax(log q(z|x)) @ x``.
+    """Average the public images, weighted by their likelihood: ``softmax(log q(z|x)) @ x``.
 
     For images drawn from the public ones no picture has a smaller expected squared error. Nothing is trained.
     Without noise, as of ``mu``, it is the image with the nearest latent: the limit of ever less noise.
     """
     labels = labels_of(adversary, latents)
-    images, _ = adversary.public_of(labels)
+    images, _ = adversary.public.of(labels)
     logs = log_likelihood(adversary, latents, images)
     if all(seen.posterior(adversary, images[:1])[1] is None for seen in latents):
         logs = torch.where(logs == logs.max(1, keepdim=True).values, 0.0, -torch.inf)
     weight = logs.softmax(1).float()
     return (weight @ images.flatten(1)).unflatten(1, images.shape[1:])[None], labels
+
+
+def gradient_reidentification(adversary: Adversary, observed: list[State],
+                              candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Recover latents by ``gradients.head_inputs``, and return their log-likelihood for candidates, ``N x M``.
+
+    The encoder is the seeded start before the first round, which the server knows, and later a shadow encoder.
+    """
+    latents = flatten(gradients.head_inputs(adversary, observed))
+    labels = gradients.single_labels(observed)
+    return log_likelihood(adversary, [Seen(latents[None])], candidates), labels

@@ -1,34 +1,37 @@
-"""Attacks that ask of an image whether a client was trained on it, and the table of them, ``ATTACKS``.
+"""Membership inference: attacks that ask of an image whether a client was trained on it, and how well they tell.
 
 An attack is given images and their labels, members and non-members mixed, and what its adversary holds. It gives
-each image a score, the higher the likelier a member. Who is a member it never sees.
+each image a score, the higher the likelier a member. It never sees which images are members.
 """
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
 from torch import Tensor, nn
 
-from attack import learnt
-from attack.access import Knowledge, Target, Victim, hold, posterior_in_parts
+from attack.adversaries import Knowledge, PublicImages, hold, posterior_in_parts, public_images, shadow_encoder
 from attack.attacks import shared_head, whole_head
-from attack.references import Alone
-from attack.scene import MIN_PUBLIC, as_floats, same_classes, unowned_images
-from attack.tables import Unit
-from methods import METHODS
-from models import RVE, Network, as_image, reparameterise
+from attack.observations import Victim
+from attack.target import Target
+from attack.verdict import Unit
+from models import Network, as_image, reparameterise
+from sampling import sample_clients
 from server.base import State
-from utils import rng, seed_torch
+from update import ClientState, Diverged, Trainer, Training
+from utils import InputError, choose_precision, rng, seed_torch
 
 Answer = Callable[[Tensor], Tensor]   # images N x C x H x W -> log-probabilities N x num_classes
 NOBODY = -1         # no client's number: it uploads nothing, and ``hold`` gives the head that was sent
 POPULATION = 1000   # public images at most that RMIA compares an image with
 PART = 64           # images that a model is asked about at a time
 LEAST = 1e-300      # in place of a probability of 0
+FALSE_POSITIVE_RATES = (0.001, 0.01)
+DRAWS = 1000        # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,16 @@ class Asked:
 
     Attributes:
         images, labels: ``N x C x H x W`` and ``N``.
-        member: whether the client was trained on it, bool ``N``. Only the measure sees it.
+        member: True if the client was trained on it, ``N``. Only the measure sees it.
     """
 
     images: Tensor
     labels: Tensor
-    member: np.ndarray
+    member: ndarray
 
 
 def asked(target: Target, client: int) -> Asked | None:
-    """All images of a client whose class is among its training and its held-out images; None if none is.
+    """Return all images of a client whose class is among its training and its held-out images; None if none is.
 
     Members are training images. Non-members are the client's own held-out images of the same classes.
     """
@@ -54,17 +57,16 @@ def asked(target: Target, client: int) -> Asked | None:
     train, test = (halves[client] for halves in target.owned())
     both = np.intersect1d(labels[train], labels[test])
     members, others = (half[np.isin(labels[half], both)] for half in (train, test))
-    if not len(both):
-        return None
     numbers = np.concatenate([members, others])
-    return Asked(as_floats(target.data.images[numbers]), torch.from_numpy(labels[numbers]),
-                 np.arange(len(numbers)) < len(members))
+    return Asked(target.pixels(numbers), target.labels(numbers),
+                 np.arange(len(numbers)) < len(members)) if len(both) else None
 
 
-class Adversary:
-    """What an adversary can do about one client after one round. Its references are trained once.
+class MembershipAdversary:
+    """One adversary of one client after one round. It trains its references once.
 
     Args:
+        name: the adversary's.
         rounds: the saved rounds that the curious server looks at together.
     """
 
@@ -73,45 +75,12 @@ class Adversary:
         self.trained: dict[tuple[int, ...], list[Network]] = {}   # references, by classes and their images
 
     @cached_property
-    def public(self) -> tuple[np.ndarray, Tensor]:
-        """Images that no client owns, uint8, and their labels."""
-        return unowned_images(self.target, self.args.public, self.args.data_dir, self.args.seed)
-
-    def public_of(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Public images of the classes asked about, or of all where these mean other things or are too few."""
-        images, known = self.public
-        chosen = torch.isin(known, labels).nonzero().flatten()
-        if len(chosen) < MIN_PUBLIC or not same_classes(self.target, self.args.public):
-            chosen = torch.arange(len(known))
-        chosen = chosen[:self.args.public_images]
-        return as_floats(images[chosen.numpy()]), known[chosen]
-
-    def epochs(self, round: int) -> int:
-        """Of training on public images: as many as a client has trained by then, unless told otherwise."""
-        return self.args.train_epochs or round * self.target.options.get("local_ep", 1)
-
-    def start(self) -> Network:
-        """The network with the weights that all clients start from."""
-        return self.target.start(self.round)
-
-    @property
-    def kl_weight(self) -> float:
-        """Of the KL term in a client's loss."""
-        return self.target.options.get("kl_weight") or 0.0
-
-    def stolen(self) -> Network:
-        """The client's own model, all of it."""
-        private = self.target.private(self.round, self.client)
-        head, network = self.target.own_head(self.round, self.client, private), self.target.network()
-        network.load_state_dict({**head, **private.parameters})
-        return network.requires_grad_(False)
+    def public(self) -> PublicImages:
+        """Images that no client owns."""
+        return public_images(self.target, self.args)
 
     def references(self, images: Tensor, labels: Tensor, count: int) -> list[Network]:
-        """Models trained as the victim was, each on ``count`` of the public images.
-
-        Which network a method has and how clients train it is no secret. A reference has to be as sure of images
-        as the victim would be if it had not seen them, and one trained otherwise would not be.
-        """
+        """Return models trained as the victim was, each on ``count`` of the public images."""
         key = (count, *labels.unique().tolist())
         if key not in self.trained:
             self.trained[key] = [self._reference(i, images, labels, count) for i in range(self.args.references)]
@@ -120,27 +89,79 @@ class Adversary:
     def _reference(self, number: int, images: Tensor, labels: Tensor, count: int) -> Network:
         draw = rng(self.args.seed, f"reference {number}", self.client, self.round)
         chosen = torch.from_numpy(draw.permutation(len(images))[:count])
-        how = Alone(self.round, self.client, self.args.train_epochs, int(draw.integers(2**31)))
-        return how.train(self.target, images[chosen], labels[chosen])
+        return train_reference(self.target, (self.round, self.client, self.args.train_epochs),
+                               int(draw.integers(2**31)), images[chosen], labels[chosen])
 
 
-# What a model says of images: (adversary) -> images N x C x H x W -> log-probabilities N x num_classes.
+# Reference models: networks trained as a run's clients train, on public images (LiRA's shadow models).
+#
+# Carlini et al. 2022 (arXiv 2112.03570) compare a victim with models that differ from it in the training images
+# only. So a reference has the run's method, start, optimiser, learning rates, KL weight and warm-up, augmentation,
+# batches and epochs, and trains by the same code. It is a client alone: averaging and the server's noise are not
+# repeated.
 
-def stolen(adversary: Adversary) -> Answer:
-    """The client's own model, averaged over draws of z."""
+def schedule(target: Target, last: int, client: int, epochs: int | None) -> list[tuple[int, int]]:
+    """Return the rounds up to the last in which a reference trains, and the local epochs in each.
+
+    They are the rounds in which the client was asked to train. Where it keeps nothing to itself, its model is
+    trained in every round by somebody, and so is the reference.
+
+    Args:
+        epochs: local epochs over all rounds, which fill rounds from the first on; None for those of the client.
+    """
+    options, names, each = target.options, target.network().state_dict(), target.options["local_ep"]
+    if epochs:
+        return [(done // each + 1, min(each, epochs - done)) for done in range(0, epochs, each)]
+
+    def trains(number: int) -> bool:
+        row, draw = target.row(number), rng(options["seed"], "sample", round=number)
+        chosen = sample_clients(options["num_users"], options["frac"], draw, row.poisson)
+        return client in chosen or not row.shared_and_private(names)[1]
+    return [(number, each) for number in range(1, last + 1) if trains(number)]
+
+
+def train_reference(target: Target, like: tuple[int, int, int | None], seed: int, images: Tensor,
+                    labels: Tensor) -> Network:
+    """Train a model from the seeded start on images ``N x C x H x W``, which have 256 levels, and labels ``N``.
+
+    Args:
+        like: the last round, client and epochs of ``schedule``.
+        seed: of all draws: batches, dropout, augmentation, z, and the classes of the prior replay.
+
+    Raises:
+        InputError: the loss is not finite, or ``config.json`` lacks an option.
+    """
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).contiguous()   # as clients store them
+    network = target.start(0).to(memory_format=torch.channels_last)   # of round 0: before the full sharing rounds
+    try:
+        precision = choose_precision(target.options["precision"], torch.device("cpu"))
+        trainer = Trainer(network, target.method, pixels, labels, target.data.num_classes,
+                          Training.from_options(target.options, precision, seed=seed))
+        shared, private_part = trainer.shared_and_private(trainer.state())
+        private = ClientState(private_part)
+        for number, epochs in schedule(target, *like):
+            now = replace(trainer, training=replace(trainer.training, epochs=epochs))
+            shared, private, _ = now.train(like[1], number, np.arange(len(labels)), shared, private)
+    except KeyError as error:
+        raise InputError(f"{target.results / 'config.json'}: it has no --{error.args[0]}") from error
+    except Diverged as error:
+        raise InputError(f"a reference model diverged ({error}); try another --train_epochs") from error
+    network.load_state_dict({**shared, **private.parameters})
+    return network.eval().requires_grad_(False)
+
+
+# Models: (adversary) -> images N x C x H x W -> log-probabilities N x num_classes.
+
+def stolen(adversary: MembershipAdversary) -> Answer:
+    """Return the client's own model, averaged over draws of z."""
     knowledge = hold(adversary.target, "stolen_model", adversary.round, adversary.client)
     return partial(knowledge.logits, draws=adversary.args.draws)
 
 
-def service(adversary: Adversary) -> Answer:
-    """The prediction service, which tells only its largest scores; those not told are -inf."""
+def service(adversary: MembershipAdversary) -> Answer:
+    """Return the prediction service, which tells only its largest scores; those not told are -inf."""
     victim = Victim(adversary.target, adversary.round, adversary.client)
     return lambda x: victim.answers(x, adversary.args.draws, adversary.args.scores).double().log()
-
-
-def said(network: Network, draws: int, x: Tensor) -> Tensor:
-    """What a reference says."""
-    return network.predict(x, draws)[0].double().log()
 
 
 MODELS = {"stolen_model": stolen, "prediction_api": service}
@@ -148,7 +169,7 @@ MODELS = {"stolen_model": stolen, "prediction_api": service}
 
 @torch.no_grad()
 def confidence(answer: Answer, images: Tensor, labels: Tensor) -> Tensor:
-    """``log(p / (1 - p))`` with p the probability of the true label, float64 ``N``.
+    """Return ``log(p / (1 - p))`` with p the probability of the true label, float64 ``N``.
 
     It is in the same order as ``-CE = log p``, but two images that a model is nearly sure of still differ, where
     p rounds to 1. If a service did not tell p, the rest that it did not tell stands for it.
@@ -162,45 +183,43 @@ def confidence(answer: Answer, images: Tensor, labels: Tensor) -> Tensor:
 
 # Attacks: (adversary's name, adversary, images N x C x H x W, labels N) -> scores, float64 N.
 
-def loss(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Tensor:
-    """A threshold on the loss (Yeom et al. 2018, arXiv 1709.01604): the surer, the likelier a member."""
-    return confidence(MODELS[who](adversary), images, labels)
+def loss(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
+    """Score by the loss (Yeom et al. 2018, arXiv 1709.01604): the surer, the likelier a member."""
+    return confidence(MODELS[name](adversary), images, labels)
 
 
-@torch.no_grad()
-def kl(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Tensor:
-    """``-KL(q(z|x) || p_y)`` in nats: trained to be small, it is smaller for a member.
-
-    p_y is the label's own Gaussian with a prior for each class, N(0, I) otherwise.
-    """
-    network = adversary.stolen()
-    assert isinstance(network, RVE)   # or it was not planned
-    mu, logvar = map(torch.cat, zip(*(network.encoder(x) for x in images.split(PART)), strict=True))
-    return -learnt.kl_of(network, mu, logvar, labels).double()
+def kl(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
+    """Score by ``-KL(q(z|x) || prior)`` in nats: trained to be small, it is smaller for a member."""
+    nats = Victim(adversary.target, adversary.round, adversary.client).kl(images, labels)
+    assert nats is not None   # or it was not planned
+    return -nats.double()
 
 
-def rmia(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Tensor:
-    """RMIA, offline, with few references (Zarifzadeh et al. 2024, arXiv 2312.03262).
+def rmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
+    """Score by RMIA, offline, with few references (Zarifzadeh et al. 2024, arXiv 2312.03262).
 
     With ``p(x|victim)`` the probability of the true label, and ``p(x)`` of a model that may or may not have seen
     x, a score is the share of public images z for which ``p(x|victim) / p(x) >= gamma p(z|victim) / p(z)``.
     References have not seen x, so ``p(x) = ((1 + a) p_out(x) + 1 - a) / 2`` with their mean ``p_out``.
     """
-    args, (public, known) = adversary.args, adversary.public_of(labels)
+    args, (public, known) = adversary.args, adversary.public.of(labels)
     size = min(POPULATION, len(public) // 4)   # z, which no reference has seen
     references = adversary.references(public[size:], known[size:], len(images))
-    victim = MODELS[who](adversary)
+    victim = MODELS[name](adversary)
+
+    def answer(reference: Network, x: Tensor) -> Tensor:
+        return reference.predict(x, args.draws)[0].double().log()
 
     def ratio(x: Tensor, y: Tensor) -> Tensor:
-        each = [confidence(partial(said, one, args.draws), x, y).sigmoid() for one in references]
+        each = [confidence(partial(answer, reference), x, y).sigmoid() for reference in references]
         usual = ((1 + args.scaling) * torch.stack(each).mean(0) + 1 - args.scaling) / 2
         return confidence(victim, x, y).sigmoid() / usual.clamp_min(LEAST)
     ordered = ratio(public[:size], known[:size]).sort().values
     return torch.searchsorted(ordered, ratio(images, labels) / args.gamma, right=True).double() / size
 
 
-def fedmia(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Tensor:
-    """After FedMIA (Zhu et al. 2025, CVPR, arXiv 2402.06289), with the loss as what is measured.
+def fedmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
+    """Score after FedMIA (Zhu et al. 2025, CVPR, arXiv 2402.06289), by the loss.
 
     No other client has trained on x. So the losses of x under their uploads of a round say what is usual, and
     the victim's is standardised by their mean and deviation. A score is the mean over rounds. Behind an encoder,
@@ -211,10 +230,8 @@ def fedmia(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Te
         uploads = target.shared(r)["uploads"]   # read once: that is every client's head
         if not comparable(uploads, adversary.client):
             continue
-        inputs = images[:, None]
-        if target.has_encoder:
-            encoded = Knowledge(None, shadow(adversary, r, labels), True, target.data.image_shape)
-            inputs = latents(encoded, images, adversary.args.draws)
+        inputs = latents(shadow(adversary, r, labels), images, adversary.args.draws) if target.has_encoder else (
+            images[:, None])
         network, losses = target.network().requires_grad_(False), {}
         head = network.get_submodule("classifier").to(memory_format=torch.channels_last)
         for k, upload in uploads.items():
@@ -228,7 +245,7 @@ def fedmia(who: str, adversary: Adversary, images: Tensor, labels: Tensor) -> Te
 
 @torch.no_grad()
 def latents(encoded: Knowledge, images: Tensor, draws: int) -> Tensor:
-    """Draws of z for each image, in its shape, ``N x draws x C x H x W``; one where there is no noise."""
+    """Draw z for each image, in its shape, ``N x draws x C x H x W``; one z where there is no noise."""
     mu, logvar = posterior_in_parts(encoded, images)
     z = mu[:, None] if logvar is None else reparameterise(
         *(part[:, None].expand(-1, draws, -1) for part in (mu, logvar)))
@@ -236,61 +253,60 @@ def latents(encoded: Knowledge, images: Tensor, draws: int) -> Tensor:
 
 
 def mean_answer(head: nn.Module, inputs: Tensor) -> Tensor:
-    """Inputs of a head, S an image, ``N x S x C x H x W`` -> averaged log-probabilities ``N x num_classes``."""
+    """Average probabilities over S inputs per image, ``N x S x C x H x W``, and return logarithms."""
     each = head(inputs.flatten(0, 1)).log_softmax(1).unflatten(0, inputs.shape[:2])
     return each.logsumexp(1) - float(np.log(inputs.shape[1]))
 
 
-def shadow(adversary: Adversary, round: int, labels: Tensor) -> nn.Module | None:
-    """The curious server's shadow encoder, trained on public images behind the head sent in a round."""
-    sent = hold(adversary.target, "curious_server", round, NOBODY)
-    start, (public, known) = adversary.start(), adversary.public_of(labels)
-    seed_torch(adversary.args.seed, "shadow", adversary.client, round)
-    return learnt.shadow_encoder(sent, start, public, known, adversary.epochs(round), adversary.kl_weight).encoder
+def shadow(adversary: MembershipAdversary, round: int, labels: Tensor) -> Knowledge:
+    """Train the curious server's shadow encoder on public images behind the head sent in a round."""
+    target, args = adversary.target, adversary.args
+    sent = hold(target, "curious_server", round, NOBODY)
+    start, public = target.start(adversary.round), adversary.public.of(labels)
+    seed_torch(args.seed, "shadow", adversary.client, round)
+    epochs = args.train_epochs or round * target.options.get("local_ep", 1)
+    return shadow_encoder(sent, start, *public, epochs, target.kl_weight)
 
 
 def comparable(uploads: dict[int, State], client: int) -> bool:
-    """Whether the client and at least two others uploaded."""
+    """Return True if the client and at least two others uploaded."""
     return client in uploads and len(uploads) > 2
 
 
 @dataclass(frozen=True)
-class Attack:
+class MembershipAttack:
     """A row of the table.
 
     Attributes:
-        adversaries: who can run it.
+        score: (adversary's name, adversary, images, labels) -> scores ``N``.
+        adversaries: those that can run it.
         source: where it was published.
-        all_rounds: whether it looks at all rounds at once, and so gives one row for them.
+        all_rounds: True if it looks at all rounds at once, and so gives one row for them.
     """
 
-    score: Callable[[str, Adversary, Tensor, Tensor], Tensor]
+    score: Callable[[str, MembershipAdversary, Tensor, Tensor], Tensor]
     adversaries: tuple[str, ...]
     source: str
     all_rounds: bool = False
 
 
-ATTACKS = {
-    "loss": Attack(loss, tuple(MODELS), "Yeom et al. 2018, arXiv 1709.01604"),
-    "kl": Attack(kl, ("stolen_model",), "the KL term of the client's own loss"),
-    "rmia": Attack(rmia, tuple(MODELS), "Zarifzadeh et al. 2024, arXiv 2312.03262"),
-    "fedmia": Attack(fedmia, ("curious_server",), "after Zhu et al. 2025, arXiv 2402.06289", all_rounds=True),
+MEMBERSHIP_ATTACKS = {
+    "loss": MembershipAttack(loss, tuple(MODELS), "Yeom et al. 2018, arXiv 1709.01604"),
+    "kl": MembershipAttack(kl, ("stolen_model",), "the KL term of the client's own loss"),
+    "rmia": MembershipAttack(rmia, tuple(MODELS), "Zarifzadeh et al. 2024, arXiv 2312.03262"),
+    "fedmia": MembershipAttack(fedmia, ("curious_server",), "after Zhu et al. 2025, arXiv 2402.06289",
+                               all_rounds=True),
 }
 
 
-def needs_public(target: Target, unit: Unit) -> bool:
-    """Whether an attack trains something on public images."""
-    return unit.attack == "rmia" or (unit.attack == "fedmia" and target.has_encoder)
-
-
-def unfit(target: Target, unit: Unit, rounds: list[int]) -> str | None:
-    """Why an attack cannot be run or scored, in words; None if it can."""
-    attack = ATTACKS[unit.attack]
+def obstacle(target: Target, unit: Unit, rounds: list[int]) -> str | None:
+    """Return why an attack cannot be run or scored; None if it can."""
+    attack = MEMBERSHIP_ATTACKS[unit.attack]
     if unit.adversary not in attack.adversaries:
         return "needs what this adversary does not have"
     if asked(target, unit.client) is None:
         return f"client {unit.client} holds out no image of a class that it trained on"
-    if unit.attack == "kl" and not METHODS[target.options["method"]].network.variational:
+    if unit.attack == "kl" and not target.method.network.variational:
         return "needs an encoder with noise"
     if unit.attack == "rmia" and target.options.get("encoders_from"):
         return "needs references whose encoders are trained as in the run of --encoders_from"
@@ -301,3 +317,76 @@ def unfit(target: Target, unit: Unit, rounds: list[int]) -> str | None:
     if not any(comparable(target.shared(r)["uploads"], unit.client) for r in rounds):
         return f"client {unit.client} and two others uploaded together in no round"
     return None
+
+
+# Measures: the area under the ROC curve, and its left end. Members are weighted so that each class has the same
+# share of them as of the non-members. Otherwise a score that knows the class alone could tell them apart.
+
+def class_weights(members: ndarray, non_members: ndarray) -> ndarray:
+    """Return the weight of each member, of mean 1, that gives the classes the shares of the non-members.
+
+    Args:
+        members, non_members: classes of M and N images; both have the same classes.
+    """
+    weights = np.empty(len(members))
+    for c in np.unique(members):
+        weights[members == c] = (non_members == c).sum() / (members == c).sum()
+    return weights * len(members) / weights.sum()
+
+
+def auc(members: ndarray, non_members: ndarray, weights: ndarray) -> float:
+    """Return the chance that a member has a higher score than a non-member; a tie counts half.
+
+    Args:
+        members, non_members: their scores, ``M`` and ``N``.
+        weights: of the members, ``M``.
+    """
+    ordered = np.sort(non_members)
+    below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
+    return float(np.average(below, weights=weights) / (2 * len(ordered)))
+
+
+def tpr(members: ndarray, non_members: ndarray, weights: ndarray, rate: float) -> float:
+    """Return the share of members over the lowest threshold that at most ``rate`` of the non-members are over.
+
+    With fewer than ``1 / rate`` non-members, none of them may be over it.
+    """
+    allowed = int(rate * len(non_members) + 1e-9)
+    threshold = np.sort(non_members)[len(non_members) - 1 - allowed]
+    return float(np.average(members > threshold, weights=weights))
+
+
+def resampled(classes: ndarray, generator: np.random.Generator) -> ndarray:
+    """Return indices of bootstrap samples, ``DRAWS x N``, drawn within each class so that its share stays."""
+    index = np.empty((DRAWS, len(classes)), int)
+    for c in np.unique(classes):
+        where = np.flatnonzero(classes == c)
+        index[:, where] = where[generator.integers(len(where), size=(DRAWS, len(where)))]
+    return index
+
+
+def measure(scores: ndarray, classes: ndarray, member: ndarray) -> dict[str, float]:
+    """Return AUC and TPR with 95 % bootstrap intervals over both members and non-members.
+
+    Args:
+        scores: ``N``, high for members.
+        classes: ``N``.
+        member: ``N``, bool.
+
+    Returns:
+        ``auc``, ``tpr_at_fpr_0.001``, ..., and of each also ``_low`` and ``_high``, to five decimals: ties of all
+        scores are 0.5 exactly, and the file shows what `leaks` was judged by.
+    """
+    inside, outside = scores[member], scores[~member]
+    weights, draw = class_weights(classes[member], classes[~member]), rng(0, "membership bootstrap")
+    samples = list(zip(resampled(classes[member], draw), resampled(classes[~member], draw), strict=True))
+    metrics: dict[str, Callable[..., float]] = {"auc": auc}
+    for rate in FALSE_POSITIVE_RATES:
+        metrics[f"tpr_at_fpr_{rate:g}"] = partial(tpr, rate=rate)
+    figures: dict[str, float] = {}
+    for name, metric in metrics.items():
+        drawn = [metric(inside[i], outside[j], weights[i]) for i, j in samples]
+        values = metric(inside, outside, weights), *np.quantile(drawn, (0.025, 0.975))
+        figures |= {name + end: round(float(value), 5)
+                    for end, value in zip(("", "_low", "_high"), values, strict=True)}
+    return figures

@@ -1,22 +1,22 @@
-"""The head's input from one image's gradient, by Gauss-Newton: exact where it converges.
+"""Recovery of the head's input from one image's gradient by Gauss-Newton, exact where it converges.
 
 The input of the head's first dense layer, and the loss's derivative with respect to it, follow from the gradient
-without error (``gradients.dense_input``). Both are functions of the head's input x through the convolutions f:
-f(x) itself, and the gradient of the last convolution's weights, in which that derivative is routed back through
-the max pools. Together they are some twenty thousand equations for the 784 unknowns of MNIST. At the
-solution they are well conditioned; the difficulty is to come near it. Three things do that:
+without error (``dense_input``). Both are functions of the head's input x through the convolutions f: f(x) itself,
+and the gradient of the last convolution's weights, in which that derivative is routed back through the max pools.
+Together they are some twenty thousand equations for the 784 unknowns of MNIST. They are well conditioned at the
+solution; the difficulty is to come near it. Three things do that:
 
 - a start by ridge regression from f(x) to x, fitted to inputs that the adversary draws itself;
 - the gradient of the last convolution beside the features, since it says which pixel each max pool chose;
 - random steps away from where a search got stuck, kept where they end at a lower error.
 """
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from attack.gradients import dense_input
 from server.base import State
 
 DONE = 1e-6                 # squared error of all equations at which an input counts as found
@@ -24,18 +24,37 @@ DRAWN, RIDGE = 16_384, 1e-2   # inputs that the start's regression is fitted to;
 STEPS, FEWER = 40, 15       # of a first search; of one behind a shake, and of one with the features alone
 SHAKES = (0.2, 0.4, 0.6)    # sizes of random steps, in standard deviations of the input
 SPREADS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)   # standard deviations that an input may have
+POWER = 30                  # iterations towards a first singular vector
 
 
-def layers_before_dense(head: nn.Module) -> tuple[nn.Sequential, int]:
-    """A head's layers up to its first dense layer, and that layer's place in ``features``."""
-    layers = list(head.get_submodule("features").children())
-    dense = next(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
-    return nn.Sequential(*layers[:dense]), dense
+def dense_input(observed: State, layer: str) -> Tensor:
+    """Return a dense layer's input for one image (Phong et al., IEEE TIFS 2018), exact without noise.
+
+    It follows from ``dL/dW = (dL/db) input^T``: with a 1 appended to the input, ``[dL/dW, dL/db]`` has rank 1.
+    Under noise its first singular vectors are used, by power iterations from ``dL/db``.
+
+    Args:
+        observed: the gradient of one image.
+        layer: name of the layer, whose ``.weight`` is ``M x D`` and whose ``.bias`` is ``M``.
+    """
+    weight, bias = observed[f"{layer}.weight"].double(), observed[f"{layer}.bias"].double()
+    whole, units = torch.cat([weight, bias[:, None]], 1), bias
+    for _ in range(POWER):
+        units = whole @ (units @ whole)
+        units = units / units.norm()
+    return ((units @ weight) / (units @ bias)).float()
+
+
+def before_dense(layers: nn.Module) -> tuple[nn.Sequential, int]:
+    """Return the layers up to the first dense one, and that one's number."""
+    every = list(layers.children())
+    dense = next(i for i, layer in enumerate(every) if isinstance(layer, nn.Linear))
+    return nn.Sequential(*every[:dense]), dense
 
 
 def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, int], hops: int,
                copies: int) -> Tensor:
-    """The inputs of a head behind P gradients, of one image each.
+    """Return the inputs of a head behind P gradients, of one image each.
 
     Args:
         observed: a gradient of the head's parameters for each image.
@@ -67,25 +86,28 @@ def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, in
     return found
 
 
+@dataclass(frozen=True)
 class Problem:
     """P inputs to be found.
 
-    Args:
+    Attributes:
         before: the layers before the dense one.
         convolution: name of the last convolution's weights among them.
-        features: what they make of each input, ``P x D``.
+        features: the dense layer's inputs, ``P x D``.
         slope: the loss's derivative with respect to the features, ``P x D``.
         routed: the gradient of the convolution's weights, ``P x W``.
     """
 
-    def __init__(self, before: nn.Sequential, convolution: str, features: Tensor, slope: Tensor, routed: Tensor):
-        self.before, self.convolution = before, convolution
-        self.features, self.slope, self.routed = features, slope, routed
+    before: nn.Sequential
+    convolution: str
+    features: Tensor
+    slope: Tensor
+    routed: Tensor
 
     def residuals(self, which: Tensor, with_routed: bool) -> Callable[[Tensor], Tensor]:
-        """Of inputs for the problems ``which``: ``N x C x H x W -> N x E``, 0 where an input is right.
+        """Return a function of inputs for N problems, ``N x C x H x W -> N x E``, 0 where an input is right.
 
-        Features, and gradients of the convolution if asked for, are divided by their norm: both count alike.
+        Features, and gradients of the convolution, are divided by their norm, so that both count alike.
         """
         goal, slope = self.features[which], self.slope[which]
         size = goal.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -106,18 +128,18 @@ class Problem:
 
 
 def problem_of(head: nn.Module, observed: list[State]) -> Problem:
-    """The equations for the head's inputs that follow from their gradients, one for each."""
-    before, dense = layers_before_dense(head)
+    """Set up the equations that follow from the gradients of one image each."""
+    before, dense = before_dense(head.get_submodule("features"))
     weight = head.get_parameter(f"features.{dense}.weight").detach()
-    features = torch.stack([dense_input(one, f"features.{dense}") for one in observed])
-    slope = torch.stack([one[f"features.{dense}.bias"] for one in observed]) @ weight   # of the loss by features
+    features = torch.stack([dense_input(gradient, f"features.{dense}") for gradient in observed])
+    slope = torch.stack([gradient[f"features.{dense}.bias"] for gradient in observed]) @ weight
     last = [i for i, layer in enumerate(before) if isinstance(layer, nn.Conv2d)][-1]
-    routed = torch.stack([one[f"features.{last}.weight"].flatten() for one in observed])
+    routed = torch.stack([gradient[f"features.{last}.weight"].flatten() for gradient in observed])
     return Problem(before, f"{last}.weight", features, slope, routed)
 
 
 def search(problem: Problem, which: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Newton with all equations. Near a solution the features alone lead to it exactly, and quickly.
+    """Search with all equations, then with the features alone: near a solution these lead to it exactly.
 
     Returns:
         The inputs, and the squared error of all equations, ``N``.
@@ -133,7 +155,7 @@ def search(problem: Problem, which: Tensor, start: Tensor, steps: int) -> tuple[
 
 def gauss_newton(residuals: Callable[[Tensor], Tensor], start: Tensor, steps: int,
                  inner: int = 20) -> tuple[Tensor, Tensor]:
-    """Levenberg and Marquardt's method on N independent problems; a step is taken where it lowers the error.
+    """Solve N independent problems by Levenberg and Marquardt's method, taking steps that lower the error.
 
     The equations of a step are solved by conjugate gradients, so that no Jacobian is ever formed.
 
@@ -173,16 +195,16 @@ def gauss_newton(residuals: Callable[[Tensor], Tensor], start: Tensor, steps: in
 
 
 def ridge_start(before: nn.Sequential, features: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """A first guess of the inputs: ridge regression from features to inputs drawn from a normal distribution.
+    """Guess inputs by ridge regression from features to inputs drawn from a normal distribution.
 
     Its standard deviation is the one of SPREADS whose features have about the norm of those observed.
     """
-    def of(inputs: Tensor) -> Tensor:
+    def features_of(inputs: Tensor) -> Tensor:
         return torch.cat([before(part) for part in inputs.split(512)])
     norm, unit = features.norm(dim=1).median(), torch.randn(256, *shape)
-    spread = min(SPREADS, key=lambda s: abs(float(of(s * unit).norm(dim=1).median() / norm) - 1))
+    spread = min(SPREADS, key=lambda s: abs(float(features_of(s * unit).norm(dim=1).median() / norm) - 1))
     drawn = spread * torch.randn(DRAWN, *shape)
-    seen = of(drawn)
+    seen = features_of(drawn)
     centre = seen.mean(0)
     square, cross = (seen - centre).T @ (seen - centre), (seen - centre).T @ drawn.flatten(1)
     penalty = RIDGE * square.diagonal().mean() * torch.eye(len(square))

@@ -1,19 +1,107 @@
-"""One word for an attack: ``leaks`` or ``as a guess``. mi_attack.py and report.py share it."""
+"""The tables that an attack writes, and the word for it: ``leaks`` or ``as a guess``."""
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from attack.attacks import Attack
-from attack.tables import FOREIGN
+from runs.csvs import read_csv
 from utils import rng
 
+
+class Unit(NamedTuple):
+    """One attack by one adversary on one client after one round: columns of attack.csv.
+
+    Attributes:
+        observed: what an attack on latents sees of them (``--observe``); "" for other attacks.
+    """
+
+    adversary: str
+    attack: str
+    round: int
+    client: int
+    observed: str = ""
+
+    @property
+    def words(self) -> str:
+        """The attack's name, and what it observes unless that is one draw of z."""
+        return self.attack if self.observed in ("", "z") else f"{self.attack} ({self.observed})"
+
+    @property
+    def picture(self) -> str:
+        """The file name of the attack's picture."""
+        observed = "" if self.observed in ("", "z") else f"_{self.observed}"
+        return f"attack_{self.adversary}_{self.attack}{observed}_round{self.round}_client{self.client}.png"
+
+
+TEXTS = ["adversary", "attack", "observed", "control"]   # all other columns are numbers
+WHOLE_NUMBERS = ["round", "client", "label", "image", "restart"]
+METRICS = ["mse", "psnr", "ssim", "label_match", "evaluator_correct", "nearest_rank", "class_rank",
+           "feature_distance", "knn_distance", "identified"]
+ATTACK_COLUMNS = [*Unit._fields, "label", "image", "restart", "control", *METRICS, "guess", "class_size",
+                  "kl_nats"]
+SUMMARY_KEY = ["adversary", "attack", "round", "observed", "control"]
+FOREIGN = "foreign"   # the control of attacks on images: what the attack makes of another image of the class
+WORST = 0.02          # share of images with the highest KL that are shown apart
 LEAKS, GUESS = "leaks", "as a guess"
 WORDS = (LEAKS, GUESS)   # the worst for the victim first
 LOWER_IS_BETTER = ("class_rank",)
 LEVEL = 0.05     # the greatest rate at which an attack that knows nothing is called a leak
 EXACT = 12       # images up to which all signs are tried
 SIGNS = 10_000   # drawn for more images
+
+
+def read_attack(path: Path, columns: Sequence[str] = ATTACK_COLUMNS) -> pd.DataFrame:
+    """Read ``attack.csv``: a row for each reconstruction, whose ``control`` is "", and for each control.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not what the command writes.
+    """
+    texts = [name for name in columns if name in TEXTS]
+    rows = read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(texts, str))
+    if missing := [name for name in columns if name not in rows]:
+        raise ValueError(f"no column {missing[0]}; attack the run again")
+    rows = rows[list(columns)]
+    kinds = {name: "i" if name in WHOLE_NUMBERS else "if" for name in columns if name not in TEXTS}
+    if not all(rows[name].dtype.kind in kind for name, kind in kinds.items()):
+        raise ValueError("a column holds something else than numbers")
+    return rows.fillna(dict.fromkeys(texts, ""))
+
+
+def worst_identified(rows: pd.DataFrame) -> float:
+    """Return the share identified of the ``WORST`` images by KL, at least one; not a number without KL."""
+    known = rows[rows["kl_nats"].notna()]
+    return known.nlargest(max(1, round(WORST * len(known))), "kl_nats")["identified"].mean()
+
+
+def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a mean over images, by seeded draws."""
+    picks = rng(0, "bootstrap").integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def summarise(rows: Sequence[dict]) -> pd.DataFrame:
+    """Return means over images with 95 % intervals, of each attack's first choices and of each control.
+
+    Args:
+        rows: as in attack.csv.
+    """
+    table = pd.DataFrame(rows, columns=ATTACK_COLUMNS)
+    table = table[(table["restart"] == 0) | (table["control"] != "")]
+    summary = []
+    for key, part in table.groupby(SUMMARY_KEY, sort=False):
+        row: dict[str, object] = {**dict(zip(SUMMARY_KEY, key, strict=True)), "n": len(part)}
+        for name in METRICS:
+            values = part[name].to_numpy(float)
+            low, high = interval(values)
+            row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
+        summary.append({**row, "guess": part["guess"].mean(), "identified_worst": worst_identified(part)})
+    return pd.DataFrame(summary)
 
 
 @dataclass(frozen=True)
@@ -39,7 +127,7 @@ class Verdict:
 
     Attributes:
         count: how many images, or classes for an attack on classes.
-        few: whether these are too few for any attack to be called a leak.
+        few: True if these are too few for any attack to be called a leak.
     """
 
     word: str
@@ -59,12 +147,11 @@ def judge(rows: pd.DataFrame, attack: Attack, level: float = LEVEL) -> Verdict:
       pictures are recognised more often than real images counts: the classes themselves are no secret.
 
     The attack ``leaks`` if its advantage by any metric is significant: if, of all ways to turn the signs of the
-    differences, at most a share of ``level``, divided by the number of metrics, has as great a mean. Who chooses
-    has to be better than a guess within the class, too. Everything else is ``as a guess``.
+    differences, at most a share of ``level``, divided by the number of metrics, has as great a mean. One that
+    chooses has to be better than a guess within the class, too. Everything else is ``as a guess``.
 
     Args:
         rows: of one adversary, attack and round in attack.csv; of one client or of several.
-        attack: the attack's row in ``ATTACKS``.
 
     Raises:
         ValueError: the rows have gaps, or an image does not have a control once.
@@ -76,23 +163,21 @@ def judge(rows: pd.DataFrame, attack: Attack, level: float = LEVEL) -> Verdict:
     own = _by_image(rows[(rows["control"] == "") & (rows["restart"] == 0)], key, columns)
     names = sorted(set(rows["control"]) - {""}) if of_class else [FOREIGN]
     controls = {name: _by_image(rows[rows["control"] == name], key, columns) for name in names}
-    if not len(own) or not controls or not all(one.index.equals(own.index) for one in controls.values()):
+    if not len(own) or not controls or not all(table.index.equals(own.index) for table in controls.values()):
         raise ValueError(f"an image does not have the control {' or '.join(names) or FOREIGN} once")
     comparisons = tuple(_compare(metric, own, controls) for metric in metrics)
     level /= len(metrics)
-    leaks = any(one.p <= level for one in comparisons)
+    leaks = any(comparison.p <= level for comparison in comparisons)
     if attack.chooses:
         leaks &= bool(own["class_rank"].mean() < (own["class_size"] + 1).mean() / 2)
     return Verdict(LEAKS if leaks else GUESS, len(own), 2.0**-len(own) > level, comparisons)
 
 
 def _by_image(rows: pd.DataFrame, key: list[str], columns: list[str]) -> pd.DataFrame:
-    """Columns of rows, indexed by client and image, or by client and label."""
+    """Return columns of rows, indexed by client and image, or by client and label."""
     table = rows.set_index(key)[columns].astype(float).sort_index()
-    if table.index.has_duplicates:
-        raise ValueError("an image is there twice")
-    if table.isna().any(axis=None):
-        raise ValueError("it has gaps")
+    if table.index.has_duplicates or table.isna().any(axis=None):
+        raise ValueError("an image is there twice, or a value is missing")
     return table
 
 
@@ -105,7 +190,7 @@ def _compare(metric: str, own: pd.DataFrame, controls: dict[str, pd.DataFrame]) 
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """The share of all ways to turn the signs of ``N`` differences whose mean is at least the given one.
+    """Return the share of all ways to turn the signs of ``N`` differences whose mean is at least the given one.
 
     It is exact up to ``EXACT`` differences that are not 0, and estimated from ``SIGNS`` seeded draws beyond.
     """

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from attack.attacks import ATTACKS
-from attack.tables import FOREIGN, WORST, read_attack
+from attack.verdict import FOREIGN, WORST, read_attack
 
 SCALE = {"dataset": "mnist10k", "partition": "shards", "rounds": 5, "local_ep": 2, "local_bs": 64}
 METHODS: dict[str, dict[str, object]] = {

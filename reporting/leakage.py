@@ -15,10 +15,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pandas as pd
 
-from attack.access import ADVERSARIES
+from attack.adversaries import ADVERSARIES
 from attack.attacks import ATTACKS
-from attack.tables import FOREIGN, Unit, interval, read_attack, worst_identified
-from attack.verdict import LEVEL, WORDS, Verdict, judge
+from attack.verdict import FOREIGN, LEVEL, WORDS, Unit, Verdict, interval, judge, read_attack, worst_identified
 from methods import METHODS
 from runs.configs import read_json
 from runs.plots import matplotlib, plt

@@ -12,8 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from attack.attacks import ATTACKS
-from attack.tables import FOREIGN, Unit, worst_identified
-from attack.verdict import LEAKS, judge
+from attack.verdict import FOREIGN, LEAKS, Unit, judge, worst_identified
 from methods import HEAD_LR, METHODS
 from reporting.sources import DASH, PARTITIONS, REFERENCE, attacked, csv, grid, of_images
 from reporting.sources import run as finished

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import Markup
 
-from attack.access import ADVERSARIES
+from attack.adversaries import ADVERSARIES
 from attack.verdict import LEAKS
 from reporting import leakage
 from reporting.images import figure_image, image

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from attack.tables import read_attack
+from attack.verdict import read_attack
 from reporting.summary import Finished, one_line, read
 from runs.configs import EVALUATION_SPLIT
 from runs.csvs import read_csv

@@ -40,7 +40,7 @@ def driver():
 @pytest.fixture
 def few_steps(monkeypatch):
     """The attacks that train or search for long stop early: for tests of what is written, not of what is found."""
-    for name, steps in (("latents.PRIOR_STEPS", 8), ("learnt.ALIGNED_STEPS", 8), ("newton.STEPS", 2),
+    for name, steps in (("latents.PRIOR_STEPS", 8), ("adversaries.ALIGNED_STEPS", 8), ("newton.STEPS", 2),
                         ("newton.FEWER", 2)):
         monkeypatch.setattr(f"attack.{name}", steps)
 

@@ -10,7 +10,7 @@ import pytest
 from test_folders import Killed, die_after
 from test_mi_attack import LocalUpdate
 
-from attack import membership, mi_attack
+from attack import command, membership, mi_attack
 from engine import signals
 from engine.signals import Interrupted
 
@@ -20,7 +20,7 @@ TWO = ("--adversary", "curious_server", "stolen_model", "--attack", "mi_face", "
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch):
     """A picture is drawn in no time, and shows what it is of."""
-    monkeypatch.setattr("attack.picture.grid", lambda path, rows, labels, title: path.write_text(
+    monkeypatch.setattr("attack.evaluation.save_picture", lambda path, rows, labels, title: path.write_text(
         f"{labels.tolist()} {title} {[float(images.sum()) for images in rows.values()]}"))
 
 
@@ -50,7 +50,7 @@ def test_the_files_are_the_same_however_often_an_attack_was_interrupted(trained,
         stopped.append(1)
         raise Interrupted(2)
     with monkeypatch.context() as patch:
-        patch.setattr(mi_attack, "check", stop_after_each)
+        patch.setattr(command, "check", stop_after_each)
         assert trained.attack("run", "--overwrite", *flags) == 130
         while trained.attack("run", *flags) == 130:
             pass
@@ -60,17 +60,17 @@ def test_the_files_are_the_same_however_often_an_attack_was_interrupted(trained,
 
 
 def test_sigterm_while_python_frees_an_object_ends_an_attack(trained, monkeypatch, capfd):
-    real, freed = mi_attack.Scene.attack, []
+    real, freed = mi_attack.Evaluation.attack, []
 
     class Object:
         """Something that a weak reference can point to."""
 
-    def attack(self, *unit):
+    def attack(self, unit):
         thing = Object()
         freed.append(weakref.ref(thing, lambda _: os.kill(os.getpid(), 15)))
         del thing
-        return real(self, *unit)
-    monkeypatch.setattr(mi_attack.Scene, "attack", attack)
+        return real(self, unit)
+    monkeypatch.setattr(mi_attack.Evaluation, "attack", attack)
     assert trained.attack("run", "--overwrite", "--adversary", "curious_server", "--attack", "mi_face") == 130
     assert len(freed) == 1 and capfd.readouterr().err.endswith(
         "interrupted; the same command goes on where it stopped\n")
@@ -83,7 +83,7 @@ def test_an_overwrite_of_attacks_that_is_killed_leaves_nothing_of_them(trained, 
     first, second = (*TWO[:2], *TWO[3:5], "--seed", 1), (*TWO[:2], *TWO[3:5], "--seed", 2)
     assert trained.attack("run", "--overwrite", *second) == 0
     expected, steps = files(), 0
-    monkeypatch.setattr(mi_attack.Scene, "attack", lambda *_: (_ for _ in ()).throw(Killed))   # enough is seen
+    monkeypatch.setattr(mi_attack.Evaluation, "attack", lambda *_: (_ for _ in ()).throw(Killed))
     assert trained.attack("run", *second) == 0
     while True:
         for old in trained.place.results.glob("attack*"):
@@ -118,7 +118,7 @@ def test_one_process_at_a_time_trains_or_attacks_a_run(trained, capsys, program,
 
 def test_a_run_cannot_be_trained_while_it_is_attacked(trained, monkeypatch, capsys):
     place, lines = trained.place, []
-    monkeypatch.setattr(mi_attack, "Scene", lambda *_: lines.extend(
+    monkeypatch.setattr(mi_attack, "Evaluation", lambda *_: lines.extend(
         place.refuses(capsys, "--rounds", 1, *flags) for flags in (["--overwrite"], ["--resume"], [])) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trained.attack("run")

@@ -11,9 +11,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics import mean_squared_error
 from torch import nn
 
-from attack import attacks, classes, gradients, latents, learnt, newton, scoring
-from attack.access import Knowledge
-from attack.adversary import Adversary, Budget, PublicImages
+from attack import adversaries, attacks, classes, decoders, gradients, latents, newton, scoring
+from attack.adversaries import Adversary, Budget, Knowledge, PublicImages
 from models import CNN, Classifier, Encoder, VariationalEncoder, as_image
 from utils import seed_torch
 
@@ -92,7 +91,7 @@ def test_the_dense_layers_input_is_recovered_exactly():
     head, x = Classifier(SHAPE, 4).eval(), images(1)
     seen = gradients.gradient(head, x, torch.tensor([2]))
     truth = head.features[:7](x)[0].detach()
-    found = gradients.dense_input(seen, "features.7")
+    found = newton.dense_input(seen, "features.7")
     assert ((found - truth).norm() / truth.norm()) < 1e-5
 
 
@@ -107,7 +106,7 @@ def test_features_that_determine_the_image_give_it_back():
 def test_dlg_recovers_an_image_from_a_smooth_network():
     head, x, y = Sigmoid(0.5), images(1), torch.tensor([1])
     seen = gradients.gradient(head, x, y)
-    found, value = gradients.deep_leakage(head, seen, 1, 4, torch.rand_like(x), 200)
+    found, value = gradients.deep_leakage(head, seen, torch.rand_like(x), 200)
     assert psnr(found, x).item() > 40 and value < 1e-6
 
 
@@ -174,16 +173,14 @@ def test_a_batchs_gradient_gives_its_images_back():
     assert labels.tolist() == [0, 2] and (psnr(scoring.in_order_of(x, found[0]), x) > 20).all()
 
 
-def test_a_row_is_all_that_a_new_attack_needs(monkeypatch):
-    """It says who can run it and what of a run it needs, in the words that a user is told."""
+def test_a_row_says_who_can_run_it_and_what_of_a_run_it_needs():
     def never(target, adversary):
         return f"{adversary} has no {target}"
-    row = attacks.Attack(None, None, ("stolen_model", "prediction_api"), "", needs=(lambda *_: None, never))
-    monkeypatch.setitem(attacks.ATTACKS, "new", row)
-    assert attacks.unfit("new", "curious_server", "luck") == "needs what this adversary does not have"
-    assert attacks.unfit("new", "stolen_model", "luck") == "stolen_model has no luck"
-    monkeypatch.setitem(attacks.ATTACKS, "new", dataclasses.replace(row, needs=()))
-    assert attacks.unfit("new", "stolen_model", "luck") is None
+    row = attacks.ClassAttack(solve=None, adversaries=("stolen_model", "prediction_api"), source="",
+                              needs=(lambda *_: None, never))
+    assert row.unfit("luck", "curious_server") == "needs what this adversary does not have"
+    assert row.unfit("luck", "stolen_model") == "stolen_model has no luck"
+    assert dataclasses.replace(row, needs=()).unfit("luck", "stolen_model") is None
 
 
 def test_only_what_tells_no_order_is_scored_in_any_order():
@@ -208,7 +205,7 @@ def test_class_inversion_finds_the_class():
 def test_a_generator_narrows_class_inversion_to_its_images():
     patterns = (images(4) > 0.5).float()
     public = (patterns.repeat(80, 1, 1, 1) * (0.7 + 0.3 * torch.rand(320, 1, 1, 1))).clamp(0, 1)
-    made = learnt.generator(public, 30)
+    made = decoders.generator(public, 30)
     found, _ = classes.gmi(score_by_template(patterns), torch.tensor([3, 1]), made.decode,
                                 torch.randn(3, 2, made.size), 200)
     assert (scoring.distances(found[0], patterns).argmin(1) == torch.tensor([3, 1])).all()
@@ -218,20 +215,20 @@ def test_the_margin_is_the_log_odds():
     logs = torch.randn(5, 4).log_softmax(1)
     y = torch.tensor([0, 1, 2, 3, 0])
     p = logs.exp()[range(5), y]
-    torch.testing.assert_close(classes.margin(logs, y), (p / (1 - p)).log())
+    torch.testing.assert_close(classes.log_odds(logs, y), (p / (1 - p)).log())
 
 
 def test_a_decoder_learns_to_undo_a_fixed_mixing():
     """Also of images unlike those it has learnt from."""
     mixing, public = torch.linalg.qr(torch.randn(64, 64)).Q, (images(600) > 0.8).float()
-    decode = learnt.latent_decoder(public[:500].flatten(1) @ mixing, None, public[:500], 3)
+    decode = decoders.latent_decoder(public[:500].flatten(1) @ mixing, None, public[:500], 3)
     for other in (public[500:], images(100)):
         assert (psnr(decode(other.flatten(1) @ mixing), other) > 20).all()
 
 
 def test_a_decoder_of_scores_draws_their_class():
     patterns, y = (images(4) > 0.5).float(), torch.arange(400) % 4
-    decode = learnt.decoder(nn.functional.one_hot(y, 4).float(), None, patterns[y], 30)
+    decode = decoders.decoder(nn.functional.one_hot(y, 4).float(), None, patterns[y], 30)
     assert (psnr(decode(torch.eye(4)), patterns) > 12).all()
 
 
@@ -245,7 +242,7 @@ def test_a_shadow_encoder_fits_the_frozen_head(kind):
     for c in range(4):
         public[y == c, :, 2 * c:2 * c + 2] += 0.7
     before = {name: p.clone() for name, p in head.named_parameters()}
-    view = learnt.shadow_encoder(Knowledge(head, None, True, SHAPE), start, public, y, 15, 1e-5)
+    view = adversaries.shadow_encoder(Knowledge(head, None, True, SHAPE), start, public, y, 15, 1e-5)
     assert (view.logits(public, 8).argmax(1) == y).double().mean() > 0.9
     assert all(torch.equal(p, before[name]) for name, p in head.named_parameters())
 
@@ -269,7 +266,7 @@ def test_the_likelihood_of_a_candidate_is_that_of_its_posterior(kind):
     view, candidates = Knowledge(head, encoder, True, SHAPE), images(5)
     adversary = Adversary(view, head, PublicImages(candidates, None), 0.0, None)
     with torch.no_grad():
-        z = view.sample(candidates[:3])
+        z = latents.drawn(view, candidates[:3], 1)[0]
         found, labels = latents.likelihood(adversary, [latents.Seen(z[None])], candidates)
         mu, logvar = view.posterior(candidates)
         sigma = torch.ones_like(mu) if logvar is None else (0.5 * logvar).exp()
@@ -336,8 +333,11 @@ def test_matching_is_by_assignment_not_greedy():
 def test_the_rank_is_of_the_nearest_target():
     pool = torch.arange(5.0).reshape(5, 1, 1, 1)
     target = torch.tensor([[False, False, True, False, True]])
-    assert scoring.rank_of(torch.tensor([0.4]).reshape(1, 1, 1, 1), pool, target).tolist() == [3]
-    assert scoring.rank_of(torch.tensor([2.1]).reshape(1, 1, 1, 1), pool, target).tolist() == [1]
+
+    def rank(value):
+        return scoring.rank_by(scoring.distances(torch.tensor(value).reshape(1, 1, 1, 1), pool), target).tolist()
+    assert rank(0.4) == [3]
+    assert rank(2.1) == [1]
 
 
 def test_what_is_not_a_number_is_ranked_last():
@@ -364,7 +364,7 @@ def test_no_decoder_beats_the_bound_on_gaussian_images():
     variances = x.flatten(1).var(0)
     nats = 0.5 * (1 + variances / sigma**2).log().sum().item()
     mean = x[:3000].flatten(1)
-    decode = learnt.latent_decoder(mean, torch.full_like(mean, 2 * np.log(sigma)), x[:3000], 20)
+    decode = decoders.latent_decoder(mean, torch.full_like(mean, 2 * np.log(sigma)), x[:3000], 20)
     error = (decode(x[3000:].flatten(1) + sigma * torch.randn(1000, 64)) - x[3000:]).square().mean().item()
     assert error > scoring.distortion_bound(x, nats)
 
@@ -398,7 +398,7 @@ def test_gauss_newtons_equations_hold_at_the_truth_alone():
     head, shape = trained_head((1, 8, 8)), (1, 8, 8)
     z = torch.randn(3, *shape)
     observed = [gradients.gradient(head, one[None], torch.tensor([1])) for one in z]
-    before, dense = newton.layers_before_dense(head)
+    before, dense = newton.before_dense(head.features)
     slope = torch.stack([one[f"features.{dense}.bias"] for one in observed]) @ head.features[dense].weight
     problem = newton.Problem(before, "3.weight", before(z), slope,
                              torch.stack([one["features.3.weight"].flatten() for one in observed]))
@@ -470,7 +470,7 @@ def test_a_search_in_a_generator_finds_an_image_that_it_can_draw(kind, monkeypat
     def decode(code):
         return (code @ directions).sigmoid().unflatten(1, SHAPE)
     drawing = SimpleNamespace(size=2, decode=decode, encode=lambda x: torch.zeros(len(x), 4))
-    monkeypatch.setattr(learnt, "generator", lambda *_: drawing)   # in place of one that is trained
+    monkeypatch.setattr(decoders, "generator", lambda *_: drawing)   # in place of one that is trained
     monkeypatch.setattr(latents, "decode", lambda adversary, seen, count: (
         torch.zeros(1, count, *SHAPE), latents.labels_of(adversary, seen)))
     truth = decode(torch.tensor([[0.5, -0.4], [-0.3, 0.6], [0.1, 0.1]]))
@@ -487,7 +487,7 @@ def test_a_search_in_a_generator_finds_an_image_that_it_can_draw(kind, monkeypat
 def test_moments_are_apart_by_class_mean_spread_and_covariance():
     """By hand: two classes of four latents each, in units of the spread of all."""
     seen, labels = torch.randn(8, 3), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    apart = learnt.moments_apart(seen, labels)
+    apart = adversaries.moment_distance(seen, labels)
     order = torch.tensor([2, 0, 3, 1, 7, 6, 5, 4])
     assert apart(seen[order], labels[order]).item() == pytest.approx(0, abs=1e-9)   # whichever images they are of
     assert apart(seen, 1 - labels) > 0.1   # the classes' moments, and not only those of all
@@ -498,7 +498,7 @@ def test_moments_are_apart_by_class_mean_spread_and_covariance():
     first = seen[only] / seen.std()
     expected = first.std(0).square().mean() + (3 * 10 * first.T.cov()).square().mean()
     assert apart(wider[only], labels[only]).item() == pytest.approx(expected.item(), rel=1e-4)
-    one = learnt.moments_apart(seen[3:], labels[3:])   # a single latent has no moments
+    one = adversaries.moment_distance(seen[3:], labels[3:])   # a single latent has no moments
     assert one(seen[only], labels[only]) == 0
 
 
@@ -516,7 +516,7 @@ def test_a_shadow_encoder_is_aligned_with_the_latents_seen():
 
     def cosine(apart):
         network = torch.nn.ModuleDict({"encoder": copy.deepcopy(start)})
-        shadow = learnt.shadow_encoder(view, network, x[200:], labels[200:], 20, 0.0, apart)
+        shadow = adversaries.shadow_encoder(view, network, x[200:], labels[200:], 20, 0.0, apart)
         return torch.cosine_similarity(shadow.posterior(x[:200])[0], seen, dim=1).mean().item()
-    plain, aligned = cosine(None), cosine(learnt.moments_apart(seen, labels[:200]))
+    plain, aligned = cosine(None), cosine(adversaries.moment_distance(seen, labels[:200]))
     assert aligned > 0.8 and plain < 0.5, (aligned, plain)

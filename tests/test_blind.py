@@ -1,5 +1,6 @@
 """Attacks that know the class and not the image are as a guess, and true leaks leak: many draws of real images."""
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +10,11 @@ import torch
 from conftest import ROOT
 from scipy.stats import binom
 
-from attack import scene, scoring
-from attack.adversary import PublicImages
-from attack.attacks import ATTACKS, Attack
-from attack.tables import ATTACK_COLUMNS
-from attack.verdict import GUESS, LEAKS, LEVEL, judge
+from attack import evaluation, scoring
+from attack.adversaries import Budget, PublicImages
+from attack.attacks import ATTACKS, ClassAttack, IdentificationAttack, ReconstructionAttack
+from attack.target import Target
+from attack.verdict import ATTACK_COLUMNS, GUESS, LEAKS, LEVEL, Unit, judge
 from datasets import Dataset
 
 CLASSES, EACH = 10, 150   # classes; training images of the client in each of its classes
@@ -57,19 +58,21 @@ def tried(data, seed, attack, count, per_class):
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data.labels))
     own = [order[data.labels[order] == c] for c in rng.permutation(CLASSES)[:per_class]]
-    made = scene.Scene.__new__(scene.Scene)
-    made.target, made.args = SimpleNamespace(data=data), Namespace(seed=seed, images=count)
+    made = evaluation.Evaluation.__new__(evaluation.Evaluation)
+    made.target = Target(Path("run"), Path("run"), {}, data)
+    made.args = Namespace(seed=seed, images=count, image_numbers=None)
     made.train = [np.sort(np.concatenate([part[:EACH] for part in own]))]
     made.test = [np.concatenate([part[EACH:EACH + 20] for part in own])]
+    made.held_out = made.test[0]
     free = np.concatenate([part[EACH + 20:EACH + 220] for part in own])
-    images, labels = scene.as_floats(data.images[free]), torch.from_numpy(data.labels[free])
+    images, labels = made.target.pixels(free), made.target.labels(free)
     made.public = PublicImages(images, labels, lambda classes: (images, labels))
-    made.evaluator, made.budget, made.features = Recognised(images, labels), Namespace(draws=1), {}
-    made._draw, made.adversary = lambda *_: None, lambda *_: made
+    made.evaluator, made.budget, made.features = Recognised(images, labels), Budget(1, 1, 1, 1, 0.1, 3), {}
+    made.adversary = lambda *_: made
     ATTACKS["tried"] = attack
     torch.manual_seed(seed)
     try:
-        return pd.DataFrame(made.attack("stolen_model", "tried", 1, 0), columns=ATTACK_COLUMNS)
+        return pd.DataFrame(made.attack(Unit("stolen_model", "tried", 1, 0)), columns=ATTACK_COLUMNS)
     finally:
         del ATTACKS["tried"]
 
@@ -77,7 +80,8 @@ def tried(data, seed, attack, count, per_class):
 @pytest.fixture
 def draw(mnist, monkeypatch):
     """(seed, attack, images, classes) -> the verdict on an attack."""
-    monkeypatch.setattr(scene, "Victim", Seen)
+    monkeypatch.setattr(evaluation, "Victim", Seen)
+    monkeypatch.setattr(evaluation, "save_picture", lambda *_: None)
     return lambda seed, attack, count, per_class=2: judge(tried(mnist, seed, attack, count, per_class), attack)
 
 
@@ -88,14 +92,14 @@ def of_class(public, labels, make):
 
 def image_attack(make, **more):
     """An attack on images: (scene, images N, labels N) -> images ``1 x N x C x H x W``."""
-    return Attack(lambda adversary, seen, count: (make(adversary.public, *seen), seen[1]),
-                  lambda victim, x, y, budget: (x, y), ("stolen_model",), "", **more)
+    return ReconstructionAttack(observe=lambda victim, x, y, budget: (x, y), adversaries=(), source="", **more,
+                                solve=lambda adversary, seen, count: (make(adversary.public, *seen), seen[1]))
 
 
 def chooser(make):
     """An attack that chooses: (images N, labels N, candidates M) -> likelihoods ``N x M``."""
-    return Attack(lambda adversary, seen, pool: (make(*seen, pool), seen[1]),
-                  lambda victim, x, y, budget: (x, y), ("stolen_model",), "", chooses=True)
+    return IdentificationAttack(observe=lambda victim, x, y, budget: (x, y), adversaries=(), source="",
+                                solve=lambda adversary, seen, pool: (make(*seen, pool), seen[1]))
 
 
 def same_class(x, y, pool):
@@ -165,5 +169,6 @@ def test_what_knows_the_image_leaks(draw, name):
                                   lambda part: part[torch.randint(len(part), ())]])
 def test_a_picture_of_a_class_from_public_images_is_a_guess(draw, make):
     """Also where the evaluator recognises each picture: its controls are a mean and an image of the class."""
-    attack = Attack(lambda adversary, labels: of_class(adversary.public, labels, make), None, (), "")
+    attack = ClassAttack(solve=lambda adversary, labels: of_class(adversary.public, labels, make), adversaries=(),
+                         source="")
     assert {draw(seed, attack, None, per_class=10).word for seed in range(3)} == {GUESS}

@@ -228,12 +228,12 @@ def test_a_run_is_named_as_the_data_set_is_here(tmp_path):
     assert (args.dataset, args.augment) == ("cifar", "flip+shift") and args.run_name.startswith("cifar-")
 
 
-@pytest.mark.parametrize("program", [mi_attack, membership])
+@pytest.mark.parametrize("program", [mi_attack.MiAttack, membership.Membership])
 def test_public_images_go_by_those_names_too(tmp_path, program):
     args = Namespace(public="Fashion-MNIST", run="run", **dict.fromkeys(
         ("results_dir", "models_dir", "data_dir"), tmp_path))
     with pytest.raises(InputError, match="no runs"):
-        program.attack_all(args)
+        program(args)
     assert args.public == "fmnist"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import ROOT, _load
 
-from attack.tables import ATTACK_COLUMNS, FOREIGN
+from attack.verdict import ATTACK_COLUMNS, FOREIGN
 from reporting import claims, docs, measured, study
 from reporting.sources import NAME
 from reporting.tables import TABLES

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, _load
 
-from attack import tables
+from attack import verdict
 from reporting import leakage, summary
 
 # adversary, attack, round -> SSIM or evaluator right of the attack and its control, rank in the class, identified
@@ -36,13 +36,14 @@ def lines(attacks, count=8):
         for control in ("", *(("grey", "noise") if drawn else ("foreign", "class_mean"))):
             score = {"": own, "foreign": other, "noise": other, "class_mean": 0.99}.get(control, 0.0)
             for i in range(count):
-                rows.append({**dict.fromkeys(tables.ATTACK_COLUMNS, 0.5), "adversary": adversary, "attack": attack,
-                             "round": round, "client": 0, "label": i, "image": i, "restart": 0, "control": control,
+                rows.append({**dict.fromkeys(verdict.ATTACK_COLUMNS, 0.5), "adversary": adversary,
+                             "attack": attack, "round": round, "client": 0, "label": i, "image": i, "restart": 0,
+                             "control": control,
                              "observed": "", "ssim": score, "evaluator_correct": int(i < count * score),
                              "class_rank": 50 if control else rank, "class_size": 100, "guess": 0.002,
                              "identified": int(not control and i >= count - identified),
                              "kl_nats": np.nan if drawn else float(i)})
-    return pd.DataFrame(rows, columns=tables.ATTACK_COLUMNS)
+    return pd.DataFrame(rows, columns=verdict.ATTACK_COLUMNS)
 
 
 def attacked(folder, attacks, public="unowned", count=8):
@@ -72,11 +73,11 @@ def runs(tmp_path_factory, make_place):
 
 
 def test_the_summarys_columns():
-    row = dict.fromkeys(tables.ATTACK_COLUMNS, 0) | {"control": "", "observed": "", "adversary": "stolen_model",
+    row = dict.fromkeys(verdict.ATTACK_COLUMNS, 0) | {"control": "", "observed": "", "adversary": "stolen_model",
                                                    "attack": "latent_decoder"}
-    found = tables.summarise([{**row, "identified": int(i == 3), "kl_nats": i} for i in range(4)])
+    found = verdict.summarise([{**row, "identified": int(i == 3), "kl_nats": i} for i in range(4)])
     assert found["identified"].tolist() == [0.25] and found["identified_worst"].tolist() == [1]
-    assert {*tables.SUMMARY_KEY, "n", "ssim", "ssim_low", "ssim_high", "class_rank"} <= set(found.columns)
+    assert {*verdict.SUMMARY_KEY, "n", "ssim", "ssim_low", "ssim_high", "class_rank"} <= set(found.columns)
 
 
 def test_the_strongest_attack_beside_its_control():

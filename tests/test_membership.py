@@ -11,8 +11,9 @@ from test_mi_attack import guard, opened, watching  # noqa: F401 - guard is a fi
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from attack import access, members, membership, references, roc
-from attack.scene import as_floats
+from attack import adversaries, members, membership
+from attack import target as targets
+from attack.target import as_floats
 from models import VariationalEncoder
 from utils import InputError
 
@@ -43,7 +44,7 @@ class LocalUpdate:
 
     def target(self, run):
         self.ready(run)
-        return access.open_target(run, *self.folders())
+        return targets.open_target(run, *self.folders())
 
     def attack(self, run, *flags):
         self.ready(run)
@@ -98,40 +99,31 @@ def test_auc_and_tpr_against_scikit_learn():
         weights = rng.random(size)
         every = np.concatenate([weights, np.ones(25)])
         inside, outside = scores[member], scores[~member]
-        assert roc.auc(inside, outside, weights) == pytest.approx(
+        assert members.auc(inside, outside, weights) == pytest.approx(
             roc_auc_score(member, scores, sample_weight=every))
         false, true, _ = roc_curve(member, scores, sample_weight=every, drop_intermediate=False)
         for rate in (0.001, 0.01, 0.04, 0.1, 0.5):
-            assert roc.tpr(inside, outside, weights, rate) == pytest.approx(true[false <= rate + 1e-9].max())
-
-
-def test_measures_by_hand():
-    inside, outside = np.array([3.0, 1.0, 2.0]), np.array([2.0, 0.0])
-    ones = np.ones(3)
-    assert roc.auc(inside, outside, ones) == pytest.approx((2 + 1 + 1.5) / 6)
-    assert roc.tpr(inside, outside, ones, 0.01) == pytest.approx(1 / 3)   # over 2: only the 3
-    assert roc.tpr(inside, outside, ones, 0.5) == 1                       # over 0: all
-    assert roc.tpr(inside, outside, np.array([2.0, 1, 1]), 0.01) == pytest.approx(0.5)
+            assert members.tpr(inside, outside, weights, rate) == pytest.approx(true[false <= rate + 1e-9].max())
 
 
 def test_a_score_that_knows_the_class_alone_tells_nothing():
     """Three of four members are of class 0, and one of four non-members."""
     classes, member = np.repeat([0, 1, 0, 1], [90, 30, 10, 30]), np.repeat([True, False], [120, 40])
-    weights = roc.class_weights(classes[member], classes[~member])
+    weights = members.class_weights(classes[member], classes[~member])
     assert weights.mean() == pytest.approx(1)
     assert weights[:90].sum() / weights.sum() == pytest.approx(10 / 40)
-    found = roc.measure(-1.0 * classes, classes, member)
+    found = members.measure(-1.0 * classes, classes, member)
     assert found["auc"] == found["auc_low"] == found["auc_high"] == 0.5
     assert roc_auc_score(member, -classes) > 0.7   # without weights
 
 
 def test_scores_that_are_all_alike_do_not_leak(monkeypatch):
     """The weights of the members round: their average of 0.5 may come out as 0.5000000000000001."""
-    monkeypatch.setattr(roc, "DRAWS", 2)
+    monkeypatch.setattr(members, "DRAWS", 2)
     rng = np.random.default_rng(0)
     for size in range(50, 80):
         member = np.arange(size) < 40
-        found = roc.measure(np.zeros(size), np.append(rng.integers(0, 3, size - 3), range(3)), member)
+        found = members.measure(np.zeros(size), np.append(rng.integers(0, 3, size - 3), range(3)), member)
         assert found["auc"] == found["auc_low"] == found["auc_high"] == 0.5
 
 
@@ -139,8 +131,8 @@ def test_intervals_are_seeded_and_hold_what_they_are_of():
     rng = np.random.default_rng(0)
     member, classes = np.arange(200) < 120, rng.integers(0, 3, 200)
     scores = rng.normal(member * 1.0, 1)
-    found = roc.measure(scores, classes, member)
-    assert found == roc.measure(scores, classes, member)
+    found = members.measure(scores, classes, member)
+    assert found == members.measure(scores, classes, member)
     assert 0.6 < found["auc_low"] < found["auc"] < found["auc_high"] < 0.9
     assert found["tpr_at_fpr_0.01_low"] <= found["tpr_at_fpr_0.01"] <= found["tpr_at_fpr_0.01_high"]
 
@@ -152,11 +144,11 @@ def test_intervals_hold_a_guess_as_often_as_they_say(monkeypatch, sizes):
     Fewer than 155 or more than 195 of 200 have a probability under 1e-4 together. If the half of 12 images is not
     resampled, the intervals hold it in 44 %.
     """
-    monkeypatch.setattr(roc, "DRAWS", 100)
-    monkeypatch.setattr(roc, "FALSE_POSITIVE_RATES", ())
+    monkeypatch.setattr(members, "DRAWS", 100)
+    monkeypatch.setattr(members, "FALSE_POSITIVE_RATES", ())
     rng, member, held = np.random.default_rng(1), np.repeat([True, False], sizes), 0
     for _ in range(200):
-        found = roc.measure(rng.normal(size=132), np.arange(132) % 2, member)
+        found = members.measure(rng.normal(size=132), np.arange(132) % 2, member)
         held += found["auc_low"] <= 0.5 <= found["auc_high"]
     assert 155 <= held <= 195, held
 
@@ -192,7 +184,7 @@ def test_non_members_are_of_the_clients_classes_and_its_own(trained, tiny_arrays
         assert (~found.member).sum() == (labels[held] == own[0]).sum()
         np.savez(partition, **{**whole, "test_0": strange})
         assert members.asked(target, 0) is None
-        assert membership.unfit(target, membership.Unit("stolen_model", "loss", 2, 0), [2])
+        assert members.obstacle(target, membership.Unit("stolen_model", "loss", 2, 0), [2])
     finally:
         np.savez(partition, **whole)
     found = members.asked(target, 1)
@@ -205,10 +197,10 @@ def test_non_members_are_of_the_clients_classes_and_its_own(trained, tiny_arrays
 
 def test_models_answer_as_the_options_say(trained, monkeypatch):
     target, args = trained.target("rve_pfl"), options(trained, "rve_pfl", "--draws", 3, "--scores", 2)
-    drawn, logits = [], access.Knowledge.logits
-    monkeypatch.setattr(access.Knowledge, "logits", lambda held, x, draws=0: drawn.append(draws) or logits(
+    drawn, logits = [], adversaries.Knowledge.logits
+    monkeypatch.setattr(adversaries.Knowledge, "logits", lambda held, x, draws=0: drawn.append(draws) or logits(
         held, x, draws))
-    adversary, images = members.Adversary(target, args, [2], 2, 0), members.asked(target, 0).images
+    adversary, images = members.MembershipAdversary(target, args, [2], 2, 0), members.asked(target, 0).images
     told = {who: answer(adversary)(images).isfinite().sum(1) for who, answer in members.MODELS.items()}
     assert drawn == [3, 3]
     assert (told["stolen_model"] == 4).all() and (told["prediction_api"] == 2).all()
@@ -218,16 +210,13 @@ def test_public_images_are_of_the_classes_asked_about_where_they_mean_the_same(t
     """``public`` is another data set than ``tiny``. Where the images of the classes are too few, all are taken."""
     target, args = trained.target("fedavg"), options(trained, "fedavg", "--public_images", 230)
     same, pair = replace(target, options=target.options | {"dataset": "public"}), torch.tensor([1, 3])
-    monkeypatch.setattr(members, "MIN_PUBLIC", 100)
-    images, labels = members.Adversary(target, args, [2], 2, 0).public_of(pair)
+    monkeypatch.setattr(adversaries, "MIN_PUBLIC", 100)
+    images, labels = adversaries.public_images(target, args).of(pair)
     assert set(labels.tolist()) == {0, 1, 2, 3} and len(images) == 230
-    adversary = members.Adversary(same, args, [2], 2, 0)
-    images, labels = adversary.public_of(pair)
+    images, labels = adversaries.public_images(same, args).of(pair)
     assert set(labels.tolist()) == {1, 3} and len(images) == 120
-    pixels, known = adversary.public
-    assert torch.equal(images, as_floats(pixels[np.isin(known, [1, 3])]))
-    monkeypatch.setattr(members, "MIN_PUBLIC", 121)
-    assert len(adversary.public_of(pair)[1]) == 230
+    monkeypatch.setattr(adversaries, "MIN_PUBLIC", 121)
+    assert len(adversaries.public_images(same, args).of(pair)[1]) == 230
 
 
 # Controls
@@ -245,7 +234,8 @@ def test_images_of_other_clients_dealt_at_random_are_a_guess(trained):
     inside, outside = np.sort(others[:len(others) // 2]), np.sort(others[len(others) // 2:])
     try:
         np.savez(partition, **{**whole, "train_0": inside, "test_0": outside})
-        assert trained.attack("by_heart", "--public", "other", "--references", 1, "--train_epochs", 10) == 0
+        assert trained.attack("by_heart", "--public", "other", "--references", 1, "--train_epochs", 10,
+                              "--overwrite") == 0
     finally:
         np.savez(partition, **whole)
     table, sizes = trained.csv("by_heart"), (len(inside), len(outside))
@@ -255,7 +245,7 @@ def test_images_of_other_clients_dealt_at_random_are_a_guess(trained):
 
 
 def test_what_was_learnt_by_heart_leaks(trained, capsys):
-    assert trained.attack("by_heart", "--public", "other", "--train_epochs", 60) == 0
+    assert trained.attack("by_heart", "--public", "other", "--train_epochs", 60, "--overwrite") == 0
     table = trained.csv("by_heart").set_index(["adversary", "attack"])
     assert set(table.index) == {(who, how) for who in ("stolen_model", "prediction_api")
                                 for how in ("loss", "rmia")} | {("curious_server", "fedmia")}
@@ -276,9 +266,9 @@ def test_fedmia_standardises_by_the_other_clients(trained, monkeypatch):
         p = np.exp(-losses[whose])
         return torch.full((len(images),), float(np.log(p / (1 - p)))).double()
     monkeypatch.setattr(members, "confidence", confidence)
-    adversary = members.Adversary(target, args, [1, 2], 2, 0)
-    reads, read = [], access.read_shared
-    monkeypatch.setattr(access, "read_shared", lambda path, *rest: reads.append(path) or read(path, *rest))
+    adversary = members.MembershipAdversary(target, args, [1, 2], 2, 0)
+    reads, read = [], targets.read_shared
+    monkeypatch.setattr(targets, "read_shared", lambda path, *rest: reads.append(path) or read(path, *rest))
     found = members.fedmia("curious_server", adversary, asked.images, asked.labels)
     assert len(reads) == 2   # a round's file holds all heads: once each
     by_hand = ((3 - 1) / np.sqrt(2) + (4 - 3) / np.sqrt(2)) / 2
@@ -289,11 +279,11 @@ def test_rmia_by_hand(trained, monkeypatch):
     """Probabilities given by hand: of the victim, and of two references, for x and for each public z."""
     target = trained.target("fedavg")
     args = Namespace(scaling=0.5, gamma=1.0, draws=1)
-    adversary = members.Adversary(target, args, [2], 2, 0)
+    adversary = members.MembershipAdversary(target, args, [2], 2, 0)
     z, x = torch.arange(8.0).reshape(8, 1, 1, 1), torch.tensor([100.0, 101.0, 102.0]).reshape(3, 1, 1, 1)
     victim = {0: 0.2, 1: 0.9, 100: 0.6, 101: 0.9, 102: 0.69}
     reference = {0: 0.4, 1: 0.8, 100: 0.2, 101: 0.9, 102: 0.5}
-    monkeypatch.setattr(adversary, "public_of", lambda labels: (z, torch.arange(8) % 4))
+    adversary.public = adversaries.PublicImages(z, torch.arange(8) % 4)
     monkeypatch.setattr(adversary, "references", lambda images, labels, count: ["low", "high"])
     monkeypatch.setitem(members.MODELS, "stolen_model", lambda adversary: "victim")
 
@@ -336,11 +326,12 @@ def test_fedmia_trains_a_shadow_encoder_behind_the_head_sent_in_each_round(train
 
     def shadow_encoder(knowledge, start, images, labels, epochs, kl_weight):
         made.append((knowledge.head.state_dict(prefix="classifier."), start.state_dict(), epochs, kl_weight))
-        return access.Knowledge(knowledge.head, Shifted(len(made)), True, (1, 8, 8))
-    monkeypatch.setattr(members.learnt, "shadow_encoder", shadow_encoder)
+        return adversaries.Knowledge(knowledge.head, Shifted(len(made)), True, (1, 8, 8))
+    monkeypatch.setattr(members, "shadow_encoder", shadow_encoder)
     asked, seen, confidence = members.asked(target, 0), [], members.confidence
     monkeypatch.setattr(members, "confidence", lambda answer, x, y: seen.append(x) or confidence(answer, x, y))
-    members.fedmia("curious_server", members.Adversary(target, args, [1, 2], 2, 0), asked.images, asked.labels)
+    adversary = members.MembershipAdversary(target, args, [1, 2], 2, 0)
+    members.fedmia("curious_server", adversary, asked.images, asked.labels)
     seeded = target.start(0).state_dict()
     for r, (head, start, epochs, kl_weight) in enumerate(made, 1):
         assert all(torch.equal(head[name], value) for name, value in target.shared(r)["sent"].items())
@@ -351,14 +342,13 @@ def test_fedmia_trains_a_shadow_encoder_behind_the_head_sent_in_each_round(train
 
 
 @pytest.mark.parametrize("prior", ["class", "normal"])
-def test_kl_by_hand(trained, prior, monkeypatch):
+def test_kl_by_hand(trained, prior):
     """Against PyTorch's own divergence of two Gaussians, with the priors of ``client_1.pt``."""
     if prior == "class":
         trained.train("priors", "--prior", "class", "--kl_weight", 0.1, "--rounds", 2)
-    monkeypatch.setattr(members, "PART", 16)
     target = trained.target("priors" if prior == "class" else "rve_pfl")
     asked = members.asked(target, 1)
-    adversary = members.Adversary(target, Namespace(draws=1), [2], 2, 1)
+    adversary = members.MembershipAdversary(target, Namespace(draws=1), [2], 2, 1)
     found = members.kl("stolen_model", adversary, asked.images, asked.labels)
     private = target.private(2, 1).parameters
     encoder = VariationalEncoder(target.data.image_shape, 0.0).eval()
@@ -376,9 +366,9 @@ def test_kl_by_hand(trained, prior, monkeypatch):
 def test_no_reference_has_seen_the_images_it_is_compared_on(trained, monkeypatch):
     target = trained.target("fedavg")
     args = options(trained, "fedavg", "--references", "2")
-    adversary, seen = members.Adversary(target, args, [2], 2, 0), {}
+    adversary, seen = members.MembershipAdversary(target, args, [2], 2, 0), {}
     monkeypatch.setattr(adversary, "references", lambda images, labels, count: seen.update(
-        trained=images, count=count) or [adversary.start().eval()])
+        trained=images, count=count) or [target.start(0).eval()])
     asked, scored = members.asked(target, 0), []
     confidence = members.confidence
     monkeypatch.setattr(members, "confidence", lambda answer, x, y: scored.append(x) or confidence(answer, x, y))
@@ -405,24 +395,24 @@ def test_a_reference_is_trained_as_a_client(trained, flags):
     last, own, labels = target.latest_round(), target.owned()[0][0], torch.from_numpy(target.data.labels)
     private = target.private(last, 0)
     victim = {**target.own_head(last, 0, private), **private.parameters}
-    reference = references.Alone(last, 0, None, 1).train(target, as_floats(target.data.images[own]), labels[own])
-    assert all(torch.equal(value, victim[key]) for key, value in reference.state_dict().items())
-    assert not reference.training and not any(value.requires_grad for value in reference.parameters())
+    made = members.train_reference(target, (last, 0, None), 1, target.pixels(own), labels[own])
+    assert all(torch.equal(value, victim[key]) for key, value in made.state_dict().items())
+    assert not made.training and not any(value.requires_grad for value in made.parameters())
 
 
 def test_references_differ_in_images_and_draws(trained, monkeypatch):
     target = trained.target("rve_pfl")
     args = options(trained, "rve_pfl", "--references", "3")
-    adversary, made = members.Adversary(target, args, [2], 2, 1), []
-    train = references.Alone.train
-    monkeypatch.setattr(references.Alone, "train", lambda how, target, images, labels: made.append(
-        (how, images, labels)) or train(how, target, images, labels))
+    adversary, made = members.MembershipAdversary(target, args, [2], 2, 1), []
+    train = members.train_reference
+    monkeypatch.setattr(members, "train_reference", lambda target, like, seed, *data: made.append(
+        ((like, seed), *data)) or train(target, like, seed, *data))
     images = torch.arange(40.0).div(255)[:, None, None, None].expand(40, 1, 8, 8)
     labels = torch.arange(40) % 4
     found = adversary.references(images, labels, 25)
     assert found is adversary.references(images, labels, 25) and len(found) == len(made) == 3
-    assert len({how.seed for how, _, _ in made}) == 3
-    assert all((how.round, how.client, how.epochs) == (2, 1, None) for how, _, _ in made)
+    assert len({how[1] for how, _, _ in made}) == 3
+    assert all(how[0] == (2, 1, None) for how, _, _ in made)
     chosen = [(255 * part[:, 0, 0, 0]).round().long() for _, part, _ in made]
     assert all(len(part.unique()) == 25 for part in chosen) and len({tuple(part.tolist()) for part in chosen}) == 3
     assert all(torch.equal(known, labels[part]) for part, (_, _, known) in zip(chosen, made, strict=True))
@@ -437,7 +427,7 @@ def test_a_reference_trains_in_the_rounds_of_its_client(trained, monkeypatch):
     table = pd.read_csv(target.results / "clients.csv").query("stage == 'trained'")
 
     def schedule(client, epochs=None, **options):
-        return references.Alone(6, client, epochs, 1).schedule(replace(target, options=target.options | options))
+        return members.schedule(replace(target, options=target.options | options), 6, client, epochs)
     for k in range(3):
         asked = set(table[table["client"] == k]["round"])
         assert schedule(k) == [(r, 2) for r in sorted(asked)]
@@ -446,9 +436,9 @@ def test_a_reference_trains_in_the_rounds_of_its_client(trained, monkeypatch):
     assert len(table[["client", "round"]].drop_duplicates()) == 12   # not 18
     assert schedule(0, 5) == [(1, 2), (2, 2), (3, 1)] and schedule(0, 1) == [(1, 1)]
     seen = []
-    monkeypatch.setattr(references.Trainer, "train", lambda self, client, number, indices, sent, private: (
+    monkeypatch.setattr(members.Trainer, "train", lambda self, client, number, indices, sent, private: (
         sent, private, seen.append((number, self.training.epochs))))
-    references.Alone(6, 0, 5, 1).train(target, torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
+    members.train_reference(target, (6, 0, 5), 1, torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
     assert seen == [(1, 2), (2, 2), (3, 1)]
 
 
@@ -458,7 +448,7 @@ def test_a_reference_that_cannot_be_trained_is_one_line(trained, tiny_arrays):
 
     def fault(options):
         with pytest.raises(InputError) as error:
-            references.Alone(2, 0, None, 1).train(replace(target, options=options), images, labels)
+            members.train_reference(replace(target, options=options), (2, 0, None), 1, images, labels)
         return str(error.value)
     diverged = fault(target.options | {"lr": 1e30})
     assert "diverged" in diverged and "--train_epochs" in diverged
@@ -477,12 +467,12 @@ def test_an_adversary_opens_its_own_files_only(trained, how, who, allowed):
     """And of the run's other files none: what is asked about is handed to it."""
     target = trained.target("rve_pfl")
     args = options(trained, "rve_pfl", "--references", "1")
-    adversary, asked = members.Adversary(target, args, [1, 2], 2, 0), members.asked(target, 0)
-    assert len(adversary.public[1])
+    adversary, asked = members.MembershipAdversary(target, args, [1, 2], 2, 0), members.asked(target, 0)
+    assert len(adversary.public.labels)
     opened.clear()
     watching.set()
     try:
-        members.ATTACKS[how].score(who, adversary, asked.images, asked.labels)
+        members.MEMBERSHIP_ATTACKS[how].score(who, adversary, asked.images, asked.labels)
     finally:
         watching.clear()
     ours = [name for name in opened if name.startswith(str(trained.place.folder))]
@@ -500,12 +490,12 @@ def fits(method):
 
 @pytest.mark.parametrize("method", ["rve_pfl", "fedavg", "lg_fedavg", "local", "fedper"])
 def test_every_attack_that_fits_leaves_a_row(trained, method, capsys):
-    assert trained.attack(method, "--clients", 0, 1) == 0
+    assert trained.attack(method, "--clients", 0, 1, "--overwrite") == 0
     table, said = trained.csv(method), capsys.readouterr().out
     assert list(table.columns) == membership.COLUMNS
     assert set(zip(table["adversary"], table["attack"], strict=True)) == fits(method)
     assert len(table) == 2 * len(fits(method)) == said.count(" client ") and set(table["round"]) == {2}
-    assert np.isfinite(table[membership.NUMBERS]).all(axis=None)
+    assert np.isfinite(table[membership.COLUMNS[4:]]).all(axis=None)
     assert ((table["auc_low"] <= table["auc"]) & (table["auc"] <= table["auc_high"])).all()
     rows = table.set_index(KEY)
     for line in filter(lambda line: " client " in line, said.splitlines()):
@@ -514,35 +504,43 @@ def test_every_attack_that_fits_leaves_a_row(trained, method, capsys):
         assert (": leaks. AUC " in line, ": as a guess. AUC " in line) == (leaks, not leaks)
 
 
-def test_a_second_call_replaces_its_rows_and_keeps_others(trained):
+def test_a_second_call_goes_on_and_keeps_other_rows(trained, capsys, monkeypatch):
+    """But for `fedmia`, whose row is of all rounds: of which, the second call says anew."""
     path = trained.target("fedavg").results / "membership.csv"
-    path.unlink(missing_ok=True)
     flags = ("--adversary", "stolen_model", "--attack", "loss")
     left = path.with_name(f".membership.csv.{10**30}.tmp")   # by a process that was killed
     left.touch()
-    assert trained.attack("fedavg", *flags, "--rounds", 1, 2) == 0 and not left.exists()
+    assert trained.attack("fedavg", *flags, "--rounds", 2, 1, "--overwrite") == 0 and not left.exists()
     first = trained.csv("fedavg")
     assert first[KEY].to_numpy().tolist() == [["stolen_model", "loss", r, 0] for r in (1, 2)]
-    path.write_text(path.read_text().replace("stolen_model,loss,2,0,", "stolen_model,loss,2,0,9"))
-    assert trained.attack("fedavg", *flags) == 0
-    pd.testing.assert_frame_equal(trained.csv("fedavg"), first)
-    assert trained.attack("fedavg", "--adversary", "curious_server", "--rounds", 1, 1, "--clients", 0, 0) == 0
-    assert trained.csv("fedavg")[KEY].to_numpy().tolist()[0] == ["curious_server", "fedmia", 1, 0]
-    assert len(trained.csv("fedavg")) == 3
+    measured, measure = [], members.measure
+    monkeypatch.setattr(members, "measure", lambda *given: measured.append(1) or measure(*given))
+    assert trained.attack("fedavg", *flags) == 0 and not measured
+    server, row = ("--adversary", "curious_server", "--clients", 0, 0), ("curious_server", "fedmia", 2, 0)
+    aucs = []
+    for rounds in ((1, 2), (2,)):
+        assert trained.attack("fedavg", *server, "--rounds", *rounds) == 0
+        table = trained.csv("fedavg")
+        assert len(table) == 3 and len(measured) == len(aucs) + 1
+        aucs.append(table.set_index(KEY).loc[row, "auc"])
+        others = table[table["attack"] == "loss"].reset_index(drop=True)
+        pd.testing.assert_frame_equal(others, first, check_dtype=False)
+    assert aucs[0] != aucs[1]
+    assert "--gamma" in trained.refuses(capsys, "fedavg", *flags, "--gamma", 2)
     assert not list(path.parent.glob(".membership*"))
 
 
 def test_fedmia_is_one_row_of_all_rounds(trained):
     target, args = trained.target("fedavg"), options(trained, "fedavg")
     (target.results / "membership.csv").unlink(missing_ok=True)
-    assert trained.attack("fedavg", "--attack", "fedmia", "loss", "--rounds", 2, 1) == 0
-    table = trained.csv("fedavg").set_index(KEY)
+    assert trained.attack("fedavg", "--attack", "fedmia", "loss", "--rounds", 2, 1, "--overwrite") == 0
+    table = trained.csv("fedavg").set_index(KEY).sort_index()
     asked = members.asked(target, 0)
 
     def auc(rounds):
-        adversary = members.Adversary(target, args, rounds, 2, 0)
+        adversary = members.MembershipAdversary(target, args, rounds, 2, 0)
         scores = members.fedmia("curious_server", adversary, asked.images, asked.labels)
-        return roc.measure(scores.numpy(), asked.labels.numpy(), asked.member)["auc"]
+        return members.measure(scores.numpy(), asked.labels.numpy(), asked.member)["auc"]
     assert list(table.loc["curious_server", "fedmia"].index) == [(2, 0)]
     assert table.loc[("curious_server", "fedmia", 2, 0), "auc"] == auc([1, 2]) not in (auc([1]), auc([2]))
     assert len(table.loc["stolen_model", "loss"]) == 2
@@ -551,9 +549,9 @@ def test_fedmia_is_one_row_of_all_rounds(trained):
 
 def test_the_same_seed_gives_the_same_rows(trained):
     flags = ("--adversary", "stolen_model", "curious_server", "--train_epochs", 1)
-    assert trained.attack("rve_pfl", *flags) == 0
+    assert trained.attack("rve_pfl", *flags, "--overwrite") == 0
     first = trained.csv("rve_pfl")
-    assert trained.attack("rve_pfl", *flags) == 0
+    assert trained.attack("rve_pfl", *flags, "--overwrite") == 0
     pd.testing.assert_frame_equal(trained.csv("rve_pfl"), first)
 
 
@@ -569,7 +567,7 @@ def test_bad_input(trained, capsys, flags, named):
 
 def test_what_does_not_fit_says_why(trained, capsys):
     server = ("--adversary", "curious_server")
-    assert "no attack asked for fits" in trained.refuses(capsys, "local", *server)
+    assert "none of these attacks fits" in trained.refuses(capsys, "local", *server)
     assert "nothing travels" in trained.refuses(capsys, "local", *server)
     assert "head stays" in trained.refuses(capsys, "fedper", *server)
     assert "needs what" in trained.refuses(capsys, "fedavg", *server, "--attack", "loss")
@@ -577,8 +575,8 @@ def test_what_does_not_fit_says_why(trained, capsys):
     assert "encoder with noise" in trained.refuses(capsys, "fedavg", "--attack", "kl")
     target = trained.target("rve_pfl")
     borrowed = replace(target, options=target.options | {"encoders_from": "rve_pfl"})
-    assert "--encoders_from" in members.unfit(borrowed, membership.Unit("stolen_model", "rmia", 2, 0), [2])
-    assert members.unfit(borrowed, membership.Unit("stolen_model", "kl", 2, 0), [2]) is None
+    assert "--encoders_from" in members.obstacle(borrowed, membership.Unit("stolen_model", "rmia", 2, 0), [2])
+    assert members.obstacle(borrowed, membership.Unit("stolen_model", "kl", 2, 0), [2]) is None
     trained.train("pair", "--method", "fedavg", "--num_users", 2, "--rounds", 1)
     assert "two others" in trained.refuses(capsys, "pair", *server)
     assert not (trained.place.folder / "results" / "pair" / "membership.csv").exists()
@@ -600,12 +598,9 @@ def test_damaged_files_are_one_line_and_change_nothing(trained, capsys):
     assert "there: " in trained.refuses(capsys, "none")
 
 
-def test_no_public_images_are_needed_where_nothing_is_trained(trained):
-    assert trained.attack("fedavg", "--attack", "loss", "fedmia", "--public", "unowned") == 0
-
-
 def test_scores_that_are_not_numbers_are_no_guess(trained, capsys, monkeypatch):
     monkeypatch.setattr(members, "confidence", lambda answer, x, y: torch.full((len(x),), torch.nan).double())
-    assert "not numbers" in trained.refuses(capsys, "lg_fedavg", "--adversary", "curious_server", "--rounds", 1)
+    assert "not numbers" in trained.refuses(capsys, "lg_fedavg", "--adversary", "curious_server", "--rounds", 1,
+                                            "--overwrite")
     path = trained.target("lg_fedavg").results / "membership.csv"
     assert not path.exists() or 1 not in set(trained.csv("lg_fedavg")["round"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import report
-from attack import membership, mi_attack
+from attack import command, membership, mi_attack
 from engine import memory
 from utils import InputError
 
@@ -50,8 +50,7 @@ def exhausted(*args, **kwargs):
 def test_every_program_says_it_in_one_line(place, capsys, monkeypatch):
     folders = [word for name in ("results", "models", "data")
                for word in (f"--{name}_dir", str(place.folder / name))]
-    monkeypatch.setattr(mi_attack, "open_target", exhausted)
-    monkeypatch.setattr(membership, "open_target", exhausted)
+    monkeypatch.setattr(command, "open_target", exhausted)
     monkeypatch.setattr(report, "write_report", exhausted)
     monkeypatch.setattr(place.driver, "federate", exhausted)
     for call, name in ((lambda: place.main(), "RVE-PFL.py"),

@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import models
-from attack.access import Knowledge
+from attack.adversaries import Knowledge
 from models import (
     CNN,
     RVE,

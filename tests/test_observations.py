@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attack import access, attacks, gradients, latents, learnt, mi_attack, newton
-from attack.adversary import Adversary, Budget, PublicImages
-from attack.scene import CLIENT_LR, as_floats
+from attack import adversaries, attacks, decoders, gradients, latents, mi_attack, newton, observations
+from attack import target as targets
+from attack.adversaries import Adversary, Budget, PublicImages
+from attack.evaluation import CLIENT_LR
+from attack.target import as_floats
 from methods import METHODS
 from models import Classifier, ClassPrior, as_image
 from runs.checkpoints import load_checked
@@ -47,11 +49,11 @@ class Place:
 
     def target(self, run):
         self.results(run)
-        return access.open_target(run, *(self.folder / name for name in ("results", "models", "data")))
+        return targets.open_target(run, *(self.folder / name for name in ("results", "models", "data")))
 
     def victim(self, run, round=None, client=0):
         target = self.target(run)
-        return access.Victim(target, target.latest_round() if round is None else round, client)
+        return observations.Victim(target, target.latest_round() if round is None else round, client)
 
     def images(self, run, count, client=0):
         target = self.target(run)
@@ -98,12 +100,12 @@ def cosine(one, other):
 
 def by_training(victim, numbers, batch):
     """What the project's own client changes by plain SGD without dropout: the sum of its steps' gradients."""
-    target, network = victim.target, victim._network(victim.sent_next)
+    target, network = victim.target, victim.network(victim.sent_next)
     for layer in network.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-    how = Training.from_options({**target.options, "local_ep": 1, "local_bs": batch, "lr": CLIENT_LR, "lr_decay": 0.0,
-                       "lr_warmup": 0.0, "head_lr": 1.0, "optimizer": "sgd", "momentum": 0.0, "augment": "none"},
+    how = Training.from_options({**target.options, "local_ep": 1, "local_bs": batch, "lr": CLIENT_LR,
+                       "lr_decay": 0.0, "lr_warmup": 0.0, "head_lr": 1.0, "optimizer": "sgd", "momentum": 0.0, "augment": "none"},
                       torch.float32)
     trainer = Trainer(network, METHODS[target.options["method"]], torch.from_numpy(target.data.images),
                       torch.from_numpy(target.data.labels), target.data.num_classes, how)
@@ -126,7 +128,7 @@ def test_what_is_observed_is_what_a_client_of_this_method_uploads(trained, run, 
 
 def test_without_protection_it_is_the_clean_gradient(trained):
     victim, (x, y) = trained.victim("fedavg"), trained.images("fedavg", 1)
-    network = victim._network(victim.sent_next)
+    network = victim.network(victim.sent_next)
     F.cross_entropy(network.classifier(x), y).backward()
     for name, value in victim.update(x, y, CLIENT_LR).items():
         torch.testing.assert_close(value, network.get_parameter(name).grad, atol=1e-7, rtol=1e-5)
@@ -156,7 +158,7 @@ def test_nbafls_noise_is_on_what_is_observed(trained):
 def test_the_dense_input_falls_as_the_noise_says(trained):
     def found(run, lr):
         _, seen, clean = observed_beside_clean(trained, run, lr)
-        return cosine(*(gradients.dense_input(attacks.part_of(one, "classifier."), "features.7")
+        return cosine(*(newton.dense_input(observations.part_of(one, "classifier."), "features.7")
                         for one in (seen, clean)))
     assert found("quiet", 0.1) > 0.999
     assert found("nbafl", 0.1) > 0.9 and found("nbafl", 0.001) < 0.2
@@ -164,8 +166,8 @@ def test_the_dense_input_falls_as_the_noise_says(trained):
 
 def test_the_step_is_an_option(trained, capsys, monkeypatch):
     """Hidden by the noise at one size and plain at another."""
-    seen, find = [], attacks.gradients.dense_input
-    monkeypatch.setattr(attacks.gradients, "dense_input", lambda one, layer: seen.append(one) or find(one, layer))
+    seen, find = [], newton.dense_input
+    monkeypatch.setattr(newton, "dense_input", lambda one, layer: seen.append(one) or find(one, layer))
     sizes = []
     for lr in (0.1, 0.001):
         seen.clear()
@@ -183,8 +185,8 @@ def test_the_clip_is_undone_by_an_adversary_that_knows_of_it(trained):
     assert cosine(flat(seen), flat(clean)) > 0.99
     sent = {name: value.double() for name, value in victim.sent_next.items()}
     arrived = {name: 0.9 * (value - 0.1 * clean[name]) for name, value in sent.items()}
-    assert cosine(flat(gradients.of_upload(sent, arrived, 0.1, clipped=False)), flat(clean)) < 0.9
-    assert cosine(flat(gradients.of_upload(sent, arrived, 0.1, clipped=True)), flat(clean)) > 0.999
+    assert cosine(flat(observations.of_upload(sent, arrived, 0.1, clipped=False)), flat(clean)) < 0.9
+    assert cosine(flat(observations.of_upload(sent, arrived, 0.1, clipped=True)), flat(clean)) > 0.999
 
 
 def test_client_level_dp_is_clipped_and_its_server_sees_no_noise(trained):
@@ -199,7 +201,7 @@ def test_a_class_priors_replay_is_in_what_is_observed(trained, monkeypatch, rows
     drawn, draw, inputs = [], ClassPrior.draw, []
     monkeypatch.setattr(ClassPrior, "draw", lambda self, y: drawn.append((y, draw(self, y))) or drawn[-1][1])
     seen = victim.update(x, y, CLIENT_LR, inputs=inputs)
-    head = victim._network(victim.sent_next).classifier
+    head = victim.network(victim.sent_next).classifier
     (classes, replayed), = drawn
     assert len(classes) == rows and len(inputs) == 1 and inputs[0].shape == x.shape
 
@@ -212,8 +214,8 @@ def test_a_class_priors_replay_is_in_what_is_observed(trained, monkeypatch, rows
 
 
 def test_every_attack_on_gradients_observes_an_arriving_upload(trained, monkeypatch):
-    calls, update = [], access.Victim.update
-    monkeypatch.setattr(access.Victim, "update", lambda *a, **k: calls.append(1) or update(*a, **k))
+    calls, update = [], observations.Victim.update
+    monkeypatch.setattr(observations.Victim, "update", lambda *a, **k: calls.append(1) or update(*a, **k))
     x, y = trained.images("nbafl", 2)
     budget = Budget(1, 1, 1, 1, CLIENT_LR, 3)
     rows = {name: row for name, row in attacks.ATTACKS.items() if row.adversaries == attacks.SERVER}
@@ -227,9 +229,13 @@ def test_every_attack_on_gradients_observes_an_arriving_upload(trained, monkeypa
 def stolen(trained, run, round=None):
     """(adversary, victim) where the client's model is stolen."""
     victim = trained.victim(run, round)
-    view = access.hold(victim.target, "stolen_model", victim.round, 0)
+    view = adversaries.hold(victim.target, "stolen_model", victim.round, 0)
     public = PublicImages(*trained.images(run, 20, client=1))
     return Adversary(view, view.head, public, 0.0, Budget(1, 2, 1, 1, CLIENT_LR, 3)), victim
+
+
+def observe(victim, x, y, observed):
+    return latents.observe(victim, x, y, Budget(1, 1, 1, 1, CLIENT_LR, 3, observed))
 
 
 def test_latents_are_observed_as_asked(trained):
@@ -239,7 +245,7 @@ def test_latents_are_observed_as_asked(trained):
         mu, logvar = adversary.knowledge.posterior(x)
 
         def deviation(observed):
-            seen, = latents.observe(victim, x, y, None, observed)
+            seen, = observe(victim, x, y, observed)
             return (seen.draws - mu) / (0.5 * logvar).exp(), seen
         many, seen = deviation("z400")
         assert many.shape == (400, 3, 64) and seen.noisy
@@ -255,7 +261,7 @@ def test_latents_are_observed_as_asked(trained):
 def test_each_round_is_observed_with_its_own_encoder(trained):
     adversary, victim = stolen(trained, "rve_pfl")
     x, y = trained.images("rve_pfl", 3)
-    seen = latents.observe(victim, x, y, None, "rounds")
+    seen = observe(victim, x, y, "rounds")
     assert len(seen) == 3
     for round, one in enumerate(seen, 1):
         own = load_checked(victim.target.file(round, "client_0.pt"))["parameters"]
@@ -271,7 +277,7 @@ def test_each_round_is_observed_with_its_own_encoder(trained):
 def test_the_likelihood_sums_over_draws_and_encoders(trained, observed):
     adversary, victim = stolen(trained, "rve_pfl")
     x, y = trained.images("rve_pfl", 6)
-    seen = latents.observe(victim, x[:3], y[:3], None, observed)
+    seen = observe(victim, x[:3], y[:3], observed)
     found, labels = latents.likelihood(adversary, seen, x)
     expected = torch.zeros(3, 6, dtype=torch.double)
     with torch.no_grad():
@@ -291,20 +297,20 @@ def test_several_encoders_and_draws_are_decoded_by_their_mean(trained, monkeypat
     adversary, victim = stolen(trained, "rve_pfl")
     x, y = trained.images("rve_pfl", 3)
     told = []
-    monkeypatch.setattr(learnt, "cleaned_ridge", lambda mean, logvar, images, epochs: told.append(
+    monkeypatch.setattr(decoders, "cleaned_ridge", lambda mean, logvar, images, epochs: told.append(
         (mean, logvar)) or (lambda z: z.unflatten(1, (1, 8, 8))))
     for observed, count in (("z16", 1), ("mu", 1), ("rounds", 3)):
         told.clear()
-        seen = latents.observe(victim, x, y, None, observed)
+        seen = observe(victim, x, y, observed)
         found, _ = latents.decode(adversary, seen, 3)
         assert len(told) == count
         mean = torch.stack([one.draws.mean(0) for one in seen]).mean(0)
         torch.testing.assert_close(found[0].flatten(1), mean)
-    _, logvar = adversary.posterior(adversary.public.images)
+    _, logvar = adversaries.posterior_in_parts(adversary.knowledge, adversary.public.images)
     told.clear()
-    latents.decode(adversary, latents.observe(victim, x, y, None, "z16"), 3)
+    latents.decode(adversary, observe(victim, x, y, "z16"), 3)
     torch.testing.assert_close(told[0][1], logvar - np.log(16))   # the variance of a mean of 16
-    latents.decode(adversary, latents.observe(victim, x, y, None, "mu"), 3)
+    latents.decode(adversary, observe(victim, x, y, "mu"), 3)
     assert told[1][1] is None
 
 
@@ -312,7 +318,7 @@ def test_the_posterior_mean_by_hand(trained):
     """Public images weighted by how likely each has made z: the nearest one's share is near 1 in 64 dimensions."""
     adversary, victim = stolen(trained, "rve_pfl")
     x, y = trained.images("rve_pfl", 2)
-    seen = latents.observe(victim, x, y, None, "z")
+    seen = observe(victim, x, y, "z")
     found, _ = latents.posterior_mean(adversary, seen, 2)
     public = adversary.public.images
     with torch.no_grad():
@@ -320,7 +326,7 @@ def test_the_posterior_mean_by_hand(trained):
     logs = torch.distributions.Normal(mu, (0.5 * logvar).exp()).log_prob(seen[0].draws[0][:, None]).sum(2)
     expected = (logs.double().softmax(1)[:, :, None, None, None] * public).sum(1)
     torch.testing.assert_close(found[0], expected.float(), atol=1e-3, rtol=1e-3)
-    exact = latents.observe(victim, x, y, None, "mu")
+    exact = observe(victim, x, y, "mu")
     with torch.no_grad():
         nearest = torch.cdist(adversary.knowledge.posterior(x)[0], mu).argmin(1)
     torch.testing.assert_close(latents.posterior_mean(adversary, exact, 2)[0][0], public[nearest])
@@ -336,7 +342,7 @@ def test_observations_stand_side_by_side(trained, capsys):
     table, folder = trained.csv("rve_pfl"), trained.results("rve_pfl")
     assert set(table[table["attack"] == "reidentification"]["observed"]) == {"z", "z8", "mu", "rounds"}
     for observed in ("", "_mu", "_z8"):
-        assert (folder / f"attack_stolen_model_latent_likelihood{observed}_round3_client0.png").exists()
+        assert (folder / f"attack_stolen_model_reidentification{observed}_round3_client0.png").exists()
     assert set(table[table["attack"] == "mi_face"]["observed"]) == {""}
     assert not table.duplicated(["attack", "observed", "image", "restart", "control", "label"]).any()
     summary = pd.read_csv(folder / "attack_summary.csv", keep_default_na=False)
@@ -361,19 +367,19 @@ def test_at_the_start_everybody_knows_the_encoder(trained):
     seed_torch(target.options["seed"], "init")
     built = METHODS["rve_pfl"].build((1, 8, 8), 4, target.options).state_dict()
     for who in ("curious_server", "stolen_model", "curious_client"):
-        view = access.hold(target, who, 0, 0, own=1)
+        view = adversaries.hold(target, who, 0, 0, own=1)
         for part in ("encoder", "head"):
             for name, value in getattr(view, part).state_dict().items():
                 assert torch.equal(value, built[f"{part.replace('head', 'classifier')}.{name}"])
-    assert access.hold(target, "curious_server", 1, 0).encoder is None
+    assert adversaries.hold(target, "curious_server", 1, 0).encoder is None
     first = target.shared(1)["sent"]
     assert all(torch.equal(value, first[name]) for name, value in target.sent_next(0).items())
 
 
 def test_images_are_told_apart_at_the_start(trained, monkeypatch):
     """From z, and by the server from the z behind a head's gradient, here without the search for it."""
-    behind, update = [], access.Victim.update
-    monkeypatch.setattr(access.Victim, "update", lambda *given: update(*given, inputs=behind))
+    behind, update = [], observations.Victim.update
+    monkeypatch.setattr(observations.Victim, "update", lambda *given: update(*given, inputs=behind))
     monkeypatch.setattr(newton, "head_input", lambda *_, **__: torch.cat(behind))
     flags = ("--rounds", 0, "--adversary", "stolen_model", "curious_server")
     assert trained.attack("rve_pfl", "--overwrite", *flags, "--attack", "reidentification",
@@ -420,7 +426,7 @@ def test_noise_is_averaged_over_the_units_of_a_dense_layer():
     seed_torch(1, "dense input")
     units, f = torch.randn(256, 1), torch.rand(1, 400)
     weight, bias = (value + torch.randn_like(value) for value in (units @ f, units[:, 0]))
-    found = gradients.dense_input({"d.weight": weight, "d.bias": bias}, "d")
+    found = newton.dense_input({"d.weight": weight, "d.bias": bias}, "d")
     plain = (weight * bias[:, None]).sum(0)
     assert cosine(found, f) > 0.99 > cosine(plain, f)
 
@@ -432,7 +438,8 @@ def test_a_shadow_encoder_pays_for_its_kl():
     kl = []
     for weight in (0.0, 1.0):
         seed_torch(1, "shadow")
-        view = learnt.shadow_encoder(access.Knowledge(head, None, True, (1, 8, 8)), start, x, y, 20, weight)
+        knowledge = adversaries.Knowledge(head, None, True, (1, 8, 8))
+        view = adversaries.shadow_encoder(knowledge, start, x, y, 20, weight)
         with torch.no_grad():
-            kl.append(learnt.kl_of(start, *view.posterior(x), y).mean().item())
+            kl.append(adversaries.kl_of(start, *view.posterior(x), y).mean().item())
     assert kl[1] < 0.8 * kl[0]

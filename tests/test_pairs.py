@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attack import scoring
-from attack.pairs import MAX_CANDIDATES, candidates, paired
+from attack.scoring import MAX_CANDIDATES, candidates, paired
 
 LABELS = np.array([0, 0, 0, 1, 1, 2, 2, 3])
 

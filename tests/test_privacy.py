@@ -13,12 +13,11 @@ from server.privacy import (
     AdaptiveClientDP,
     ClientDP,
     NbAFL,
-    _epsilon,
     calibrated,
     clipped,
+    epsilon_of,
     nbafl_sigmas,
     norm,
-    epsilon_of,
 )
 from utils import InputError, rng
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import server_options
 
-from attack import latents, mi_attack, scene, scoring, tables
-from attack.access import Knowledge
-from attack.adversary import Adversary, Budget, PublicImages
+from attack import evaluation, latents, mi_attack, scoring, verdict
+from attack import target as targets
+from attack.adversaries import Adversary, Budget, Knowledge, PublicImages
 from attack.attacks import ATTACKS
 from attack.gradients import epoch_update
 from methods import METHODS
@@ -368,7 +368,8 @@ class Attacked(Ran):
 
     def scene(self, run, *flags):
         args = mi_attack.make_parser().parse(self.argv(run, *flags))
-        return scene.Scene(mi_attack.open_target(run, args.results_dir, args.models_dir, args.data_dir), args)
+        target = targets.open_target(run, args.results_dir, args.models_dir, args.data_dir)
+        return evaluation.Evaluation(target, args)
 
     def public(self, name="public"):
         """Its images that no client of ``tiny`` has, as floats, and their labels."""
@@ -395,17 +396,17 @@ def spoilt(attacked, tiny_arrays):
 
 
 def noted(monkeypatch):
-    """Each call of ``Scene.rows``: what was found, the image numbers, the label, the control, the rows."""
-    calls, rows = [], scene.Scene.rows
+    """Each call of ``Evaluation.rows``: what was found, the image numbers, the label, the control, the rows."""
+    calls, rows = [], evaluation.Evaluation.rows
 
     def noting(self, unit, outcome, control):
         out = rows(self, unit, outcome, control)
         assert len(outcome.images) == 1   # with --restarts 1
         calls.append(SimpleNamespace(unit=unit, found=outcome.images[0], image=outcome.numbers[0],
-                                     labels=self.labels(outcome.numbers[0]), control=control, rows=out,
+                                     labels=self.target.labels(outcome.numbers[0]), control=control, rows=out,
                                      evaluator=self.evaluator))
         return out
-    monkeypatch.setattr(scene.Scene, "rows", noting)
+    monkeypatch.setattr(evaluation.Evaluation, "rows", noting)
     return calls
 
 
@@ -519,7 +520,7 @@ def spied(monkeypatch, how):
     def spying(adversary, *rest):
         given.append((adversary, *rest))
         return solve(adversary, *rest)
-    monkeypatch.setattr(scene, "ATTACKS", {**ATTACKS, how: dataclasses.replace(ATTACKS[how], solve=spying)})
+    monkeypatch.setattr(evaluation, "ATTACKS", {**ATTACKS, how: dataclasses.replace(ATTACKS[how], solve=spying)})
     return given
 
 
@@ -527,7 +528,7 @@ def spied(monkeypatch, how):
 def test_the_gradient_observed_is_the_victims_at_the_head_it_is_sent_next(attacked, monkeypatch, client):
     calls, given = noted(monkeypatch), spied(monkeypatch, "analytic")
     made = attacked.scene("lg_fedavg")
-    made.attack("curious_server", "analytic", 2, client)
+    made.attack(verdict.Unit("curious_server", "analytic", 2, client))
     head = attacked.file("lg_fedavg", 2, "server.pt")["head"]
     own = attacked.file("lg_fedavg", 2, f"client_{client}.pt")["parameters"]
     index = calls[0].image.numpy()
@@ -543,7 +544,7 @@ def test_the_gradient_observed_is_the_victims_at_the_head_it_is_sent_next(attack
 def test_answers_are_those_of_the_model_the_victim_trained(attacked, monkeypatch):
     """The largest two of them, for --scores 2; the others are 0."""
     calls, given = noted(monkeypatch), spied(monkeypatch, "score_decoder")
-    attacked.scene("lg_fedavg").attack("prediction_api", "score_decoder", 2, 1)
+    attacked.scene("lg_fedavg").attack(verdict.Unit("prediction_api", "score_decoder", 2, 1))
     shared = attacked.file("lg_fedavg", 2, "shared.pt")
     own = attacked.file("lg_fedavg", 2, "client_1.pt")["parameters"]
     p, _ = predicted({**own, **shared["uploads"][1]}, attacked.pixels(calls[0].image.numpy()), 1)
@@ -617,10 +618,10 @@ def test_labels_are_told_from_an_epoch_of_two_steps():
 
 def test_intervals_are_95_percent_ones_of_first_choices():
     values = np.random.default_rng(0).normal(5, 2, 400)
-    rows = [{**dict.fromkeys(tables.ATTACK_COLUMNS, 0.0), "adversary": "stolen_model", "attack": "mi_face",
+    rows = [{**dict.fromkeys(verdict.ATTACK_COLUMNS, 0.0), "adversary": "stolen_model", "attack": "mi_face",
              "control": "", "mse": value, "restart": restart} for value in values for restart in (0, 1)
             if restart == 0 or value > 5]
-    table = tables.summarise(rows)
+    table = verdict.summarise(rows)
     assert len(table) == 1 and table["n"].item() == 400
     assert table["mse"].item() == pytest.approx(values.mean())
     half = 1.96 * values.std() / 20

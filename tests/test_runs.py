@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from attack import picture
+from attack import evaluation
 from methods import METHODS
 from runs import checkpoints as checkpoint
 from runs import plots as pictures
@@ -194,7 +194,8 @@ def test_images_of_any_number_of_channels_are_drawn(tmp_path, channels):
     assert shown.tolist() == (images[0] if channels == 3 else images[0, :, :, 0]).tolist()
     pictures.triggered_picture(tmp_path / "triggered.png", images, 255 - images, "")
     truth = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    picture.grid(tmp_path / "attack.png", {"truth": truth, "found": 1 - truth}, torch.tensor([0, 1]), "")
+    evaluation.save_picture(tmp_path / "attack.png", {"truth": truth, "found": 1 - truth},
+                            torch.tensor([0, 1]), "")
     assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 2
 
 

@@ -6,8 +6,9 @@ import signal
 import pytest
 import torch
 
-from attack import access, attacks, learnt, scoring
-from attack.adversary import Adversary, Budget, PublicImages
+from attack import adversaries, attacks, observations, scoring
+from attack import target as targets
+from attack.adversaries import Adversary, Budget, PublicImages
 from engine.signals import Interrupted
 from methods import METHODS
 from models import RVE
@@ -125,17 +126,17 @@ def shared(tmp_path_factory, make_place):
 
 
 def open_run(place):
-    return access.open_target("run", place.folder / "results", place.folder / "models", place.folder / "data")
+    return targets.open_target("run", place.folder / "results", place.folder / "models", place.folder / "data")
 
 
 def test_what_the_server_knows_of_an_encoder(shared):
     target = open_run(shared)
-    whole, part = (access.hold(target, "curious_server", round, 0) for round in (1, 2))
+    whole, part = (adversaries.hold(target, "curious_server", round, 0) for round in (1, 2))
     upload = target.shared(1)["uploads"][0]
     assert whole.encoder is not None and not whole.known
     assert torch.equal(whole.encoder.state_dict()["mu.weight"], upload["encoder.mu.weight"])
     assert part.encoder is None and all(name.startswith("trunk.") for name in part.known) and part.known
-    client = access.hold(target, "curious_client", 2, 0, own=1)   # its own posterior, behind the trunk it is sent
+    client = adversaries.hold(target, "curious_client", 2, 0, own=1)   # its posterior, behind the trunk sent
     assert torch.equal(client.encoder.state_dict()["mu.weight"],
                        target.private(2, 1).parameters["encoder.mu.weight"])
     warm = load_checked(target.file(2, "server.pt"))["private_start"]
@@ -146,11 +147,11 @@ def test_what_the_server_knows_of_an_encoder(shared):
 
 def test_a_shadow_encoder_keeps_the_trunk_that_travelled(shared):
     target = open_run(shared)
-    view = access.hold(target, "curious_server", 2, 0)
+    view = adversaries.hold(target, "curious_server", 2, 0)
     x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 4
     start = target.start(2)
     before = {name: value.clone() for name, value in start.encoder.state_dict().items()}
-    found = learnt.shadow_encoder(view, start, x, y, 2, 1e-5).encoder.state_dict()
+    found = adversaries.shadow_encoder(view, start, x, y, 2, 1e-5).encoder.state_dict()
     upload = target.shared(2)["uploads"][0]
     assert all(torch.equal(value, upload[f"encoder.{name}"]) for name, value in found.items()
                if name.startswith("trunk."))
@@ -163,12 +164,12 @@ def test_images_come_out_of_a_trunks_gradient(shared):
     numbers = rng(0, "images").permutation(target.owned()[0][0])[:4]
     x = torch.from_numpy(target.data.images[numbers]).permute(0, 3, 1, 2).float() / 255
     y = torch.from_numpy(target.data.labels[numbers]).long()
-    view = access.hold(target, "curious_server", 2, 0)
+    view = adversaries.hold(target, "curious_server", 2, 0)
     public = PublicImages(torch.rand(20, 1, 8, 8), torch.arange(20) % 4)
     budget = Budget(2, 300, 1, 2, 1e-3, 10)
     adversary = Adversary(view, target.start(2), public, 1e-5, budget)
     attack = attacks.ATTACKS["trunk_analytic"]
-    observed = attack.observe(access.Victim(target, 2, 0), x, y, budget)
+    observed = attack.observe(observations.Victim(target, 2, 0), x, y, budget)
     found, labels = attack.solve(adversary, observed, 4)
     assert torch.equal(labels, y)
     assert scoring.similarity(found[0], x)["psnr"].mean() > 20 > scoring.similarity(
@@ -178,7 +179,7 @@ def test_images_come_out_of_a_trunks_gradient(shared):
 def test_only_a_trunk_that_travels_is_attacked(place):
     assert place.main("--rounds", 1) == 0
     target = open_run(place)
-    assert attacks.unfit("trunk_analytic", "curious_server", target) == "no trunk of an encoder travels"
+    assert attacks.ATTACKS["trunk_analytic"].unfit(target, "curious_server") == "no trunk of an encoder travels"
 
 
 def test_the_bound_of_a_class_prior_has_the_labels_entropy(place):
@@ -186,9 +187,9 @@ def test_the_bound_of_a_class_prior_has_the_labels_entropy(place):
     target = open_run(place)
     images = torch.rand(6, 1, 8, 8)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    noise = access.Victim(target, 2, 0).noise(images, labels)
+    noise = observations.Victim(target, 2, 0).noise(images, labels)
     assert noise["bound_nats"] == pytest.approx(noise["kl_nats"] + torch.tensor(2.0).log().item())
-    other = access.Victim(target, 2, 0).noise(images, 1 - labels)
+    other = observations.Victim(target, 2, 0).noise(images, 1 - labels)
     assert other["kl_nats"] != noise["kl_nats"]
     model = METHODS["rve_pfl"].build((1, 8, 8), 4, target.options)
     assert isinstance(model, RVE) and model.predict(images)[1] is None

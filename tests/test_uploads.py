@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from attack import gradients, split, uploads
+from attack import gradients, uploads
 from attack.uploads import BIAS, WEIGHT, class_scores, owned_classes
 from methods import METHODS
 from runs.checkpoints import load_checked
@@ -48,7 +48,7 @@ def test_the_simulated_adam_is_the_clients_own(tiny_arrays):
     orders = rng(1, "order", 0, 2)
     order = torch.from_numpy(np.concatenate([orders.permutation(len(own)) for _ in range(3)]))
     # One order an epoch: the unrolled steps take the batches of all three epochs in turn.
-    made = gradients.adam_update(head, x[order], y[order], rates, 3)
+    made = uploads.adam_update(head, x[order], y[order], rates, 3)
     assert len(rates) == 6 and len(set(rates)) > 3
     for name, value in made.items():
         moved = sent[f"classifier.{name}"] - upload[f"classifier.{name}"]
@@ -86,7 +86,7 @@ def test_images_are_parted_in_a_dense_layers_gradient(count):
     slopes = torch.randn(count, 40, generator=draw).double()
     gradient = torch.cat([slopes.T @ truth, slopes.sum(0)[:, None]], 1)
     error = torch.where(torch.rand(gradient.shape, generator=draw) < 0.02, 1.0, 0.0)
-    found = split.inputs(torch.where(error == 1, 7.0, gradient), error, count, 60)
+    found = uploads.dense_inputs(torch.where(error == 1, 7.0, gradient), error, count, 60)
     cosine = torch.nn.functional.normalize(truth.float()) @ torch.nn.functional.normalize(found).T
     assert found.shape == truth.shape and cosine.max(1).values.min() > 0.99
 
@@ -103,7 +103,7 @@ def test_one_image_is_recovered_from_a_real_upload(tiny_arrays, optimizer):
         parts.append(uploads.AdamStep([1e-3]).gradient(before, after) if optimizer == "adam" else
                      ((before - after).double(), torch.zeros(before.shape)))
     gradient, error = (torch.cat([parts[0][i], parts[1][i][:, None]], 1) for i in (0, 1))
-    found = split.inputs(gradient, error, 1, 60)
+    found = uploads.dense_inputs(gradient, error, 1, 60)
     x, _ = images_of(tiny_arrays, own[:1])
     features = head.features[:7](x)
     assert torch.cosine_similarity(found, features) > 0.995

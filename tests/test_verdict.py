@@ -7,8 +7,18 @@ import pytest
 
 from attack import mi_attack
 from attack.attacks import ATTACKS
-from attack.tables import ATTACK_COLUMNS, FOREIGN, METRICS, Unit, read_attack, worst_identified
-from attack.verdict import GUESS, LEAKS, judge, sign_flip
+from attack.verdict import (
+    ATTACK_COLUMNS,
+    FOREIGN,
+    GUESS,
+    LEAKS,
+    METRICS,
+    Unit,
+    judge,
+    read_attack,
+    sign_flip,
+    worst_identified,
+)
 
 LEVEL = np.array([0.1, -0.1] * 4)   # of mean 0
 RANKS = {"": 50, FOREIGN: 50}
@@ -142,10 +152,10 @@ def test_the_line_that_is_printed():
     table.loc[:3, "identified"] = 1
     table["kl_nats"] = [*range(8), *range(8)]
     unit = Unit("stolen_model", "latent_decoder", 2, 0)
-    assert mi_attack.in_words(table.to_dict("records"), unit) == (
+    assert mi_attack.MiAttack.describe(unit, table.to_dict("records")) == (
         "leaks. SSIM 0.75 (foreign 0.51, p = 0.0039), rank in its class 5 (foreign 44, p = 0.0039), rank 0, "
         "PSNR 0.0 dB, evaluator right 100%, identified 4 of 8 (a guess: 0.0), of the 2% with the highest KL 0%")
     table = rows(right={"": [1, 0], "noise": [0, 1]}, attack="mi_face", count=2, controls=("noise",))
-    said = mi_attack.in_words(table.to_dict("records"), unit._replace(attack="mi_face"))
+    said = mi_attack.MiAttack.describe(unit._replace(attack="mi_face"), table.to_dict("records"))
     assert said.startswith("as a guess (only 2 classes). SSIM 0.00, rank in its class 0, rank 0, PSNR")
     assert "evaluator right 50% (noise 50%, p = 0.75)" in said and "identified" not in said

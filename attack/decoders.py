@@ -1,0 +1,169 @@
+"""Models that an adversary trains on public images alone: decoders of latents or scores, and a generator."""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from models import kl_to_standard_normal, reparameterise
+
+BATCH = 128
+Decode = Callable[[Tensor], Tensor]   # codes M x D -> images M x C x H x W
+
+
+def steps(images: Tensor, batch: int = BATCH) -> int:
+    """Return the steps in an epoch of ``fit`` over ``N x C x H x W``."""
+    return -(-len(images) // batch)
+
+
+def fit(parameters: list[Tensor], loss: Callable[[Tensor], Tensor], count: int, epochs: int,
+        batch: int = BATCH) -> None:
+    """Minimise a loss by Adam, with a learning rate that falls to 0.
+
+    Args:
+        loss: indices of a batch -> mean loss.
+        count: how many examples there are.
+    """
+    optimizer = torch.optim.Adam(parameters, 1e-3)
+    total = epochs * -(-count // batch)
+    warm = 0.1 if total != 10 else 0.11   # with 10 steps, 0.1 would make OneCycleLR divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, max(2, total), pct_start=warm)
+    for _ in range(epochs):
+        for part in torch.randperm(count).split(batch):
+            optimizer.zero_grad()
+            loss(part).backward()
+            optimizer.step()
+            schedule.step()
+
+
+def shape_of(images: Tensor) -> tuple[int, int, int]:
+    """Return ``(C, H, W)`` of ``N x C x H x W``."""
+    channels, height, width = images.shape[1:]
+    return channels, height, width
+
+
+def draw(mean: Tensor, logvar: Tensor | None) -> Tensor:
+    """Draw codes of a normal distribution; without a log variance, return the mean."""
+    return mean if logvar is None else reparameterise(mean, logvar)
+
+
+def standardised(code: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and a deviation above 0 of each of a code's values, ``N x D -> D``."""
+    return code.mean(0), code.std(0) + 1e-3 * code.std() + 1e-12
+
+
+class Decoder(nn.Module):
+    """Codes ``N x D`` -> images in [0, 1], ``N x C x H x W``.
+
+    Two hidden layers, and beside them one linear map, because the last layers of an encoder are linear too.
+    """
+
+    def __init__(self, size: int, image_shape: tuple[int, int, int], width: int = 1024) -> None:
+        super().__init__()
+        pixels = image_shape[0] * image_shape[1] * image_shape[2]
+        self.layers = nn.Sequential(nn.Linear(size, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+                                    nn.Linear(width, pixels))
+        self.linear = nn.Linear(size, pixels)
+        self.image_shape = image_shape
+
+    def forward(self, code: Tensor) -> Tensor:
+        return (self.layers(code) + self.linear(code)).sigmoid().unflatten(1, self.image_shape)
+
+
+def decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Decode:
+    """Train a ``Decoder`` on public images for the squared error.
+
+    Args:
+        mean: the code of each image, ``N x D``: its latent without noise, or its scores.
+        logvar: log variance of the noise on the code, ``N x D``, or None. Noise is drawn anew every epoch.
+        images: ``N x C x H x W``.
+    """
+    def drawn(part: Tensor) -> Tensor:
+        return draw(mean[part], None if logvar is None else logvar[part])
+    network = Decoder(mean.shape[1], shape_of(images))
+    centre, spread = standardised(drawn(torch.arange(len(mean))))
+    fit(list(network.parameters()), lambda part: (
+        network((drawn(part) - centre) / spread) - images[part]).square().mean(), len(images), epochs)
+    network.eval().requires_grad_(False)
+    return lambda code: network((code - centre) / spread)
+
+
+def ridge(code: Tensor, images: Tensor, weights: tuple[float, ...]) -> list[Decode]:
+    """Fit ridge regressions from codes ``N x D`` to images, one for each weight (Hoerl and Kennard 1970).
+
+    With Z the standardised codes, S their covariance and X the centred images, a map is
+    ``(S + weight I)^-1 Z^T X / N``.
+    """
+    (centre, spread), mean = standardised(code), images.mean(0)
+    standard, size = (code - centre) / spread, len(code)
+    square = (standard.T @ standard / size).double()
+    cross = (standard.T @ (images - mean).flatten(1) / size).double()
+
+    def solved(weight: float) -> Decode:
+        matrix = torch.linalg.solve(square + weight * torch.eye(len(square)), cross).float()
+        return lambda z: mean + (((z - centre) / spread) @ matrix).reshape(-1, *mean.shape)
+    return [solved(weight) for weight in weights]
+
+
+def cleaned_ridge(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int,
+                  weights: tuple[float, ...] = (1e-4, 1e-2, 1.0)) -> Decode:
+    """Fit a ridge regression, then a small convolutional network that removes its errors.
+
+    Both also work on images that are unlike the public ones, where the hidden layers of ``decoder`` do not.
+    Ridge regression magnifies errors, so the codes have to be exact. Arguments are those of ``decoder``.
+    """
+    code, folds = draw(mean, logvar), torch.arange(len(mean)) % 4
+    tried = torch.empty(len(weights), *images.shape)   # each image by maps that were not fitted to it
+    for fold in range(4):
+        maps = ridge(code[folds != fold], images[folds != fold], weights)
+        tried[:, folds == fold] = torch.stack([decode(code[folds == fold]) for decode in maps])
+    best = int((tried - images).square().flatten(1).mean(1).argmin())
+    rough, (first,), channels = tried[best], ridge(code, images, weights[best:best + 1]), images.shape[1]
+    clean = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1),
+                          nn.ReLU(), nn.Conv2d(32, channels, 3, padding=1))
+    fit(list(clean.parameters()), lambda part: (
+        rough[part] + clean(rough[part]) - images[part]).square().mean(), len(images), epochs)
+    clean.eval().requires_grad_(False)
+
+    def decode(code: Tensor) -> Tensor:
+        images = first(code)
+        return (images + clean(images)).clamp(0, 1)
+    return decode
+
+
+def latent_decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Decode:
+    """Train ``decoder`` and ``cleaned_ridge`` and return the better one, for latents that are observed exactly.
+
+    Better is the lower squared error on a tenth of the public images that neither was trained on. Arguments
+    are those of ``decoder``.
+    """
+    order = torch.randperm(len(mean))
+    train, test = order[len(mean) // 10:], order[:len(mean) // 10]
+    noise = None if logvar is None else logvar[train]
+    decoders = [learn(mean[train], noise, images[train], epochs) for learn in (decoder, cleaned_ridge)]
+    code = draw(mean[test], None if logvar is None else logvar[test])
+    errors = [float((decode(code) - images[test]).square().mean().nan_to_num(torch.inf)) for decode in decoders]
+    return decoders[errors.index(min(errors))]
+
+
+class Generator(nn.Module):
+    """A variational autoencoder of images (Kingma and Welling 2014), whose decoder draws new ones."""
+
+    def __init__(self, image_shape: tuple[int, int, int], size: int = 32) -> None:
+        super().__init__()
+        pixels = image_shape[0] * image_shape[1] * image_shape[2]
+        self.size = size
+        self.encode = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 512), nn.ReLU(), nn.Linear(512, 2 * size))
+        self.decode = Decoder(size, image_shape)
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Return the negative evidence lower bound, with Gaussian pixels of standard deviation 0.1."""
+        mu, logvar = self.encode(x).chunk(2, 1)
+        error = (self.decode(reparameterise(mu, logvar)) - x).square().sum((1, 2, 3)) / (2 * 0.1**2)
+        return (error + kl_to_standard_normal(mu, logvar)).mean()
+
+
+def generator(images: Tensor, epochs: int) -> Generator:
+    """Train a generator on images ``N x C x H x W``."""
+    network = Generator(shape_of(images))
+    fit(list(network.parameters()), lambda part: network.loss(images[part]), len(images), epochs)
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,332 @@
+"""Carry out attacks on one run, one at a time, with their controls: rows of attack.csv and a picture of each."""
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attack import scoring
+from attack.adversaries import Adversary, Budget, Knowledge, hold, public_images
+from attack.attacks import ATTACKS, ClassAttack, IdentificationAttack, ReconstructionAttack
+from attack.observations import Victim
+from attack.scoring import MAX_CANDIDATES, Ranks
+from attack.target import Target
+from attack.verdict import FOREIGN, Unit
+from runs.plots import drawable, plt
+from utils import InputError, rng, seed_torch, write_whole
+
+FEW_IMAGES = 8         # attacked where an attack is slow, unless --images says otherwise
+PICTURED = 10          # images in a picture
+# Default size of the SGD steps whose upload the curious server observes. A run's own steps are some hundred times
+# shorter, and noise hides less of a longer step: this is the best case for the adversary.
+CLIENT_LR = 0.1
+Observe = Callable[[np.ndarray], Any]   # numbers of N images -> what an attack observes of them
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The images of an attack or a control: N images in R restarts, of which the first is the attack's own choice.
+
+    Attributes:
+        images: reconstructions, ``R x N x C x H x W``.
+        numbers: of the true images in the data set, ``R x N``.
+        label_match: True where the adversary knew the label, ``R x N``.
+        ranks: of the true images, by distance from a reconstruction or by the likelihood that it gives them.
+        kl: of the true images' posteriors to the prior, nats, ``N``; not a number where there is none.
+    """
+
+    images: Tensor
+    numbers: Tensor
+    label_match: Tensor
+    ranks: Ranks
+    kl: Tensor
+
+    def restarts(self, which: slice) -> "Outcome":
+        """Return some of the restarts."""
+        return Outcome(self.images[which], self.numbers[which], self.label_match[which],
+                       Ranks(*(values[which] for values in self.ranks)), self.kl)
+
+
+class Evaluation:
+    """A run under attack: its images and their owners, the evaluator, and the budget of every adversary.
+
+    Raises:
+        InputError: the run's partition is damaged, the public images are too few or of another shape, or
+            --image_numbers are not those of the clients.
+    """
+
+    def __init__(self, target: Target, args: Namespace) -> None:
+        self.target, self.args = target, args
+        self.train, self.test = target.owned()
+        self._check_image_numbers()
+        self.held_out = np.concatenate(self.test)
+        self.public = public_images(target, args)
+        self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, args.client_lr,
+                             args.scores)
+        seed_torch(args.seed, "evaluator")
+        self.evaluator = scoring.evaluator(target.pixels(self.held_out), target.labels(self.held_out),
+                                           target.data.num_classes)
+        self.adversaries: dict[tuple, Adversary] = {}   # the latest, so that it trains once only
+        self.features: dict[int, tuple[Tensor, Tensor]] = {}   # of the client attacked last
+
+    def _check_image_numbers(self) -> None:
+        numbers, clients = self.args.image_numbers, self.args.clients
+        if not numbers:
+            return
+        if self.args.images:
+            raise InputError("--image_numbers and --images: give one of them")
+        if len(set(numbers)) < len(numbers):
+            raise InputError(f"--image_numbers {max(numbers, key=numbers.count)}: it is given more than once")
+        for number in numbers:
+            if not any(number in self.train[k] for k in clients):
+                raise InputError(f"--image_numbers {number}: no client of --clients trains on this image")
+        for k in clients:
+            if not np.isin(numbers, self.train[k]).any():
+                raise InputError(f"--image_numbers: client {k} trains on none of these images")
+
+    def about(self) -> str:
+        """Return one line about the evaluator and the public images."""
+        return (f"evaluator: right on {self.evaluator.accuracy:.1%} of held-out images that it was not "
+                f"trained on; public images: {len(self.public.images)} ({self.args.public})")
+
+    def latents(self, round: int, client: int) -> dict | None:
+        """Return the client's row of attack_latents.csv; None for a method without noise."""
+        images = self.target.pixels(self.train[client])
+        noise = Victim(self.target, round, client).noise(images, self.target.labels(self.train[client]))
+        return noise and {"round": round, "client": client, **noise,
+                          "mse_bound": scoring.distortion_bound(images, noise["bound_nats"])}
+
+    def adversary(self, name: str, round: int, client: int) -> Adversary:
+        """Return an adversary of one client in one round. A curious client is the one that follows the victim."""
+        key = (name, round, client)
+        if key not in self.adversaries:
+            target = self.target
+            if name == "prediction_api":
+                answers = partial(Victim(target, round, client).answers, draws=self.budget.draws,
+                                  keep=self.budget.top_scores)
+                knowledge = Knowledge(None, None, target.has_encoder, target.data.image_shape, query=answers)
+            else:
+                knowledge = hold(target, name, round, client, own=(client + 1) % target.options["num_users"])
+            self.adversaries = {key: Adversary(
+                knowledge, target.start(round), self.public, target.kl_weight, self.budget,
+                lambda what: seed_torch(self.args.seed, f"{name} {what}", client, round))}
+        return self.adversaries[key]
+
+    def classes(self, client: int) -> Tensor:
+        """Return the classes of a client's training images of which somebody held an image out.
+
+        Without held-out images, the evaluator does not know a class, and nothing can be ranked among them.
+        """
+        labels = self.target.data.labels
+        return torch.from_numpy(np.intersect1d(labels[self.train[client]], labels[self.held_out]))
+
+    def unscorable(self, name: str, client: int) -> str | None:
+        """Return why an attack on a client could not be scored; None if it can."""
+        attack = ATTACKS[name]
+        if isinstance(attack, ClassAttack):
+            lacking = not len(self.classes(client))
+            return f"nobody held out an image of client {client}'s classes" if lacking else None
+        lacking = not len(self.paired(attack, client, 1)[0])
+        return f"no two images of a class of client {client}, one of them as a control" if lacking else None
+
+    def order(self, client: int, round: int) -> np.ndarray:
+        """Return the numbers of a client's training images in the order in which all attacks on it take them."""
+        return rng(self.args.seed, "images", client, round).permutation(self.train[client])
+
+    def paired(self, attack: ReconstructionAttack | IdentificationAttack, client: int,
+               round: int) -> tuple[np.ndarray, np.ndarray]:
+        """Run ``scoring.paired``; held-out images, the client's own first, make up what is missing."""
+        count, order = self.args.images or (None if attack.cheap else FEW_IMAGES), self.order(client, round)
+        chosen = np.array([n for n in self.args.image_numbers or [] if n in self.train[client]], int)
+        if len(chosen):
+            count, order = len(chosen), np.concatenate([chosen, order[~np.isin(order, chosen)]])
+        spare = [self.test[client], *(part for k, part in enumerate(self.test) if k != client)]
+        numbers, partners = scoring.paired(self.target.data.labels, order, np.concatenate(spare), count,
+                                           attack.unordered)
+        if len(lacking := np.setdiff1d(chosen, numbers)):
+            raise InputError(f"--image_numbers {lacking[0]}: its class has too few images for a control"
+                             + " of attacks on several images at once" * attack.unordered)
+        return numbers, partners
+
+    def attack(self, unit: Unit) -> list[dict]:
+        """Run one attack, save its picture, and return its rows of attack.csv, and its controls'."""
+        adversary, attack = self.adversary(unit.adversary, unit.round, unit.client), ATTACKS[unit.attack]
+        seed_torch(self.args.seed, f"{unit.adversary} {unit.attack}", unit.client, unit.round)
+        outcomes = (self._attack_classes(unit, attack, adversary) if isinstance(attack, ClassAttack)
+                    else self._attack_images(unit, attack, adversary))
+        shown = outcomes[""].numbers[0, :PICTURED]
+        pictures = {"nearest of the client's" if attack.kind == "class" else "truth": self.target.pixels(shown),
+                    **{control or unit.attack: outcome.images[0] for control, outcome in outcomes.items()}}
+        save_picture(self.target.results / unit.picture, pictures, self.target.labels(shown),
+                     f"{self.target.results.name}: {unit.adversary}, round {unit.round}")
+        return [row for control, outcome in outcomes.items() for row in self.rows(unit, outcome, control)]
+
+    def _attack_classes(self, unit: Unit, attack: ClassAttack, adversary: Adversary) -> dict[str, Outcome]:
+        """Attack the classes of a client. Controls are what the public images show of them, and blank pictures."""
+        labels, public = self.classes(unit.client), self.public
+        images = finite(attack.solve(adversary, labels))
+        shown = {"": images, "grey": torch.full_like(images[:1], 0.5), "noise": torch.rand_like(images[:1])}
+        if public.of_classes is not None:
+            firsts = [int((public.labels == c).int().argmax()) for c in labels]   # in random order as they are
+            shown |= {"class_mean": scoring.class_means(public.images, public.labels, labels)[None],
+                      "public_image": public.images[firsts][None]}
+
+        def outcome(images: Tensor) -> Outcome:
+            nearest = [self._nearest(images[:, p], int(c), unit.client) for p, c in enumerate(labels)]
+            numbers, rank, size, guess = (torch.stack(column, 1) for column in zip(*nearest, strict=True))
+            victim = Victim(self.target, unit.round, unit.client)
+            guessed = torch.stack([victim.answers(part, self.budget.draws, 10**9).argmax(1) for part in images])
+            return Outcome(images, numbers, guessed == labels, Ranks(rank, rank, size, guess),
+                           torch.full((len(labels),), torch.nan))
+        return {name: outcome(one) for name, one in shown.items()}
+
+    @torch.no_grad()
+    def _nearest(self, images: Tensor, label: int, client: int) -> tuple[Tensor, ...]:
+        """Find the client's training image of a class that is nearest to each of ``R x C x H x W``.
+
+        Returns:
+            Its number, its rank among training images of the client and as many held-out ones of the class, how
+            many these are, and the share that is the client's; ``R`` each.
+        """
+        labels = self.target.data.labels
+        own = self.train[client][labels[self.train[client]] == label][:MAX_CANDIDATES]
+        held_out = self.held_out[labels[self.held_out] == label]
+        size = min(len(own), len(held_out))
+        pool = self.target.pixels(np.concatenate([own[:size], held_out[:size]]))
+        nearest = scoring.distances(images, self.target.pixels(own)).argmin(1)
+        is_own = (torch.arange(len(pool)) < size).expand(len(images), -1)
+        return (torch.from_numpy(own)[nearest], scoring.rank_by(scoring.distances(images, pool), is_own),
+                torch.full((len(images),), len(pool)), is_own.double().mean(1))
+
+    def _attack_images(self, unit: Unit, attack: ReconstructionAttack | IdentificationAttack,
+                       adversary: Adversary) -> dict[str, Outcome]:
+        """Attack some of the client's training images, and others of their class as the foreign control."""
+        target, victim = self.target, Victim(self.target, unit.round, unit.client)
+        numbers, partners = self.paired(attack, unit.client, unit.round)
+        if attack.unordered:
+            numbers, partners = np.concatenate([numbers, partners]), np.concatenate([partners, numbers])
+        budget, order = replace(self.budget, observed=unit.observed), self.order(unit.client, unit.round)
+        labels = target.labels(numbers)
+        kl = victim.kl(target.pixels(numbers), labels)
+        kl = torch.full((len(labels),), torch.nan) if kl is None else kl
+
+        def observe(seen: np.ndarray) -> Any:
+            return attack.observe(victim, target.pixels(seen), target.labels(seen), budget)
+
+        def rank(images: Tensor) -> Ranks:
+            return Ranks.joined([pool.rank(torch.stack([
+                scoring.distances(restart[pool.part], target.pixels(pool.numbers)) for restart in images]))
+                for pool in scoring.candidates(target.data.labels, order, numbers)])
+        if isinstance(attack, IdentificationAttack):
+            images, guessed, ranks = self._identify(attack, adversary, observe, numbers, partners, order)
+        else:
+            images, guessed = (self._solve_batches(attack, adversary, observe, numbers) if attack.unordered
+                               else self._solve(attack, adversary, observe, numbers, partners))
+            ranks = rank(images)
+        where = torch.from_numpy(numbers)
+        both = Outcome(images, where.expand(len(images), -1), guessed == labels, ranks, kl)
+        outcomes = {"": both.restarts(slice(-1)), FOREIGN: both.restarts(slice(-1, None))}
+        if self.public.of_classes is not None:
+            means = scoring.class_means(self.public.images, self.public.labels, labels)[None]
+            outcomes["class_mean"] = Outcome(means, where[None], labels[None] == labels, rank(means), kl)
+        return outcomes
+
+    # Three ways to attack images: (attack, adversary, numbers -> what is observed of these images, numbers N, and
+    # partners N) -> images (R + 1) x N x C x H x W, and labels (R + 1) x N. The last is the foreign control.
+
+    def _solve(self, attack: ReconstructionAttack, adversary: Adversary, observe: Observe, numbers: np.ndarray,
+               partners: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Observe each image alone. The reconstruction of one is the foreign control of another."""
+        seen = np.concatenate([numbers, np.setdiff1d(partners, numbers)])
+        place = {number: i for i, number in enumerate(seen)}
+        images, guessed = attack.solve(adversary, observe(seen), len(seen))
+        images, foreign = finite(images), [place[number] for number in partners]
+        return (torch.cat([images[:, :len(numbers)], images[:1, foreign]]),
+                torch.stack([*[guessed[:len(numbers)]] * len(images), guessed[foreign]]))
+
+    def _solve_batches(self, attack: ReconstructionAttack, adversary: Adversary, observe: Observe,
+                       numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Observe two batches with the same labels. Each is the other's foreign control."""
+        halves = np.split(numbers, 2)
+        solved = [attack.solve(adversary, observe(half), len(half)) for half in halves]
+        images, guessed = [], []
+        for half, own, other in zip(halves, solved, solved[::-1], strict=True):
+            true, labels = self.target.pixels(half), self.target.labels(half)
+            images.append(torch.stack([scoring.in_order_of(true, finite(restart))
+                                       for restart in (*own[0], other[0][0])]))
+            right = [torch.equal(guess.sort().values, labels.sort().values)
+                     for guess in (*[own[1]] * len(own[0]), other[1])]
+            guessed.append(torch.where(torch.tensor(right)[:, None], labels, -1))
+        return torch.cat(images, 1), torch.cat(guessed, 1)
+
+    def _identify(self, attack: IdentificationAttack, adversary: Adversary, observe: Observe, numbers: np.ndarray,
+                  partners: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor, Ranks]:
+        """Return the likeliest candidates given an image's and its partner's observation, and their ranks."""
+        chosen_images, labels, ranks = [], [], []
+        for pool in scoring.candidates(self.target.data.labels, order, numbers):
+            observed = observe(np.concatenate([numbers[pool.part], partners[pool.part]]))
+            images = self.target.pixels(pool.numbers)
+            likely, guessed = (part.unflatten(0, (2, -1)) for part in attack.solve(adversary, observed, images))
+            chosen = likely.nan_to_num(-torch.inf).masked_fill(~pool.among, -torch.inf).argmax(2)
+            chosen_images.append(images[chosen])
+            labels.append(guessed)
+            ranks.append(pool.rank(-likely))
+        return torch.cat(chosen_images, 1), torch.cat(labels, 1), Ranks.joined(ranks)
+
+    def rows(self, unit: Unit, outcome: Outcome, control: str) -> list[dict]:
+        """Return rows of attack.csv, one for each restart and image."""
+        rows, ranks = [], outcome.ranks
+        for restart, images in enumerate(outcome.images):
+            numbers = outcome.numbers[restart]
+            true, labels = self.target.pixels(numbers), self.target.labels(numbers)
+            found, features = (self.evaluator.features(part) for part in (images, true))
+            columns = {"label": labels, "image": numbers, **scoring.similarity(images, true),
+                       "label_match": outcome.label_match[restart].int(),
+                       "evaluator_correct": (self.evaluator.classes(images) == labels).int(),
+                       "nearest_rank": ranks.rank[restart], "class_rank": ranks.class_rank[restart],
+                       **scoring.feature_distances(found, features, labels, *self.own_features(unit.client)),
+                       "identified": (ranks.rank[restart] == 1).int(), "guess": ranks.guess[restart],
+                       "class_size": ranks.class_size[restart], "kl_nats": outcome.kl}
+            values = zip(*(column.tolist() for column in columns.values()), strict=True)
+            rows += [{**unit._asdict(), "restart": restart, "control": control,
+                      **dict(zip(columns, image, strict=True))} for image in values]
+        return rows
+
+    def own_features(self, client: int) -> tuple[Tensor, Tensor]:
+        """Return the evaluator's features of a client's training images, ``M x D``, and their labels ``M``."""
+        if client not in self.features:
+            own = self.train[client]
+            self.features = {client: (self.evaluator.features(self.target.pixels(own)), self.target.labels(own))}
+        return self.features[client]
+
+
+def finite(images: Tensor) -> Tensor:
+    """Replace pixels that are no finite number by grey: a gradient of 0, say, gives nothing to hand in."""
+    return images.nan_to_num(0.5, 0.5, 0.5)
+
+
+def save_picture(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str) -> None:
+    """Save the first images of each row as one picture, a column for each image.
+
+    Args:
+        rows: the names of rows and their images, ``N x C x H x W`` in [0, 1].
+        labels: of the columns, ``N``.
+    """
+    count = min(PICTURED, len(labels))
+    figure, axes = plt.subplots(len(rows), count, figsize=(2.2 + 0.9 * count, 0.6 + 0.95 * len(rows)),
+                                squeeze=False, layout="constrained")
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for i, place in enumerate(line):
+            place.imshow(drawable(images[i].permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=1)
+            place.set(xticks=[], yticks=[])
+            if line is axes[0]:
+                place.set_title(int(labels[i]), fontsize=8)
+        line[0].set_ylabel(name.replace("_", " "), rotation=0, ha="right", va="center", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)

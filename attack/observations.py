@@ -1,0 +1,180 @@
+"""What an adversary observes of the attacked client: an upload, latents, or the answer to an image.
+
+``Victim`` plays the attacked client. It reads ``client_<k>.pt``, and hands over only what is observed.
+
+An upload that is observed at a checkpoint is that of the next training step. The client takes that step with
+the encoder just stored and with the head just aggregated, which the server sends next. The server knows this
+head, so it matches the gradient on exactly these weights.
+"""
+import torch
+from torch import Tensor
+
+from attack.adversaries import Budget, Knowledge, posterior_in_parts
+from attack.target import Target
+from models import RVE, Network
+from server.base import Round, State
+from server.privacy import NbAFL
+from update import Trainer, Training
+
+
+class Victim:
+    """The attacked client. Its methods give what the adversary observes of images ``x`` with labels ``y``."""
+
+    def __init__(self, target: Target, round: int, client: int) -> None:
+        self.target, self.round, self.client, self.sent_next = target, round, client, target.sent_next(round)
+        self.uploads = 0   # observed so far
+        private = target.private(round, client)
+        self.private, self.own = private.parameters, target.own_head(round, client, private)
+
+    def network(self, shared: State) -> Network:
+        """Return the client's network with the given shared parameters."""
+        network = self.target.network()
+        network.load_state_dict({**shared, **self.private})
+        return network
+
+    def stolen(self) -> Knowledge:
+        """Return the client's own model."""
+        network = self.network(self.own)
+        return Knowledge(network.get_submodule("classifier"), getattr(network, "encoder", None),
+                         self.target.has_encoder, self.target.data.image_shape)
+
+    @torch.no_grad()
+    def kl(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """Return KL of the posterior of z to the prior, nats, ``N``; None for a method without noise."""
+        network = self.network(self.own)
+        if not isinstance(network, RVE):
+            return None
+        mu, logvar = posterior_in_parts(self.stolen(), x)
+        return None if logvar is None else network.kl(mu, logvar, y)
+
+    @torch.no_grad()
+    def noise(self, x: Tensor, y: Tensor) -> dict[str, float] | None:
+        """Return how much of images the noise on z leaves; None for a method without noise.
+
+        Returns:
+            Means over the images: ``kl_nats``, to the prior; ``sigma``, the noise's standard deviation;
+            ``snr_db``, in dB, the variance of mu over images divided by that of the noise; ``bound_nats``, an
+            upper bound on what one draw of z tells about an image: the KL, and with a prior for each class also
+            the entropy of the labels (``models.ClassPrior``).
+        """
+        kl, network = self.kl(x, y), self.network(self.own)
+        if kl is None:
+            return None
+        mu, logvar = posterior_in_parts(self.stolen(), x)
+        assert logvar is not None and isinstance(network, RVE)
+        labels = 0.0 if network.prior is None else torch.special.entr(y.bincount() / len(y)).sum().item()
+        return {"kl_nats": kl.mean().item(), "sigma": (0.5 * logvar).exp().mean().item(),
+                "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item(),
+                "bound_nats": kl.mean().item() + labels}
+
+    @torch.no_grad()
+    def answers(self, x: Tensor, draws: int, keep: int) -> Tensor:
+        """Return the prediction service's probabilities, ``N x num_classes``.
+
+        Args:
+            draws: of z, over which the probabilities are averaged.
+            keep: how many of the largest it tells; the others are 0.
+        """
+        scores = self.stolen().logits(x, draws).exp()
+        smallest = scores.topk(min(keep, scores.shape[1])).values[:, -1:]
+        return torch.where(scores >= smallest, scores, torch.zeros_like(scores))
+
+    def update(self, x: Tensor, y: Tensor, lr: float, batch: int | None = None,
+               inputs: list[Tensor] | None = None) -> State:
+        """Return what the server makes of the upload that a client's next steps cause: the sum of their gradients.
+
+        The client takes SGD steps from the head that it is sent next. Each follows the gradient of its whole
+        objective: the cross-entropy, the KL term, the method's own loss and, with a prior for each class, the
+        replay of draws from the priors. Its private parameters stay as they are. There is no dropout and no
+        augmentation, which is the best case for the adversary.
+
+        Where the method protects uploads, what is observed is ``sent - lr * sum`` as ``Server.receive`` lets it
+        through, every upload with noise of its own. The server then divides by the step (``of_upload``).
+        Other uploads give the sum itself; that float32 rounds them is left out.
+
+        Args:
+            lr: size of a step, which the server knows.
+            batch: images in a step; all of them if not given.
+            inputs: the head's inputs are appended to this list, for scoring alone.
+
+        Returns:
+            By parameter name, of all shared parameters.
+        """
+        total = self._steps(x, y, lr, batch or len(x), inputs)
+        if not self.target.method.protects:
+            return total
+        server = self.target.server(self.round)
+        self.uploads += 1
+        sent = {name: value.double() for name, value in self.sent_next.items()}
+        upload = {name: value - lr * total[name] for name, value in sent.items()}
+        arrived = server.receive(Round(self.round + self.uploads, sent, {self.client: upload}, {}))[self.client]
+        return of_upload(sent, arrived, lr, clipped=isinstance(server, NbAFL))
+
+    def _steps(self, x: Tensor, y: Tensor, lr: float, batch: int, inputs: list[Tensor] | None) -> State:
+        """Return the sum of the gradients of a client's steps; arguments as of ``update``."""
+        target, network = self.target, self.network(self.sent_next)
+        network.training = True   # for the priors' replay; the layers themselves stay without dropout
+        noted: list[Tensor] = []   # what the head is given in a step: first its input, then the replay
+        network.classifier.register_forward_pre_hook(lambda _, given: noted.append(given[0].detach()))
+        trainer = Trainer(network, target.method, torch.empty(0), torch.empty(0), target.data.num_classes,
+                          Training.from_options(target.options, torch.float32))
+        shared = {name: value for name, value in network.named_parameters() if name in self.sent_next}
+        total = {name: torch.zeros_like(value) for name, value in shared.items()}
+        for part, labels in zip(x.split(batch), y.split(batch), strict=True):
+            objective, _ = trainer.objective(part, network(part, labels), labels, self.round + 1, self.sent_next)
+            if inputs is not None:
+                inputs.append(noted[0])
+            noted.clear()
+            slopes = torch.autograd.grad(objective.mean(), list(shared.values()), allow_unused=True,
+                                         materialize_grads=True)
+            with torch.no_grad():
+                for (name, value), slope in zip(shared.items(), slopes, strict=True):
+                    total[name] += slope
+                    value.sub_(lr * slope)
+        return total
+
+
+def of_upload(sent: State, arrived: State, lr: float, clipped: bool) -> State:
+    """Return the sum of gradients behind an upload, ``(sent - arrived / s) / lr``, in single precision.
+
+    Args:
+        sent, arrived: the parameters that the client started from, and those that arrived, in double precision.
+        lr: size of the client's steps.
+        clipped: the client's parameters were scaled as one vector, by s. Most parameters hardly move in a step,
+            so s is the median of ``arrived / sent``, weighted by ``|sent|``: the least absolute deviation.
+    """
+    scale = 1.0
+    if clipped:
+        before, after = (torch.cat([state[name].flatten() for name in sent]) for state in (sent, arrived))
+        ratio, order = (after / before).nan_to_num(0.0).sort()
+        weight = before.abs()[order].cumsum(0)
+        scale = float(ratio[torch.searchsorted(weight, weight[-1] / 2)].clamp(1e-6, 1))
+    return {name: ((value - arrived[name] / scale) / lr).float() for name, value in sent.items()}
+
+
+# Observations of images N x C x H x W with labels N: (victim, images, labels, budget) -> what the attack is given.
+
+def observe_gradients(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
+    """Observe the gradient of the head behind the upload of a step on each image alone."""
+    return [part_of(victim.update(x[i:i + 1], y[i:i + 1], budget.lr), "classifier.") for i in range(len(x))]
+
+
+def observe_trunk(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[State]:
+    """Observe gradients as ``observe_gradients`` does, of the head and of an encoder's trunk."""
+    updates = [victim.update(x[i:i + 1], y[i:i + 1], budget.lr) for i in range(len(x))]
+    return [{**part_of(update, "classifier."), **part_of(update, "encoder.")} for update in updates]
+
+
+def observe_update(victim: Victim, x: Tensor, y: Tensor, budget: Budget, steps: int) -> list[State]:
+    """Observe the sum of the head's gradients behind one upload, over ``steps`` steps of equal size."""
+    return [part_of(victim.update(x, y, budget.lr, batch=-(-len(x) // steps)), "classifier.")]
+
+
+def part_of(update: State, prefix: str) -> State:
+    """Return the values whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in update.items() if name.startswith(prefix)}
+
+
+def observe_scores(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
+    """Observe the prediction service's answers, ``N x num_classes``."""
+    return victim.answers(x, budget.draws, budget.top_scores)

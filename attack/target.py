@@ -1,0 +1,223 @@
+"""A run under attack: its options, data and checkpoints.
+
+Round 0 is the start, before the first round. It has no files: its weights are drawn from the run's seed again, and
+every adversary knows all of them.
+"""
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import datasets
+from methods import METHODS, Method, make_server
+from models import Network
+from runs import configs
+from runs.checkpoints import checked_state, load_checked, read_client, read_shared, same_memory
+from server.base import Server, State
+from update import ClientState
+from utils import InputError, fingerprint, plain_file, seed_torch
+
+
+def as_floats(images: np.ndarray) -> Tensor:
+    """Convert uint8 ``N x H x W x C`` to ``N x C x H x W`` in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).contiguous()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A run under attack, finished or interrupted.
+
+    Attributes:
+        results, models: the run's two folders.
+        options: the ``options`` of its ``config.json``.
+        start_digest: ``utils.fingerprint`` of the weights that it began with; "" if unknown.
+    """
+
+    results: Path
+    models: Path
+    options: dict
+    data: datasets.Dataset
+    start_digest: str = ""
+
+    @property
+    def method(self) -> Method:
+        """The run's row of METHODS."""
+        return METHODS[self.options["method"]]
+
+    @property
+    def has_encoder(self) -> bool:
+        """True if an encoder stands before the head, so that the head's input is a latent z."""
+        return self.method.network.has_encoder
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of the KL term in a client's loss."""
+        return self.options.get("kl_weight") or 0.0
+
+    def pixels(self, numbers: np.ndarray | Tensor) -> Tensor:
+        """Return the images of these numbers, ``N x C x H x W`` in [0, 1]."""
+        return as_floats(self.data.images[np.asarray(numbers)])
+
+    def labels(self, numbers: np.ndarray | Tensor) -> Tensor:
+        """Return the labels of these numbers, ``N``."""
+        return torch.from_numpy(self.data.labels[np.asarray(numbers)])
+
+    def network(self) -> Network:
+        """Build the method's network with fresh weights, drawn from PyTorch's generator."""
+        return self.method.build(self.data.image_shape, self.data.num_classes, self.options).eval()
+
+    @cached_property
+    def uploaded(self) -> State:
+        """What the method's clients upload, of an untrained network."""
+        return self.method.shared_and_private(self.network().state_dict())[0]
+
+    def rounds(self) -> list[int]:
+        """Return the rounds that have a checkpoint, in order."""
+        names = (path.name.removeprefix("round_") for path in self.models.glob("round_*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def latest_round(self) -> int:
+        """Return the latest round that has a checkpoint; InputError if none has."""
+        if not (rounds := self.rounds()):
+            raise InputError(f"--run {self.models.name}: {self.models} holds no checkpoint; go on with the run "
+                             "(--resume), or train it again (--overwrite)")
+        return rounds[-1]
+
+    def require(self, round: int) -> None:
+        """Raise InputError if a round has no checkpoint, or if the start (round 0) cannot be drawn again."""
+        if round:
+            self.file(round, "shared.pt")
+        elif source := self.options.get("encoders_from"):
+            raise InputError(f"--rounds 0: this run's clients began with the encoders of run {source}, which no "
+                             "seed gives; attack a later round")
+        elif fingerprint(self.seeded) != self.start_digest:
+            raise InputError(f"--rounds 0: by {self.results / 'config.json'} the run began with other weights "
+                             "than its seed gives here; use the PyTorch and the program that trained it")
+
+    @cached_property
+    def seeded(self) -> State:
+        """The weights that a run begins with, drawn from its seed. They are no secret."""
+        return self.start(0).state_dict()
+
+    def file(self, round: int, name: str) -> Path:
+        """Return the path of a checkpoint's file; InputError if the round has no checkpoint."""
+        folder = self.models / f"round_{round}"
+        if not folder.is_dir():
+            kept = ", ".join(map(str, self.rounds())) or "none"
+            raise InputError(f"--rounds {round}: no checkpoint {folder} (rounds with one: {kept}); train "
+                             f"with --save_rounds {round}")
+        return folder / name
+
+    def shared(self, round: int) -> dict:
+        """Read ``shared.pt``: ``sent``, the head that clients started from, and ``uploads``, theirs by client."""
+        if not round:
+            return {"sent": self.sent_next(0), "uploads": {}}
+        shared, _ = self._layout(round)
+        return read_shared(self.file(round, "shared.pt"), shared, self.options["num_users"])
+
+    def _layout(self, round: int) -> tuple[State, State]:
+        """Return parameters of the shapes of those that are shared, and of those that stay, in a round."""
+        return self.row(round).shared_and_private(self.network().state_dict() if round else self.seeded)
+
+    def row(self, round: int) -> Method:
+        """Return the row of METHODS that holds in a round; for the start, that of the first round."""
+        return self.method.in_round(max(round, 1), self.options)
+
+    def start(self, round: int) -> Network:
+        """Return the network that all private parameters began with. It was sent to all, so it is no secret.
+
+        These are the seeded weights, or what the full sharing rounds left.
+        """
+        seed_torch(self.options["seed"], "init")
+        network = self.network()
+        if 0 < (self.options.get("full_sharing_rounds") or 0) < round:
+            path = self.file(round, "server.pt")
+            _, private = self.row(round).shared_and_private(network.state_dict())
+            network.load_state_dict(checked_state(load_checked(path).get("private_start"), private, path), strict=False)
+        return network
+
+    def sent_next(self, round: int) -> State:
+        """Return the head aggregated at the end of a round, which is sent at the start of the next."""
+        if not round:
+            return self._layout(0)[0]
+        path = self.file(round, "server.pt")
+        return checked_state(load_checked(path).get("head"), self._layout(round)[0], path)
+
+    @cached_property
+    def first_server(self) -> Server:
+        """The run's server as it was before the first round."""
+        return make_server(self.options, min(map(len, self.owned()[0])))
+
+    def server(self, round: int) -> Server:
+        """Return the run's server as it was after a round.
+
+        What it learned later only, it has too: NbAFL's clip is that of the first uploads, and stays.
+        """
+        server, start = copy.copy(self.first_server), self.first_server.memory
+        server.memory = {**self._memory(self.latest_round()), **(self._memory(round) if round else start)}
+        return server
+
+    def _memory(self, round: int) -> dict:
+        path = self.file(round, "server.pt")
+        memory = load_checked(path).get("memory")
+        if not (isinstance(memory, dict) and same_memory(memory, self.first_server.memory)):
+            raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
+        return memory
+
+    def private(self, round: int, client: int) -> ClientState:
+        """Read ``client_<k>.pt``: what never left the client."""
+        shared, private = self._layout(round)
+        if not round:
+            return ClientState(private)
+        return read_client(self.file(round, f"client_{client}.pt"), private, shared)
+
+    def own_head(self, round: int, client: int, private: ClientState) -> State:
+        """Return the head of the client's own model.
+
+        It is the head that the client trained in this round, before any noise or clipping that protects the
+        upload. A client that did not train has the head just aggregated.
+        """
+        uploads = self.shared(round)["uploads"]
+        return private.trained_shared or uploads[client] if client in uploads else self.sent_next(round)
+
+    def owned(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the numbers of each client's training and test images in the data set, for scoring alone.
+
+        Raises:
+            InputError: ``partition.npz`` is missing, damaged, or of another data set.
+        """
+        path = self.results / "partition.npz"
+        try:
+            with np.load(plain_file(path), allow_pickle=False) as file:
+                train, test = ([file[f"{half}_{k}"] for k in range(self.options["num_users"])]
+                               for half in ("train", "test"))
+        except KeyError as error:
+            raise InputError(f"{path}: no fixed training and test images; runs with --resplit or --validate "
+                             "cannot be attacked") from error
+        except Exception as error:
+            raise InputError(f"{path} is missing or damaged") from error
+        if not all(part.ndim == 1 and part.dtype.kind == "i" and len(part) and part.min() >= 0
+                   and part.max() < len(self.data.labels) for part in (*train, *test)):
+            raise InputError(f"{path} does not number images of --dataset {self.options['dataset']}; it is "
+                             "damaged, or the data set has changed since the run")
+        return train, test
+
+
+def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Target:
+    """Read a run's ``config.json`` and its data set.
+
+    Raises:
+        InputError: there is no such run, or its files are damaged.
+    """
+    path = results_dir / name / "config.json"
+    if not path.exists():
+        runs = sorted(other.parent.name for other in results_dir.glob("*/config.json"))
+        raise InputError(f"--run {name}: there is no {path}; runs there: {', '.join(runs) or 'no runs'}")
+    config = configs.read(path, "dataset", "method", "num_users", "init_logvar", "seed")
+    options = config["options"]
+    data = datasets.load(options["dataset"], data_dir)
+    return Target(results_dir / name, models_dir / name, options, data, str(config.get("start", "")))
