@@ -1,1 +1,1 @@
-"""Attacks on a trained run. Open attacks.py and members.py for the tables, access.py for who holds what."""
+"""Attacks on a trained run. Open attacks.py and members.py for the tables, adversaries.py for what each holds."""

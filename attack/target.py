@@ -137,7 +137,8 @@ class Target:
         if 0 < (self.options.get("full_sharing_rounds") or 0) < round:
             path = self.file(round, "server.pt")
             _, private = self.row(round).shared_and_private(network.state_dict())
-            network.load_state_dict(checked_state(load_checked(path).get("private_start"), private, path), strict=False)
+            left = checked_state(load_checked(path).get("private_start"), private, path)
+            network.load_state_dict(left, strict=False)
         return network
 
     def sent_next(self, round: int) -> State:

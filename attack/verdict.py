@@ -177,7 +177,7 @@ def _by_image(rows: pd.DataFrame, key: list[str], columns: list[str]) -> pd.Data
     """Return columns of rows, indexed by client and image, or by client and label."""
     table = rows.set_index(key)[columns].astype(float).sort_index()
     if table.index.has_duplicates or table.isna().any(axis=None):
-        raise ValueError("an image is there twice, or a value is missing")
+        raise ValueError("an image is there twice, or the rows have gaps")
     return table
 
 

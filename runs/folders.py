@@ -16,7 +16,7 @@ from utils import InputError
 # Whole names, as regular expressions.
 OF_TRAINING = r"(clients|rounds|server)\.csv|partition\.npz|(partition|backdoor|curves|trust)\.png"
 OF_ATTACKS = r"attack\.(csv|json)|attack_(summary|latents)\.csv|attack_\w+_round\d+_client\d+\.png"
-OF_MEMBERSHIP = r"membership\.csv"
+OF_MEMBERSHIP = r"membership\.(csv|json)"
 OF_A_CHECKPOINT = r"(shared|server|client_\d+)\.pt"
 WAITING = r"\d+-\d+\.pt|upload-\d+\.pt"   # in .private
 CHECKPOINT = r"round_([1-9][0-9]{0,9})"   # a folder; with a point before it, half written or half deleted

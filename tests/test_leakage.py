@@ -32,7 +32,7 @@ def lines(attacks, count=8):
     """attack.csv: ``count`` images or classes of each attack. The last two of the images are identified first."""
     rows = []
     for (adversary, attack, round), (own, other, rank, identified) in attacks.items():
-        drawn = attack.startswith("mi_")
+        drawn = attack in ("mi_face", "margin")
         for control in ("", *(("grey", "noise") if drawn else ("foreign", "class_mean"))):
             score = {"": own, "foreign": other, "noise": other, "class_mean": 0.99}.get(control, 0.0)
             for i in range(count):

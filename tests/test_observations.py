@@ -104,9 +104,9 @@ def by_training(victim, numbers, batch):
     for layer in network.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-    how = Training.from_options({**target.options, "local_ep": 1, "local_bs": batch, "lr": CLIENT_LR,
-                       "lr_decay": 0.0, "lr_warmup": 0.0, "head_lr": 1.0, "optimizer": "sgd", "momentum": 0.0, "augment": "none"},
-                      torch.float32)
+    changes = {"local_ep": 1, "local_bs": batch, "lr": CLIENT_LR, "lr_decay": 0.0, "lr_warmup": 0.0,
+               "head_lr": 1.0, "optimizer": "sgd", "momentum": 0.0, "augment": "none"}
+    how = Training.from_options({**target.options, **changes}, torch.float32)
     trainer = Trainer(network, METHODS[target.options["method"]], torch.from_numpy(target.data.images),
                       torch.from_numpy(target.data.labels), target.data.num_classes, how)
     upload = trainer.train(0, victim.round + 1, numbers, victim.sent_next, ClientState(victim.private)).upload
