@@ -1,5 +1,5 @@
-"""One client's round: local training and evaluation."""
-from collections.abc import Callable, Iterator, Mapping
+"""One client: local training, its upload, and evaluation."""
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,34 +23,26 @@ class Diverged(Exception):
 
 @dataclass
 class ClientState:
-    """What never leaves a client: its parameters, and the optimiser steps it has made.
+    """What never leaves a client.
 
-    Attributes:
-        trained_shared: what it trained last of the shared part, where the server sees it clipped or noised only.
+    Args:
+        parameters: those that are not shared.
+        steps: optimiser steps over all rounds.
+        trained_shared: the shared parameters as trained last; only where the server sees them clipped or noised.
     """
 
     parameters: State
     steps: int = 0
     trained_shared: State = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        """Size of its tensors."""
-        return sum(value.nbytes for value in (*self.parameters.values(), *self.trained_shared.values()))
-
-    @property
-    def kind(self) -> str:
-        """The kind of device that its parameters are on."""
-        return next((value.device.type for value in self.parameters.values()), "cpu")
-
 
 class LocalUpdate(NamedTuple):
-    """What comes out of a client's local training.
+    """The result of a client's local training.
 
     Args:
-        upload: the shared part, in main memory.
-        client_state: what stays with the client.
-        metrics: the running ones of the last local epoch; ``loss`` is the cross-entropy alone.
+        upload: the shared parameters, in main memory.
+        client_state: what the client keeps.
+        metrics: means over the last local epoch; ``loss`` is the cross-entropy alone.
     """
 
     upload: State
@@ -60,19 +52,19 @@ class LocalUpdate(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """How every client of a run trains and predicts.
+    """How the clients of a run train and predict.
 
     Args:
         epochs: local epochs E.
-        lr_decay: learning rate ``lr / (1 + lr_decay * step)``, step counted over all rounds.
-        lr_warmup: share of a round's steps over which it rises from 0: a new Adam's first steps are all as
-            long as the learning rate, since it does not know the gradients' size yet.
+        lr_decay: learning rate ``lr / (1 + lr_decay * step)``, with the step counted over all rounds.
+        lr_warmup: share of a round's steps over which the learning rate rises from 0: a new Adam's first steps are
+            all as long as the learning rate, since it has no estimate of the gradients' size yet.
         head_lr: the head's learning rate as a multiple of the encoder's.
-        kl_weight: beta, on the KL summed over z; reached from 0, linearly over ``kl_warmup`` rounds.
+        kl_weight: beta, on the KL summed over z; it rises linearly from 0 over ``kl_warmup`` rounds.
         eval_samples: draws of z averaged in a prediction.
         augment: ``none``, ``flip`` or ``flip+shift`` of the training images, drawn anew each time.
         dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
-        freezes_private: what stays with a client is not trained.
+        freezes_private: do not train the private parameters.
         options: all options of the run by name, for a method with options of its own.
     """
 
@@ -95,28 +87,28 @@ class Training:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], dtype: torch.dtype, **changes: Any) -> "Training":
-        """Return how clients train by a run's options (options.py), but for ``changes``."""
+        """Return the settings of a run's options (options.py), with ``changes``."""
         same = ("seed", "optimizer", "lr", "head_lr", "lr_decay", "lr_warmup", "momentum", "kl_weight",
                 "kl_warmup", "eval_samples", "augment")
         return replace(cls(epochs=options["local_ep"], batch_size=options["local_bs"], dtype=dtype,
                            options=options, **{name: options[name] for name in same}), **changes)
 
     def beta(self, round: int) -> float:
-        """``kl_weight``, or the part of it that its warm-up has reached."""
+        """Return the weight of the KL term in a round."""
         return self.kl_weight * min(1.0, (round - 1) / self.kl_warmup if self.kl_warmup else 1.0)
 
 
 def reflect(index: Tensor, side: int) -> Tensor:
-    """Bring pixel numbers that lie past an edge back inside, as a mirror at the edge would."""
+    """Reflect pixel numbers beyond an edge back into ``0 .. side - 1``."""
     return (side - 1) - ((side - 1) - index.abs()).abs()
 
 
 @dataclass
 class Trainer:
-    """The one working model, which plays every client in turn.
+    """The one working model, which trains and evaluates every client in turn.
 
     Args:
-        model: on the device that trains; its parameters are overwritten by each call.
+        model: on the device that trains; every call overwrites its parameters.
         images: all images pooled, ``N x H x W x C`` uint8, on that device.
         labels: ``N`` int64, on that device.
     """
@@ -128,52 +120,66 @@ class Trainer:
     num_classes: int
     training: Training
 
+    def in_round(self, number: int) -> "Trainer":
+        """Return the trainer of a round: in the first ``--full_sharing_rounds``, every parameter is shared."""
+        return replace(self, method=self.method.in_round(number, self.training.options))
+
     def state(self) -> State:
-        """A copy of the working model's parameters, on their device."""
+        """Return a copy of the working model's parameters, on their device."""
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def shared_and_private(self, state: State) -> tuple[State, State]:
-        """What travels, in main memory, and what stays with the client, where it is."""
+        """Split a state dict into what the method shares, in main memory, and what stays with the client."""
         shared, private = self.method.shared_and_private(state)
         return {name: value.cpu() for name, value in shared.items()}, private
 
-    def train(self, client: int, round: int, indices: np.ndarray, sent: State, private: ClientState) -> LocalUpdate:
-        """``epochs`` local epochs on ``objective``.
+    def train(self, client: int, round: int, indices: np.ndarray, sent: State,
+              client_state: ClientState) -> LocalUpdate:
+        """Train a client for ``epochs`` local epochs on ``objective``.
+
+        Args:
+            indices: its training images.
+            sent: the shared parameters from the server.
 
         Raises:
-            Diverged: the loss is no longer finite; ``private`` and ``sent`` are untouched.
+            Diverged: the loss is no longer finite; ``sent`` and ``client_state`` are untouched.
         """
-        how = self.training
+        settings, steps = self.training, client_state.steps
         self.seed("train", client, round)
-        self._load(sent, private)
+        self.model.load_state_dict({**sent, **client_state.parameters})
         self.model.train()
-        steps, (optimizer, received) = private.steps, self.prepare(sent)
-        orders = rng(how.seed, "order", client, round)   # the same on every device
-        for _ in range(how.epochs):
+        optimizer, received = self.prepare(sent)
+        orders = rng(settings.seed, "order", client, round)   # the same on every device
+        for _ in range(settings.epochs):
             tally = Tally()
             order = torch.from_numpy(orders.permutation(indices)).to(self.labels.device)
-            for batch in order.split(how.batch_size):
-                self.set_lr(optimizer, steps, steps - private.steps, len(indices))
+            for batch in order.split(settings.batch_size):
+                self.set_lr(optimizer, steps, steps - client_state.steps, len(indices))
                 tally.add(*self._step(optimizer, round, batch, received), self.labels[batch])
                 steps += 1
-            if not torch.cat(tally.loss).isfinite().all():
-                raise self.diverged(client, round)
-        return self.trained(client, round, self.state(), steps, tally)
+        return self.local_update(client, round, self.state(), steps, tally)
 
-    def trained(self, client: int, round: int, state: State, steps: int, tally: Tally) -> LocalUpdate:
-        """What ``train`` returns, of a client's parameters after training, or Diverged."""
-        if not torch.stack([value.isfinite().all() for value in state.values()]).all():   # by the last step
-            raise self.diverged(client, round)
-        upload, kept = self.shared_and_private(state)
-        own = upload if self.method.protects else {}
-        return LocalUpdate(upload, ClientState(kept, steps, own), tally.result(self.num_classes))
+    def local_update(self, client: int, round: int, trained: State, steps: int, tally: Tally) -> LocalUpdate:
+        """Split a client's trained parameters into what it uploads and what it keeps.
+
+        Raises:
+            Diverged: a parameter is NaN or infinite.
+        """
+        settings = self.training
+        if not torch.stack([value.isfinite().all() for value in trained.values()]).all():
+            beta = f", or --kl_weight {settings.kl_weight:g}" if settings.kl_weight else ""
+            raise Diverged(f"client {client}, round {round}: the loss is not finite; most likely --lr "
+                           f"{settings.lr:g}{beta} is too high")
+        upload, private = self.shared_and_private(trained)   # only the shared part leaves the client
+        trained_shared = upload if self.method.protects else {}
+        return LocalUpdate(upload, ClientState(private, steps, trained_shared), tally.result(self.num_classes))
 
     @torch.inference_mode()
     def evaluate(self, client: int, round: int, indices: np.ndarray, shared: State,
-                 private: ClientState) -> dict[str, float]:
-        """Metrics of ``p(y|x)``, averaged over ``eval_samples`` draws of z; loss is its cross-entropy."""
+                 client_state: ClientState) -> dict[str, float]:
+        """Return the metrics of ``p(y|x)``, the mean over ``eval_samples`` draws of z; loss is cross-entropy."""
         self.seed("evaluate", client, round)
-        self._load(shared, private)
+        self.model.load_state_dict({**shared, **client_state.parameters})
         self.model.eval()
         tally = Tally()
         for batch in torch.from_numpy(indices).to(self.labels.device).split(512):
@@ -186,16 +192,16 @@ class Trainer:
 
     def objective(self, images: Tensor, output: Output, labels: Tensor, round: int,
                   sent: State) -> tuple[Tensor, Tensor]:
-        """``CE(head(z), y) + beta KL(q(z|x) || prior) + the method's own loss``, and the cross-entropy alone.
+        """Compute ``CE(head(z), y) + beta KL(q(z|x) || prior) + the method's own loss``, and the first term alone.
 
-        With a prior for each class, the head's cross-entropy on draws from these priors is added.
+        With one prior per class, the head's cross-entropy on draws from these priors is added.
 
         Args:
             images: ``N x C x H x W``.
-            sent: what the client received, for the method's own loss.
+            sent: the shared parameters from the server, for the method's own loss.
 
         Returns:
-            One number an image each: ``N``, ``N``.
+            One number per image each: ``N``, ``N``.
         """
         loss = F.cross_entropy(output.logits, labels, reduction="none")
         whole = loss if output.kl is None else loss + self.training.beta(round) * output.kl
@@ -206,48 +212,34 @@ class Trainer:
         return whole, loss
 
     def prepare(self, sent: State) -> tuple[torch.optim.Optimizer, State]:
-        """A client's new optimiser, and what was sent, on the device that trains, for the method's own loss."""
+        """Return a client's new optimiser, and what was sent on the training device, for the method's own loss."""
         received = {} if self.method.loss is None else {
             name: value.to(self.labels.device) for name, value in sent.items()}
         return self.make_optimizer(dict(self.model.named_parameters())), received
 
     def autocast(self) -> torch.autocast:
-        """The precision of convolutions and matrix products, as a context."""
+        """Return the context that sets the precision of convolutions and matrix products."""
         bf16 = self.training.dtype == torch.bfloat16
         return torch.autocast(self.images.device.type, torch.bfloat16, bf16)
 
     def _step(self, optimizer: torch.optim.Optimizer, round: int, batch: Tensor,
               sent: State) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One step on a batch of image numbers -> loss and KL an image, logits."""
+        """Make one step on a batch of image numbers; return loss and KL per image, and logits."""
         optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            images, labels = self.augmented(batch), self.labels[batch]
+            images, labels = self.placed(batch, self.placements(len(batch))), self.labels[batch]
             output = self.model(images, labels)
             objective, loss = self.objective(images, output, labels, round, sent)
         objective.mean().backward()
         optimizer.step()
         return loss, output.kl, output.logits
 
-    def diverged(self, client: int, round: int) -> Diverged:
-        """The error, with its likely reason."""
-        how = self.training
-        beta = f", or --kl_weight {how.kl_weight:g}" if how.kl_weight else ""
-        return Diverged(f"client {client}, round {round}: the loss is not finite; most likely --lr {how.lr:g}"
-                        f"{beta} is too high")
-
     def _pixels(self, batch: Tensor) -> Tensor:
-        """Image numbers ``N`` -> ``N x C x H x W`` in [0, 1], channels-last in memory."""
+        """Return images as ``N x C x H x W`` in [0, 1], channels-last in memory."""
         return self.images[batch].permute(0, 3, 1, 2).float().div_(255)
 
-    def augmented(self, batch: Tensor) -> Tensor:
-        """``_pixels``, and as ``augment`` says: mirrored left to right with probability 1/2, and shifted.
-
-        A shift is up to SHIFT pixels each way; the image's mirrored edge fills the gap.
-        """
-        return self.placed(batch, self.placements(len(batch)))
-
     def placements(self, count: int) -> tuple[Tensor, ...]:
-        """What ``augment`` draws for ``count`` images: who is mirrored, ``N x 1``, and shifts, ``2 x N x 1``."""
+        """Draw, by ``augment``, which of ``count`` images are mirrored, ``N x 1``, and shifts, ``2 x N x 1``."""
         if self.training.augment == "none":
             return ()
         device = self.labels.device
@@ -256,66 +248,44 @@ class Trainer:
             return (mirrored,)
         return mirrored, torch.randint(-SHIFT, SHIFT + 1, (2, count, 1), device=device)
 
-    def placed(self, batch: Tensor, drawn: tuple[Tensor, ...]) -> Tensor:
-        """``_pixels``, mirrored and shifted as ``placements`` drew."""
-        if not drawn:
+    def placed(self, batch: Tensor, placements: tuple[Tensor, ...]) -> Tensor:
+        """Return ``_pixels``, mirrored left to right and shifted; the image's mirrored edge fills the gap."""
+        if not placements:
             return self._pixels(batch)
-        device, (height, width) = batch.device, self.images.shape[1:3]
-        rows, columns = (torch.arange(side, device=device).expand(len(batch), side)
+        height, width = self.images.shape[1:3]
+        rows, columns = (torch.arange(side, device=batch.device).expand(len(batch), side)
                          for side in (height, width))
-        mirrored, *shifts = drawn
-        for by in shifts:
-            rows, columns = reflect(rows + by[0], height), reflect(columns + by[1], width)
+        mirrored, *shifts = placements
+        for down, right in shifts:
+            rows, columns = reflect(rows + down, height), reflect(columns + right, width)
         columns = torch.where(mirrored, width - 1 - columns, columns)
         chosen = self.images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]   # N x H x W x C
         return chosen.permute(0, 3, 1, 2).float().div_(255)
 
     def seed(self, purpose: str, client: int, round: int) -> None:
-        """Let what follows draw what one client's work in one round draws."""
+        """Seed PyTorch's generators for one client's work in one round."""
         seed_torch(self.training.seed, purpose, client, round)
 
-    def _load(self, shared: State, private: ClientState) -> None:
-        self.model.load_state_dict({**shared, **private.parameters})
-
     def make_optimizer(self, parameters: State) -> torch.optim.Optimizer:
-        """A client's own optimiser, new in every round, as in FedAvg.
-
-        The head's moments would belong to weights that the server has replaced since; the encoder's would treble
-        what a client stores.
-        """
-        how = self.training
+        """Return a client's optimiser, new in every round, as in FedAvg."""
+        settings = self.training
+        scales = {False: 0.0 if settings.freezes_private else 1.0, True: settings.head_lr}   # by being of the head
         groups = [{"params": [value for name, value in parameters.items()
                               if name.startswith("classifier.") == of_head], "scale": scale}
-                  for of_head, scale in ((False, 0.0 if how.freezes_private else 1.0), (True, how.head_lr))]
+                  for of_head, scale in scales.items()]
         groups = [group for group in groups if group["params"]]
-        if how.optimizer == "sgd":
-            return torch.optim.SGD(groups, how.lr, how.momentum, fused=True)
-        return torch.optim.Adam(groups, how.lr, eps=1e-7, fused=True)
+        if settings.optimizer == "sgd":
+            return torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
+        return torch.optim.Adam(groups, settings.lr, eps=1e-7, fused=True)
 
     def set_lr(self, optimizer: torch.optim.Optimizer, steps: int, done: int, images: int) -> None:
-        """The learning rates of a client's next step, after ``steps`` in all and ``done`` in this round."""
-        how = self.training
-        warm = how.lr_warmup * how.epochs * -(-images // how.batch_size)
-        factor = min(1.0, (done + 1) / max(warm, 1)) / (1 + how.lr_decay * steps)
+        """Set the learning rates of a client's next step, after ``steps`` in all and ``done`` in this round."""
+        settings = self.training
+        rising = settings.lr_warmup * settings.epochs * -(-images // settings.batch_size)   # steps
+        factor = min(1.0, (done + 1) / max(rising, 1)) / (1 + settings.lr_decay * steps)
         for group in optimizer.param_groups:
-            rate = group["scale"] * how.lr * factor
+            rate = group["scale"] * settings.lr * factor
             if isinstance(group["lr"], Tensor):   # a captured step reads it where it is
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-
-
-def one_by_one(trainer: Trainer, number: int, indices: dict[int, np.ndarray], sent: State,
-               private: Callable[[int], ClientState]) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
-    """Train clients one after another; what comes out of each.
-
-    Args:
-        number: of the round.
-        indices: client -> its training images, for all that train in this round.
-        private: client -> what stays with it.
-    """
-    for k, own in indices.items():
-        try:
-            yield k, trainer.train(k, number, own, sent, private(k))
-        except Diverged as error:
-            yield k, error

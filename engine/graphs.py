@@ -1,9 +1,9 @@
 """A trainer whose step is one CUDA graph: captured once, then replayed.
 
-At batch 256 an H100 computes a step in less time than Python needs to launch its hundred kernels. A graph
-holds them all, and one launch replays them: on the same addresses, so parameters, optimiser, learning rates
-and the batch's image numbers stay where they were captured and are overwritten in place. Short last batches
-take the plain step. It has never run on a GPU: its logic is tested on a CPU, with a stand-in for the graph.
+At batch 256 an H100 computes a step in less time than Python needs to launch its hundred kernels. A graph holds
+them all, and one launch replays them: on the same addresses, so parameters, optimiser, learning rates and the batch's
+image numbers are overwritten in place. A short last batch takes the plain step. It has never run on a GPU: the tests
+use a stand-in for the graph.
 """
 import warnings
 from collections.abc import Callable
@@ -20,18 +20,17 @@ from utils import InputError, generator_of
 WARM_UP = 3   # plain steps before a capture: libraries choose their kernels and allocate then
 
 Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]   # a step -> its replay
-Noted = tuple[Tensor, Tensor | None, Tensor]   # what ``Trainer._step`` returns
+Result = tuple[Tensor, Tensor | None, Tensor]   # of ``Trainer._step``
 
-# Graphs whose capture failed. PyTorch's allocator of pinned memory may go on asking a graph whether a stream is
-# its own, so that none of them may be freed.
+# Graphs whose capture failed: PyTorch's allocator of pinned memory may go on asking them, so none may be freed.
 abandoned: list[torch.cuda.CUDAGraph] = []
 
 
 def cuda_graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Capture ``step`` on a device -> its replay. It runs a few times before that.
+    """Capture ``step``, which runs a few times before, and return its replay.
 
-    Warm-up and capture share a stream: libraries keep handles and workspaces for each stream, and one that is
-    made while a capture is under way can make that fail. After a failure the stream from before is current again.
+    Warm-up and capture share a stream: libraries keep handles and workspaces for each stream, and creating one
+    during a capture can make that fail. After a failure the stream from before is current again.
 
     Raises:
         RuntimeError: there is no graph; what PyTorch remembers of the capture is undone.
@@ -54,30 +53,18 @@ def cuda_graph(step: Callable[[], None], device: torch.device) -> Callable[[], N
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
-    """Undo a capture that failed.
+    """Undo a capture that failed; parts that are undone already raise an error.
 
-    PyTorch ends a capture in the allocator only where CUDA's own end of it succeeds, up to 2.12 at least. Until
-    then the allocator asks the graph, at each allocation, whether it is the graph's; and the pool is never freed.
-    What is undone already answers with an error.
+    PyTorch, up to 2.12 at least, ends a capture in the allocator only where CUDA's own end of it succeeds. Until
+    then the allocator asks the graph about each allocation, and the pool is never freed.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    with suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(index, pool)
-    with suppress(RuntimeError):
-        graph.reset()
-    with suppress(RuntimeError):
-        torch._C._cuda_releasePool(index, pool)
-    with suppress(RuntimeError):   # kernels of the warm-up may still write what is about to be put back
-        torch.cuda.synchronize(index)
+    for undo in (lambda: torch._C._cuda_endAllocateToPool(index, pool), graph.reset,
+                 lambda: torch._C._cuda_releasePool(index, pool),
+                 lambda: torch.cuda.synchronize(index)):   # kernels may still write what is about to be put back
+        with suppress(RuntimeError):
+            undo()
     abandoned.append(graph)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A captured step: running it overwrites ``noted``."""
-
-    run: Callable[[], None]
-    noted: list[Noted]
 
 
 @dataclass(frozen=True)
@@ -86,10 +73,10 @@ class Static:
 
     optimizer: torch.optim.Optimizer
     batch: Tensor   # image numbers
-    sent: State = field(default_factory=dict)
+    sent: State
 
     def moments(self) -> list[Tensor]:
-        """The optimiser's own state: none before its first step."""
+        """Return the optimiser's own tensors; none before its first step."""
         return [tensor for state in self.optimizer.state.values() for tensor in state.values()
                 if isinstance(tensor, Tensor)]
 
@@ -103,31 +90,29 @@ class GraphedTrainer(Trainer):
 
     capture: Capture | None = cuda_graph
     _static: Static | None = field(default=None, init=False)
-    _replays: dict[tuple[float, int], Replay] = field(default_factory=dict, init=False)   # by beta and swaps
+    # By beta and swaps: the replay, and the results that it overwrites.
+    _replays: dict[tuple[float, int], tuple[Callable[[], None], list[Result]]] = field(
+        default_factory=dict, init=False)
 
     def prepare(self, sent: State) -> tuple[torch.optim.Optimizer, State]:
-        """``Trainer.prepare`` at the same addresses in every round: the one optimiser, set back to its start, and
-        what was sent, copied to where it was sent before."""
+        """Return the one optimiser, set back to its start, and what was sent, at the same addresses as before."""
         if self._static is None:
-            self._static = self._first(*super().prepare(sent))
-            return self._static.optimizer, self._static.sent
-        for tensor in self._static.moments():
-            tensor.zero_()
-        for name, place in self._static.sent.items():
-            place.copy_(sent[name])
+            optimizer, received = super().prepare(sent)
+            device = self.labels.device
+            for group in optimizer.param_groups:
+                group["lr"] = torch.zeros((), device=device)
+                if "capturable" in group:
+                    group["capturable"] = device.type == "cuda"
+            batch = torch.zeros(self.training.batch_size, dtype=torch.int64, device=device)
+            self._static = Static(optimizer, batch, {name: value.clone() for name, value in received.items()})
+        else:
+            for tensor in self._static.moments():
+                tensor.zero_()
+            for name, place in self._static.sent.items():
+                place.copy_(sent[name])
         return self._static.optimizer, self._static.sent
 
-    def _first(self, optimizer: torch.optim.Optimizer, received: State) -> Static:
-        """What the first round makes, ready to be captured."""
-        device = self.labels.device
-        for group in optimizer.param_groups:
-            group["lr"] = torch.zeros((), device=device)
-            if "capturable" in group:
-                group["capturable"] = device.type == "cuda"
-        batch = torch.zeros(self.training.batch_size, dtype=torch.int64, device=device)
-        return Static(optimizer, batch, {name: value.clone() for name, value in received.items()})
-
-    def _step(self, optimizer: torch.optim.Optimizer, round: int, batch: Tensor, sent: State) -> Noted:
+    def _step(self, optimizer: torch.optim.Optimizer, round: int, batch: Tensor, sent: State) -> Result:
         static = self._static
         if self.capture is None or static is None or len(batch) < self.training.batch_size:
             return super()._step(optimizer, round, batch, sent)
@@ -135,39 +120,39 @@ class GraphedTrainer(Trainer):
         key = self.training.beta(round), Before.swaps
         if key not in self._replays:
             try:
-                # Earlier ones are over.
-                self._replays = {key: self._captured(self.capture, static, round)}
+                self._replays = {key: self._captured(self.capture, static, round)}   # earlier ones are over
             except RuntimeError as error:
                 why = error.__context__ or error   # the first of two: ending a broken capture fails as well
                 warnings.warn(f"no CUDA graph of the training step, so it is slower: {why}", stacklevel=2)
                 self.capture = None
                 return super()._step(optimizer, round, batch, sent)
-        replay = self._replays[key]
-        replay.run()
-        loss, kl, logits = replay.noted[-1]
+        replay, results = self._replays[key]
+        replay()
+        loss, kl, logits = results[-1]
         return loss.clone(), None if kl is None else kl.clone(), logits.clone()
 
-    def _captured(self, capture: Capture, static: Static, round: int) -> Replay:
+    def _captured(self, capture: Capture, static: Static,
+                  round: int) -> tuple[Callable[[], None], list[Result]]:
         """Capture a step, and leave parameters, optimiser and generators as they were before it.
 
         Raises:
             RuntimeError: it could not be captured.
             InputError: its replay does nothing.
         """
-        noted: list[Noted] = []
+        results: list[Result] = []
 
         def step() -> None:
             loss, kl, logits = super(GraphedTrainer, self)._step(
                 static.optimizer, round, static.batch, static.sent)
             # Detached: else the step's autograd graph would live on, and tie later steps to the capture's stream.
-            noted[:] = [(loss.detach(), None if kl is None else kl.detach(), logits.detach())]
+            results[:] = [(loss.detach(), None if kl is None else kl.detach(), logits.detach())]
 
         device = self.labels.device
         before = Before(static, list(self.model.parameters()), device)
         try:
-            replay = Replay(capture(step, device), noted)
+            replay = capture(step, device)
             before.restore()
-            if not before.changed_by(replay.run):
+            if not before.changed_by(replay):
                 raise InputError(f"the CUDA graph of the training step does nothing on {device}; use --device "
                                  "cpu, or --stack 2, which trains without it")
         except BaseException:
@@ -175,11 +160,11 @@ class GraphedTrainer(Trainer):
             before.leave()
             raise
         before.restore()
-        return replay
+        return replay, results
 
 
 class Before:
-    """What a capture's runs of a step change, as it was before them.
+    """The state before a capture, whose runs of a step change it.
 
     Attributes:
         swaps: how often ``leave`` gave a generator another state. Graphs from before still draw from the old one.
@@ -197,7 +182,7 @@ class Before:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put it back: parameters, learning rates, the optimiser's moments, generators."""
+        """Put back parameters, learning rates, the optimiser's moments and generators."""
         for tensor, value in zip((*self.parameters, *self.rates), self.values, strict=True):
             tensor.copy_(value)
         for i, tensor in enumerate(self.static.moments()):
@@ -205,7 +190,7 @@ class Before:
         self.generator.set_state(self.drawn)
 
     def changed_by(self, run: Callable[[], None]) -> bool:
-        """Whether a run changes a parameter, at a learning rate that no rounding hides."""
+        """Return whether a run changes a parameter, at a learning rate that no rounding hides."""
         for rate in self.rates:
             rate.fill_(1.0)
         run()
@@ -213,9 +198,8 @@ class Before:
                    for tensor, value in zip(self.parameters, self.values, strict=False))
 
     def leave(self) -> None:
-        """After a capture that failed: drop gradients, which lie in the graph's memory, and give the generator a
-        state that no capture has touched. PyTorch 2.11 leaves the old one waiting for the capture's end: the next
-        draw would fail."""
+        """Recover from a capture that failed: drop gradients, which lie in the graph's memory, and give the
+        generator a state that no capture has touched; in PyTorch 2.11 the old one waits for the capture's end."""
         self.static.optimizer.zero_grad(set_to_none=True)
         if self.generator.device.type == "cuda":
             self.generator.graphsafe_set_state(self.untouched)

@@ -1,4 +1,4 @@
-"""Memory: how much there is, whether a network fits in it, and running out of it as one line."""
+"""Memory: how much there is, whether a network fits in it, and one line for running out of it."""
 import errno
 import os
 import resource
@@ -10,23 +10,23 @@ from utils import InputError, error_line
 
 LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")   # of a container
 COPIES = {"adam": 10, "sgd": 8}   # of the parameters, at the peak of a round: measured with 73 M and 135 M
-LARGE = 2**30      # bytes of a client's model from which its size is said
-# How PyTorch, CUDA and C++ say it where they raise no error of their own kind.
-WORDS = "can't allocate memory", "out of memory", "not enough memory", "bad_alloc", "ALLOC_FAILED"
+LARGE = 2**30      # bytes of a client's model from which its size is reported
+# Messages of PyTorch, CUDA and C++ where they raise no error type of their own.
+MESSAGES = "can't allocate memory", "out of memory", "not enough memory", "bad_alloc", "ALLOC_FAILED"
 
 
 def available(device: torch.device) -> int:
     """Return the bytes of memory of a GPU, or the least of the machine's, the container's and ``ulimit -v``'s."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    found += [int(text) for path in LIMITS if path.is_file() and (text := path.read_text().strip()).isdecimal()]
-    found += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
-    return min(found)
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limits += [int(text) for path in LIMITS if path.is_file() and (text := path.read_text().strip()).isdecimal()]
+    limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    return min(limits)
 
 
 def size_of(number: float) -> str:
-    """Write a number of bytes as `6.7 GB`, say."""
+    """Format a number of bytes, such as `6.7 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -34,13 +34,13 @@ def size_of(number: float) -> str:
     return f"{number:,.3g} TB"
 
 
-def said_of(parameters: int, clients: int, optimizer: str, device: torch.device) -> str | None:
-    """Say the size of a large model in one line; None if a client's is under 1 GiB and fits in memory.
+def memory_note(parameters: int, clients: int, optimizer: str, device: torch.device) -> str | None:
+    """Describe the size of a large model in one line; None if a client's is under 1 GiB and fits in memory.
 
     Args:
         parameters: of one client's network, float32.
-        clients: how many keep one.
-        optimizer: a client's, ``adam`` or ``sgd``.
+        clients: number of clients that keep one.
+        optimizer: ``adam`` or ``sgd``.
 
     Raises:
         InputError: no client could be trained in the memory of this device.
@@ -50,18 +50,18 @@ def said_of(parameters: int, clients: int, optimizer: str, device: torch.device)
     line = (f"the network has {parameters / 1e6:,.0f} M parameters, {size_of(each)} per client; training takes "
             f"about {size_of(needed)} of memory, of which there are {size_of(there)}, and a checkpoint of "
             f"{clients} clients {size_of(each * clients)} of disk")
-    if needed > 2 * there:   # half of the copies have to be there at one time
+    if needed > 2 * there:   # half of the copies have to be in memory at one time
         raise InputError(f"{line}: use smaller images, or a method without an encoder (--method fedavg)")
     return line if each >= LARGE or needed > there else None
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out."""
+    """Return whether an error means that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
 
 def in_one_line(program: str, error: Exception, hint: str = "") -> str | None:

@@ -1,4 +1,4 @@
-"""Signals that are put off while files are written, and a standard output that cannot fail."""
+"""Signals that wait while files are written, and a standard output that cannot fail."""
 import errno
 import os
 import select
@@ -15,21 +15,20 @@ from utils import printable
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, whose number is its argument."""
+    """Ctrl-C or SIGTERM; the argument is the signal's number."""
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM raise Interrupted; inside ``held()``, at its end.
+    """Raise Interrupted for SIGINT and SIGTERM while entered; inside ``held()``, at its end.
 
-    Python drops an exception that is raised while it frees an object. So a signal is remembered, and raised once
-    more at the next step of an optimiser, at ``check()``, or at the end. Entered in another thread than the main
-    one, it leaves signals alone: Python would not deliver them there.
+    Python drops an exception that is raised while it frees an object, so a signal is remembered, and raised again at
+    the next optimiser step, at ``check()``, or at the end. In another thread than the main one, this does nothing.
     """
 
     entered: "list[Interrupts]" = []   # the innermost is the last
 
     def __enter__(self):
-        self.holding, self.pending, self.thread = False, None, threading.current_thread()
+        self.holds, self.pending, self.thread = 0, None, threading.current_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if self.thread is threading.main_thread() else ()
         self.before = {number: signal.signal(number, self._arrived) for number in numbers}
         self.unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
@@ -50,44 +49,45 @@ class Interrupts:
         self.pending = number
         self.check()
 
-    def _dropped(self, what) -> None:
-        """Print nothing about an Interrupted that Python drops: it comes again."""
-        if not isinstance(what.exc_value, Interrupted):
-            self.unraisable(what)
+    def _dropped(self, unraisable) -> None:
+        """Print nothing about an Interrupted that Python drops: it is raised again."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self.unraisable(unraisable)
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come, unless signals are held, or another thread asks."""
-        if self.pending and not self.holding and threading.current_thread() is self.thread:
+        """Raise Interrupted if a signal has arrived, unless signals are held or another thread asks."""
+        if self.pending and not self.holds and threading.current_thread() is self.thread:
             raise Interrupted(self.pending)
-
-    @contextmanager
-    def held(self):
-        """Put signals off until the end of the block: its writes belong together."""
-        self.holding = True
-        try:
-            yield
-        finally:
-            self.holding = False
-        self.check()
 
 
 def check() -> None:
-    """Raise Interrupted if a signal has come that was dropped. Called where it is safe to stop."""
+    """Raise Interrupted if a signal has arrived; call it where it is safe to stop."""
     for interrupts in Interrupts.entered:
         interrupts.check()
 
 
-class Steady:
-    """A standard stream that never fails: if it cannot be written any more, the text is dropped.
+@contextmanager
+def held() -> Iterator[None]:
+    """Hold signals back until the end of the block, whose writes belong together."""
+    for interrupts in Interrupts.entered:
+        interrupts.holds += 1
+    try:
+        yield
+    finally:
+        for interrupts in Interrupts.entered:
+            interrupts.holds -= 1
+    check()
 
-    What the program prints is also in its files. So a full disk behind standard output, or a reader who has
-    seen enough (``| head``), is no reason to lose a training. Characters that the stream cannot encode, or that a
-    terminal would obey, are shown as escapes: names of files may hold any.
+
+class Steady:
+    """A standard stream that never fails: a full disk behind it, or ``| head``, must not end a training.
+
+    Characters that the stream cannot encode, or that a terminal would obey, are written as escapes.
     """
 
-    def __init__(self, stream: TextIO | None, lost: str = ""):
-        # None: closed before we began.
-        self.stream, self.lost = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"), lost
+    def __init__(self, stream: TextIO | None, warning: str = ""):
+        self.stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")   # None: closed before the start
+        self.warning = warning
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
 
@@ -104,19 +104,18 @@ class Steady:
     def _try(self, operation, *arguments) -> None:
         try:
             operation(*arguments)
-        except BlockingIOError:   # a terminal that others made non-blocking, full for a moment
+        except BlockingIOError:   # a non-blocking terminal, full for a moment
             select.select([], [self.stream.fileno()], [], 1.0)
         except OSError as error:
-            # What is still in the stream's buffer goes there too.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if self.lost and error.errno != errno.EPIPE:
-                print(f"{self.lost} ({error.strerror})", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())   # also for what is still buffered
+            if self.warning and error.errno != errno.EPIPE:
+                print(f"{self.warning} ({error.strerror})", file=sys.stderr)
 
 
 @contextmanager
 def steady_output(program: str) -> Iterator[None]:
-    """While entered, printing cannot fail (``Steady``). If standard output fails, standard error says so once."""
-    while os.open(os.devnull, os.O_RDWR) <= 2:   # or a file of ours would become the stream that was closed
+    """Make printing unable to fail while entered; standard error says once that standard output fails."""
+    while os.open(os.devnull, os.O_RDWR) <= 2:   # else a file of ours would become a stream that was closed
         pass
     sys.stderr = Steady(sys.stderr)
     sys.stdout = Steady(sys.stdout, f"{program}: warning: standard output cannot be written, what it would "

@@ -1,9 +1,8 @@
-"""Checkpoint files, and where private parameters and uploads wait in the meantime.
+"""Checkpoint files, and where client states and uploads wait in the meantime.
 
-A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``uploads``), ``client_<k>.pt``
-(what stayed with client k) and ``server.pt`` (the head just aggregated, and what the server remembers), so
-an adversary's access to files is its threat model. All are read with ``weights_only=True``, so that a file
-from elsewhere cannot run code.
+A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``uploads``), ``client_<k>.pt`` (what
+stayed with client k) and ``server.pt`` (the new shared parameters, and the server's memory): an adversary's access
+to files is its threat model. All are read with ``weights_only=True``, so a foreign file cannot run code.
 """
 import mmap
 import os
@@ -22,24 +21,25 @@ from server.base import State, is_finite
 from update import ClientState
 from utils import InputError, plain_file, write_whole
 
-MEMORY = 2 * 2**30   # bytes of private parameters kept in memory; the rest waits in files
+MEMORY = 2 * 2**30   # bytes of client states kept in memory; the rest waits in files
 UPLOADS = 2**29      # bytes of uploads, likewise
-SMALL = 2**16        # bytes: a state that is smaller is kept on the heap
+SMALL = 2**16        # bytes: a smaller state is kept on the heap
 MOST_STEPS = 10**12   # of a client: more than any run makes, and still exact as a float
+OF_ANOTHER_RUN = "is not of this run; start again with --overwrite"
 
 
 def load_checked(path: Path) -> dict[str, Any]:
-    """``torch.load`` of a dictionary of tensors and plain values only, on the CPU.
+    """Return ``torch.load`` of a dictionary of tensors and plain values only, on the CPU.
 
     Raises:
         InputError: the file is missing, damaged, or holds anything that would have to be executed.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):   # of old pickles: refused below, in one line
-            found = torch.load(plain_file(path), map_location="cpu", weights_only=True)
-        if not isinstance(found, dict):
+        with warnings.catch_warnings(action="ignore"):   # of old pickles, which are refused below
+            content = torch.load(plain_file(path), map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
             raise ValueError("no dictionary")
-        return found
+        return content
     except Exception as error:   # damage can make the unpickler raise nearly anything
         why = "holds objects other than tensors and was not opened" if "weights_only" in str(error).lower() \
             else "is missing or damaged"
@@ -47,65 +47,79 @@ def load_checked(path: Path) -> dict[str, Any]:
                          "or start again with --overwrite") from error
 
 
-def same_layout(found: object, expected: State) -> TypeGuard[State]:
-    """Whether a state dict has exactly the expected names, shapes and types."""
-    return isinstance(found, dict) and found.keys() == expected.keys() and all(
-        isinstance(found[name], torch.Tensor) and found[name].shape == value.shape
-        and found[name].dtype == value.dtype and found[name].layout == torch.strided
-        and found[name].device.type == "cpu" for name, value in expected.items())   # as it was read
+def same_layout(state: object, expected: State) -> TypeGuard[State]:
+    """Return whether a state dict has exactly the expected names, shapes and types."""
+    return isinstance(state, dict) and state.keys() == expected.keys() and all(
+        isinstance(state[name], torch.Tensor) and state[name].shape == value.shape
+        and state[name].dtype == value.dtype and state[name].layout == torch.strided
+        and state[name].device.type == "cpu" for name, value in expected.items())
 
 
-def is_whole(value: object) -> bool:
-    """Whether it is an int of at least 0, and no bool."""
+def is_count(value: object) -> bool:
+    """Return whether a value is an int of at least 0, and no bool."""
     return type(value) is int and value >= 0
 
 
-def same_memory(found: object, expected: dict) -> bool:
-    """Whether it can be a server's memory, given its memory at the start.
+def same_memory(memory: object, expected: dict) -> bool:
+    """Return whether a value can be a server's memory: nothing below 0, counts and tensors like those expected.
 
-    Tensors must be like those of the start, and counts must be counts. There may be further numbers, as NbAFL's
-    clip, which it finds in the first round. Nothing is below 0.
+    There may be further numbers, such as NbAFL's clip, which is determined in the first round.
     """
     def like(value, start):
         if isinstance(start, torch.Tensor):
             return same_layout({"": value}, {"": start}) and is_finite({"": value}) and not (value < 0).any()
         if isinstance(start, int):
-            return is_whole(value)
+            return is_count(value)
         return type(value) in (int, float) and 0 <= value < float("inf")
-    return isinstance(found, dict) and expected.keys() <= found.keys() and all(
-        isinstance(name, str) and like(value, expected.get(name)) for name, value in found.items())
+    return isinstance(memory, dict) and expected.keys() <= memory.keys() and all(
+        isinstance(name, str) and like(value, expected.get(name)) for name, value in memory.items())
 
 
-def read_shared(path: Path, travels: State, clients: int) -> dict:
-    """Read a ``shared.pt``. An upload may hold NaN, since a malicious client's does; what was sent may not.
-
-    Args:
-        travels: a state dict like those that are sent and uploaded.
-        clients: of the run, by whose numbers uploads are filed.
-    """
-    found = load_checked(path)
-    uploads = found.get("uploads")
-    if not (isinstance(uploads, dict) and all(
-            is_whole(k) and k < clients and same_layout(upload, travels) for k, upload in uploads.items())):
-        raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
-    return {**found, "sent": checked_state(found.get("sent"), travels, path)}
-
-
-def checked_state(found: object, travels: State, path: Path) -> State:
-    """A head as it was read from a file, if it is like those that travel, and finite."""
-    if not same_layout(found, travels):
-        raise InputError(f"checkpoint {path} is not of this run; start again with --overwrite")
-    if not is_finite(found):
+def checked_state(state: object, expected: State, path: Path) -> State:
+    """Return a state dict read from ``path``; InputError if it has another layout, or is not finite."""
+    if not same_layout(state, expected):
+        raise InputError(f"checkpoint {path} {OF_ANOTHER_RUN}")
+    if not is_finite(state):
         raise InputError(f"checkpoint {path} holds NaN or infinite values; start again with --overwrite")
-    return found
+    return state
+
+
+def read_shared(path: Path, shared: State, clients: int) -> dict:
+    """Read a ``shared.pt`` whose states are like ``shared``; uploads, not what was sent, may hold NaN."""
+    content = load_checked(path)
+    uploads = content.get("uploads")
+    if not (isinstance(uploads, dict) and all(
+            is_count(k) and k < clients and same_layout(upload, shared) for k, upload in uploads.items())):
+        raise InputError(f"checkpoint {path} {OF_ANOTHER_RUN}")
+    return {**content, "sent": checked_state(content.get("sent"), shared, path)}
+
+
+def read_client(path: Path, private: State, shared: State | None = None) -> ClientState:
+    """Read a ``client_<k>.pt`` with parameters like ``private``, and other tensors like ``shared``, if given."""
+    content = load_checked(path)
+    trained_shared = content.get("trained_shared", {})
+    if not (content.keys() - {"trained_shared"} == {"parameters", "steps"} and is_count(content["steps"])
+            and content["steps"] <= MOST_STEPS and isinstance(trained_shared, dict)):
+        raise InputError(f"checkpoint {path} {OF_ANOTHER_RUN}")
+    checked_state(content["parameters"], private, path)
+    if shared is not None and trained_shared:
+        checked_state(trained_shared, shared, path)
+    return ClientState(**content)
+
+
+def write_client(path: Path, state: ClientState) -> None:
+    """Write a ``client_<k>.pt``."""
+    content = {"parameters": {name: value.cpu() for name, value in state.parameters.items()}, "steps": state.steps}
+    if state.trained_shared:
+        content["trained_shared"] = state.trained_shared
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def off_heap(state: State) -> State:
-    """A copy in memory of its own, which the kernel gets back when the copy is dropped.
+    """Return a copy in memory of its own, which the kernel gets back when the copy is dropped.
 
-    On the heap, tensors that live for a round would lie between the blocks that every training step reuses, and
-    split these into smaller and smaller ones: the process would grow with every round. Small states stay there:
-    the kernel counts mappings, and knows 65,530 at most.
+    On the heap, tensors that live for a round would split the blocks that every training step reuses: the process
+    would grow with every round. Small states stay there, since the kernel allows 65,530 mappings at most.
     """
     starts, size = {}, 0
     for name, value in state.items():
@@ -120,158 +134,118 @@ def off_heap(state: State) -> State:
 class WaitingUploads:
     """Uploads between a client's turn and the checkpoint that has them.
 
-    They stay in memory up to UPLOADS bytes, those of the last round included; the others are mapped from files, so
-    that the kernel may take their memory whenever it needs it. A file is removed as soon as it is mapped.
+    Those of this round and of the last stay in memory up to ``memory`` bytes; the others are mapped from files, so
+    that the kernel may take their memory whenever it needs it.
     """
 
     def __init__(self, folder: Path, memory: int = UPLOADS):
-        self.folder, self.memory = folder, memory
-        self.last, self.now = 0, 0   # bytes in memory, of the last round and of this one
+        self.folder, self.left, self.memory = folder, memory // 2, memory
 
     def keep(self, client: int, upload: State) -> State:
-        """The same tensors, in memory or mapped."""
-        size = sum(value.nbytes for value in upload.values())
-        if self.last + self.now + size <= self.memory:
-            self.now += size
+        """Return the same tensors, in memory or mapped."""
+        self.left -= sum(value.nbytes for value in upload.values())
+        if self.left >= 0:
             return upload
         file = self.folder / f"upload-{client}.pt"
         write_whole(file, lambda target: torch.save(upload, target))
         mapped = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        file.unlink()
+        file.unlink()   # the mapping stays
         return mapped
 
     def end_round(self) -> None:
-        """This round's uploads are the last round's."""
-        self.last, self.now = self.now, 0
-
-    def dropped(self) -> None:
-        """A checkpoint has the last round's: nobody holds them any more."""
-        self.last = 0
+        """Count the next round's uploads from 0."""
+        self.left = self.memory // 2
 
 
 class ClientStore:
-    """What stays with each client between its turns.
+    """The clients' states between their turns.
 
-    It is kept on the GPU that trains, up to half of what is free there, shared with the processes beside this one;
-    then in memory, up to MEMORY bytes; then in files. ``put`` takes effect at ``commit``, so an interrupted round
-    changes no client. A file is never written twice, so that a checkpoint can hard-link it instead of copying it.
-
-    Args:
-        memory: bytes to keep on the heap at most.
-        processes: of this run on this machine.
-
-    Attributes:
-        base: what a client has of parameters that it never trained as its own: what travelled in the warm rounds.
+    They are kept on the GPU that trains, up to half of what is free there, shared by the machine's processes; then
+    in memory, up to ``memory`` bytes; then in files. ``put`` takes effect at ``commit``: an interrupted round
+    changes no client. A file is never written twice, so a checkpoint can hard-link it instead of copying it.
     """
 
     def __init__(self, folder: Path, initial: ClientState, memory: int = MEMORY, *, processes: int = 1):
         self.folder, self.initial = folder, initial
         self.kept: dict[int, ClientState | Path] = {}
         self.new: dict[int, ClientState | Path] = {}
-        self.base: State = {}
-        self.new_base: State | None = None
+        self.new_initial = initial
         self.serial = 0
         self.free = {"cpu": memory}   # bytes left, by the kind of device
-        if initial.kind == "cuda":
-            device = next(iter(initial.parameters.values())).device
+        device = next((value.device for value in initial.parameters.values()), torch.device("cpu"))
+        if device.type == "cuda":
             sharing = -(-processes // torch.cuda.device_count())   # that ``choose_device`` gave the same GPU
             self.free["cuda"] = torch.cuda.mem_get_info(device)[0] // (2 * sharing)
 
     def get(self, client: int) -> ClientState:
-        """The client's latest; a client that has never trained has what all started from."""
-        entry = self.new.get(client, self.kept.get(client, self.initial))
-        base = self.base if self.new_base is None else self.new_base
-        if isinstance(entry, Path):
-            return read_client(entry, base or self.initial.parameters)
-        return entry if entry.parameters or not base else replace(entry, parameters=base)
+        """Return the client's latest state."""
+        entry = self.new.get(client, self.kept.get(client, self.new_initial))
+        return read_client(entry, self.new_initial.parameters) if isinstance(entry, Path) else entry
 
-    def start_from(self, base: State) -> None:
-        """From this round on, clients that have trained nothing of their own yet have this."""
-        self.new_base = base
-
-    def put(self, client: int, private: ClientState) -> None:
-        """Remember for this round."""
-        entry: ClientState | Path = private
-        size = private.nbytes
-        if private.kind == "cuda" and size <= self.free.get("cuda", 0):
+    def put(self, client: int, state: ClientState) -> None:
+        """Store the client's state of this round."""
+        self._release(self.new.pop(client, None))
+        entry: ClientState | Path = state
+        size = nbytes(state)
+        if kind(state) == "cuda" and size <= self.free.get("cuda", 0):
             self.free["cuda"] -= size
         elif size <= self.free["cpu"]:
             self.free["cpu"] -= size
-            entry = ClientState(off_heap(private.parameters), private.steps, off_heap(private.trained_shared))
+            entry = ClientState(off_heap(state.parameters), state.steps, off_heap(state.trained_shared))
         else:
             self.serial += 1
-            entry = file = self.folder / f"{client}-{self.serial}.pt"
-            write_client(file, private)
+            entry = self.folder / f"{client}-{self.serial}.pt"
+            write_client(entry, state)
         self.new[client] = entry
 
+    def start_from(self, parameters: State, clients: Iterable[int]) -> None:
+        """Let all clients go on from the same private parameters, which were shared until now."""
+        states = {k: replace(self.get(k), parameters=parameters) for k in clients}
+        self.new_initial = ClientState(parameters)
+        for k, state in states.items():
+            self.put(k, state)
+
     def commit(self) -> None:
-        """The round is over: what was put replaces what was kept."""
+        """End the round: what was put replaces what was kept."""
         for client, entry in self.new.items():
-            old, self.kept[client] = self.kept.get(client), entry
-            if isinstance(old, Path):
-                old.unlink()
-            elif old is not None:
-                self.free[old.kind] += old.nbytes
-        self.new = {}
-        self.base, self.new_base = self.base if self.new_base is None else self.new_base, None
+            self._release(self.kept.get(client))
+            self.kept[client] = entry
+        self.new, self.initial = {}, self.new_initial
+
+    def _release(self, entry: ClientState | Path | None) -> None:
+        """Give back an entry's memory, or its file."""
+        if isinstance(entry, Path):
+            entry.unlink()
+        elif entry is not None:
+            self.free[kind(entry)] += nbytes(entry)
 
     def export(self, clients: Iterable[int], folder: Path) -> None:
         """Write ``client_<k>.pt`` for each of the clients, as of the last commit."""
-        first: dict[int, Path] = {}   # where an entry was written: clients that never trained share one
+        files: dict[int, Path] = {}   # by an entry's id: clients that never trained share one
         for k in clients:
             entry, target = self.kept.get(k, self.initial), folder / f"client_{k}.pt"
-            if isinstance(entry, ClientState) and self.base and not entry.parameters:
-                write_client(target, replace(entry, parameters=self.base))
-                continue
-            if isinstance(entry, ClientState) and id(entry) not in first:
-                first[id(entry)] = target
+            source = entry if isinstance(entry, Path) else files.setdefault(id(entry), target)
+            if source is target and isinstance(entry, ClientState):
                 write_client(target, entry)
                 continue
-            source = entry if isinstance(entry, Path) else first[id(entry)]
             try:
                 os.link(source, target)
             except OSError:   # a file system without hard links
                 shutil.copyfile(source, target)
 
 
-def write_client(path: Path, private: ClientState) -> None:
-    """Write a ``client_<k>.pt``."""
-    parameters = {name: value.cpu() for name, value in private.parameters.items()}
-    found = {"parameters": parameters, "steps": private.steps}
-    if private.trained_shared:
-        found["trained_shared"] = private.trained_shared
-    write_whole(path, lambda file: torch.save(found, file))
+def nbytes(state: ClientState) -> int:
+    """Return the size of a state's tensors."""
+    return sum(value.nbytes for value in (*state.parameters.values(), *state.trained_shared.values()))
 
 
-def read_client(path: Path, expected: State, travels: State | None = None) -> ClientState:
-    """Read a ``client_<k>.pt``, whose parameters are like those ``expected``.
-
-    Args:
-        travels: a state dict like ``own``, for those who use that.
-    """
-    found = load_checked(path)
-    used = [(found.get("parameters"), expected)]
-    if not isinstance(found.get("trained_shared", {}), dict):
-        raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
-    if travels is not None and "trained_shared" in found:
-        used.append((found["trained_shared"], travels))
-    if not (found.keys() - {"trained_shared"} == {"parameters", "steps"} and is_whole(found["steps"])
-            and found["steps"] <= MOST_STEPS):
-        raise InputError(f"checkpoint {path} is not one of this program's; start again with --overwrite")
-    for state, like in used:
-        if not same_layout(state, like):
-            raise InputError(f"checkpoint {path} is of another network; start again with --overwrite")
-        if not is_finite(state):
-            raise InputError(f"checkpoint {path} holds NaN or infinite values; start again with --overwrite")
-    return ClientState(**found)
+def kind(state: ClientState) -> str:
+    """Return the kind of device that a state's parameters are on."""
+    return next((value.device.type for value in state.parameters.values()), "cpu")
 
 
 def finished_source(args: Namespace) -> Path:
-    """The last checkpoint of the run that ``--encoders_from`` names.
-
-    Raises:
-        InputError: there is no such run, it is not finished, or its clients are not this one's.
-    """
+    """Return the last checkpoint of the run that ``--encoders_from`` names; InputError if it cannot be used."""
     name = args.encoders_from
     path = args.results_dir / name / "config.json"
     if not path.exists():
@@ -280,13 +254,11 @@ def finished_source(args: Namespace) -> Path:
         config = configs.read(path, "rounds")
     except InputError as error:
         raise InputError(f"--encoders_from {name}: {error}; give another run") from error
-    theirs, finished = config["options"], config["status"] == "finished"
-    deal = ["dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "resplit",
-            "validate", "method"]
-    if args.partition == "dirichlet":   # a client needs images for one batch, which is dealt for
-        deal.append("local_bs")
-    differ = [key for key in deal if theirs.get(key) != getattr(args, key)]
-    if differ or not finished:
+    theirs = config["options"]
+    same = ["dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "resplit",
+            "validate", "method", *["local_bs"] * (args.partition == "dirichlet")]   # which gives a batch to each
+    differ = [key for key in same if theirs.get(key) != getattr(args, key)]
+    if differ or config["status"] != "finished":
         why = f"its --{differ[0]} is {theirs.get(differ[0])}" if differ else "it is not finished"
         raise InputError(f"--encoders_from {name}: {why}; give a finished run of the same clients and images")
     return args.models_dir / name / f"round_{theirs['rounds']}"
@@ -294,15 +266,10 @@ def finished_source(args: Namespace) -> Path:
 
 def borrowed_encoders(args: Namespace, clients: Iterable[int],
                       expected: State) -> Iterator[tuple[int, ClientState]]:
-    """Each client's private parameters at the end of the run that ``--encoders_from`` names.
-
-    Raises:
-        InputError: as ``finished_source``, or a checkpoint is damaged.
-    """
+    """Yield each client's state at the end of the run that ``--encoders_from`` names, without its steps."""
     folder = finished_source(args)
     for k in clients:
         try:
-            found = read_client(folder / f"client_{k}.pt", expected)
+            yield k, ClientState(read_client(folder / f"client_{k}.pt", expected).parameters)
         except InputError as error:
             raise InputError(f"--encoders_from {args.encoders_from}: {error}") from error
-        yield k, ClientState(found.parameters)

@@ -1,50 +1,43 @@
-"""The ``config.json`` of an earlier run, checked in one place for all who read it.
+"""The ``config.json`` of a run: written, read, and checked in one place for all who read it.
 
-It may be of an older version, damaged, or made by somebody else. So its options have to pass the same checks as
-those of a command line.
+The file may be damaged or made by somebody else, so its options pass the same checks as a command line's.
 """
 import json
 from pathlib import Path
 
 from methods import METHODS
 from options import of_rows, stored_fault
-from utils import InputError, plain_file, shown
+from utils import InputError, plain_file, shown, write_whole
 
-# Protocol -> the split of images that is evaluated, as CSVs and pictures name it.
+# Protocol -> the split of images that is evaluated, by its name in CSVs and plots.
 EVALUATION_SPLIT = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
-FORMAT = 1   # of config.json, by which this program's are told from others
-LARGEST = 16 * 2**20   # bytes of JSON: a few KiB are usual
+FORMAT = 1   # of config.json
+
+
+def write(folder: Path, config: dict) -> None:
+    """Write a run's ``config.json``."""
+    text = json.dumps(config, indent=2, default=str) + "\n"
+    write_whole(folder / "config.json", lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> dict:
-    """A file that holds one JSON object.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it holds something else; the text says what.
-    """
-    if plain_file(path).stat().st_size > LARGEST:
-        raise ValueError(f"over {LARGEST:,} bytes")
+    """Read a file with one JSON object; OSError if it cannot be read, ValueError if it holds something else."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(plain_file(path).read_bytes())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError("no JSON object")
-    return found
+    return content
 
 
 def completed(options: dict) -> dict:
-    """The options of a run, and where an older version lacked one of a method's, the value that it then had."""
+    """Return the options of a run, and of the methods' options that it lacks, the value for methods without it."""
     return {**{option.name: option.unread for option in of_rows(METHODS)}, **options}
 
 
 def of_this_program(path: Path) -> dict:
-    """Return what a ``config.json`` holds, if its format is this version's; its options may still be anything.
-
-    Raises:
-        InputError: it cannot be read, or is of another version or program.
-    """
+    """Return the content of a ``config.json``, if its format is this program's; its options may be anything."""
     try:
         config = read_json(path)
     except OSError as error:
@@ -58,19 +51,19 @@ def of_this_program(path: Path) -> dict:
 
 
 def read(path: Path, *needed: str) -> dict:
-    """A ``config.json``: at least its ``status``, ``protocol`` and ``options``.
+    """Return a ``config.json`` with valid ``status``, ``protocol`` and ``options``.
 
-    Options that it lacks are those of an older version, and so are allowed to, but for the ``needed`` ones;
-    options that this version does not know are left as they are.
+    Args:
+        needed: options that it must have.
 
     Raises:
-        InputError: it cannot be read, or is no run's of this version; one line that says why.
+        InputError: it cannot be read, or a value is not of this program; one line says which.
     """
     config = of_this_program(path)
-    options, fault = config.get("options"), None
+    options = config.get("options")
     if config.get("status") not in ("unfinished", "finished"):
-        fault = "its status is neither unfinished nor finished"
-    elif config.get("protocol") not in tuple(EVALUATION_SPLIT):   # which compares what cannot be hashed, too
+        fault: str | None = "its status is neither unfinished nor finished"
+    elif config.get("protocol") not in tuple(EVALUATION_SPLIT):   # a tuple: the value may not be hashable
         fault = f"its protocol is none of {', '.join(EVALUATION_SPLIT)}"
     elif not isinstance(options, dict):
         fault = "it has no options"

@@ -12,28 +12,20 @@ from utils import InputError, plain_file, write_whole
 LONGEST_HEADER = 2**13   # bytes; pandas needs minutes for tens of thousands of columns
 
 
-def read_csv(path: Path, **how: Any) -> pd.DataFrame:
-    """Read a CSV that this program wrote, or that somebody put in its place.
-
-    Args:
-        how: as of ``pandas.read_csv``.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no regular file, or its header is none of this program's.
-    """
+def read_csv(path: Path, **options: Any) -> pd.DataFrame:
+    """Return ``pandas.read_csv``; OSError if it cannot be read, ValueError if its header is not this program's."""
     with open(plain_file(path), "rb") as file:
         header = file.readline(LONGEST_HEADER + 1)
     if len(header) > LONGEST_HEADER or b'"' in header or not header.strip():   # else pandas would read on
         raise ValueError("its first line is no list of names")
-    return pd.read_csv(path, **how)
+    return pd.read_csv(path, **options)
 
 
 def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:
-    """Add rows to a CSV, all of them or, on an error, none; NaN is an empty field.
+    """Append rows, all of them or, on an error, none; NaN is an empty field.
 
     Returns:
-        The file's length in bytes after that, for ``cut_csv``.
+        The file's new length in bytes, for ``cut_csv``.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -45,15 +37,15 @@ def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:
                 data = data[file.write(data):]
         except OSError as error:
             file.truncate(end)
-            raise OSError(error.errno, error.strerror, str(path)) from error   # which does not say of which file
+            raise OSError(error.errno, error.strerror, str(path)) from error   # with the file's name
         return file.tell()
 
 
 def cut_csv(path: Path, columns: list[str], size: int | None) -> None:
-    """Cut a CSV to its first ``size`` bytes, its length at a checkpoint; without a checkpoint, to its header.
+    """Cut a CSV to ``size`` bytes, its length at a checkpoint; None: to its header.
 
     Raises:
-        InputError: the file is shorter than that, or not one that ended a line there.
+        InputError: the file is shorter, or no line ends there.
     """
     header = (",".join(columns) + "\n").encode()
     if size is None:

@@ -1,4 +1,4 @@
-"""The pictures of a run: who owns which classes, how it learnt, and whom the server trusted."""
+"""The plots of a run: the classes of each client, the learning curves, and the trust of the server."""
 import logging
 from pathlib import Path
 
@@ -7,20 +7,20 @@ import pandas as pd
 
 from utils import write_whole
 
-# Every module that draws takes them from here. A home where it cannot keep its cache is no matter.
+# All modules import Matplotlib from here; it need not warn where it cannot keep its cache.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
-import matplotlib  # noqa: E402 - after that
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+import matplotlib.pyplot as plt  # noqa: E402
 
 
-def partition_picture(path: Path, counts: np.ndarray, title: str) -> None:
-    """Images by client and class, ``K x num_classes``, as a heat map with the numbers where they fit."""
+def plot_partition(path: Path, counts: np.ndarray, title: str) -> None:
+    """Draw the number of images by client and class, ``K x num_classes``, as a heat map."""
     clients, classes = counts.shape
     figure, axes = plt.subplots(figsize=(min(14, 3 + 0.45 * clients), 1.8 + 0.28 * min(classes, 40)),
                                 layout="constrained")
-    picture = axes.imshow(counts.T, aspect="auto", origin="lower", cmap="Blues", interpolation="nearest")
+    image = axes.imshow(counts.T, aspect="auto", origin="lower", cmap="Blues", interpolation="nearest")
     axes.set(xlabel="client", ylabel="class", title=title)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(20, integer=True))
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(20, integer=True))
@@ -29,27 +29,26 @@ def partition_picture(path: Path, counts: np.ndarray, title: str) -> None:
             if count:
                 axes.text(client, c, count, ha="center", va="center", fontsize=7,
                           color="white" if count > counts.max() / 2 else "black")
-    figure.colorbar(picture, ax=axes, label="images")
+    figure.colorbar(image, ax=axes, label="images")
     _save(figure, path)
 
 
-def curves_picture(path: Path, rounds: pd.DataFrame, title: str) -> None:
-    """Accuracy (mean, and its spread and lowest decile over clients), loss and KL over the rounds."""
+def plot_curves(path: Path, rounds: pd.DataFrame, title: str) -> None:
+    """Draw accuracy (mean, spread and lowest decile over clients), loss and KL over the rounds."""
     panels = ["accuracy", "loss"] + (["kl_nats"] if rounds["kl_nats"].notna().any() else [])
     figure, row = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), layout="constrained")
-    looks = {"trained": ("tab:blue", "o"), "deployed": ("tab:red", "s")}
-    for axes, figure_name in zip(row, panels, strict=True):
-        for (stage, split), part in rounds.groupby(["stage", "split"], sort=False):
-            colour, marker = looks[stage]
-            line, = axes.plot(part["round"], part[figure_name], color=colour, marker=marker, markersize=3,
-                              linestyle=":" if split == "train" else "-", label=f"{stage}, {split}")
-            if figure_name == "accuracy" and stage == "deployed":
-                mean, std = part["accuracy"], part["accuracy_std"]
-                axes.fill_between(part["round"], mean - std, (mean + std).clip(upper=1), alpha=0.15,
+    for axes, panel in zip(row, panels, strict=True):
+        for (stage, split), means in rounds.groupby(["stage", "split"], sort=False):
+            colour = {"trained": "tab:blue", "deployed": "tab:red"}[stage]
+            axes.plot(means["round"], means[panel], color=colour, marker="o", markersize=3,
+                      linestyle=":" if split == "train" else "-", label=f"{stage}, {split}")
+            if panel == "accuracy" and stage == "deployed":
+                mean, std = means["accuracy"], means["accuracy_std"]
+                axes.fill_between(means["round"], mean - std, (mean + std).clip(upper=1), alpha=0.15,
                                   color=colour, linewidth=0, label="± std over clients")
-                axes.plot(part["round"], part["accuracy_worst"], color=colour, linewidth=0.8,
+                axes.plot(means["round"], means["accuracy_worst"], color=colour, linewidth=0.8,
                           linestyle="--", label="worst decile")
-        axes.set(xlabel="round", ylabel={"kl_nats": "KL (nats an image)"}.get(figure_name, figure_name))
+        axes.set(xlabel="round", ylabel="KL (nats per image)" if panel == "kl_nats" else panel)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     if (rounds["kl_nats"] > 0).any():
@@ -59,14 +58,14 @@ def curves_picture(path: Path, rounds: pd.DataFrame, title: str) -> None:
     _save(figure, path)
 
 
-def trust_picture(path: Path, server: pd.DataFrame, title: str) -> None:
-    """Trust by client and round, as a heat map; malicious clients' numbers are red."""
+def plot_trust(path: Path, server: pd.DataFrame, title: str) -> None:
+    """Draw the trust by client and round as a heat map, with malicious clients' numbers in red."""
     grid = server.pivot(index="client", columns="round", values="trust")
     bad = set(server.loc[server["malicious"] == 1, "client"])
     figure, axes = plt.subplots(figsize=(min(14, 5.5 + 0.1 * grid.shape[1]), 1.8 + 0.25 * min(len(grid), 40)),
                                 layout="constrained")
-    picture = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
-                          extent=(grid.columns.min() - 0.5, grid.columns.max() + 0.5, len(grid) - 0.5, -0.5))
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
+                        extent=(grid.columns.min() - 0.5, grid.columns.max() + 0.5, len(grid) - 0.5, -0.5))
     axes.set(xlabel="round", ylabel="client" + (" (red: malicious)" if bad else ""))
     figure.suptitle(title, fontsize=9)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -74,24 +73,23 @@ def trust_picture(path: Path, server: pd.DataFrame, title: str) -> None:
         axes.set_yticks(range(len(grid)), grid.index)
         for client, label in zip(grid.index, axes.get_yticklabels(), strict=True):
             label.set_color("red" if client in bad else "black")
-    figure.colorbar(picture, ax=axes, label="trust")
+    figure.colorbar(image, ax=axes, label="trust")
     _save(figure, path)
 
 
-def triggered_picture(path: Path, images: np.ndarray, triggered: np.ndarray, title: str) -> None:
-    """Images ``N x H x W x C`` uint8 in a row, and below each the same with a backdoor's trigger."""
+def plot_triggered(path: Path, images: np.ndarray, triggered: np.ndarray, title: str) -> None:
+    """Draw images ``N x H x W x C`` uint8, and below each the same with a backdoor's trigger."""
     figure, grid = plt.subplots(2, len(images), figsize=(1.1 * len(images), 2.8), layout="constrained",
                                 squeeze=False)
-    for row, shown in zip(grid, (images, triggered), strict=True):
-        for axes, image in zip(row, shown, strict=True):
-            axes.imshow(drawable(image), cmap="gray", vmin=0, vmax=255)
-            axes.set_axis_off()
+    for axes, image in zip(grid.flat, (*images, *triggered), strict=True):
+        axes.imshow(drawable(image), cmap="gray", vmin=0, vmax=255)
+        axes.set_axis_off()
     figure.suptitle(f"{title}\nabove: as they are; below: with the backdoor's trigger", fontsize=9)
     _save(figure, path)
 
 
 def drawable(image: np.ndarray) -> np.ndarray:
-    """An image ``H x W x C`` as Matplotlib takes it: in colour if of three channels, else the first in grey."""
+    """Return an image ``H x W x C`` for Matplotlib: in colour if of three channels, else the first in grey."""
     return image if image.shape[2] == 3 else image[:, :, 0]
 
 

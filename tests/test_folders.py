@@ -8,7 +8,6 @@ import signal
 import pytest
 import torch
 
-from reporting import summary
 from runs import folders
 from runs.csvs import append_csv, read_csv
 from runs.run import Run
@@ -76,7 +75,7 @@ def opened_only(driver, monkeypatch):
     monkeypatch.setattr(driver, "federate", stop)
     here = environment(torch.device("cpu"))   # which asks git
     monkeypatch.setattr(driver, "environment", lambda device: here)
-    monkeypatch.setattr(Run, "write_partition", lambda *_: None)
+    monkeypatch.setattr(Run, "write_inputs", lambda *_: None)
 
 
 def test_an_overwrite_that_is_killed_anywhere_leaves_a_run(copy, opened_only, monkeypatch, capsys):
@@ -111,18 +110,6 @@ def test_an_overwrite_that_is_killed_anywhere_leaves_a_run(copy, opened_only, mo
     assert not names & set(ATTACKED)
 
 
-def test_an_overwrite_killed_among_checkpoints_is_still_the_old_run(copy, finished, monkeypatch):
-    """Which goes on from the checkpoint that is left, to the same bytes."""
-    place, expected = copy(), finished.clients_csv()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        real = folders.remove
-        patch.setattr(folders, "remove", lambda folder: (_ for _ in ()).throw(Killed) if folder.name == "round_1"
-                      else real(folder))
-        place.main(*FLAGS, "--seed", 2, "--overwrite")
-    assert [p.name for p in place.models.glob("round_*")] == ["round_1"]
-    assert place.main(*FLAGS, "--resume") == 0 and place.clients_csv() == expected
-
-
 @pytest.mark.parametrize("linked", [False, True])
 def test_only_own_files_are_deleted(copy, opened_only, capsys, linked):
     """Not a thesis beside them, nor folders, links' targets and files whose names only begin like ours."""
@@ -150,9 +137,7 @@ def test_only_own_files_are_deleted(copy, opened_only, capsys, linked):
     assert {p.name for p in place.models.iterdir()} == {"paper.pdf", "round_1.zip", ".lock"}
 
 
-@pytest.mark.parametrize("config", [
-    '{"name": "my-app", "version": "2"}', "{}", '{"format": 2}', '{"format": true}', '{"format": "1"}', "[]", "{",
-    "", '{"format": 1.0}', None])
+@pytest.mark.parametrize("config", ['{"name": "my-app", "version": "2"}', '{"format": 2}', "{", None])
 def test_a_config_of_another_program_is_refused_without_advice_to_overwrite(copy, capsys, config):
     place = copy()
     (place.results / "config.json").unlink()
@@ -167,7 +152,7 @@ def test_a_config_of_another_program_is_refused_without_advice_to_overwrite(copy
     assert contents(place.folder) == before
 
 
-@pytest.mark.parametrize("where", ["round_1", "round_2", ".round_2", ".private"])
+@pytest.mark.parametrize("where", ["round_1", ".round_2", ".private"])
 def test_what_lies_in_a_checkpoint_is_kept_with_it(copy, opened_only, capsys, where):
     place = copy()
     (place.models / where).mkdir(exist_ok=True)
@@ -180,13 +165,6 @@ def test_what_lies_in_a_checkpoint_is_kept_with_it(copy, opened_only, capsys, wh
     assert contents(place.folder) == before
 
 
-def test_a_file_in_the_place_of_a_checkpoint_is_refused_before_training(place, capsys):
-    place.models.mkdir(parents=True)
-    (place.models / "round_2").write_text("mine")
-    assert "round_2" in place.refuses(capsys, *FLAGS)
-    assert (place.models / "round_2").read_text() == "mine"
-
-
 def test_a_kill_between_the_last_save_and_its_clean_up_leaves_no_older_checkpoint(place, monkeypatch):
     flags = ("--rounds", 2, "--checkpoint_seconds", 0)
     real = Run._drop_older
@@ -197,15 +175,6 @@ def test_a_kill_between_the_last_save_and_its_clean_up_leaves_no_older_checkpoin
     assert {p.name for p in place.models.glob("round_*")} == {"round_1", "round_2"}
     assert place.main(*flags, "--resume") == 0
     assert {p.name for p in place.models.iterdir()} == {"round_2", ".lock"}
-
-
-def test_checkpoints_that_were_kept_for_good_stay_without_being_asked_for_again(copy):
-    place = copy()
-    config = place.results / "config.json"
-    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
-    assert place.main("--rounds", 2, "--resume") == 0
-    assert {p.name for p in place.models.glob("round_*")} == {"round_1", "round_2"}
-    assert json.loads(config.read_text())["options"]["save_rounds"] == [1]
 
 
 @pytest.fixture
@@ -221,10 +190,9 @@ def no_waiting():
 def put(path, kind):
     """Something that is no file of this program."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if kind in ("link", "link to nothing written"):
-        target = path.parent / "target"
-        target.write_text("mine" if kind == "link" else "")
-        path.symlink_to(target)
+    if kind == "link":
+        (path.parent / "target").write_text("mine")
+        path.symlink_to(path.parent / "target")
     elif kind == "pipe":
         os.mkfifo(path)
     elif kind == "folder":
@@ -235,22 +203,19 @@ def put(path, kind):
         path.write_text(kind)
 
 
-@pytest.mark.parametrize("kind", ["link", "link to nothing written", "pipe", "folder", "12345\n",
-                                  "another program's, longer than a mark"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "another program's"])
 @pytest.mark.parametrize("part", ["results", "models"])
 def test_a_lock_that_is_none_of_ours_is_refused(place, capsys, no_waiting, kind, part):
     folder = getattr(place, part)
     put(folder / ".lock", kind)
     before = contents(folder), (folder / ".lock").lstat().st_size
-    for flags in ([], ["--overwrite"], ["--resume"]):
-        assert str(folder / ".lock") in place.refuses(capsys, *FLAGS, *flags)
+    assert str(folder / ".lock") in place.refuses(capsys, *FLAGS, "--overwrite")
     assert (contents(folder), (folder / ".lock").lstat().st_size) == before
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-@pytest.mark.parametrize("name", ["results/run/config.json", "results/run/clients.csv", "results/run/rounds.csv",
-                                  "models/run/round_2/server.pt", "models/run/round_2/shared.pt",
-                                  "models/run/round_2/client_0.pt"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["results/run/config.json", "results/run/rounds.csv", "models/run/round_2/server.pt",
+                                  "models/run/round_2/shared.pt", "models/run/round_2/client_0.pt"])
 def test_what_is_no_file_is_not_waited_for(copy, capsys, no_waiting, name, kind):
     place = copy()
     config = place.results / "config.json"
@@ -269,8 +234,7 @@ def test_the_list_of_own_files_is_whole(finished):
         p.name for p in (finished.models / "round_2").iterdir()}
 
 
-@pytest.mark.parametrize("header", ["a," * 40_000, "," * 80_000, "\n" + "a," * 40_000, " \n" + "a," * 40_000,
-                                    '"x\nb",' + "a," * 40_000, "\r" + "a," * 40_000, ""])
+@pytest.mark.parametrize("header", ["a," * 40_000, " \n" + "a," * 40_000, '"x\nb",' + "a," * 40_000, ""])
 def test_a_header_that_pandas_would_need_minutes_for_is_refused(tmp_path, header, no_waiting):
     path = tmp_path / "rounds.csv"
     path.write_text(f"{header}\n1\n")
@@ -278,17 +242,6 @@ def test_a_header_that_pandas_would_need_minutes_for_is_refused(tmp_path, header
         read_csv(path)
     path.write_text("a,b\n1,2\n")
     assert read_csv(path).to_dict("list") == {"a": [1], "b": [2]}
-
-
-@pytest.mark.parametrize("name", ["rounds.csv", "attack.csv", "config.json"])
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "a," * 40_000])
-def test_a_report_says_what_it_cannot_read(copy, no_waiting, name, kind):
-    place = copy()
-    (place.results / name).unlink(missing_ok=True)
-    put(place.results / name, kind)
-    found = summary.read(place.results)
-    said = found if isinstance(found, str) else found.unread
-    assert name in said and ("is damaged" in said or "cannot be read" in said)
 
 
 def test_rows_that_find_no_room_are_said_of_a_file_and_leave_no_part(tmp_path):

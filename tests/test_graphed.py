@@ -54,50 +54,6 @@ def test_replayed_steps_give_the_plain_steps_numbers(tiny_arrays, name, changes)
     assert len(replays) == 2 * (3 + 2 + 3 + 2) + len(captures)
 
 
-def test_a_batch_too_short_is_never_captured(tiny_arrays):
-    replayed, captures, _ = graphed(make(tiny_arrays, batch_size=500)[0])
-    _, head, private = make(tiny_arrays)
-    assert replayed.train(0, 1, np.arange(200), head, private)[2]["n"] == 200
-    assert not captures
-
-
-def test_where_a_capture_fails_plain_steps_go_on(tiny_arrays):
-    def fails(step, device):
-        step()
-        raise RuntimeError("not permitted")
-    plain, head, private = make(tiny_arrays, lr_decay=0.0)
-    replayed, *_ = graphed(make(tiny_arrays, lr_decay=0.0)[0])
-    replayed.capture = fails
-    expected = plain.train(0, 1, FIRST, head, private)
-    with pytest.warns(UserWarning, match="no CUDA graph.*not permitted"):
-        found = replayed.train(0, 1, FIRST, head, private)
-    assert replayed.capture is None
-    for name, value in expected[1].parameters.items():
-        assert torch.allclose(found[1].parameters[name], value, atol=1e-5)
-
-
-def test_what_the_driver_picks(driver, place):
-    """No graph on a CPU."""
-    args = driver.arguments(place.argv())
-    data = driver.datasets.load("tiny", args.data_dir)
-    assert type(driver.make_trainer(args, data, torch.device("cpu"))) is driver.Trainer
-
-
-def test_a_loss_that_looks_at_what_was_sent_sees_this_rounds(tiny_arrays):
-    """FedProx's, with another head each round: what a captured step reads is overwritten, not replaced."""
-    def proximal(step):
-        now = dict(step.model.named_parameters())
-        return 50 * sum((now[name] - value).square().sum() for name, value in step.sent.items())
-    plain, head, private = make(tiny_arrays, "fedavg", lr_decay=0.0)
-    plain.method = dataclasses.replace(plain.method, loss=proximal)
-    replayed, captures, _ = graphed(plain)
-    for round in (1, 2, 3):
-        sent = {name: value + 0.1 * round for name, value in head.items()}
-        expected, found = (client.train(0, round, FIRST, sent, private) for client in (plain, replayed))
-        assert all(torch.allclose(found.upload[name], value, atol=1e-5) for name, value in expected.upload.items())
-    assert len(captures) == 1
-
-
 def state_of(client):
     """All that a capture must leave alone: parameters, learning rates, moments, and what is drawn next."""
     static = client._static
@@ -105,16 +61,6 @@ def state_of(client):
                                  in enumerate(static.optimizer.param_groups)},
             **{f"moment {i}": tensor.clone() for i, tensor in enumerate(static.moments())},
             "generator": torch.get_rng_state()}
-
-
-def test_a_failed_capture_elsewhere_has_steps_captured_again(tiny_arrays):
-    """It gave the generator another state; a graph from before would go on drawing from the old one."""
-    client, head, private = make(tiny_arrays)
-    replayed, captures, _ = graphed(client)
-    for swaps, count in ((0, 1), (0, 1), (1, 2), (0, 2)):
-        Before.swaps += swaps
-        replayed.train(0, 1, FIRST, head, private)
-        assert len(captures) == count
 
 
 @pytest.mark.parametrize("ends", ["well", "badly", "early"])
@@ -152,30 +98,6 @@ def test_a_replay_that_changes_nothing_ends_the_run(tiny_arrays):
     empty.capture = lambda step, device: (step(), lambda: None)[1]
     with pytest.raises(InputError, match="does nothing on cpu; use --device cpu"):
         empty.train(0, 1, FIRST, head, private)
-
-
-def test_a_tiny_learning_rate_is_not_taken_for_an_empty_graph(tiny_arrays):
-    client, head, private = make(tiny_arrays, optimizer="sgd", lr=1e-45)
-    tiny, captures, _ = graphed(client)
-    assert tiny.train(0, 1, FIRST, head, private).metrics["n"] == 100 and len(captures) == 1
-
-
-def test_what_a_step_noted_holds_no_autograd_graph(tiny_arrays):
-    client, head, private = make(tiny_arrays)
-    replayed, _, _ = graphed(client)
-    seen, plain = [], GraphedTrainer.__mro__[1]._step
-
-    def watched(self, *arguments):
-        found = plain(self, *arguments)
-        seen.append(weakref.ref(found[2]))   # the one tensor that leads to it
-        return found
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GraphedTrainer.__mro__[1], "_step", watched)
-        replayed.train(0, 1, np.arange(64), head, private)
-    gc.collect()
-    assert len(seen) == 3 + 1 + 2 and not any(tensor() is not None for tensor in seen)
-    assert all(tensor.grad_fn is None for replay in replayed._replays.values()
-               for tensor in replay.noted[-1] if tensor is not None)
 
 
 def test_the_first_of_two_errors_is_told(tiny_arrays):
@@ -291,15 +213,6 @@ def test_a_capture_that_fails_is_undone(monkeypatch, fails):
     assert [words[:3] for words in cuda.said[-3:]] == [
         ("_cuda_endAllocateToPool", 7, (0, 5)), ("reset", "main"), ("_cuda_releasePool", 7, (0, 5))]
     assert len(module.abandoned) == 1
-
-
-def test_undoing_may_fail_too(monkeypatch):
-    """A newer PyTorch has undone it already, and says so."""
-    cuda = Cuda(monkeypatch, "end")
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        monkeypatch.setattr(torch._C, name, lambda *words: exec("raise RuntimeError('not recording')"))
-    with pytest.raises(RuntimeError, match="end fails"):
-        cuda_graph(lambda: cuda.note("step"), torch.device("cuda", 0))
 
 
 class Generator:

@@ -74,14 +74,6 @@ def test_letters_that_the_terminal_lacks_are_escaped(run_program, name):
     assert b"Traceback" not in process.stderr
 
 
-def test_a_page_and_a_table_of_folders_whose_names_are_no_letters(run_program, tmp_path):
-    (tmp_path / os.fsdecode(b"\xff")).mkdir()
-    process = subprocess.run([sys.executable, "report.py", "--results_dir", tmp_path], cwd=ROOT,
-                             capture_output=True)
-    assert process.returncode == 0, process.stderr
-    assert b"\\udcff" in process.stdout and b"\\udcff" in (tmp_path / "report.html").read_bytes()
-
-
 def test_without_git_or_a_repository_the_commit_is_unknown(monkeypatch):
     def commit():
         return utils.environment(utils.torch.device("cpu"))["commit"]
@@ -102,20 +94,6 @@ def test_what_a_terminal_would_obey_is_written_as_escapes():
     assert stream.getvalue() == "a\\x1b]0;owned\\x07 \\x1b[2J\r\\x9b1m\\x7f\\u202eb\n\té"
     line = utils.error_line("p.py", utils.InputError(f"{OBEYED}\nand a second line"))
     assert line.isprintable() and "owned" in line and "\\nand a second line" in line
-
-
-def test_names_of_folders_reach_no_terminal(tmp_path, capsys):
-    """Those of a results folder, in what report.py says and in the attack's list of runs."""
-    name = OBEYED.replace("/", "") + "\nleft out: forged"
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "config.json").write_text("{}")
-    process = subprocess.run([sys.executable, "report.py", "--results_dir", tmp_path], cwd=ROOT, text=True,
-                             capture_output=True)
-    assert process.returncode == 0 and len(process.stdout.splitlines()) == 2, process.stdout
-    assert all(line.isprintable() for line in process.stdout.splitlines())
-    assert mi_attack.main(["--run", "none", "--results_dir", str(tmp_path)]) == 2
-    line = capsys.readouterr().err.strip()
-    assert line.isprintable() and "owned" in line
 
 
 def test_long_values_are_cut(place, capsys):

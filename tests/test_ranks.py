@@ -110,17 +110,6 @@ def test_a_death_ends_all_and_another_number_goes_on(place, alone):
     same(alone[0], pd.read_csv(place.results / "clients.csv"))
 
 
-def test_two_hosts(place, alone):
-    """Two launchers that know of each other only by the master's address."""
-    port = free_port()
-    hosts = [start(place, [*TORCHRUN, "1", "--nnodes", "2", "--node-rank", str(host), "--master-addr",
-                           "127.0.0.1", "--master-port", str(port)], *FLAGS) for host in (0, 1)]
-    for host in hosts:
-        _, err = host.communicate(timeout=240)
-        assert host.returncode == 0, err
-    same(alone[0], pd.read_csv(place.results / "clients.csv"))
-
-
 WHOLE = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "1",
          "LOCAL_WORLD_SIZE": "2"}   # started by hand, with one more process on another machine
 
@@ -151,19 +140,6 @@ def test_the_first_process_has_time_to_say_what_is_wrong(place, capsys, monkeypa
     with pytest.raises(SystemExit):
         place.main("--frac", 7)
     assert slept == waits and ("--frac" in capsys.readouterr().err) == (rank == 0)
-
-
-def test_an_environment_of_one_process_among_others_is_read(monkeypatch):
-    for key, usual in WHOLE.items():
-        monkeypatch.setenv(key, usual)
-    one = ranks.Ranks()
-    assert (one.rank, one.size, one.local, one.local_size, one.alone, one.first) == (1, 3, 1, 2, False, False)
-    for key in WHOLE:
-        monkeypatch.delenv(key)
-    for key, left in (("LOCAL_RANK", "5"), ("LOCAL_WORLD_SIZE", "8")):   # of another program
-        monkeypatch.setenv(key, left)
-    one = ranks.Ranks()
-    assert (one.rank, one.size, one.local, one.local_size, one.alone, one.first) == (0, 1, 0, 1, True, True)
 
 
 @pytest.mark.parametrize("program", [mi_attack, membership])
@@ -205,12 +181,6 @@ def test_waiting_can_be_interrupted_and_is_silent_at_first(place):
     assert "waits for the others" in said and "up to 300 s" in said
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1].startswith("interrupted") and process.returncode == 130
-
-
-def test_what_the_processes_wait_for_is_no_setting(place):
-    """A run that was begun with another value goes on."""
-    assert place.main("--rounds", 1, "--rendezvous_seconds", 5) == 0
-    assert place.main("--rounds", 1, "--resume", "--rendezvous_seconds", 7) == 0
 
 
 @pytest.mark.parametrize("flags, says", [(("--frac", 7), "--frac 7"), (("--dataset", "none"), "none.npz")])

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from runs import resuming
+from runs import resume
 
 FLAGS = ("--method", "fedavg", "--rounds", 2)
 
@@ -39,7 +39,6 @@ def refuses_and_keeps(place, capsys, *flags):
 
 
 def test_a_finished_run_goes_on_for_more_rounds_to_the_same_bytes(finished):
-    """As a run of four that was never interrupted; its name says all the rest."""
     assert finished.main(*FLAGS, "--rounds", 4, "--resume") == 0
     longer, config = finished.clients_csv(), config_of(finished)
     assert config["status"] == "finished" and config["options"]["rounds"] == 4 and "resumed" not in config
@@ -51,37 +50,27 @@ def test_a_finished_run_goes_on_for_more_rounds_to_the_same_bytes(finished):
 def test_an_unfinished_run_may_be_given_more_rounds_but_none_fewer(finished, capsys):
     change(finished, status="unfinished")
     assert "--rounds 2, not 1" in refuses_and_keeps(finished, capsys, *FLAGS, "--rounds", 1, "--resume")
-    assert finished.main(*FLAGS, "--rounds", 3, "--resume") == 0
-    assert set(pd.read_csv(finished.results / "rounds.csv")["round"]) == {1, 2, 3}
-
-
-@pytest.mark.parametrize("flags", [("nbafl",), ("client_dp", "--epsilon", 100)])
-def test_more_rounds_are_refused_where_the_noise_was_made_for_fewer(place, capsys, flags):
-    flags = ("--method", *flags, "--rounds", 1)
-    assert place.main(*flags) == 0
-    line = refuses_and_keeps(place, capsys, *flags, "--rounds", 2, "--resume")
-    assert "--rounds 2: the noise" in line and "which was 1" in line
-    assert place.main(*flags, "--resume") == 0
-
-
-def test_a_run_whose_last_checkpoint_is_gone_is_not_begun_again(finished, capsys):
-    shutil.rmtree(finished.models / "round_2")
-    assert "no checkpoint" in refuses_and_keeps(finished, capsys, *FLAGS, "--rounds", 3, "--resume")
-    assert finished.main(*FLAGS, "--resume") == 0   # there is nothing to do
-
-
-def test_other_evaluations_change_no_round(finished):
-    """Of rounds 3 to 6 the even ones; what is trained in them is what it is without."""
     assert finished.main(*FLAGS, "--rounds", 6, "--eval_every", 2, "--resume") == 0
     seldom = pd.read_csv(finished.results / "clients.csv")
     assert finished.main(*FLAGS, "--rounds", 6, "--overwrite") == 0
     always = pd.read_csv(finished.results / "clients.csv")
-    assert set(seldom["round"]) == {1, 2, 4, 6} < set(always["round"])
+    assert set(seldom["round"]) == {1, 2, 4, 6} < set(always["round"])   # evaluations change no round
     pd.testing.assert_frame_equal(seldom, always[always["round"].isin(seldom["round"])].reset_index(drop=True))
 
 
+def test_more_rounds_are_refused_where_they_cannot_be_had(place, finished, capsys):
+    shutil.rmtree(finished.models / "round_2")
+    assert "no checkpoint" in refuses_and_keeps(finished, capsys, *FLAGS, "--rounds", 3, "--resume")
+    assert finished.main(*FLAGS, "--resume") == 0   # there is nothing to do
+    for flags in (("nbafl",), ("client_dp", "--epsilon", 100)):
+        flags = ("--method", *flags, "--rounds", 1)
+        assert place.main(*flags, "--overwrite") == 0
+        line = refuses_and_keeps(place, capsys, *flags, "--rounds", 2, "--resume")
+        assert "--rounds 2: the noise" in line and "which was 1" in line
+        assert place.main(*flags, "--resume") == 0
+
+
 def test_the_name_alone_brings_back_every_option(place, driver, capsys):
-    """Those of the method, of the rule and of the partition, which have no default that --resume could know."""
     flags = ("--method", "rve_pfl", "--prior", "class", "--prior_apart", 0.2, "--kl_weight", 0.1, "--kl_warmup", 2,
              "--aggregation", "trimmed_mean", "--tolerate", 0.1, "--partition", "dirichlet", "--alpha", 0.7,
              "--lr", 0.002, "--optimizer", "sgd", "--momentum", 0.5, "--save_rounds", 1, "--num_users", 3,
@@ -101,15 +90,6 @@ def test_the_name_alone_brings_back_every_option(place, driver, capsys):
         assert f"--resume: run run was started with {given[0]} " in line and line.endswith("another --run_name")
 
 
-def test_another_name_of_the_data_set_is_no_other_data_set(finished, driver, monkeypatch):
-    monkeypatch.setattr(resuming.datasets, "canonical", lambda name, folder: name.lower())
-    assert finished.main(*FLAGS, "--dataset", "TINY", "--resume") == 0
-
-
-def test_without_such_a_run_the_command_line_is_all_there_is(place):
-    assert place.main(*FLAGS, "--resume") == 0 and config_of(place)["options"]["method"] == "fedavg"
-
-
 @pytest.mark.parametrize("part", ["train_images", "train_labels"])
 def test_other_data_of_the_same_name_is_refused(finished, tiny_arrays, capsys, part):
     path = finished.folder / "data" / "tiny.npz"
@@ -117,78 +97,48 @@ def test_other_data_of_the_same_name_is_refused(finished, tiny_arrays, capsys, p
     other[part][[0, 1]] = other[part][[1, 0]]   # two images, or two labels, in each other's place
     assert not np.array_equal(other[part], tiny_arrays[part])
     np.savez(path, **other)
-    change(finished, status="unfinished")
     line = refuses_and_keeps(finished, capsys, *FLAGS, "--rounds", 3, "--resume")
     assert str(path) in line and "put them back" in line
     np.savez_compressed(path, **tiny_arrays)   # the same arrays in another file
     assert finished.main(*FLAGS, "--rounds", 3, "--resume") == 0
 
 
-def test_images_that_are_dealt_otherwise_are_refused(finished, driver, capsys, monkeypatch):
-    """As by a NumPy whose generator draws otherwise."""
-    deal = driver.deal
-
-    def otherwise(args, data):
-        owned, splits = deal(args, data)
-        return owned[::-1], splits[::-1]
-    monkeypatch.setattr(driver, "deal", otherwise)
-    assert "dealt to clients otherwise" in refuses_and_keeps(finished, capsys, *FLAGS, "--resume", "--rounds", 3)
+def test_other_clients_or_weights_are_refused(finished, driver, capsys, monkeypatch):
+    """As by a NumPy or a PyTorch whose generator draws otherwise."""
+    with monkeypatch.context() as patch:
+        partition = driver.partition
+        patch.setattr(driver, "partition", lambda *given: [part[::-1] for part in partition(*given)])
+        assert "dealt to clients otherwise" in refuses_and_keeps(finished, capsys, *FLAGS, "--resume")
+    monkeypatch.setattr(driver, "fingerprint", lambda state: "other")
+    assert "weights are drawn otherwise" in refuses_and_keeps(finished, capsys, *FLAGS, "--resume")
 
 
 def environment_of(entry):
-    return {name: entry[name] for name in resuming.ENVIRONMENT}
+    return {name: entry[name] for name in resume.ENVIRONMENT}
 
 
 def test_each_environment_is_kept_with_its_first_round_and_warned_of(finished, driver, capsys, monkeypatch):
     first = environment_of(config_of(finished))
-    assert finished.main(*FLAGS, "--rounds", 3, "--resume") == 0   # the same: nothing is said
-    assert "warning" not in capsys.readouterr().err and "resumed" not in config_of(finished)
     option, other = ("fp32", "float32") if first["precision"] == "torch.bfloat16" else ("bf16", "bfloat16")
     assert finished.main(*FLAGS, "--rounds", 4, "--precision", option, "--resume") == 0
-    said, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert f"precision torch.{other} instead of {first['precision']}; from round 4 on" in said
-    config, second = config_of(finished), {"from_round": 4, **first, "precision": f"torch.{other}"}
+    warning, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert f"precision torch.{other} instead of {first['precision']}; from round 3 on" in warning
+    config, second = config_of(finished), {"from_round": 3, **first, "precision": f"torch.{other}"}
     assert environment_of(config) == first and config["resumed"] == [second]
     monkeypatch.setattr(driver, "environment", lambda device: {
         name: first[name] for name in first if name not in ("processes", "precision")} | {"torch": "9.9"})
     assert finished.main(*FLAGS, "--rounds", 5, "--precision", option, "--resume") == 0
     assert f"torch 9.9 instead of {first['torch']}; from round 5 on" in capsys.readouterr().err
-    config = config_of(finished)
-    assert environment_of(config) == first and config["options"]["rounds"] == 5
-    assert config["resumed"] == [second, {**second, "from_round": 5, "torch": "9.9"}]
-
-
-@pytest.mark.parametrize("changed, warned", [
-    ({}, False), ({"system": "other", "python": "4", "processes": 3}, False), ({"torch": "9"}, True),
-    ({"numpy": "9"}, True), ({"commit": "abc"}, True), ({"device": "CPU, 9 threads, AVX2"}, True),
-    ({"precision": "torch.bfloat16"}, True)])
-def test_what_can_change_a_number_is_warned_of(changed, warned):
-    here = dict.fromkeys(resuming.ENVIRONMENT, "a")
-    config = {**here, **changed}
-    past = resuming.environments(here)
-    assert bool(resuming.note_environment(config, past, 3)) == warned
-    assert config.get("resumed") == ([{"from_round": 4, **here, **changed}] if warned else None)
-    assert environment_of(config) == here
+    assert config_of(finished)["resumed"] == [second, {**second, "from_round": 5, "torch": "9.9"}]
 
 
 def test_an_environment_whose_rounds_are_computed_again_is_forgotten():
-    """Killed before its first checkpoint: the run goes on from round 3 where it was, not from 5 or 6."""
-    here = dict.fromkeys(resuming.ENVIRONMENT, "a")
+    here = dict.fromkeys(resume.ENVIRONMENT, "a")
     past = [{"from_round": 1, **here}, {"from_round": 3, **here, "torch": "b"},
             {"from_round": 5, **here, "torch": "c"}]
-    config = {**here, "torch": "b"}
-    assert resuming.note_environment(config, past, 4) is None
+    config = {**here, "torch": "b", "system": "other", "python": "4", "processes": 3}   # which change no number
+    assert resume.note_environment(config, past, 4) is None
     assert config == {**here, "resumed": past[1:2]}
     config = dict(here)
-    assert "torch a instead of b; from round 4 on" in resuming.note_environment(config, past, 3)
+    assert "torch a instead of b; from round 4 on" in resume.note_environment(config, past, 3)
     assert config["resumed"] == [past[1], {"from_round": 4, **here}]
-    config = {**here, "torch": "d"}
-    assert resuming.note_environment(config, past, 0) is None   # nothing is left of it: it begins here
-    assert config == {**here, "torch": "d"}
-
-
-@pytest.mark.parametrize("resumed", [3, "later", [3], [{"from_round": "x"}], [{}]])
-def test_a_damaged_list_of_environments_is_no_traceback(finished, resumed):
-    change(finished, resumed=resumed)
-    assert finished.main(*FLAGS, "--rounds", 3, "--resume") == 0
-    assert "resumed" not in config_of(finished)

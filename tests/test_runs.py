@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from attack import evaluation
+from attack import picture
 from methods import METHODS
 from runs import checkpoints as checkpoint
 from runs import plots as pictures
@@ -78,15 +78,6 @@ def test_the_files_of_a_run(place):
     assert all(n == len(parts[f"test_{k}"]) for k, n in zip(deployed["client"], deployed["n"], strict=True))
 
 
-def test_the_deployed_head_is_the_mean_of_the_uploads(place):
-    assert place.main("--save_rounds", 1, 2, "--aggregation", "mean") == 0
-    first, second = (load_checked(place.models / f"round_{r}" / "shared.pt") for r in (1, 2))
-    server = pd.read_csv(place.results / "server.csv")
-    weight = server[server["round"] == 1].set_index("client")["weight"]
-    for name, sent in second["sent"].items():
-        assert torch.allclose(sent, sum(weight[k] * first["uploads"][k][name] for k in range(2)), atol=1e-6)
-
-
 def test_local_is_deployed_as_it_was_trained(place):
     assert place.main("--method", "local") == 0
     clients = pd.read_csv(place.results / "clients.csv").query("split == 'test'")
@@ -106,16 +97,6 @@ def test_resplit_and_validate_mark_every_output(place):
         names = np.load(place.results / "partition.npz").files
         assert set(names) == ({"owned_0", "owned_1"} if flag == "--resplit" else
                               {"train_0", "train_1", "validation_0", "validation_1"})
-
-
-def test_validation_images_are_training_images(place):
-    assert place.main("--rounds", 1) == 0
-    test = dict(np.load(place.results / "partition.npz"))
-    assert place.main("--rounds", 1, "--validate", "--overwrite") == 0
-    held = dict(np.load(place.results / "partition.npz"))
-    for k in range(2):
-        assert set(held[f"train_{k}"]) | set(held[f"validation_{k}"]) == set(test[f"train_{k}"])
-        assert not set(held[f"train_{k}"]) & set(held[f"validation_{k}"])
 
 
 def wait_for(process, condition, seconds=120):
@@ -186,19 +167,6 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
     assert not list(tmp_path.glob(".report*"))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
-def test_images_of_any_number_of_channels_are_drawn(tmp_path, channels):
-    """Red, green and blue in colour; otherwise the first alone, since a fourth would be opacity."""
-    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, channels), np.uint8)
-    shown = pictures.drawable(images[0])
-    assert shown.tolist() == (images[0] if channels == 3 else images[0, :, :, 0]).tolist()
-    pictures.triggered_picture(tmp_path / "triggered.png", images, 255 - images, "")
-    truth = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    evaluation.save_picture(tmp_path / "attack.png", {"truth": truth, "found": 1 - truth},
-                            torch.tensor([0, 1]), "")
-    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 2
-
-
 def unfinish(folder):
     """As if a run had been killed after its last checkpoint."""
     config = folder / "config.json"
@@ -258,19 +226,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place, number):
     assert saved == pd.read_csv(place.results / "rounds.csv")["round"].max() >= 2   # long before 60 s
 
 
-def test_a_second_ctrl_c_waits_until_the_checkpoint_is_written(place, monkeypatch):
-    """The first comes while a round's rows are written, the second while the checkpoint is."""
-    assert place.main() == 0
-    expected, now = place.clients_csv(), lambda: os.kill(os.getpid(), signal.SIGINT)
-    end_round, save = Run.end_round, Run.save
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "end_round", lambda run, *given: (now(), end_round(run, *given)))
-        patch.setattr(Run, "save", lambda run: (now(), save(run)))
-        assert place.main("--overwrite") == 130
-    assert {p.name for p in place.models.iterdir()} == {"round_1", ".lock"}
-    assert place.main("--resume") == 0 and place.clients_csv() == expected
-
-
 def test_resuming_a_finished_run_does_nothing_and_shows_its_table(place, capsys):
     assert place.main() == 0
     before = {p.name: p.stat().st_mtime_ns for p in place.results.iterdir() if p.name != ".lock"}
@@ -302,13 +257,6 @@ def test_nobody_sampled_is_a_round_too(place):
     assert len(clients) == 2 * 2 and set(clients["stage"]) == {"deployed"}
     shared = load_checked(place.models / "round_2" / "shared.pt")
     assert not shared["uploads"] and all(value.isfinite().all() for value in shared["sent"].values())
-
-
-def test_config_says_what_the_noise_is(place):
-    assert place.main("--method", "nbafl", "--epsilon", 60, "--rounds", 1) == 0
-    facts = json.loads((place.results / "config.json").read_text())["server"]
-    assert facts["epsilon_nominal"] == 60 and facts["why_nominal"]
-    assert facts["clip"] > 0 and facts["sigma_uplink"] > 0
 
 
 def test_the_last_round_is_evaluated_whatever_eval_every(place):

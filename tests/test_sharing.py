@@ -87,16 +87,6 @@ def test_an_interruption_in_the_first_round_after_the_warm_ones(place, driver, m
     assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected
 
 
-def test_a_run_of_a_version_without_these_options_is_resumed(place):
-    assert place.main("--rounds", 2, "--save_rounds", 1) == 0
-    expected = place.clients_csv()
-    shutil.rmtree(place.models / "round_2")
-    config = json.loads((place.results / "config.json").read_text())
-    old = {name: value for name, value in config["options"].items() if name not in ("prior", "full_sharing_rounds")}
-    (place.results / "config.json").write_text(json.dumps({**config, "options": old, "status": "unfinished"}))
-    assert place.main("--rounds", 2, "--save_rounds", 1, "--resume") == 0 and place.clients_csv() == expected
-
-
 @pytest.mark.parametrize("flags, why", [
     (("--full_sharing_rounds", 3), "--full_sharing_rounds 3: none of --rounds 3 would be left"),
     (("--full_sharing_rounds", 1, "--encoders_from", "other"), "--full_sharing_rounds and --encoders_from contradict"),
@@ -107,13 +97,6 @@ def test_what_makes_no_sense_is_refused(place, capsys, flags, why):
     with pytest.raises(SystemExit) as stop:
         place.main(*flags)
     assert stop.value.code == 2 and why in capsys.readouterr().err and not place.results.exists()
-
-
-@pytest.mark.parametrize("behaviour", ["sign_flip", "gan_poison"])
-def test_malicious_clients_and_the_threat_aware_weights_where_more_than_the_head_travels(place, behaviour):
-    assert place.main("--method", "rve_pfl_trunk", "--aggregation", "threat_aware", "--num_users", 4, "--rounds", 1,
-                      "--malicious_frac", 0.25, "--malicious_behaviour", behaviour) == 0
-    assert all(value.isfinite().all() for value in checkpoint_of(place, 1, "server.pt")["head"].values())
 
 
 @pytest.fixture(scope="module")

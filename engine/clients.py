@@ -1,0 +1,155 @@
+"""The clients of a run: selection, local training, upload and evaluation, in whichever process or thread."""
+import itertools
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+import sampling
+from engine import signals
+from engine.stacks import draws_of, in_stacks, stack_size
+from engine.threads import in_threads, threads_for
+from runs.run import Run
+from server.base import Round, State
+from server.malicious import MaliciousClients
+from update import ClientState, Diverged, LocalUpdate, Trainer
+from utils import InputError, rng
+
+HELD_OUT = 0.1   # share of a client's images for testing; under --validate, of the rest for validation
+
+
+def train_each(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
+               state_of: Callable[[int], ClientState],
+               stack: int | None) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
+    """Train clients one after another, or small ones in stacks on a GPU or in threads on a CPU; equal to rounding.
+
+    A method with a loss of its own, which reads the model, is always trained one client after another, and so is a
+    network with draws that ``draws_of`` does not know.
+
+    Args:
+        indices: client -> its training images.
+        state_of: client -> its state.
+        stack: how many to train as one stacked model, 1 for one after another; None for the fastest.
+    """
+    most = stack or stack_size(trainer.labels.device, trainer.training.batch_size)
+    threads = 1 if stack else threads_for(trainer)
+    if most == threads == 1 or trainer.method.loss is not None or draws_of(trainer) is None:
+        for k, images in indices.items():
+            try:
+                yield k, trainer.train(k, round, images, sent, state_of(k))
+            except Diverged as error:
+                yield k, error
+    elif most > 1:
+        yield from in_stacks(trainer, round, indices, sent, state_of, most)
+    else:
+        yield from in_threads(trainer, round, indices, sent, state_of, threads)
+
+
+class Clients:
+    """All clients of a run, of which each process trains and evaluates its own.
+
+    Args:
+        trainer: the working model, which plays every client in turn.
+        owned: the images of each client.
+        splits: the (training, held-out) images of each client.
+        run: keeps the clients' states and uploads.
+    """
+
+    def __init__(self, args: Namespace, trainer: Trainer, malicious: MaliciousClients, owned: list, splits: list,
+                 run: Run):
+        self.args, self.malicious, self.owned, self.splits = args, malicious, owned, splits
+        self.run, self.ranks = run, run.ranks
+        self.trainer, self.full_sharing = trainer, trainer.in_round(1)
+
+    def trainer_in(self, number: int) -> Trainer:
+        """Return the trainer of a round; in the first ``--full_sharing_rounds`` all parameters are shared."""
+        return self.full_sharing if number <= self.args.full_sharing_rounds else self.trainer
+
+    def splits_in(self, number: int) -> list:
+        """Return each client's (training, held-out) images in a round; they differ under ``--resplit`` only."""
+        if not self.args.resplit:
+            return self.splits
+        return sampling.split_all(self.owned, self.trainer.labels.cpu().numpy(), HELD_OUT, self.args.seed,
+                                  "resplit", number)
+
+    def evaluates(self, number: int) -> bool:
+        """Return whether a round is evaluated."""
+        return number % self.args.eval_every == 0 or number == self.args.rounds
+
+    def select(self, number: int) -> list[int]:
+        """Draw the clients that train in a round."""
+        draw = rng(self.args.seed, "sample", round=number)
+        poisson = self.trainer_in(number).method.poisson
+        return sampling.sample_clients(self.args.num_users, self.args.frac, draw, poisson)
+
+    def send(self, number: int) -> State:
+        """Return the shared parameters that clients receive in a round.
+
+        After the full sharing rounds, every client keeps the parameters that are shared no more.
+        """
+        head = self.run.progress.head
+        if number != self.args.full_sharing_rounds + 1 or number == 1:
+            return head
+        head, private = self.trainer.method.shared_and_private(head)
+        self.run.states.start_from(private, self.ranks.mine(range(self.args.num_users)))
+        return head
+
+    def train(self, number: int, selected: list[int], sent: State) -> tuple[Round, list[dict]]:
+        """Train the selected clients; return their uploads and their rows of ``clients.csv``, on the first rank.
+
+        A client whose loss does not stay finite uploads nothing, and keeps its state.
+        """
+        signals.check()
+        splits, run = self.splits_in(number), self.run
+        mine = {k: splits[k][0] for k in self.ranks.mine(selected)}
+        uploads, rows = {}, {}
+        for k, outcome in self._local_updates(number, mine, sent):
+            if isinstance(outcome, Diverged):
+                run.say(f"warning: {outcome}; this client's round is dropped")
+                continue
+            uploads[k] = run.uploads.keep(k, outcome.upload)
+            run.states.put(k, outcome.client_state)
+            if self.evaluates(number):
+                held_out = self.trainer_in(number).evaluate(k, number, splits[k][1], outcome.upload,
+                                                            outcome.client_state)
+                rows[k] = [self._row(number, k, "trained", "train", outcome.metrics),
+                           self._row(number, k, "trained", run.evaluation_split, held_out)]
+            run.advance(number, k, len(mine), outcome.metrics["accuracy"])
+        arrived = {k: uploads[k] if k in uploads else run.uploads.keep(k, upload)
+                   for part in self.ranks.gather_parts(uploads) for k, upload in part.items()}
+        if self.ranks.first and selected and not arrived:
+            raise InputError(f"round {number}: no client's loss stayed finite; start again with a smaller --lr")
+        sizes = {k: len(splits[k][0]) for k in selected}
+        return (Round(number, sent, {k: arrived[k] for k in sorted(arrived)}, sizes),
+                list(itertools.chain(*self.ranks.gather(rows).values())))
+
+    def _local_updates(self, number: int, indices: dict[int, np.ndarray],
+                       sent: State) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
+        """Train clients, malicious ones last and as they behave."""
+        for trainer, members in self.malicious.groups(self.trainer_in(number), indices):
+            for k, outcome in train_each(trainer, number, members, sent, self.run.states.get, self.args.stack):
+                if isinstance(outcome, LocalUpdate):
+                    outcome = self.malicious.retrained(trainer, k, number, len(members[k]), outcome)
+                yield k, outcome
+
+    def evaluate(self, number: int, head: State) -> list[dict]:
+        """Evaluate every client with the new shared parameters; return rows, on the first rank."""
+        if not self.evaluates(number):
+            return []
+        splits = self.splits_in(number)
+        mine = self.ranks.mine(range(self.args.num_users))
+        rows = {k: self._deployed(number, k, splits[k][1], head) for k in mine}
+        return list(self.ranks.gather(rows).values())
+
+    def _deployed(self, number: int, client: int, held_out: np.ndarray, head: State) -> dict:
+        """Return a client's row of the stage ``deployed``; an honest one's has the success of a backdoor."""
+        trainer, state = self.trainer_in(number), self.run.states.get(client)
+        row = self._row(number, client, "deployed", self.run.evaluation_split,
+                        trainer.evaluate(client, number, held_out, head, state))
+        if self.malicious.behaviour.trigger is not None and client not in self.malicious.members:
+            row["backdoor"] = self.malicious.backdoor(trainer, client, number, held_out, (head, state))
+        return row
+
+    @staticmethod
+    def _row(number: int, client: int, stage: str, split: str, metrics: dict[str, float]) -> dict:
+        return {"round": number, "client": client, "stage": stage, "split": split, **metrics}
