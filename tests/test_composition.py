@@ -1,4 +1,4 @@
-"""How the driver puts the parts together: who owns, trains and is tested on what, and when."""
+"""The driver puts the parts together: the clients' images, and who trains and is evaluated in a round."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 
 import datasets
 import sampling
+from engine.clients import Clients
 from methods import METHODS
 from options import args_parser
 from server.privacy import ClientDP
@@ -13,88 +14,61 @@ from utils import rng
 
 
 @pytest.fixture
-def dealt(driver, place):
-    """A function from flags to the options, the data, and who owns and is tested on what."""
-    def deal(*flags):
+def clients(driver, place):
+    """A function from flags to Clients that train nothing."""
+    def make(*flags):
         args = args_parser(place.argv(*flags))
         data = datasets.load("tiny", args.data_dir)
-        return args, data, *driver.deal(args, data)
-    return deal
-
-
-def test_every_client_has_a_batch_to_train_on(dealt):
-    """Of 240 images six clients own 36 at least, of which a tenth is held out."""
-    args, _, owned, splits = dealt("--partition", "dirichlet", "--alpha", 0.01, "--num_users", 6, "--local_bs", 32)
-    assert min(map(len, owned)) == 36 and min(len(train) for train, _ in splits) == args.local_bs
+        owned, splits = driver.partition(args, data)
+        trainer = driver.make_trainer(args, data, driver.torch.device("cpu"))
+        run = SimpleNamespace(ranks=None)
+        return Clients(args, trainer, driver.MaliciousClients(None, 0, args.num_users, 1), owned, splits, run)
+    return make
 
 
 def same(ours, expected):
-    return all(np.array_equal(a, b) for one, other in zip(ours, expected, strict=True)
-               for a, b in zip(one, other, strict=True))
+    return all(np.array_equal(a, b) for pair, other in zip(ours, expected, strict=True)
+               for a, b in zip(pair, other, strict=True))
 
 
-def test_each_split_has_a_purpose_of_its_own(dealt):
+def test_each_split_has_a_purpose_of_its_own(clients):
     """A validation split that drew what the test split draws would not be independent of it."""
-    _, data, owned, splits = dealt("--num_users", 3)
-    test = sampling.split_all(owned, data.labels, 0.1, 1, "split")
-    assert same(splits, test)
-    validation = dealt("--num_users", 3, "--validate")[3]
-    train = [own for own, _ in test]
-    assert same(validation, sampling.split_all(train, data.labels, 0.1, 1, "validation"))
-    assert not same(validation, sampling.split_all(train, data.labels, 0.1, 1, "split"))
-    assert not any(np.intersect1d(own, aside).size for (_, aside), pair in zip(test, validation, strict=True)
-                   for own in pair)
+    plain = clients("--num_users", 3)
+    labels = plain.trainer.labels.numpy()
+    assert same(plain.splits_in(2), sampling.split_all(plain.owned, labels, 0.1, 1, "split"))
+    train = [images for images, _ in plain.splits]
+    validated = clients("--num_users", 3, "--validate").splits_in(2)
+    assert same(validated, sampling.split_all(train, labels, 0.1, 1, "validation"))
+    small = clients("--partition", "dirichlet", "--alpha", 0.01, "--num_users", 6, "--local_bs", 32)
+    assert min(map(len, small.owned)) == 36 and min(len(images) for images, _ in small.splits) == 32   # a batch
+    resplit = clients("--resplit", "--seed", 4)
+    first, second = resplit.splits_in(1), resplit.splits_in(2)
+    assert not same(first, second) and same(first, resplit.splits_in(1))
+    for (images, aside), owned in zip(second, resplit.owned, strict=True):
+        assert np.array_equal(np.sort(np.concatenate([images, aside])), owned)
 
 
-def federation(driver, dealt, *flags):
-    """A Federation of tiny clients; its trainers train nothing."""
-    args, data, owned, splits = dealt(*flags)
-    labels = driver.torch.from_numpy(data.labels)
-    trainers = [SimpleNamespace(name=name, method=METHODS[args.method], labels=labels) for name in ("warm", "own")]
-    malicious = driver.MaliciousClients(None, 0, args.num_users, args.seed)
-    return driver.Federation(args, tuple(trainers), None, malicious, owned, splits, None)
-
-
-def test_resplit_draws_other_splits_of_the_same_images_in_each_round(driver, dealt):
-    federated = federation(driver, dealt, "--resplit", "--seed", 4)
-    first, second = federated.splits_in(1), federated.splits_in(2)
-    assert not same(first, second) and same(first, federated.splits_in(1))
-    for (train, aside), own in zip(second, federated.owned, strict=True):
-        assert np.array_equal(np.sort(np.concatenate([train, aside])), own)
-    fixed = federation(driver, dealt)
-    assert same(fixed.splits_in(1), fixed.splits_in(2)) and same(fixed.splits_in(1), fixed.splits)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_who_trains_in_a_round(driver, dealt, method):
+@pytest.mark.parametrize("method", ["rve_pfl", "client_dp", "client_dp_adaptive"])
+def test_the_clients_of_a_round(clients, method):
     """Poisson sampling, as client-level DP's epsilon assumes; else always the same number."""
-    row, federated = METHODS[method], federation(driver, dealt, "--frac", 0.25, "--num_users", 40)
-    federated = driver.replace(federated, trainers=(SimpleNamespace(method=row),) * 2)
-    counts = [len(federated.sample(number)) for number in range(1, 200)]
-    assert row.poisson == (row.server is not None and issubclass(row.server, ClientDP))
-    if row.poisson:   # binomial: mean 10, variance 7.5
+    noise = ["--noise_multiplier", 1] if METHODS[method].poisson else []
+    made = clients("--frac", 0.25, "--num_users", 40, "--local_bs", 4, "--partition", "iid", "--method", method,
+                   *noise)
+    counts = [len(made.select(number)) for number in range(1, 200)]
+    if METHODS[method].poisson:   # binomial: mean 10, variance 7.5
         assert np.mean(counts) == pytest.approx(10, abs=0.7) and np.var(counts) == pytest.approx(7.5, rel=0.4)
     else:
         assert set(counts) == {10}
-    expected = sampling.sample_clients(40, 0.25, rng(1, "sample", round=3), row.poisson)
-    assert federated.sample(3) == expected
+    assert made.select(3) == sampling.sample_clients(40, 0.25, rng(1, "sample", round=3), METHODS[method].poisson)
+    assert all(row.poisson == (row.server is not None and issubclass(row.server, ClientDP))
+               for row in METHODS.values())
 
 
-def test_the_warm_rounds_are_the_first_and_no_more(driver, dealt):
-    federated = federation(driver, dealt, "--full_sharing_rounds", 2)
-    assert [federated.trainer(number).name for number in (1, 2, 3, 4)] == ["warm", "warm", "own", "own"]
-
-
-@pytest.mark.parametrize("every, rounds, expected", [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (9, 4, [4])])
-def test_which_rounds_are_evaluated(driver, dealt, every, rounds, expected):
-    federated = federation(driver, dealt, "--eval_every", every, "--rounds", rounds)
-    assert [number for number in range(1, rounds + 1) if federated.evaluates(number)] == expected
-
-
-def test_borrowed_encoders_are_frozen_and_their_learning_rate_is_zero(driver, place):
-    args = args_parser(place.argv("--encoders_from", "other"))
-    trainer = driver.make_trainer(args, datasets.load("tiny", args.data_dir), driver.torch.device("cpu"))
-    assert not any(value.requires_grad for value in trainer.model.encoder.parameters())
-    assert trainer.training.freezes_private
-    optimizer = trainer.make_optimizer(dict(trainer.model.named_parameters()))
-    assert [group["scale"] for group in optimizer.param_groups] == [0.0, args.head_lr]
+def test_rounds_of_full_sharing_and_of_evaluation(clients):
+    made = clients("--full_sharing_rounds", 2, "--rounds", 5, "--eval_every", 2)
+    assert [made.trainer_in(number).method.shared for number in (1, 2, 3)] == [("",), ("",), ("classifier.",)]
+    assert [number for number in range(1, 6) if made.evaluates(number)] == [2, 4, 5]
+    borrowed = clients("--encoders_from", "other").trainer
+    assert not any(value.requires_grad for value in borrowed.model.encoder.parameters())
+    optimizer = borrowed.make_optimizer(dict(borrowed.model.named_parameters()))
+    assert [group["scale"] for group in optimizer.param_groups] == [0.0, 0.1]

@@ -1,4 +1,4 @@
-"""A run's config.json: what is written is accepted; a value that is none of its option's is refused in one line."""
+"""A run's config.json: what is written is accepted; a value that is none of its option is refused in one line."""
 import json
 
 import pytest

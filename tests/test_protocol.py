@@ -1,5 +1,5 @@
-"""Whole runs, recomputed by other code from the files they leave: who is trained, sent, kept, evaluated and
-attacked on what. Each test is here because some change of one line survived all others."""
+"""Whole runs, recomputed by other code from the files they leave: what is trained, sent, kept, evaluated and
+attacked. Each test is here because some change of one line survived all others."""
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -183,19 +183,15 @@ def test_a_rounds_training_is_a_textbooks_on_the_clients_own_images(ran):
 
 def files_of(place):
     """Every tensor of a run's last checkpoint."""
+    def flat(name, value):
+        if isinstance(value, torch.Tensor):
+            return {name: value}
+        if not isinstance(value, dict):
+            return {}
+        return {key: tensor for inner, part in value.items() for key, tensor in flat(f"{name} {inner}", part).items()}
     folder = max(place.models.glob("round_*"))
-    return {f"{path.name} {part} {name}": value for path in folder.glob("*.pt")
-            for part, state in flat(load_checked(path)) for name, value in state.items()}
-
-
-def flat(found):
-    """Its state dicts."""
-    for name, value in found.items():
-        if isinstance(value, dict):
-            if value and all(isinstance(one, torch.Tensor) for one in value.values()):
-                yield name, value
-            else:
-                yield from ((f"{name} {inner}", state) for inner, state in flat(value))
+    return {key: tensor for path in folder.glob("*.pt")
+            for key, tensor in flat(path.name, load_checked(path)).items()}
 
 
 def spoil(place, arrays, index):
@@ -207,8 +203,7 @@ def spoil(place, arrays, index):
         **arrays, "train_images": images[:cut], "test_images": images[cut:]})
 
 
-@pytest.mark.parametrize("flags", [("--method", "lg_fedavg"), ("--method", "fedavg", "--stack", 4),
-                                   ("--method", "fedavg", "--validate")])
+@pytest.mark.parametrize("flags", [("--method", "lg_fedavg"), ("--method", "fedavg", "--validate")])
 def test_held_out_images_reach_no_weight(place, tiny_arrays, flags):
     """Were the test images other ones, training, uploads and heads would be the same to the bit; so would all
     figures of a run that validates."""
@@ -281,7 +276,8 @@ def test_nbafls_noise_is_for_the_smallest_client(place):
     facts = json.loads((place.results / "config.json").read_text())["server"]
     sizes = pd.read_csv(place.results / "clients.csv").query("split == 'train'")["n"]
     assert facts["smallest"] == sizes.min() < sizes.max()
-    expected = nbafl_sigmas({"epsilon": 30, "delta": 0.02, "exposures": 2, "rounds": 5, "num_users": 4}, 9, sizes.min())
+    options = {"epsilon": 30, "delta": 0.02, "exposures": 2, "rounds": 5, "num_users": 4}
+    expected = nbafl_sigmas(options, 9, sizes.min())
     assert (facts["sigma_uplink"], facts["sigma_downlink"]) == pytest.approx(expected)
     shared = load_checked(place.models / "round_5" / "shared.pt")   # what the server saw: clipped, then noise
     for upload in shared["uploads"].values():

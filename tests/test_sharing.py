@@ -1,4 +1,4 @@
-"""What travels in which round: the encoder's trunk, and everything in the warm rounds; what that gives away."""
+"""Shared parameters by round: the encoder's trunk, everything in full sharing rounds; and what that gives away."""
 import json
 import shutil
 import signal
@@ -9,6 +9,7 @@ import torch
 from attack import adversaries, attacks, observations, scoring
 from attack import target as targets
 from attack.adversaries import Adversary, Budget, PublicImages
+from engine.processes import Ranks
 from engine.signals import Interrupted
 from methods import METHODS
 from models import RVE
@@ -22,7 +23,7 @@ def checkpoint_of(place, round, name):
     return load_checked(place.models / f"round_{round}" / name)
 
 
-def test_the_trunk_travels_and_the_posterior_stays(place):
+def test_the_trunk_is_shared_and_the_posterior_stays(place):
     assert place.main("--method", "rve_pfl_trunk", "--prior", "class", "--rounds", 1) == 0
     uploads = checkpoint_of(place, 1, "shared.pt")["uploads"]
     kept = checkpoint_of(place, 1, "client_0.pt")["parameters"]
@@ -36,28 +37,29 @@ def test_the_trunk_travels_and_the_posterior_stays(place):
 
 @pytest.mark.parametrize("method", [m for m, row in METHODS.items() if any(
     option.name == "full_sharing_rounds" for option in row.reads)])
-def test_everything_travels_in_warm_rounds_and_stays_after_them(place, method):
-    flags = ("--method", method, "--full_sharing_rounds", 2, "--save_rounds", 1, 2, 3, "--num_users", 4, "--frac", 0.5)
+def test_everything_is_shared_in_full_sharing_rounds_and_stays_after_them(place, method):
+    flags = ("--method", method, "--full_sharing_rounds", 2, "--save_rounds", 1, 2, 3, "--num_users", 4,
+             "--frac", 0.5)
     assert place.main(*flags) == 0
     for round in (1, 2):
         shared, client = checkpoint_of(place, round, "shared.pt"), checkpoint_of(place, round, "client_0.pt")
         assert any(name.startswith("encoder.mu") for name in shared["sent"]) and not client["parameters"]
-        assert "private_start" not in checkpoint_of(place, round, "server.pt")
+        assert not checkpoint_of(place, round, "server.pt")["private_start"]
     before, after = checkpoint_of(place, 2, "server.pt"), checkpoint_of(place, 3, "server.pt")
-    sent, warm = checkpoint_of(place, 3, "shared.pt")["sent"], after["private_start"]
-    assert not sent.keys() & warm.keys() and "encoder.mu.weight" in warm
-    assert {**sent, **warm}.keys() == before["head"].keys()   # parted, and nothing lost or changed
-    assert all(torch.equal(value, before["head"][name]) for name, value in {**sent, **warm}.items())
+    sent, start = checkpoint_of(place, 3, "shared.pt")["sent"], after["private_start"]
+    assert not sent.keys() & start.keys() and "encoder.mu.weight" in start
+    assert {**sent, **start}.keys() == before["head"].keys()   # parted, and nothing lost or changed
+    assert all(torch.equal(value, before["head"][name]) for name, value in {**sent, **start}.items())
     trained = checkpoint_of(place, 3, "shared.pt")["uploads"]
     for k in range(4):
         own = checkpoint_of(place, 3, f"client_{k}.pt")["parameters"]
-        assert all(torch.equal(own[name], warm[name]) for name in own) == (k not in trained)
+        assert all(torch.equal(own[name], start[name]) for name in own) == (k not in trained)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
-def test_a_run_with_warm_rounds_and_a_class_prior_is_resumed_to_the_byte(place, kept):
-    flags = ("--method", "rve_pfl_trunk", "--prior", "class", "--full_sharing_rounds", 2, "--rounds", 4, "--num_users", 4,
-             "--frac", 0.6)
+def test_a_run_with_full_sharing_rounds_and_a_class_prior_is_resumed_to_the_byte(place, kept):
+    flags = ("--method", "rve_pfl_trunk", "--prior", "class", "--full_sharing_rounds", 2, "--rounds", 4,
+             "--num_users", 4, "--frac", 0.6)
     assert place.main(*flags) == 0
     expected = place.clients_csv()
     last = checkpoint_of(place, 4, "client_3.pt")["parameters"]
@@ -70,17 +72,17 @@ def test_a_run_with_warm_rounds_and_a_class_prior_is_resumed_to_the_byte(place, 
                for name, value in checkpoint_of(place, 4, "client_3.pt")["parameters"].items())
 
 
-def test_an_interruption_in_the_first_round_after_the_warm_ones(place, driver, monkeypatch):
-    """The checkpoint is of the last warm round, in which nobody had an encoder of its own."""
+def test_an_interruption_in_the_first_round_after_the_full_sharing_ones(place, driver, monkeypatch):
+    """The checkpoint is of the last full sharing round, in which nobody had an encoder of its own."""
     flags = ("--full_sharing_rounds", 1, "--rounds", 3, "--num_users", 4, "--frac", 0.5)
     assert place.main(*flags) == 0
-    expected, aggregate = place.clients_csv(), driver.Federation.aggregate
+    expected, aggregate = place.clients_csv(), Ranks.aggregate
 
-    def interrupted(self, round):
+    def interrupted(self, server, round):
         if round.number == 2:
             raise Interrupted(signal.SIGINT)
-        return aggregate(self, round)
-    monkeypatch.setattr(driver.Federation, "aggregate", interrupted)
+        return aggregate(self, server, round)
+    monkeypatch.setattr(Ranks, "aggregate", interrupted)
     assert place.main(*flags, "--overwrite") == 130
     assert not checkpoint_of(place, 1, "client_0.pt")["parameters"]
     monkeypatch.undo()
@@ -89,7 +91,7 @@ def test_an_interruption_in_the_first_round_after_the_warm_ones(place, driver, m
 
 @pytest.mark.parametrize("flags, why", [
     (("--full_sharing_rounds", 3), "--full_sharing_rounds 3: none of --rounds 3 would be left"),
-    (("--full_sharing_rounds", 1, "--encoders_from", "other"), "--full_sharing_rounds and --encoders_from contradict"),
+    (("--full_sharing_rounds", 1, "--encoders_from", "x"), "--full_sharing_rounds and --encoders_from contradict"),
     (("--full_sharing_rounds", 1, "--method", "fedavg"), "--method fedavg does not read it"),
     (("--prior", "class", "--method", "lg_fedavg"), "--method lg_fedavg does not read it"),
     (("--prior", "uniform"), "--prior")])
