@@ -110,7 +110,7 @@ def test_a_share_of_clients_that_is_nobody_is_refused(nobody, somebody, clients,
 @pytest.mark.parametrize("method, more", [(name, ()) for name in METHODS] + [
     (name, ("--prior", "class")) for name in readers(PRIOR, METHODS)])
 def test_stack_is_refused_where_clients_are_never_stacked(method, more, place, driver):
-    """As engine/several.py decides it, of the trainer that the driver makes."""
+    """As engine/clients.py decides it, of the trainer that the driver makes."""
     words = place.argv("--method", method, *more)
     trainer = driver.make_trainer(args_parser(words), driver.datasets.load("tiny", place.folder / "data"),
                                   driver.torch.device("cpu"))

@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import server_options
 
-from attack import evaluation, latents, mi_attack, scoring, verdict
+from attack import evaluation, latents, mi_attack, verdict
 from attack import target as targets
-from attack.adversaries import Adversary, Budget, Knowledge, PublicImages
 from attack.attacks import ATTACKS
-from attack.gradients import epoch_update
 from methods import METHODS
 from runs.checkpoints import load_checked
 from server.base import Round, Weighting
@@ -188,7 +186,8 @@ def files_of(place):
             return {name: value}
         if not isinstance(value, dict):
             return {}
-        return {key: tensor for inner, part in value.items() for key, tensor in flat(f"{name} {inner}", part).items()}
+        return {key: tensor for inner, part in value.items()
+                for key, tensor in flat(f"{name} {inner}", part).items()}
     folder = max(place.models.glob("round_*"))
     return {key: tensor for path in folder.glob("*.pt")
             for key, tensor in flat(path.name, load_checked(path)).items()}
