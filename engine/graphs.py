@@ -1,9 +1,8 @@
 """A trainer whose step is one CUDA graph: captured once, then replayed.
 
 At batch 256 an H100 computes a step in less time than Python needs to launch its hundred kernels. A graph holds
-them all, and one launch replays them: on the same addresses, so parameters, optimiser, learning rates and the batch's
-image numbers are overwritten in place. A short last batch takes the plain step. It has never run on a GPU: the tests
-use a stand-in for the graph.
+them all, and one launch replays them: on the same addresses, so parameters, optimiser, learning rates and image
+numbers are overwritten in place. It has never run on a GPU: the tests use a stand-in for the graph.
 """
 import warnings
 from collections.abc import Callable

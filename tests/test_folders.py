@@ -214,8 +214,8 @@ def test_a_lock_that_is_none_of_ours_is_refused(place, capsys, no_waiting, kind,
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-@pytest.mark.parametrize("name", ["results/run/config.json", "results/run/rounds.csv", "models/run/round_2/server.pt",
-                                  "models/run/round_2/shared.pt", "models/run/round_2/client_0.pt"])
+@pytest.mark.parametrize("name", ["results/run/config.json", "results/run/rounds.csv", *(
+    f"models/run/round_2/{name}.pt" for name in ("server", "shared", "client_0"))])
 def test_what_is_no_file_is_not_waited_for(copy, capsys, no_waiting, name, kind):
     place = copy()
     config = place.results / "config.json"

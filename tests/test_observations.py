@@ -416,7 +416,7 @@ def test_a_run_goes_on_from_its_own_start_only(place, capsys):
     path = place.results / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "start": "0123456789abcdef", "status": "unfinished"}))
-    assert "other weights" in place.refuses(capsys, *flags, "--resume")
+    assert "initial weights" in place.refuses(capsys, *flags, "--resume")
     path.write_text(json.dumps({**config, "status": "unfinished"}))
     assert place.main(*flags, "--resume") == 0
 

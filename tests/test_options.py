@@ -252,7 +252,7 @@ def test_every_option_is_read(place, driver, monkeypatch):
             read.add(name)
             return super().get(name, default)
     monkeypatch.setattr(driver, "vars", lambda args: Dictionary(args.__dict__), raising=False)
-    assert place.main() == 0
+    assert place.main() == 0 == place.main("--resume")
     for option in of_rows(METHODS):   # one that only a method's own loss looks at
         if option.name not in read:
             assert place.main("--method", readers(option, METHODS)[0], "--overwrite") == 0

@@ -52,7 +52,8 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("method, augment, dtype", [
-    ("rve_pfl", "none", torch.float32), ("rve_pfl", "flip+shift", torch.bfloat16), ("fedavg", "flip", torch.float32)])
+    ("rve_pfl", "none", torch.float32), ("rve_pfl", "flip+shift", torch.bfloat16),
+    ("fedavg", "flip", torch.float32)])
 def test_clients_in_threads_are_those_alone_to_the_bit(tiny_arrays, two_threads, method, augment, dtype):
     """Noise, dropout, augmentation, order and optimiser, and PyTorch's own generator is left alone."""
     expected = alone(tiny_arrays, method, augment=augment, dtype=dtype)

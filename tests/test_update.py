@@ -141,7 +141,7 @@ def test_flip_mirrors_about_half_of_the_training_images_and_nothing_else(tiny_ar
 def test_shift_moves_an_image_and_mirrors_its_edges(tiny_arrays):
     client, *_ = make(tiny_arrays, augment="flip+shift")
     client.images = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(300, 8, 8, 1)
-    seen = client.placed(torch.arange(300), client.placements(300)).mul(255).round().int()[:, 0]   # N x H x W, pixel numbers
+    seen = client.placed(torch.arange(300), client.placements(300)).mul(255).round().int()[:, 0]   # pixel numbers
     padded = np.pad(np.arange(64).reshape(8, 8), 4, mode="reflect")
     possible = {padded[i:i + 8, j:j + 8][:, ::step].tobytes(): (i, j, step)
                 for i in range(9) for j in range(9) for step in (1, -1)}
