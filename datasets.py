@@ -1,12 +1,10 @@
-"""Data sets: ``DATA_DIR/NAME.npz``, whatever NAME is, into one pooled array of images.
+"""Data sets: ``DATA_DIR/NAME.npz``, pooled into one array of images; data/README.md describes the file.
 
-What the file may hold is in data/README.md. MNIST, Fashion-MNIST and CIFAR-10 are fetched by torchvision on
-first use and cached in that form: one decode, then a fast start.
+MNIST, Fashion-MNIST and CIFAR-10 are downloaded by torchvision on first use and cached in that form.
 """
 import contextlib
 import difflib
 import io
-import math
 import re
 import tempfile
 import zipfile
@@ -24,7 +22,7 @@ TORCHVISION = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar": "CIFAR10"}
 ALIASES = {"fashionmnist": "fmnist", "cifar10": "cifar"}   # in lower case, without - and _
 HALVES = ("train", "val", "test")   # in the order in which they are pooled; val is optional
 NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
-MIN_SIDE = 8   # pixels; the encoder's two valid convolutions and the head's two poolings need some room
+MIN_SIDE = 8   # pixels, for the encoder's two valid convolutions and the head's two poolings
 MAX_CLASSES = 10_000
 WAY_OUT = "or use --dataset mnist10k, which needs no download"
 LFS = b"version https://git-lfs"
@@ -37,10 +35,10 @@ class Dataset:
     Attributes:
         images: ``N x H x W x C``, uint8.
         labels: ``N``, int64, from 0 to ``num_classes - 1``.
-        train_size: how many of them are before the test half.
-        names: the label in the file of each class, ``num_classes``.
-        clients: the client of each image from the file's ``client`` array, ``N``, -1 for nobody; None without it.
-        notes: what was changed or is unusual, one line each.
+        train_size: number of images before the test half.
+        names: the file's label of each class, ``num_classes``.
+        clients: the client of each image from the file's ``client`` array, ``N``, -1 for none; None without it.
+        notes: changes and peculiarities, one line each.
     """
 
     images: np.ndarray
@@ -53,16 +51,13 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)``."""
+        """Return ``(C, H, W)``."""
         height, width, channels = self.images.shape[1:]
         return channels, height, width
 
 
 def canonical(name: str, data_dir: Path) -> str:
-    """Return this program's name of a data set that others write otherwise: `fmnist` for `FashionMNIST`.
-
-    A file of exactly that name in ``data_dir`` comes first.
-    """
+    """Return this program's name of a data set, such as `fmnist` for `FashionMNIST`, unless such a file exists."""
     name = name.removesuffix(".npz")
     plain = re.sub("[-_]", "", name.lower())
     plain = ALIASES.get(plain, plain)
@@ -70,10 +65,10 @@ def canonical(name: str, data_dir: Path) -> str:
 
 
 def load(name: str, data_dir: Path) -> Dataset:
-    """Read ``data_dir/name.npz``, fetching it first if it is one of torchvision's.
+    """Read ``data_dir/name.npz``, downloading it first if it is one of torchvision's.
 
     Raises:
-        InputError: the file is missing, cannot be fetched or read, is damaged or has other contents.
+        InputError: the file is missing, cannot be downloaded or read, is damaged or has unexpected contents.
     """
     name = canonical(name, data_dir)
     path = data_dir / f"{name}.npz"
@@ -103,13 +98,8 @@ def _unknown(name: str, data_dir: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """Read the arrays that a run looks at, by key.
-
-    Raises:
-        OSError: the file is whole, perhaps, but cannot be read.
-        ValueError: it is no .npz file, is damaged, lacks keys, or would not fit in memory.
-    """
-    if not path.is_file():   # reading a pipe would wait for ever
+    """Read the arrays that a run needs, by key; ValueError if the file is damaged, lacks some or is too large."""
+    if not path.is_file():   # reading a pipe would block
         raise ValueError("is not a file")
     with path.open("rb") as file:
         if file.read(len(LFS)) == LFS:
@@ -118,88 +108,52 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError("damaged or not an .npz file")
     wanted = [f"{half}_{part}" for half in HALVES for part in ("images", "labels", "client")] + ["client"]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if missing := [key for key in NEEDED if key not in file.files]:
-                there, needed = shown(", ".join(file.files) or "nothing"), ", ".join(NEEDED)
-                raise InputError(f"lacks {', '.join(missing)}; it holds {there}, and {needed} are needed")
-            keys = [key for key in wanted if key in file.files]
-            _check_size(sum(_declared(file, key) for key in keys))
-            return {key: file[key] for key in keys}
-    except InputError as error:
-        raise ValueError(error) from error
+        with np.load(path, allow_pickle=False) as archive:
+            keys, size = archive.files, sum(info.file_size for info in archive.zip.infolist())
+            there = available(torch.device("cpu"))
+            if set(keys) >= set(NEEDED) and 2 * size <= there:   # once as read, once pooled
+                return {key: archive[key] for key in wanted if key in keys}
     except MemoryError:
         raise
     except Exception as error:   # NumPy parses headers as Python, so damage can raise nearly anything
         raise ValueError(f"damaged or not an .npz file ({_first_line(error)})") from error
-
-
-def _declared(file: Any, key: str) -> int:
-    """Return the size in bytes of an array of an open .npz file, as its header says.
-
-    Raises:
-        InputError: it is another one than is there, or the array holds Python objects.
-    """
-    info = file.zip.getinfo(f"{key}.npy" if f"{key}.npy" in file.zip.namelist() else key)
-    with file.zip.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-        rest = info.file_size - member.tell()
-    if dtype.hasobject:
-        raise InputError(f"{key} holds Python objects, which are not read because they could run code; save "
-                         "numbers")
-    size = math.prod(shape) * dtype.itemsize
-    if size != rest:
-        raise InputError(f"damaged: {key} should have {size:,} bytes by its header and has {rest:,}")
-    return size
-
-
-def _check_size(size: int) -> None:
-    there = available(torch.device("cpu"))
-    if 2 * size > there:   # once as read, once pooled
-        raise InputError(f"its arrays have {size_of(size)} and need twice that to be pooled; there are "
-                         f"{size_of(there)} of memory: use fewer or smaller images")
+    if missing := [key for key in NEEDED if key not in keys]:
+        raise ValueError(f"lacks {', '.join(missing)}; it holds {shown(', '.join(keys) or 'nothing')}, and "
+                         f"{', '.join(NEEDED)} are needed")
+    raise ValueError(f"its arrays have {size_of(size)} and need twice that to be pooled; there are "
+                     f"{size_of(there)} of memory: use fewer or smaller images")
 
 
 def _pooled(arrays: dict[str, np.ndarray]) -> Dataset:
-    """Pool the arrays of a file; ValueError says which is not as expected."""
+    """Pool the arrays of a file; ValueError names the one that is not as expected."""
     notes: list[str] = []
     halves = [half for half in HALVES if f"{half}_images" in arrays or f"{half}_labels" in arrays]
     if "val" in halves and not {"val_images", "val_labels"} <= arrays.keys():
         raise ValueError("val_images and val_labels go together; it holds one of them")
-    # An empty half has often lost its shape and type.
     halves = [half for half in halves if any(arrays[f"{half}_{part}"].size for part in ("images", "labels"))]
     if not halves:
         raise ValueError("holds no images")
     given = arrays[f"{halves[0]}_images"].shape
     images = {half: _channels_last(arrays.pop(f"{half}_images"), f"{half}_images") for half in halves}
     sizes = {half: len(part) for half, part in images.items()}
-    labels = _joined([_labels(arrays[f"{half}_labels"], size, f"{half}_labels") for half, size in sizes.items()])
+    labels = np.concatenate([_labels(arrays[f"{half}_labels"], size, f"{half}_labels")
+                             for half, size in sizes.items()])
     if len({(str(part.dtype), part.shape[1:]) for part in images.values()}) > 1:
         raise ValueError("images of one type and shape are needed; " + ", ".join(
             f"{half}_images is {part.dtype} of shape {part.shape}" for half, part in images.items()))
     if given[1] != images[halves[0]].shape[1]:
-        notes.append("images are taken for N x C x H x W")
-    pixels = np.ascontiguousarray(_as_bytes(_joined([images.pop(half) for half in halves]), notes))
+        notes.append("images are read as N x C x H x W")
+    pixels = np.ascontiguousarray(_as_bytes(np.concatenate([images.pop(half) for half in halves]), notes))
     if pixels.shape[3] not in (1, 3):
         notes.append(f"images have {pixels.shape[3]} channels, and all are trained on")
     classes, numbers = np.unique(labels, return_inverse=True)
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise ValueError(f"labels must name between 2 and {MAX_CLASSES:,} classes, not {len(classes):,}")
     if classes[-1] != len(classes) - 1:
-        notes.append(f"labels are {_some(classes)}; classes are numbered 0 to {len(classes) - 1} in that order")
+        notes.append(f"labels are {shown(', '.join(map(str, classes)))}; classes are numbered 0 to "
+                     f"{len(classes) - 1} in that order")
     return Dataset(pixels, numbers.astype(np.int64), len(classes), len(numbers) - sizes.get("test", 0), classes,
                    _clients(arrays, sizes), tuple(notes))
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-
-def _some(values: np.ndarray) -> str:
-    """List the first and the last values."""
-    return ", ".join(map(str, values)) if len(values) <= 12 else (
-        f"{', '.join(map(str, values[:5]))}, ..., {values[-1]}")
 
 
 def _channels_last(images: np.ndarray, key: str) -> np.ndarray:
@@ -245,7 +199,7 @@ def _labels(values: np.ndarray, count: int, key: str) -> np.ndarray:
 
 
 def _whole(values: np.ndarray, count: int, key: str) -> np.ndarray:
-    """Cast whole numbers of any type, ``N`` or ``N x 1``, to int64 ``N``; those over 2^63 turn negative."""
+    """Cast whole numbers of any type, ``N`` or ``N x 1``, to int64 ``N``."""
     flat = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     if flat.shape != (count,):
         raise ValueError(f"{key} is of shape {values.shape}; expected one whole number per image, {count} of them")
@@ -256,7 +210,7 @@ def _whole(values: np.ndarray, count: int, key: str) -> np.ndarray:
 
 
 def _clients(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> np.ndarray | None:
-    """Number the clients of the file 0 to K - 1 in sorted order, ``N``, -1 for nobody; None if it has none."""
+    """Number the clients of the file 0 to K - 1 in sorted order, ``N``, -1 for none; None without the array."""
     given = [f"{half}_client" for half in sizes if f"{half}_client" in arrays]
     if not given and "client" not in arrays:
         return None
@@ -266,23 +220,23 @@ def _clients(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> np.ndarray
         raise ValueError(f"{', '.join(given)} alone; expected one for each of {', '.join(sizes)}")
     keys = {"client": sum(sizes.values())} if not given else {f"{half}_client": sizes[half] for half in sizes}
     if all(arrays[key].dtype.kind in "SU" and arrays[key].shape == (count,) for key, count in keys.items()):
-        return np.unique(_joined([arrays[key] for key in keys]), return_inverse=True)[1]
-    numbers = _joined([_whole(arrays[key], count, key) for key, count in keys.items()])
+        return np.unique(np.concatenate([arrays[key] for key in keys]), return_inverse=True)[1]
+    numbers = np.concatenate([_whole(arrays[key], count, key) for key, count in keys.items()])
     clients = np.unique(numbers[numbers >= 0])
     if not len(clients):
-        raise ValueError(f"{', '.join(keys)}: no image has a client; expected whole numbers from 0, -1 for nobody")
+        raise ValueError(f"{', '.join(keys)}: no image has a client; expected whole numbers from 0, -1 for none")
     return np.where(numbers >= 0, np.searchsorted(clients, numbers), -1)
 
 
 def fetch(name: str, data_dir: Path) -> None:
-    """Download with torchvision, which checks the published md5 sums, and cache as ``name.npz``."""
+    """Download with torchvision, which checks md5 sums, and cache as ``name.npz``."""
     import torchvision  # slow to import, needed once
 
     print(f"{data_dir / name}.npz does not exist yet: downloading {TORCHVISION[name]} with torchvision")
     make = getattr(torchvision.datasets, TORCHVISION[name])
     halves: dict[str, Any] = {}   # arrays
     try:
-        # Its archives are not needed once decoded; and it prints each mirror that failed.
+        # torchvision prints each mirror that failed.
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             for half in ("train", "test"):
                 data = make(folder, train=half == "train", download=True)

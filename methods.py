@@ -1,8 +1,7 @@
-"""METHODS: a row a method, which is what sets it apart from FedAvg.
+"""METHODS: one row per method, which is its difference from FedAvg.
 
-A row says which network a client trains, which of its parameters travel, what is added to its loss, what its
-server does, and which options it reads, with their defaults. All else, in update.py and in RVE-PFL.py, is common
-to all methods. How the defaults were chosen: docs/options.md.
+A row states the network, the shared parameters, an additional loss, the server, and the options that the method
+reads, with their defaults. Everything else (update.py, RVE-PFL.py) is common to all methods.
 """
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -20,47 +19,44 @@ from server.robust import RULES
 
 # Options that some methods read; their defaults stand in the rows.
 LR = Option("lr", "learning rate [eta]", float, within=(TINY, 1e3), group="federated")
-HEAD_LR = Option("head_lr", "the shared head's learning rate as a multiple of --lr", float, unread=1.0,
+HEAD_LR = Option("head_lr", "learning rate of the shared head as a multiple of --lr", float, unread=1.0,
                  within=(0, 1e3), group="federated")
-AUGMENT = Option("augment", "how training images are changed, anew in every epoch: half of them mirrored; also "
+AUGMENT = Option("augment", "augmentation of training images, anew in every epoch: half of them mirrored; also "
                  "shifted by up to 4 pixels", choices=("none", "flip", "flip+shift"), group="data")
-INIT_LOGVAR = Option("init_logvar", "bias of the encoder's log variance at the start", float,
-                     within=(-30, 10), group="model")
+INIT_LOGVAR = Option("init_logvar", "initial bias of the encoder's log variance", float, within=(-30, 10),
+                     group="model")
 EVAL_SAMPLES = Option("eval_samples", "draws of z averaged in a prediction", int, unread=1, within=(1, 1000),
                       group="model")
 AGGREGATION = Option("aggregation", "how uploads become the next head: " + ", ".join(
     f"{name} ({rule.about})" for name, rule in RULES.items()), unread="mean", choices=RULES, group="server")
-ENCODERS_FROM = Option("encoders_from", "take the clients' encoders from a finished RUN of the same clients and "
-                       "train the heads alone, so that no encoder makes up for a bad head",
-                       metavar="RUN", group="server")
+ENCODERS_FROM = Option("encoders_from", "use the encoders of a finished RUN of the same clients and train only "
+                       "the heads, so that no encoder makes up for a bad head", metavar="RUN", group="server")
 KL_WEIGHT = Option("kl_weight", "weight of the KL term, summed over z [beta]", float, unread=0.0,
                    within=(0, 1e6), group="privacy")
 KL_WARMUP = Option("kl_warmup", "rounds over which beta rises from 0", int, unread=0, within=(0, HUGE),
                    group="privacy")
-PRIOR = Option("prior", "what KL is taken to: normal is N(0, I), as published; class is a Gaussian for each "
-               "class, learned with the encoder and as private", unread="normal", choices=("normal", "class"),
-               group="privacy")
-PRIOR_APART = Option("prior_apart", "how far apart the priors of --prior class start: the standard deviation over "
-                     "classes of each number of their means", float, unread=models.APART, within=(0, 10),
-                     group="privacy")
-FULL_SHARING_ROUNDS = Option("full_sharing_rounds", "first rounds in which the whole network is shared, before the method's own "
-                     "rule", int, unread=0, within=(0, HUGE), group="federated")
+PRIOR = Option("prior", "prior of the KL term: normal is N(0, I), as published; class is a private Gaussian per "
+               "class, learned with the encoder (the conditional entropy bottleneck, CEB)", unread="normal",
+               choices=("normal", "class"), group="privacy")
+PRIOR_APART = Option("prior_apart", "standard deviation over classes of the means of --prior class at the start",
+                     float, unread=models.APART, within=(0, 10), group="privacy")
+FULL_SHARING_ROUNDS = Option("full_sharing_rounds", "first rounds, in which the whole network is shared", int,
+                             unread=0, within=(0, HUGE), group="federated")
 EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; of the whole run with client-level DP, "
-                 "whose noise it decides (8 if neither it nor --noise_multiplier is given)", float,
+                 "whose noise follows from it (8 if neither it nor --noise_multiplier is given)", float,
                  within=(TINY, 1e6), group="privacy")
-DELTA = Option("delta", "[delta]; clients^-1.1 with client-level DP if not given", float, within=(TINY, 0.5),
+DELTA = Option("delta", "[delta]; with client-level DP clients^-1.1 by default", float, within=(TINY, 0.5),
                group="privacy")
-CLIP = Option("clip", "clipping norm: of what a client uploads with NbAFL [C] (the median of the first round's "
-              "norms if not given); of its update with client-level DP, at the start if adaptive", float,
+CLIP = Option("clip", "clipping norm: with NbAFL of the uploaded parameters [C] (the median of the first round's "
+              "norms by default); with client-level DP of the update, if adaptive at the start", float,
               within=(TINY, 1e9), group="privacy")
-EXPOSURES = Option("exposures", "how often NbAFL counts an upload as seen [L]", int, within=(1, HUGE),
+EXPOSURES = Option("exposures", "NbAFL's number of exposures of an upload [L]", int, within=(1, HUGE),
                    group="privacy")
-NOISE_MULTIPLIER = Option("noise_multiplier", "client-level DP's noise in units of the clip, instead of "
+NOISE_MULTIPLIER = Option("noise_multiplier", "noise of client-level DP in units of the clip, instead of "
                           "--epsilon [z]", float, within=(1e-3, 1e6), group="privacy")
 LOSS_WEIGHT = Option("loss_weight", "weight of the loss against the inner attacker [lambda]", float,
                      within=(0, 1e6), group="privacy")
-
-PROX = Option("prox", "weight of the proximal term, half the squared distance to what was sent [mu]", float,
+PROX = Option("prox", "weight of the proximal term, half the squared distance to the parameters sent [mu]", float,
               unread=0.0, within=(0, 1e3), group="federated")
 
 Values = Mapping[Option, object]
@@ -68,12 +64,12 @@ Values = Mapping[Option, object]
 
 @dataclass(frozen=True)
 class Step:
-    """What a method's own loss may look at in one training step of a client.
+    """The input of a method's own loss, in one training step of a client.
 
     Args:
         images: ``N x C x H x W`` in [0, 1].
-        output: what the network said of them.
-        sent: what the client received at the start of the round, on the device that trains.
+        output: of the network for these images.
+        sent: parameters that the client received in this round, on the device that trains.
         options: all options of the run, by name.
     """
 
@@ -90,16 +86,16 @@ class Method:
 
     Args:
         about: a few words.
-        source: where it was published.
-        network: what a client trains.
+        source: its publication.
+        network: the network that a client trains.
         shared: prefixes of the parameters that leave a client: ``classifier.`` is the head, and all of the plain
-            CNN; none where nothing leaves.
+            CNN; none if nothing leaves.
         reads: the options that it reads besides those of all methods, with their defaults.
-        by_dataset, by_partition: other defaults for a data set or a partition; the partition's win.
-        server: its own server, where it has one; ``--aggregation`` must then be ``mean``.
-        loss: step -> what is added to the loss, of each image ``N`` or of the batch.
-        poisson: clients are sampled independently, as the accounting of client-level DP needs.
-        settle: fills options that depend on others; returns what is wrong with them, or None.
+        by_dataset, by_partition: other defaults for a data set or a partition; the partition's take precedence.
+        server: its own server; ``--aggregation`` must then be ``mean``.
+        loss: step -> additional loss, per image ``N`` or of the batch.
+        poisson: whether clients are sampled independently, as the accounting of client-level DP needs.
+        settle: fills options that depend on others; returns an error or None.
     """
 
     about: str
@@ -115,7 +111,7 @@ class Method:
     settle: Callable[[Namespace], str | None] | None = None
 
     def default(self, option: Option, dataset: str, partition: str) -> object:
-        """The value of an option that was not given, for names of a data set and of a partition."""
+        """Return the default of an option for a data set and a partition."""
         for tuned, key in ((self.by_partition, partition), (self.by_dataset, dataset)):
             if option in tuned.get(key, {}):
                 return tuned[key][option]
@@ -123,58 +119,45 @@ class Method:
 
     @property
     def shares_whole_head(self) -> bool:
-        """Whether every parameter of the head shared."""
+        """Return whether every parameter of the head is shared."""
         return bool(self.shared) and "classifier.".startswith(self.shared)
 
     def in_round(self, number: int, options: Mapping[str, Any]) -> "Method":
-        """The row that holds in a round: everything shared in the first ``full_sharing_rounds``.
-
-        Args:
-            options: the run's, by name.
-        """
+        """Return the row of a round: everything is shared in the first ``full_sharing_rounds``."""
         return replace(self, shared=("",)) if number <= (options.get("full_sharing_rounds") or 0) else self
 
     @property
     def protects(self) -> bool:
-        """Whether uploads are clipped or noised before the server sees them."""
+        """Return whether uploads are clipped or noised before the server sees them."""
         return self.server is not None and self.server.protects
 
     def shared_and_private(self, state: State) -> tuple[State, State]:
-        """A state dict -> what shared, and what stays with the client."""
+        """Split a state dict into the shared part and the part that stays with the client."""
         shared = {name: value for name, value in state.items() if name.startswith(self.shared)}
         return shared, {name: value for name, value in state.items() if name not in shared}
 
     def count(self, model: nn.Module) -> dict[str, int]:
-        """Numbers of parameters: of each part, in all, and of what leaves the client."""
+        """Return the numbers of parameters of each module, in total, and shared."""
         sizes = {name: value.numel() for name, value in model.state_dict().items()}
         parts = {part: sum(n for name, n in sizes.items() if name.startswith(f"{part}."))
                  for part, _ in model.named_children()}
-        travelling = self.shared_and_private(model.state_dict())[0]
-        return {**parts, "total": sum(sizes.values()), "shared": sum(sizes[name] for name in travelling)}
+        shared = self.shared_and_private(model.state_dict())[0]
+        return {**parts, "total": sum(sizes.values()), "shared": sum(sizes[name] for name in shared)}
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int,
               options: Mapping[str, object]) -> models.Network:
-        """The network at its start; draws from PyTorch's generator.
-
-        Args:
-            options: the run's, of which the network takes those that it names; an older run lacks newer ones.
-        """
+        """Return the network at its start, drawn from PyTorch's generator, with its options of the run."""
         chosen = {name: options[name] for name in self.network.options if name in options}
         return self.network(image_shape, num_classes, **chosen)
 
 
 def make_server(options: Mapping[str, Any], smallest: int) -> Server:
-    """Return the server of a run: the method's own, or that of the rule asked for.
-
-    Args:
-        options: the run's, by name.
-        smallest: training images of the smallest local data set.
-    """
+    """Return the server of a run: the method's own, or that of its rule; arguments as for ``Server``."""
     return (METHODS[options["method"]].server or RULES[options["aggregation"]].server)(options, smallest)
 
 
 def client_dp_budget(args: Namespace) -> str | None:
-    """Epsilon or the noise is given, not both; delta is below one in the number of clients."""
+    """Set epsilon and delta if they are not given; epsilon and the noise exclude each other."""
     if args.epsilon is not None and args.noise_multiplier is not None:
         return "--epsilon and --noise_multiplier each decide the other; leave one out"
     if args.epsilon is None and args.noise_multiplier is None:
@@ -185,13 +168,13 @@ def client_dp_budget(args: Namespace) -> str | None:
 
 
 def inner_attacker(step: Step) -> Tensor:
-    """ResSFL's loss against its inner attacker, ``N``."""
+    """Return ResSFL's loss against its inner attacker, ``N``."""
     assert isinstance(step.model, models.ResSFL) and step.output.features is not None
     return step.model.resistance(step.images, step.output.features, step.options["loss_weight"])
 
 
 def proximal(step: Step) -> Tensor:
-    """``mu / 2 ||w - w_t||^2`` over what shared (Wei et al. 2020, eq. 5; Li et al. 2020)."""
+    """Return ``mu / 2 ||w - w_t||^2`` over the shared parameters (Wei et al. 2020, eq. 5; Li et al. 2020)."""
     now = dict(step.model.named_parameters())
     apart = torch.stack([(now[name] - value).square().sum() for name, value in step.sent.items()])
     return step.options["prox"] / 2 * apart.sum()
@@ -206,10 +189,10 @@ CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER
 
 HEAD = ("classifier.",)   # of the comparison CNN, this is all of it
 ON_CIFAR = {"cifar": {AUGMENT: "flip+shift"}}
-# The CNN fits less than encoder and head together, and clients of all classes pull it less apart.
+# Without an encoder, and with clients that have most classes, a larger learning rate is better.
 CNN_ON_CIFAR = {"cifar": {AUGMENT: "flip", LR: 3e-3}}
 CNN_ON_MIXED = dict.fromkeys(("dirichlet", "iid"), {LR: 3e-3})
-# The further apart clients' classes are, the more it helps to stay near what was sent; under IID it only slows.
+# The proximal term helps the more, the more clients' classes differ; under IID it only slows training.
 PROX_ON_MIXED = {"dirichlet": {LR: 3e-3, PROX: 0.1}, "iid": {LR: 3e-3, PROX: 0.0}}
 
 METHODS = {
@@ -217,10 +200,10 @@ METHODS = {
         "the paper", "Issa et al. 2024, doi 10.1109/TIFS.2024.3368879", models.RVE, HEAD,
         {**VARIATIONAL, AGGREGATION: "threat_aware", ENCODERS_FROM: None, FULL_SHARING_ROUNDS: 0}, ON_CIFAR),
     "lg_fedavg": Method(
-        "its deterministic control", "Liang et al. 2020, arXiv 2001.01523", models.EncoderClassifier,
+        "RVE-PFL without noise", "Liang et al. 2020, arXiv 2001.01523", models.EncoderClassifier,
         HEAD, {**PRIVATE_ENCODER, ENCODERS_FROM: None, FULL_SHARING_ROUNDS: 0}, ON_CIFAR),
     "local": Method(
-        "RVE-PFL's model, nothing shared: the honest floor", "", models.RVE, (),
+        "RVE-PFL's model, nothing shared", "", models.RVE, (),
         {option: value for option, value in VARIATIONAL.items() if option is not AGGREGATION}, ON_CIFAR),
     "fedavg": Method(
         "everything shared", "McMahan et al. 2017, arXiv 1602.05629", models.CNN, HEAD, TRAINING,

@@ -13,7 +13,7 @@ class Tally:
         self.loss, self.kl, self.predicted, self.labels = [], [], [], []
 
     def add(self, loss: Tensor, kl: Tensor | None, scores: Tensor, labels: Tensor) -> None:
-        """Per-image losses ``N``, KL ``N`` or None, class scores ``N x num_classes``, labels ``N``."""
+        """Add a batch: losses ``N``, KL ``N`` or None, class scores ``N x num_classes``, labels ``N``."""
         self.loss.append(loss.detach())
         self.predicted.append(scores.detach().argmax(1))
         self.labels.append(labels)
@@ -21,10 +21,10 @@ class Tally:
             self.kl.append(kl.detach())
 
     def result(self, num_classes: int) -> dict[str, float]:
-        """Means over images.
+        """Return means over images.
 
-        Precision, recall and F1 are macro averages over the classes that occur among labels or predictions. A
-        ratio of 0/0 counts as 0. Both are as in scikit-learn.
+        As in scikit-learn, precision, recall and F1 are macro averages over the classes among labels or
+        predictions, and 0/0 counts as 0.
         """
         from torchmetrics.functional import classification  # seconds to import: after the first steps
 
@@ -41,12 +41,9 @@ class Tally:
 
 
 def over_clients(rows: list[dict]) -> list[dict]:
-    """Means over clients: one row for each stage and split, in order of appearance.
+    """Return means over clients, one row per stage and split, from one row per client, stage and split.
 
     ``accuracy_worst`` is the mean of the lowest tenth of the clients, at least one.
-
-    Args:
-        rows: one a client, stage and split.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:

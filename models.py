@@ -1,10 +1,8 @@
 """The networks: a private variational encoder, the shared classifier head, and the pair they make.
 
-Layers are those the authors released (Issa et al., IEEE TIFS 2024). Shapes in comments are
-``N x C x H x W``; images are floats in [0, 1]. Every network maps a batch of images to an ``Output``
-in training, and to class probabilities and KL in ``predict``.
-
-Parameter names route the protocol: ``encoder.*`` stays with its client, ``classifier.*`` travels.
+The layers are those that the authors released (Issa et al., IEEE TIFS 2024). Images are floats in [0, 1], shapes
+are ``N x C x H x W``. Parameter names route the protocol: ``encoder.*`` stays with its client, ``classifier.*`` is
+shared.
 """
 from collections.abc import Callable
 from functools import partial
@@ -18,18 +16,18 @@ from torch.utils.checkpoint import checkpoint
 
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
-APART = 0.5    # how far apart the class priors start, unless said otherwise
-PATCH = 4      # side in pixels of the patches of which these means are made
-LATENTS = 4096   # draws of z that a head answers at a time: 8 of each image of an evaluation's batch of 512
+APART = 0.5    # standard deviation of the class priors' means at the start
+PATCH = 4      # side in pixels of the patches that make up these means
+LATENTS = 4096   # draws of z in a head at a time: 8 per image of an evaluation's batch of 512
 
 
 class Output(NamedTuple):
-    """What a network says of a batch of N images.
+    """The result of a forward pass on N images.
 
     Args:
         logits: ``N x num_classes``.
-        kl: nats an image, ``N``; None where the network has no noise, and so bounds nothing.
-        features: what the method's own loss looks at.
+        kl: nats per image, ``N``; None for a network without noise.
+        features: input of the method's own loss.
         replay: the head's cross-entropy on draws of a ``ClassPrior``, in training, ``N``; else None.
     """
 
@@ -40,12 +38,12 @@ class Output(NamedTuple):
 
 
 class Network(nn.Module):
-    """What all networks have in common.
+    """The interface of all networks.
 
     Attributes:
-        has_encoder: an ``encoder`` stands before the head.
-        variational: the encoder is noisy, so that KL bounds what a latent tells.
-        options: the names of the options that its constructor takes besides shape and classes.
+        has_encoder: whether an ``encoder`` precedes the head.
+        variational: whether the encoder is noisy, so that KL bounds the information in a latent.
+        options: the names of the options that the constructor takes besides shape and classes.
     """
 
     has_encoder = False
@@ -54,40 +52,34 @@ class Network(nn.Module):
     classifier: nn.Module
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
-        """``N x C x H x W`` -> what training needs to know of them.
-
-        Args:
-            y: labels ``N``, for a network whose KL depends on them (``ClassPrior``).
-        """
+        """Return the output for images ``N x C x H x W``; with a ``ClassPrior``, KL needs their labels ``N``."""
         raise NotImplementedError
 
     def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``N x C x H x W`` -> class probabilities ``N x num_classes``, and KL in nats ``N``, or None.
+        """Return class probabilities ``N x num_classes``, averaged over draws of z, and KL in nats ``N`` or None.
 
-        Args:
-            draws: of z, whose predictions are averaged.
-            y: labels ``N``, which only KL may depend on; without them such a KL is None.
+        Only KL may depend on the labels ``y``; if it does and they are missing, it is None.
         """
-        raise NotImplementedError
+        return self(x).logits.softmax(1), None
 
 
 class FlattenHWC(nn.Module):
-    """``N x C x H x W -> N x HWC``: Keras's order, and a free view of a channels-last tensor."""
+    """Flatten ``N x C x H x W`` to ``N x HWC``: Keras's order, and a free view of a channels-last tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
 def as_image(z: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-    """``... x HWC -> (...) x C x H x W``, the inverse of ``FlattenHWC``; leading axes are merged."""
+    """Reshape ``... x HWC`` to ``(...) x C x H x W``, the inverse of ``FlattenHWC``; leading axes are merged."""
     channels, height, width = image_shape
     return z.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 def initialise(module: nn.Module) -> None:
-    """Glorot-uniform weights and zero biases (Glorot and Bengio 2010), as the released Keras layers have.
+    """Set Glorot-uniform weights and zero biases, as the released Keras layers have.
 
-    PyTorch's own start is several times smaller here and learns more slowly.
+    PyTorch's own initial weights are several times smaller here and learn more slowly.
     """
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
@@ -97,11 +89,7 @@ def initialise(module: nn.Module) -> None:
 
 
 class EncoderLayers(nn.Module):
-    """What both encoders have in common: the trunk and the layer for mu.
-
-    Args:
-        image_shape: ``(C, H, W)``; H and W at least 5, for the two valid 3 x 3 convolutions.
-    """
+    """The trunk and the layer for mu of both encoders; images are at least 5 x 5 pixels."""
 
     def __init__(self, image_shape: tuple[int, int, int]):
         super().__init__()
@@ -118,20 +106,18 @@ class EncoderLayers(nn.Module):
 
 
 class Encoder(EncoderLayers):
-    """Deterministic encoder ``x -> z``, z of the image's size."""
+    """A deterministic encoder ``x -> z``, z of the image's size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``N x C x H x W -> N x CHW``."""
+        """Encode ``N x C x H x W`` to ``N x CHW``."""
         return self.mu(self.trunk(x)).float()
 
 
 class VariationalEncoder(EncoderLayers):
-    """``q(z|x) = N(mu(x), diag(sigma(x)^2))``, z of the image's size.
+    """An encoder ``q(z|x) = N(mu(x), diag(sigma(x)^2))``, z of the image's size.
 
-    Args:
-        image_shape: ``(C, H, W)``.
-        init_logvar: bias of the log-variance layer at the start. PyTorch's own start, near 0, gives
-            sigma near 1 against mu near 0, a signal too weak to learn from quickly.
+    ``init_logvar`` is the initial bias of the log-variance layer. Near 0, sigma is near 1 and mu near 0, a signal
+    too weak to learn from quickly.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], init_logvar: float):
@@ -141,18 +127,13 @@ class VariationalEncoder(EncoderLayers):
         nn.init.constant_(self.logvar.bias, init_logvar)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``N x C x H x W -> mu, logvar``, each ``N x CHW``, in float32 also under autocast."""
+        """Return mu and logvar, each ``N x CHW``, in float32 also under autocast."""
         hidden = self.trunk(x)
         return self.mu(hidden).float(), self.logvar(hidden).float()
 
 
 class Classifier(nn.Module):
-    """The head ``p(y|z)``, and, applied straight to the image, the comparison CNN.
-
-    Args:
-        image_shape: ``(C, H, W)``; H and W at least 4, for the two poolings.
-        num_classes: how many classes.
-    """
+    """The head ``p(y|z)`` and, applied straight to the image, the comparison CNN; at least 4 x 4 pixels."""
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
         super().__init__()
@@ -167,20 +148,19 @@ class Classifier(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``N x C x H x W -> N x num_classes`` logits, in float32 also under autocast."""
+        """Return logits ``N x num_classes``, in float32 also under autocast."""
         return self.output(self.features(x)).float()
 
 
 def reparameterise(mu: Tensor, logvar: Tensor) -> Tensor:
-    """``z = mu + sigma * eps``, eps ~ N(0, I) (Kingma and Welling 2014, section 2.4)."""
+    """Draw ``z = mu + sigma * eps``, eps ~ N(0, I) (Kingma and Welling 2014, section 2.4)."""
     return torch.addcmul(mu, torch.exp(0.5 * logvar), torch.randn_like(mu))
 
 
 def over_draws(answer: Callable[[Tensor], Tensor], mu: Tensor, logvar: Tensor, draws: int) -> Tensor:
-    """Answer several draws of z for each image: mu and logvar ``N x D`` -> ``draws x N x C``.
+    """Answer several draws of z per image: mu and logvar ``N x D`` -> ``draws x N x C``.
 
-    At most LATENTS are in memory at a time, or one for each image. Where a gradient is wanted, what led to an
-    answer is not kept but computed again.
+    At most LATENTS draws are in memory at a time, or one per image. For a gradient, activations are recomputed.
 
     Args:
         answer: latents ``M x D`` -> ``M x C``.
@@ -196,33 +176,30 @@ def over_draws(answer: Callable[[Tensor], Tensor], mu: Tensor, logvar: Tensor, d
 
 
 def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
-    """``KL(N(mu, sigma^2) || N(0, I))`` in nats, summed over z: ``N x D -> N`` (ibid., appendix B).
+    """Return ``KL(N(mu, sigma^2) || N(0, I))`` in nats, summed over z: ``N x D -> N`` (ibid., appendix B).
 
-    Its mean over a client's images bounds what a draw of z tells about the image: ``I(x; z) <= E KL``.
+    Its mean bounds the information of one draw of z about the image, ``I(x; z) <= E KL``. This is the variational
+    information bottleneck, VIB (Alemi et al. 2017, arXiv 1612.00410); as a defence against inversion it is MID
+    (Wang et al. 2021, arXiv 2009.05241).
     """
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
 
 
 class ClassPrior(nn.Module):
-    """``p(z|y) = N(m_y, diag(s_y^2))``: a Gaussian for each class, learned with the encoder.
+    """A Gaussian prior per class, ``p(z|y) = N(m_y, diag(s_y^2))``, learned with the encoder.
 
-    The means and variances are parameters of the client, and never leave it. A draw of z may then tell the class
-    at no cost: ``I(x; z) = I(y; z) + I(x; z|y) <= H(y) + E KL(q(z|x) || p(z|y))``, since the class is a function
-    of the image. If the priors were shared, the server would see each class's mean latent, which the head's
-    weights tell it nearly as well, and no more of a single image.
+    The objective is the conditional entropy bottleneck, CEB (Fischer 2020, arXiv 2002.05379); the prior is its
+    backward encoder. KL bounds the information of one draw of z beyond the class: ``I(x; z|y) <= E KL(q(z|x) ||
+    p(z|y))``. Means and variances are parameters of the client and never leave it.
 
-    The means start apart, as coarse random pictures that are the same for all clients. If all started at 0, a
-    large beta would leave every class there before the encoder had learned to tell them apart. The head's
-    convolutions and poolings average noise within a patch.
-
-    Two classes start ``apart^2 C H W`` nats from each other in the mean. An image that the encoder takes for
-    another class costs about that much, so the nearer they start, the less the doubtful images give away, and the
-    longer the head takes to tell classes through the noise.
+    The means start apart, as coarse random pictures that are the same for all clients: started at 0, a large beta
+    would leave every class there. Two classes start ``apart^2 C H W`` nats apart in the mean, which is about the
+    KL of an image that the encoder takes for another class.
 
     Args:
-        num_classes: how many classes.
+        num_classes: number of classes.
         image_shape: ``(C, H, W)``, the shape of z as an image.
-        apart: standard deviation over classes of each number of the means.
+        apart: standard deviation over classes of each component of the means.
     """
 
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int], apart: float = APART):
@@ -234,11 +211,12 @@ class ClassPrior(nn.Module):
         self.logvar = nn.Parameter(torch.zeros_like(self.mu))
 
     def draw(self, y: Tensor) -> Tensor:
-        """One z of each label's prior, ``N -> N x D``; the prior does not learn from what becomes of it."""
+        """Draw one z per label ``N``, ``N x D``, without gradient to the prior."""
         return reparameterise(self.mu.detach()[y], self.logvar.detach()[y])
 
     def kl(self, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
-        """``KL(N(mu, sigma^2) || N(m_y, s_y^2))`` in nats, summed over z: ``N x D``, labels ``N`` -> ``N``."""
+        """Return ``KL(N(mu, sigma^2) || N(m_y, s_y^2))`` in nats, summed over z: ``N x D``, labels ``N`` ->
+        ``N``."""
         prior = self.logvar[y]
         distance = ((mu - self.mu[y]).square() + logvar.exp()) * torch.exp(-prior)
         return 0.5 * (distance - 1 - logvar + prior).sum(1)
@@ -256,12 +234,9 @@ class CNN(Network):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
         return Output(self.classifier(x))
 
-    def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, None]:
-        return self.classifier(x).softmax(1), None
-
 
 class DropoutCNN(CNN):
-    """The CNN with one more dropout before its last layer: an inverter does not know what was dropped."""
+    """The CNN with one more dropout before its last layer: an inverter does not know the dropped units."""
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, p: float = 0.5):
         super().__init__(image_shape, num_classes)
@@ -271,10 +246,9 @@ class DropoutCNN(CNN):
 class ResSFL(CNN):
     """A CNN trained against an inverter of its first features (after Li et al. 2022, CVPR, "ResSFL").
 
-    An adaptation: the original is for split learning, where the features themselves leave the client; it
-    trains the inverter and the first layers in a stage of their own, on another data set. Here nothing but
-    weights leaves, all is trained at once, and the inverter is private to the client. As there, the features
-    pass a bottleneck of few channels.
+    The original is for split learning, where the features themselves leave the client, and trains the inverter and
+    the first layers in a stage of their own. Here only weights leave, all layers train at once, and the inverter
+    is private to the client. As there, the features pass a bottleneck of few channels.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int = 8):
@@ -293,14 +267,9 @@ class ResSFL(CNN):
         return Output(self.classifier.output(self.classifier.features[4:](features)).float(), None, features)
 
     def resistance(self, x: Tensor, features: Tensor, weight: float) -> Tensor:
-        """What is added to the loss of each image, ``N``.
-
-        ``weight * max(0, SSIM(inverted, x) - 0.5)``, which the features learn from and the inverter does not,
-        plus the inverter's own squared error, which it alone learns from.
-
-        Args:
-            features: of the images ``x``, as ``forward`` returned them.
-        """
+        """Return the additional loss of each image, ``N``: ``weight * max(0, SSIM(inverted, x) - 0.5)``, which
+        trains
+        the features alone, plus the inverter's squared error, which trains the inverter alone."""
         fixed = {name: value.detach() for name, value in self.attacker.named_parameters()}
         inverted = functional_call(self.attacker, fixed, (features,)).float()
         error = (self.attacker(features.detach()).float() - x).square().mean((1, 2, 3))
@@ -313,7 +282,7 @@ class ResSFL(CNN):
 
 
 class EncoderClassifier(Network):
-    """Private deterministic encoder and shared head: RVE-PFL without its noise."""
+    """A private deterministic encoder and the shared head: RVE-PFL without its noise."""
 
     has_encoder = True
 
@@ -326,19 +295,14 @@ class EncoderClassifier(Network):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
         return Output(self.classifier(as_image(self.encoder(x), self.image_shape)))
 
-    def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, None]:
-        return self(x).logits.softmax(1), None
-
 
 class RVE(Network):
-    """RVE-PFL's model: private variational encoder and shared head.
+    """RVE-PFL's model: a private variational encoder and the shared head.
 
     Args:
-        image_shape: ``(C, H, W)``.
-        num_classes: how many classes.
         init_logvar: as in ``VariationalEncoder``.
-        prior: what KL is taken to: ``normal`` is N(0, I), as published; ``class`` a ``ClassPrior``.
-        prior_apart: how far apart its means start.
+        prior: the prior of KL: ``normal`` is N(0, I), as published; ``class`` is a ``ClassPrior``.
+        prior_apart: ``apart`` of the ``ClassPrior``.
     """
 
     has_encoder, variational, options = True, True, ("init_logvar", "prior", "prior_apart")
@@ -353,23 +317,22 @@ class RVE(Network):
         self.prior = ClassPrior(num_classes, image_shape, prior_apart) if prior == "class" else None
 
     def kl(self, mu: Tensor, logvar: Tensor, y: Tensor | None) -> Tensor | None:
-        """Nats from posterior to prior, ``N x D`` and labels ``N`` -> ``N``; None if labels are missing."""
+        """Return KL from posterior to prior in nats, ``N``; None if it needs labels and they are missing."""
         if self.prior is None:
             return kl_to_standard_normal(mu, logvar)
         return None if y is None else self.prior.kl(mu, logvar, y)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
-        """Logits from one draw of z, and KL; with a prior for each class, also the head's replay."""
+        """Return logits from one draw of z, KL, and with a ``ClassPrior`` the head's replay loss."""
         mu, logvar = self.encoder(x)
         logits = self.classifier(as_image(reparameterise(mu, logvar), self.image_shape))
         return Output(logits, self.kl(mu, logvar, y), replay=self.replay(len(x), x.device))
 
     def replay(self, count: int, device: torch.device) -> Tensor | None:
-        """The head's cross-entropy on ``count`` draws of the priors of random classes; None in evaluation.
+        """Return the head's cross-entropy on ``count`` draws of random classes' priors; None in evaluation.
 
-        A client that owns two classes would train the head to forget the other eight. Drawn from their priors,
-        which are the same for all clients that have not trained them, it keeps them (virtual features, as in
-        CCVR, Luo et al. 2021, arXiv 2106.05001, but in every client's own training).
+        Without it, a client with two classes would train the head to forget the other eight (virtual features, as
+        in CCVR, Luo et al. 2021, arXiv 2106.05001, but in every client's own training).
         """
         if self.prior is None or not self.training:
             return None
@@ -378,10 +341,7 @@ class RVE(Network):
         return F.cross_entropy(logits, y, reduction="none")
 
     def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``p(y|x) = E_q[p(y|z)]`` over ``draws`` draws, ``N x num_classes``, and KL in nats, ``N``.
-
-        The encoder runs once; only the head, a tenth of the arithmetic, runs for every draw.
-        """
+        """Return ``p(y|x) = E_q[p(y|z)]`` over ``draws`` draws, and KL; only the head runs for every draw."""
         mu, logvar = self.encoder(x)
         each = over_draws(lambda z: self.classifier(as_image(z, self.image_shape)).softmax(1), mu, logvar, draws)
         return each.mean(0), self.kl(mu, logvar, y)

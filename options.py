@@ -1,8 +1,8 @@
-"""Every option of RVE-PFL.py. Edit a default here or in a table, or pass the flag; all are checked alike.
+"""Every option of RVE-PFL.py: edit a default here or in a table, or pass the flag; both are checked.
 
-Options that every run reads are declared here. Those of a method stand in methods.py, those of a rule in
-server/rules.py. The symbol in brackets is the paper's. Defaults are the paper's setting, but for what its
-released code gets wrong (README, deviations).
+Options that every run reads are declared here, those of a method in methods.py, those of a rule in
+server/robust.py. The symbol in brackets is the paper's. Defaults are the paper's setting, except for errors of its
+released code (README, deviations).
 """
 import argparse
 from collections.abc import Callable, Iterator, Mapping
@@ -21,32 +21,88 @@ from utils import ROOT
 
 
 def rows(table: dict) -> str:
-    """The rows of a table and what each is, for ``--help``."""
+    """Return the names of a table's rows, each with its description, for ``--help``."""
     return ", ".join(f"{name} ({row.about})" for name, row in table.items())
 
 
-CLASSES_PER_CLIENT = Option("classes_per_client", "classes a client has, with --partition shards (2 if not "
-                            "given)", int, within=(1, HUGE), group="data")
-ALPHA = Option("alpha", "concentration of --partition dirichlet, small is heterogeneous (0.1 if not given)",
-               float, within=(1e-4, 1e6), group="data")
-UNEQUAL = Option("unequal", "clients differ in size (log-normal, sigma 0.5)", bool, False, group="data")
-MALICIOUS_BEHAVIOUR = Option("malicious_behaviour", f"what malicious clients do: {rows(BEHAVIOURS)} (label_flip "
-                             "if not given)", choices=BEHAVIOURS, group="server")
-MOMENTUM = Option("momentum", "momentum of --optimizer sgd (0 if not given)", float, unread=0.0,
-                  within=(0, 0.9999), group="federated")
-STACK = Option("stack", "clients trained at a time as one stacked model, 1: one after another (if not given: on a "
-               "GPU as many as make 500 images a step; on a CPU, if the model is small, a client a thread)", int,
+CLASSES_PER_CLIENT = Option("classes_per_client", "classes per client, with --partition shards (default: 2)", int,
+                            within=(1, HUGE), group="data")
+ALPHA = Option("alpha", "concentration of --partition dirichlet, small is heterogeneous (default: 0.1)", float,
+               within=(1e-4, 1e6), group="data")
+UNEQUAL = Option("unequal", "clients of different sizes (log-normal, sigma 0.5)", bool, False, group="data")
+MALICIOUS_BEHAVIOUR = Option("malicious_behaviour", f"behaviour of malicious clients: {rows(BEHAVIOURS)} "
+                             "(default: label_flip)", choices=BEHAVIOURS, group="server")
+MOMENTUM = Option("momentum", "momentum of --optimizer sgd (default: 0)", float, unread=0.0, within=(0, 0.9999),
+                  group="federated")
+STACK = Option("stack", "clients trained at a time as one stacked model; 1: one after another (default: on a GPU "
+               "as many as make 500 images per step; on a CPU, if the model is small, one client per thread)", int,
                within=(1, 10_000))
+
+COMMON = [   # in the order of --help
+    Option("dataset", "mnist, fmnist, cifar (downloaded on first use), mnist10k (included), or the NAME of any "
+           "DATA_DIR/NAME.npz", default="mnist", pattern=DATA_NAME, group="data"),
+    Option("data_dir", "folder of the data sets", Path, ROOT / "data", group="data"),
+    Option("partition", "distribution of the images over clients: at random, a fixed number of classes each, "
+           "Dirichlet class mixtures, or the data file's `client` array", default="shards",
+           choices=("iid", "shards", "dirichlet", "file"), group="data"),
+    CLASSES_PER_CLIENT,
+    ALPHA,
+    UNEQUAL,
+    Option("keep_split", "hold out each client's images of the data file's test half, instead of a tenth of all "
+           "its images", bool, False, group="data"),
+    Option("resplit", "the released protocol, for comparison: train and test images are drawn anew every round, "
+           "so test images have been trained on; file names and CSVs are marked", bool, False, group="data"),
+    Option("validate", "for choosing options: evaluate on a tenth of each client's training images, held out, and "
+           "never on its test images; file names and CSVs are marked", bool, False, group="data"),
+
+    Option("num_users", "number of clients [K]", int, 10, within=(1, 100_000), group="federated"),
+    Option("rounds", "number of rounds [T]", int, 100, within=(1, HUGE), alias="epochs", group="federated"),
+    Option("frac", "share of the clients that train in a round [C]", float, 1.0, within=(TINY, 1),
+           group="federated"),
+    Option("local_ep", "local epochs [E]", int, 10, within=(1, HUGE), group="federated"),
+    Option("local_bs", "local batch size [B]", int, 256, within=(1, HUGE), group="federated"),
+    Option("optimizer", "local optimiser", default="adam", choices=("adam", "sgd"), group="federated"),
+    Option("lr_decay", "the learning rate is lr / (1 + lr_decay * steps of the client)", float, 1e-3,
+           within=(0, 1e3), group="federated"),
+    Option("lr_warmup", "share of a round's steps over which lr rises from 0, since a client's optimiser starts "
+           "anew in each round", float, 0.2, within=(0, 1), group="federated"),
+    MOMENTUM,
+
+    Option("method", f"method to train: {rows(METHODS)}", default="rve_pfl", choices=METHODS, group="model"),
+
+    Option("malicious_frac", "share of malicious clients, rounded down [F]", float, 0.0, within=(0, 1),
+           group="server"),
+    MALICIOUS_BEHAVIOUR,
+
+    Option("seed", "seed of every random draw", int, 1, within=(0, 2**31 - 1)),
+    Option("device", "auto, cpu, cuda or cuda:N", default="auto",
+           pattern=(r"auto|cpu|cuda(:\d{1,3})?", "choose from auto, cpu, cuda, cuda:N")),
+    Option("precision", "precision of convolutions and matrix products; auto: bf16 if the chip supports it",
+           default="auto", choices=("auto", "fp32", "bf16")),
+    STACK,
+    Option("eval_every", "evaluate every so many rounds, and in the last", int, 1, within=(1, HUGE)),
+    Option("run_name", "folder name under RESULTS_DIR and MODELS_DIR (default: "
+           "<dataset>-<partition>-<method>-seed<seed>)", pattern=NAME),
+    Option("results_dir", "folder for CSVs and pictures", Path, ROOT / "results"),
+    Option("models_dir", "folder for checkpoints", Path, ROOT / "saved_models"),
+    Option("save_rounds", "rounds whose checkpoints are kept, besides the latest", int, [], within=(1, HUGE),
+           several=True, metavar="R"),
+    Option("checkpoint_seconds", "save for --resume at most this often", float, 60.0, within=(0, HUGE)),
+    Option("rendezvous_seconds", "how long the processes of torchrun wait for each other at the start", float,
+           300.0, within=(0, HUGE)),
+    Option("resume", "continue a run; --rounds may be larger than before, and with --run_name all other options "
+           "are read from the run's config.json", bool, False),
+    Option("overwrite", "delete an earlier run of this name", bool, False)]
 
 
 @dataclass(frozen=True)
 class Need:
-    """A value of another option, without which nothing reads an option.
+    """A condition on another option, without which nothing reads an option.
 
     Args:
         other: the other option's name.
-        fits: whether its value is such a one.
-        default: of the option, where it is read and not given.
+        fits: other option's value -> whether the option is read.
+        default: the option's value if it is read and not given.
         harmless: a value that means the same read or not, and so may be given.
     """
 
@@ -65,112 +121,50 @@ NEEDS = [
     Need(MOMENTUM, "optimizer", lambda kind: kind == "sgd", 0.0, harmless=0.0),
     Need(methods.PRIOR_APART, "prior", lambda kind: kind == "class"),
     Need(methods.KL_WARMUP, "kl_weight", bool, harmless=0),
-    # Clients with a loss of the method's own, or that draw from priors, are trained one after another.
+    # Clients are trained one after another if the method has its own loss or replays priors.
     Need(STACK, "method", lambda name: METHODS[name].loss is None, harmless=1),
     Need(STACK, "prior", lambda kind: kind != "class", harmless=1),
-    # Encoders and priors of another run are taken as they are, and not trained.
+    # Encoders and priors of another run are not trained.
     *(Need(option, "encoders_from", lambda run: run is None)
       for option in (methods.INIT_LOGVAR, methods.PRIOR_APART, methods.KL_WEIGHT, methods.KL_WARMUP))]
 
 
-def common() -> list[Option]:
-    """The options that every run reads, in the order of ``--help``."""
-    return [
-        Option("dataset", "mnist, fmnist, cifar (downloaded on first use), mnist10k (ships with the project), or "
-               "the NAME of any DATA_DIR/NAME.npz", default="mnist", pattern=DATA_NAME, group="data"),
-        Option("data_dir", "where data sets are", Path, ROOT / "data", group="data"),
-        Option("partition", "who owns which image: at random, a fixed number of classes each, Dirichlet class "
-               "mixes, or as the data file's `client` array says", default="shards",
-               choices=("iid", "shards", "dirichlet", "file"), group="data"),
-        CLASSES_PER_CLIENT, ALPHA,
-        UNEQUAL,
-        Option("keep_split", "hold out each client's images of the data file's own test half, instead of a tenth "
-               "of all of its images", bool, False, group="data"),
-        Option("resplit", "the released protocol, for comparison: train and test images are drawn afresh every "
-               "round, so the test images have been trained on; file names and CSVs say so", bool, False,
-               group="data"),
-        Option("validate", "for choosing options: evaluate on a tenth of each client's training images, held "
-               "out, and never on its test images; file names and CSVs say so", bool, False, group="data"),
-
-        Option("num_users", "clients [K]", int, 10, within=(1, 100_000), group="federated"),
-        Option("rounds", "rounds [T]", int, 100, within=(1, HUGE), alias="epochs", group="federated"),
-        Option("frac", "share of the clients that train in a round [C]", float, 1.0, within=(TINY, 1),
-               group="federated"),
-        Option("local_ep", "local epochs [E]", int, 10, within=(1, HUGE), group="federated"),
-        Option("local_bs", "local batch size [B]", int, 256, within=(1, HUGE), group="federated"),
-        Option("optimizer", "a client's optimiser", default="adam", choices=("adam", "sgd"), group="federated"),
-        Option("lr_decay", "lr / (1 + lr_decay * steps a client has made)", float, 1e-3, within=(0, 1e3),
-               group="federated"),
-        Option("lr_warmup", "share of a round's steps over which lr rises from 0, since a client's optimiser "
-               "starts anew", float, 0.2, within=(0, 1), group="federated"),
-        MOMENTUM,
-
-        Option("method", f"what is trained: {rows(METHODS)}", default="rve_pfl", choices=METHODS, group="model"),
-
-        Option("malicious_frac", "share of the clients that are malicious, rounded down [F]", float, 0.0,
-               within=(0, 1), group="server"),
-        MALICIOUS_BEHAVIOUR,
-
-        Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1)),
-        Option("device", "auto, cpu, cuda or cuda:N", default="auto",
-               pattern=(r"auto|cpu|cuda(:\d{1,3})?", "choose from auto, cpu, cuda, cuda:N")),
-        Option("precision", "precision of convolutions and matrix products; auto: bf16 where the chip has it",
-               default="auto", choices=("auto", "fp32", "bf16")),
-        STACK,
-        Option("eval_every", "evaluate every so many rounds, and in the last", int, 1, within=(1, HUGE)),
-        Option("run_name", "folder name under RESULTS_DIR and MODELS_DIR (<dataset>-<partition>-<method>-"
-               "seed<seed> if not given)", pattern=NAME),
-        Option("results_dir", "where CSVs and pictures go", Path, ROOT / "results"),
-        Option("models_dir", "where checkpoints go", Path, ROOT / "saved_models"),
-        Option("save_rounds", "rounds whose checkpoints are kept for good, besides the latest", int, [],
-               within=(1, HUGE), several=True, metavar="R"),
-        Option("checkpoint_seconds", "save for --resume at most this often", float, 60.0, within=(0, HUGE)),
-        Option("rendezvous_seconds", "how long the processes of torchrun wait for one another at the start",
-               float, 300.0, within=(0, HUGE)),
-        Option("resume", "go on with a run; --rounds may be more than before, and with --run_name the run's own "
-               "config.json has the rest", bool, False),
-        Option("overwrite", "delete an earlier run of this name", bool, False)]
-
-
 def readers(option: Option, table: dict) -> list[str]:
-    """The rows of a table that read an option."""
+    """Return the names of a table's rows that read an option."""
     return [name for name, row in table.items() if option in row.reads]
 
 
 def of_rows(table: dict) -> list[Option]:
-    """The options that a table's rows declare, each once."""
+    """Return the options of a table's rows, each once."""
     return list(dict.fromkeys(option for row in table.values() for option in row.reads))
 
 
 def read_by(option: Option, table: dict) -> str:
-    """For ``--help``: who reads an option, and its default, or whose default is which."""
+    """Return the rows that read an option and its defaults, for ``--help``."""
     names, others = readers(option, table), [name for name in table if option not in table[name].reads]
-    said = [] if not others else [f"all but {', '.join(others)}" if len(others) < 3 else ", ".join(names)]
-    tuned = any(option in values for name in names for field in ("by_dataset", "by_partition")
-                for values in getattr(table[name], field, {}).values())
+    notes = [f"all but {', '.join(others)}" if len(others) < 3 else ", ".join(names)] if others else []
     by_value: dict[object, list[str]] = {}
     for name in names:
         by_value.setdefault(table[name].reads[option], []).append(name)
-    by_value.pop(None, None)
-    if tuned:
-        said.append("default by data set, partition and method: docs/options.md")
-    elif len(by_value) == 1 and sum(map(len, by_value.values())) == len(names):
-        said.append(f"default: {next(iter(by_value))}")
-    elif by_value:
-        usual = max(by_value, key=lambda value: len(by_value[value]))
-        alone = len(by_value[usual]) > 2
-        said.append("default: " + ", ".join(
-            [f"{value} with {', '.join(who)}" for value, who in by_value.items() if not (alone and value == usual)]
-            + [f"else {usual}"] * alone))
-    return f" ({'; '.join(said)})" if said else ""
+    if any(option in values for name in names for field in ("by_dataset", "by_partition")
+           for values in getattr(table[name], field, {}).values()):
+        notes.append("default by data set, partition and method: docs/options.md")
+    elif len(by_value) == 1 and None not in by_value:
+        notes.append(f"default: {next(iter(by_value))}")
+    elif len(by_value) > 1:
+        by_value.pop(None, None)
+        notes.append("default: " + ", ".join(
+            f"else {value}" if len(rows) > len(names) / 2 else f"{value} with {', '.join(rows)}"
+            for value, rows in by_value.items()))
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def make_parser() -> Parser:
-    """The options, by group."""
+    """Return the parser of all options, by group."""
     parser = Parser("RVE-PFL.py", "Train RVE-PFL, or a method it is compared with, over simulated clients.")
     for heading in ("data", "federated", "model", "server", "privacy", "run"):
         parser.heading(heading)
-    for option in common():
+    for option in COMMON:
         parser.add(option)
     for table in (METHODS, RULES):
         for option in of_rows(table):
@@ -179,9 +173,9 @@ def make_parser() -> Parser:
 
 
 def args_parser(argv: list[str] | None = None, parser: Parser | None = None) -> argparse.Namespace:
-    """Parse ``argv`` (the command line if None), check it, and fill in what depends on other options.
+    """Parse and check ``argv`` (the command line if None), and fill in defaults that depend on other options.
 
-    Exits with status 2 and one line when an option is out of range, contradicts another, or is read by nothing.
+    Exits with status 2 and one line if an option is out of range, contradicts another, or is read by nothing.
 
     Args:
         parser: ``make_parser``'s, with other defaults.
@@ -216,18 +210,15 @@ def args_parser(argv: list[str] | None = None, parser: Parser | None = None) -> 
 
 
 def _fill(args: argparse.Namespace, table: dict, row: Method | Rule, default: Callable[[Option], object]) -> None:
-    """Fill a table's options that were not given: as the row that holds does, or as nothing reads them."""
+    """Fill a table's options that were not given: with the row's default, or the value of an unread option."""
     for option in of_rows(table):
         if getattr(args, option.name) is None:
             setattr(args, option.name, default(option) if option in row.reads else option.unread)
 
 
 def idle(values: Mapping[str, Any]) -> Iterator[tuple[Option, str, object]]:
-    """The options that nothing reads in a run of these values, by name.
-
-    Returns:
-        Each with the setting that does not read it, and a value that may be given all the same.
-    """
+    """Yield each option that nothing reads in a run of these values, the setting that does not read it, and a
+    value that may be given all the same."""
     for name, table in (("method", METHODS), ("aggregation", RULES)):
         for option in of_rows(table):
             if option not in table[values[name]].reads:
@@ -238,15 +229,15 @@ def idle(values: Mapping[str, Any]) -> Iterator[tuple[Option, str, object]]:
 
 
 def contradiction(args: argparse.Namespace) -> str | None:
-    """What no single option shows, or None."""
+    """Return a contradiction between options in one line, or None."""
     if args.save_rounds and max(args.save_rounds) > args.rounds:
         return f"--save_rounds {max(args.save_rounds)}: there are only --rounds {args.rounds}"
     if args.full_sharing_rounds is not None and args.full_sharing_rounds >= args.rounds:
-        return (f"--full_sharing_rounds {args.full_sharing_rounds}: none of --rounds {args.rounds} would be left for the method's "
-                "own rule; give fewer")
+        return (f"--full_sharing_rounds {args.full_sharing_rounds}: none of --rounds {args.rounds} would be left "
+                "for the method's own rule; give fewer")
     if args.malicious_frac and not round_down(args.malicious_frac * args.num_users):
-        return (f"--malicious_frac {args.malicious_frac:g}: of --num_users {args.num_users} that is nobody; give "
-                f"{1 / args.num_users:g} or more, or leave it out")
+        return (f"--malicious_frac {args.malicious_frac:g}: of --num_users {args.num_users} that is no client; "
+                f"give {1 / args.num_users:g} or more, or leave it out")
     for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("resplit", "keep_split"),
                           ("full_sharing_rounds", "encoders_from")):
         if getattr(args, first) and getattr(args, second):
@@ -255,13 +246,12 @@ def contradiction(args: argparse.Namespace) -> str | None:
 
 
 def misfit(args: argparse.Namespace, method: Method) -> str | None:
-    """What a method's server cannot do, in one line, or None."""
+    """Return what a method cannot be combined with, in one line, or None."""
     if method.server is not None and args.aggregation not in (None, "mean"):
         return (f"--aggregation {args.aggregation}: weights or rules that follow the uploads break the privacy "
                 f"accounting of --method {args.method}; leave it out")
     if not method.shared and args.malicious_frac:
-        return (f"--malicious_frac {args.malicious_frac:g}: nothing travels with --method {args.method}; leave it "
-                "out")
+        return (f"--malicious_frac {args.malicious_frac:g}: --method {args.method} shares nothing; leave it out")
     row = BEHAVIOURS.get(args.malicious_behaviour)
     if row is not None and row.whole_head and method.shared and not method.shares_whole_head:
         return (f"--malicious_behaviour {args.malicious_behaviour}: needs the whole head, of which --method "
@@ -270,10 +260,7 @@ def misfit(args: argparse.Namespace, method: Method) -> str | None:
 
 
 def stored_fault(options: dict[str, object]) -> str | None:
-    """What is wrong with options as ``args_parser`` left them in a ``config.json``, or None.
-
-    An option that is not there, or that this version does not declare, is another version's and no fault.
-    """
+    """Return what is wrong with the options of a ``config.json``, or None."""
     if fault := make_parser().fault(options):
         return fault
     method = METHODS.get(str(options.get("method")))

@@ -1,7 +1,6 @@
-"""Command lines: what an option may be is declared once, and every mistake is one line.
+"""Command lines: ``Option`` declares an option once, and ``Parser`` reports every mistake in one line.
 
-``Option`` is the declaration. Options that all runs have are in options.py; those that a method or a rule reads
-stand beside its row. The same check serves command lines, edited defaults and the ``config.json`` of old runs.
+The same checks serve command lines, edited defaults and the ``config.json`` of earlier runs.
 """
 import argparse
 import difflib
@@ -13,15 +12,15 @@ from pathlib import Path
 
 from utils import error_line, shown
 
-# What values of a type are, and that in words; bool stands for a flag without a value.
+# Type of an option -> the types of its values, and their description; bool is a flag without a value.
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"), float: ((int, float), "a number"), Path: ((str, Path), "a path"),
     str: ((str,), "text"), bool: ((bool,), "true or false")}
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", "a name of letters, digits, _ . = + -, not a path"
 DATA_NAME = NAME[0], f"{NAME[1]}; for a file DIR/NAME.npz give --data_dir DIR --dataset NAME"
-TINY, HUGE = 1e-12, 10**9   # the least and the most of options that have no natural bound
+TINY, HUGE = 1e-12, 10**9   # bounds of options without natural ones
 
-# What other programs call our options; suggested where a program has the option.
+# Names of our options in other programs -> ours, which are suggested.
 SYNONYMS = {
     "learning_rate": "lr", "eta": "lr", "batch_size": "local_bs", "bs": "local_bs",
     "local_epochs": "local_ep", "epochs": "train_epochs", "comm_round": "rounds",
@@ -32,24 +31,24 @@ SYNONYMS = {
     "dtype": "precision", "data": "dataset", "output_dir": "results_dir", "save_dir": "models_dir",
     "checkpoint_dir": "models_dir", "name": "run_name", "exp_name": "run_name", "run": "run_name",
 }
-ALIKE = 0.75   # least difflib ratio for a suggestion; below it flags mean different things
+ALIKE = 0.75   # least difflib ratio for a suggestion
 
 
-@dataclass(frozen=True, eq=False)   # compared and hashed by identity: rows use options as keys
+@dataclass(frozen=True, eq=False)   # hashed by identity: keys of rows
 class Option:
     """One option.
 
     Args:
         name: without dashes; also its key in ``config.json``.
-        help: one sentence; the default is added to it.
+        help: one sentence; the parser adds the default.
         kind: ``int``, ``float``, ``str``, ``Path``, or ``bool`` for a flag without a value.
-        default: its value if not given. None where the row that reads it has the default.
-        unread: its value where nothing reads it.
+        default: its value if not given; None if the row that reads it has the default.
+        unread: its value if nothing reads it.
         within: closed range of a number.
-        choices: the texts allowed.
-        pattern: what a text must match, and that in words.
+        choices: the allowed texts.
+        pattern: the regular expression of a text, and its description.
         several: whether it takes one or more values.
-        alias: another flag for it.
+        alias: another name of the flag.
         group: the heading in ``--help``.
     """
 
@@ -69,7 +68,7 @@ class Option:
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for those that say nothing."""
+    """Shows defaults, except None, False and empty lists."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.choices and list(action.choices) == action.default:
@@ -79,7 +78,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, knows what each option may be, and checks edited defaults too."""
+    """Reports mistakes in one line, and checks edited defaults too."""
 
     def __init__(self, prog: str, description: str):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=Formatter)
@@ -90,13 +89,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{error_line(self.prog, message)}\n")
 
     def heading(self, name: str) -> argparse._ArgumentGroup:
-        """A heading of ``--help``; they stand in the order in which they are first asked for."""
+        """Return a heading of ``--help``; headings appear in the order of their first use."""
         if name not in self._headings:
             self._headings[name] = self.add_argument_group(name)
         return self._headings[name]
 
     def add(self, option: Option, help_suffix: str = "") -> None:
-        """Take an option in, under its group's heading."""
+        """Add an option under its group's heading."""
         self.options[option.name] = option
         flags = [f"--{name}" for name in (option.name, option.alias) if name]
         text = (option.help + help_suffix).replace("%", "%%")
@@ -109,7 +108,7 @@ class Parser(argparse.ArgumentParser):
             metavar=option.metavar, help=text)
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        """Parse, suggest a name for an unknown flag, and check every value."""
+        """Parse and check every value; an unknown flag is answered with a suggestion."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             near = self._suggestion(unknown[0])
@@ -119,7 +118,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _suggestion(self, flag: str) -> str | None:
-        """The option that an unknown flag most likely means: by meaning, else by spelling, if any."""
+        """Return the option that an unknown flag most likely means, by meaning or by spelling, if any."""
         if not flag.startswith("-"):
             return None
         name = flag.split("=")[0].strip("-").replace("-", "_").lower()
@@ -129,7 +128,7 @@ class Parser(argparse.ArgumentParser):
         return next(iter(difflib.get_close_matches(name, ours, 1, ALIKE)), None)
 
     def fault(self, values: dict[str, object]) -> str | None:
-        """The first of these values that is not as declared, in one line; None if all are."""
+        """Return the first fault among these values in one line, or None."""
         for name, option in self.options.items():
             if name not in values:
                 continue
@@ -138,14 +137,14 @@ class Parser(argparse.ArgumentParser):
                 continue
             if option.several and not isinstance(value, list):
                 return f"--{name} {shown(value)}: must be a list"
-            for one in value if isinstance(value, list) and option.several else [value]:
-                if why := _fault_of(option, one):
-                    return f"--{name} {shown(one)}: {why}"
+            for item in value if isinstance(value, list) and option.several else [value]:
+                if why := _fault_of(option, item):
+                    return f"--{name} {shown(item)}: {why}"
         return None
 
 
 def _converter(kind: type) -> Callable[[str], object]:
-    """A type for argparse whose error says what a value must be."""
+    """Return a type for argparse whose error describes the expected value."""
     def convert(text: str) -> object:
         try:
             return kind(text)
@@ -155,7 +154,7 @@ def _converter(kind: type) -> Callable[[str], object]:
 
 
 def _fault_of(option: Option, value: object) -> str | None:
-    """Why an option cannot have a value, or None."""
+    """Return why an option cannot have a value, or None."""
     kinds, words = KINDS[option.kind]
     if not isinstance(value, kinds) or (isinstance(value, bool) and option.kind is not bool):
         return f"must be {words}"

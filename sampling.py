@@ -1,7 +1,7 @@
-"""Who owns which image: non-IID partitions, each client's train and test split, and who trains when.
+"""Partitions of the images over clients, each client's split for testing, and the sampling of clients.
 
-Index arrays point into the pooled data (train half first). Every function takes its own generator,
-so the same seed gives the same partition whatever else a run draws.
+Index arrays point into the pooled data, train half first. Every function takes its own generator, so the same seed
+gives the same partition whatever else a run draws.
 """
 from argparse import Namespace
 
@@ -18,18 +18,14 @@ MIN_IMAGES = 2   # one to train on, one to test on
 def partition(labels: np.ndarray, num_clients: int, kind: str, rng: Generator, *,
               classes_per_client: int = 2, alpha: float = 0.1, unequal: bool = False,
               min_images: int = MIN_IMAGES) -> list[np.ndarray]:
-    """Deal images to clients.
+    """Distribute images over clients: one sorted index array per client, disjoint, of at least two images.
 
     Args:
         labels: the class of every image, ``N`` integers.
-        kind: ``iid``, ``shards`` (a fixed number of classes a client) or ``dirichlet``.
-        alpha: ``dirichlet`` only, concentration: small is heterogeneous (Hsu et al. 2019).
-        unequal: draw clients' sizes from a log-normal (sigma 0.5) instead of making them equal; for
-            ``dirichlet``, whose sizes differ anyway, skew the expected sizes so.
-        min_images: what ``dirichlet`` gives a client at least, where there are images enough.
-
-    Returns:
-        One sorted index array a client, disjoint, each of at least two images.
+        kind: ``iid``, ``shards`` (a fixed number of classes per client) or ``dirichlet``.
+        alpha: concentration of ``dirichlet``: small is heterogeneous (Hsu et al. 2019).
+        unequal: whether clients' sizes, or the expected sizes of ``dirichlet``, are log-normal (sigma 0.5).
+        min_images: the least of a client under ``dirichlet``, if there are enough images.
 
     Raises:
         InputError: there are too few images or classes for that many clients.
@@ -50,7 +46,7 @@ def partition(labels: np.ndarray, num_clients: int, kind: str, rng: Generator, *
 
 
 def _cut(total: int, shares: np.ndarray, floor: int) -> np.ndarray:
-    """Where to cut ``total`` items into parts of ``floor`` each plus the rest by ``shares``."""
+    """Return the cuts of ``total`` items into parts of ``floor`` each, plus the rest by ``shares``."""
     ends = np.cumsum(shares) / shares.sum() * (total - floor * len(shares))
     return (np.round(ends).astype(int) + floor * np.arange(1, len(shares) + 1))[:-1]
 
@@ -61,14 +57,11 @@ def _iid(num_images: int, shares: np.ndarray, rng: Generator) -> list[np.ndarray
 
 def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
             rng: Generator) -> list[np.ndarray]:
-    """Exactly ``classes_per_client`` classes a client, and as many images of one as of another.
-
-    The rarest class among those a client has decides the number, so some images may stay unused.
-    """
+    """Give each client ``classes_per_client`` classes and equally many images of each; some images stay unused."""
     classes, counts = np.unique(labels, return_counts=True)
     if classes_per_client > len(classes):
         raise InputError(f"--classes_per_client {classes_per_client}: the data has {len(classes)} classes")
-    load = np.zeros(len(classes))   # the shares of the clients that have a class, added up
+    load = np.zeros(len(classes))   # sum of the shares of the clients that have a class
     holders: list[list[int]] = [[] for _ in classes]
     for client, share in enumerate(shares):
         # The least loaded classes, ties at random: loads stay within one client of each other.
@@ -76,8 +69,8 @@ def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
         load[chosen] += share
         for c in chosen:
             holders[c].append(client)
-    # Everybody gets two images of each of its classes, so that one can be trained on. The rest is dealt by share,
-    # and the scarcest class decides how many images a unit of share is.
+    # Each client gets two images of each of its classes. The rest is dealt by share; the scarcest class decides
+    # the number of images per unit of share.
     spare = counts - MIN_IMAGES * np.array([len(clients) for clients in holders])
     if spare.min() < 0:
         raise InputError(f"--num_users {len(shares)} --classes_per_client {classes_per_client}: too few "
@@ -95,10 +88,10 @@ def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
 
 def _dirichlet(labels: np.ndarray, shares: np.ndarray, alpha: float, min_images: int,
                rng: Generator) -> list[np.ndarray]:
-    """Each class is dealt by proportions drawn from Dirichlet(alpha K shares) (Yurochkin et al. 2019).
+    """Deal each class by proportions drawn from Dirichlet(alpha K shares) (Yurochkin et al. 2019).
 
-    Usual code draws again until no client is too small, which at a small alpha never ends. Here the
-    largest clients give images away until every client has ``min_images``.
+    The largest clients give images away until every client has ``min_images``; to draw again until no client is
+    too small would not end at a small alpha.
     """
     dealt: list[list[np.ndarray]] = [[] for _ in shares]
     for c in np.unique(labels):
@@ -118,10 +111,10 @@ def _dirichlet(labels: np.ndarray, shares: np.ndarray, alpha: float, min_images:
 
 
 def _dirichlet_draw(concentrations: np.ndarray, rng: Generator) -> np.ndarray:
-    """Draw proportions from a Dirichlet distribution, ``K`` concentrations -> ``K`` numbers of sum 1.
+    """Draw proportions from a Dirichlet distribution, ``K`` numbers of sum 1.
 
-    They are normalised gammas, of which all underflow to 0 where every concentration is under 0.002 or so. Their
-    logarithms do not: ``log Gamma(a) = log Gamma(a + 1) + log(U) / a``, U uniform (Marsaglia and Tsang 2000).
+    They are normalised gammas, whose logarithms do not underflow at small concentrations: ``log Gamma(a) = log
+    Gamma(a + 1) + log(U) / a``, U uniform (Marsaglia and Tsang 2000).
     """
     logs = np.log(rng.gamma(concentrations + 1)) - rng.standard_exponential(len(concentrations)) / concentrations
     shares = np.exp(logs - logs.max())
@@ -132,10 +125,10 @@ def by_client(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
     """Return the user's own partition, ``--partition file``: one sorted index array per client.
 
     Args:
-        clients: the client of each image, ``N`` integers from 0, -1 for nobody; None if the file does not say.
+        clients: the client of each image, ``N`` integers from 0, -1 for none; None if the file has no such array.
 
     Raises:
-        InputError: the file does not say, has another number of clients, or one of them has too few images.
+        InputError: there is no array, another number of clients, or a client with too few images.
     """
     if clients is None:
         raise InputError("--partition file: the data file has no array `client` (the client of each image, train "
@@ -152,29 +145,20 @@ def by_client(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
 
 
 def unused(labels: np.ndarray, owned: list[np.ndarray], names: np.ndarray) -> str | None:
-    """Say how many images ``--partition shards`` leaves to nobody, and which class is short; None for no images.
-
-    Args:
-        labels: the class of every image, ``N``.
-        names: what each class is called.
-    """
+    """Return a note on the images that ``--partition shards`` leaves unused, or None."""
     counts, used, holders = (np.bincount(classes, minlength=len(names)) for classes in (
         labels, labels[np.concatenate(owned)], np.concatenate([np.unique(labels[indices]) for indices in owned])))
     if (counts == used).all():
         return None
     short = np.where(holders > 0, counts - used, len(labels)).argmin()
     absent = ", ".join(map(str, names[holders == 0][:10]))
-    return (f"--partition shards leaves {(counts - used).sum():,} of {len(labels):,} images to nobody: class "
-            f"{names[short]} is short, {counts[short]:,} for {holders[short]} of the clients, and a client has as "
-            "many images of each of its classes" + (f"; nobody has class {absent}" if absent else ""))
+    return (f"--partition shards leaves {(counts - used).sum():,} of {len(labels):,} images unused: class "
+            f"{names[short]} is short, {counts[short]:,} for {holders[short]} clients, and a client has as many "
+            "images of each of its classes" + (f"; no client has class {absent}" if absent else ""))
 
 
 def by_half(owned: list[np.ndarray], train_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Split each client's images as the file does (``--keep_split``): its train and val halves, and its test half.
-
-    Raises:
-        InputError: a client has none of one of them.
-    """
+    """Split each client's images as the file does (``--keep_split``); InputError if a client lacks a half."""
     splits = [(indices[indices < train_size], indices[indices >= train_size]) for indices in owned]
     for part, half in enumerate(("train", "test")):
         if without := [k for k, pair in enumerate(splits) if not len(pair[part])]:
@@ -185,27 +169,17 @@ def by_half(owned: list[np.ndarray], train_size: int) -> list[tuple[np.ndarray, 
 
 
 def twins(images: np.ndarray, splits: list[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int]:
-    """Count held-out images that are also training images, pixel by pixel: of any client, and of the same client.
-
-    Args:
-        images: ``N x ...``, all of them.
-        splits: the training and the held-out images of each client, as index arrays.
-    """
+    """Count held-out images that are also training images, pixel by pixel: of any client, and of the same."""
     hashed = [[{i: hash(images[i].tobytes()) for i in part} for part in pair] for pair in splits]
     trained = [set(train.values()) for train, _ in hashed]
-    everybodys = set().union(*trained)
-    found = [(key in everybodys, key in own) for own, (_, held_out) in zip(trained, hashed, strict=True)
+    union = set().union(*trained)
+    pairs = [(key in union, key in own) for own, (_, held_out) in zip(trained, hashed, strict=True)
              for key in held_out.values()]
-    return sum(anybody for anybody, _ in found), sum(own for _, own in found)
+    return sum(of_any for of_any, _ in pairs), sum(of_same for _, of_same in pairs)
 
 
 def described(data: Dataset, owned: list[np.ndarray], splits: list, args: Namespace) -> tuple[dict, list[str]]:
-    """Return what ``config.json`` says of a run's images, and lines about what is unusual in them.
-
-    Args:
-        splits: the training and the held-out images of each client.
-        args: the run's options.
-    """
+    """Return a run's entry of ``config.json`` on its images, and notes on their peculiarities."""
     facts = {"pooled": len(data.labels), "owned": sum(map(len, owned)), "classes": data.num_classes,
              "data": digest(np.array(data.images.shape), data.images, data.labels),
              "dealt": digest(*(part for pair in splits for part in pair))}
@@ -225,13 +199,9 @@ def described(data: Dataset, owned: list[np.ndarray], splits: list, args: Namesp
 
 def split(indices: np.ndarray, labels: np.ndarray, share: float,
           rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Set ``share`` of a client's images aside, stratified by class.
+    """Set ``share`` of a client's images aside, stratified by class: sorted (training, held-out) indices.
 
-    At least one image is set aside and at least one of each class stays, the second winning where a
-    client has one image of each class only.
-
-    Returns:
-        The indices that stay (for training) and those set aside, both sorted.
+    At least one image is set aside. Otherwise at least one of each class stays.
     """
     piles = [rng.permutation(indices[labels[indices] == c]) for c in np.unique(labels[indices])]
     wanted = max(1, round(share * len(indices)))
@@ -250,16 +220,14 @@ def split(indices: np.ndarray, labels: np.ndarray, share: float,
 
 def split_all(owned: list[np.ndarray], labels: np.ndarray, share: float, seed: int, purpose: str,
               round: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """``split`` for every client, each by its own generator: (training, set aside) a client."""
+    """Split every client's images, each by its own generator: (training, held-out) per client."""
     return [split(indices, labels, share, make_rng(seed, purpose, client, round))
             for client, indices in enumerate(owned)]
 
 
 def sample_clients(num_clients: int, frac: float, rng: Generator, poisson: bool = False) -> list[int]:
-    """Who trains in a round: ``max(1, frac K)`` clients, without replacement, in ascending order.
-
-    With ``poisson``, each client with probability ``frac`` instead, so perhaps nobody.
-    """
+    """Draw a round's clients in ascending order: ``max(1, frac K)`` without replacement or, with ``poisson``, each
+    with probability ``frac``."""
     if poisson:
         return np.flatnonzero(rng.random(num_clients) < frac).tolist()
     size = max(1, round(frac * num_clients))

@@ -1,4 +1,4 @@
-"""What every part needs and no method owns: errors, seeding, device, precision, files written whole."""
+"""Errors, seeding, device, precision, and files that are written whole."""
 import ctypes
 import errno
 import hashlib
@@ -15,26 +15,21 @@ import torch
 
 ROOT = Path(__file__).resolve().parent   # the project's folder
 
-
-MOST_SHOWN = 80   # characters of a value in a message
-LONGEST_WORD = 256   # characters of a message without a space: more than any file's name has
+MOST_SHOWN = 80      # characters of a value in a message
+LONGEST_WORD = 256   # characters of a message without a space; no file name is longer
 
 
 class InputError(Exception):
-    """A user's mistake or a broken surrounding: its text is the one line the user sees."""
+    """A user's mistake or a fault of the system; its text is the one line that the user sees."""
 
 
 def printable(text: object, kept: str = "") -> str:
-    """Return a text in which all that a terminal would obey, such as an escape sequence, is written as an escape.
-
-    Args:
-        kept: characters that stay although they are not printable.
-    """
+    """Return a text whose unprintable characters, except those in ``kept``, are written as escapes."""
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in str(text))
 
 
 def shortened(text: str, most: int = MOST_SHOWN) -> str:
-    """Return a text of at most ``most`` characters: its beginning and its end."""
+    """Return a text shortened to ``most`` characters: its beginning and its end."""
     return text if len(text) <= most else f"{text[:most - 23]}...{text[-20:]}"
 
 
@@ -45,42 +40,34 @@ def shown(value: object) -> str:
 
 
 def error_line(program: str, error: Exception | str, hint: str = "") -> str:
-    """Return the one line that a user sees of an error: printable, and without more of a long word than its ends.
-
-    Args:
-        hint: what to do, where the error does not say it.
-    """
+    """Return an error as one printable line, with long words shortened; ``hint`` says what to do."""
     text = f"{error.filename or 'a file'}: {error.strerror or error}" if isinstance(error, OSError) else error
     line = printable(f"{program}: error: {text}{hint}")
     return shortened(re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: shortened(word[0]), line), 10 * LONGEST_WORD)
 
 
 def plain_file(path: Path) -> Path:
-    """Return the path, unless something else than a regular file is there: reading a pipe would wait for ever.
-
-    Raises:
-        ValueError: it is a folder, a pipe, or a device.
-    """
+    """Return the path; raise ValueError if it is no regular file, since reading a pipe would block."""
     if path.exists() and not path.is_file():
         raise ValueError("no plain file")
     return path
 
 
 def rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> np.random.Generator:
-    """The generator of one draw. It depends on nothing else, so the order of draws does not matter."""
+    """Return the generator of one draw, independent of all others, so that their order does not matter."""
     digest = hashlib.blake2b(purpose.encode(), digest_size=4).digest()
     return np.random.default_rng([seed, int.from_bytes(digest, "little"), client, round])
 
 
 def torch_rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> torch.Generator:
-    """``rng`` as a generator of PyTorch's, on the CPU."""
+    """Return ``rng`` as a PyTorch generator on the CPU."""
     generator = torch.Generator()
     generator.set_state(_torch_state(rng(seed, purpose, client, round))[1])
     return generator
 
 
 def seed_torch(seed: int, purpose: str, client: int = 0, round: int = 0) -> None:
-    """Seed PyTorch's own generators, dropout's included, for one client's work in one round."""
+    """Seed PyTorch's default generators, which dropout uses, for one client's work in one round."""
     number, state = _torch_state(rng(seed, purpose, client, round))
     torch.manual_seed(number)   # for GPUs, whose Philox uses all of it
     torch.default_generator.set_state(state)
@@ -96,20 +83,17 @@ def _torch_state(drawn: np.random.Generator) -> tuple[int, torch.Tensor]:
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """PyTorch's own generator of a device: dropout and noise are drawn from it."""
+    """Return PyTorch's default generator of a device."""
     if device.type == "cpu":
         return torch.default_generator
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def choose_device(name: str, turn: int = 0) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` -> a device that exists, or InputError.
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; InputError if it does not exist.
 
-    A GPU becomes PyTorch's current device, on which streams and graphs are made unless they are told otherwise,
-    and computes float32 as such: by itself PyTorch rounds the operands of convolutions to TF32's ten bits.
-
-    Args:
-        turn: this process's number on the machine: without a number in ``name``, they take its GPUs in turn.
+    A GPU becomes PyTorch's current device, without TF32 in convolutions. Without a number in ``name``, processes
+    take the machine's GPUs in turn.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,25 +111,21 @@ def choose_device(name: str, turn: int = 0) -> torch.device:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether the chip multiplies bfloat16 natively: elsewhere it is emulated, slower than float32."""
+    """Return whether the chip multiplies bfloat16 natively; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """``auto``, ``fp32`` or ``bf16`` -> the dtype of convolutions and matrix products."""
+    """Return the dtype of convolutions and matrix products for ``auto``, ``fp32`` or ``bf16``."""
     if name == "bf16" or (name == "auto" and fast_bf16(device)):
         return torch.bfloat16
     return torch.float32
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep big blocks for reuse, instead of returning them to the kernel after every tensor.
-
-    A training step allocates hundreds of megabytes. To map and zero them anew takes as long on a CPU as the rest
-    of the step. Without glibc this does nothing.
-    """
+    """Let glibc keep large blocks for reuse: to map and zero them anew takes half of a training step on a CPU."""
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4   # <malloc.h>
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -163,10 +143,10 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
 
 def digest(*arrays: np.ndarray) -> str:
     """Return a digest of arrays' values, 16 hexadecimal digits."""
-    found = hashlib.blake2b(digest_size=8)
+    hashed = hashlib.blake2b(digest_size=8)
     for array in arrays:
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()
+        hashed.update(np.ascontiguousarray(array).data)
+    return hashed.hexdigest()
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -181,22 +161,16 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with open(partial, "wb") as file:
             write(file)
         partial.replace(path)
-    except OSError as error:   # of a full disk, which does not say of which file, or of the partial one
+    except OSError as error:   # a full disk's names no file, or the partial one
         raise OSError(error.errno, error.strerror, str(path)) from error
-    except RuntimeError as error:   # torch.save's name for a write that failed
+    except RuntimeError as error:   # torch.save's for a failed write
         raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0]})", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Delete the unfinished files that ``write_whole`` of a killed process left behind.
-
-    Files of a process that is still alive stay: this is for folders without a lock.
-
-    Args:
-        names: a pattern for the names of the finished files.
-    """
+    """Delete unfinished files of killed processes, for finished names that match the pattern ``names``."""
     for path in folder.glob(f".{names}.*.tmp"):
         owner = path.name.split(".")[-2]
         if owner.isdecimal() and not _lives(int(owner)):
@@ -204,7 +178,7 @@ def remove_leftovers(folder: Path, names: str) -> None:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process other than ours has this number."""
+    """Return whether another process has this number."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -215,7 +189,7 @@ def _lives(pid: int) -> bool:
 
 
 def environment(device: torch.device) -> dict:
-    """What a result depends on besides the options: versions, commit, machine."""
+    """Return what a result depends on besides the options: versions, commit, machine."""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "commit": _commit(),
@@ -226,7 +200,7 @@ def environment(device: torch.device) -> dict:
 
 
 def _commit() -> str:
-    """The commit that runs, or "unknown" where there is no git, or no repository that it would read."""
+    """Return the commit that runs, or "unknown" without git or a readable repository."""
     git = ["git", "-C", str(ROOT)]
     try:
         head, edits = (subprocess.run([*git, *words], capture_output=True, check=True).stdout.strip()

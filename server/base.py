@@ -1,7 +1,7 @@
 """The server: from the clients' uploads to the next head.
 
-A server is called once per round. It receives the uploads (``receive``), weighs each one (``weigh``) and combines
-them (``combine``). ``Server`` is FedAvg's weighted mean; the other servers override some of these steps.
+Each round, a server receives the uploads (``receive``), weighs them (``weigh``) and combines them (``combine``).
+``Server`` is FedAvg's weighted mean; the other servers override some of these steps.
 """
 import copy
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Memory = dict[str, Any]   # numbers and tensors that a server keeps from round t
 
 def is_finite(state: State) -> bool:
     """Return whether every value of a state dict is finite."""
-    return all(bool(torch.stack(torch.aminmax(value)).isfinite().all()) for value in state.values())
+    return all(bool(value.isfinite().all()) for value in state.values())
 
 
 def weighted_mean(states: list[State], weights: list[float]) -> State:
@@ -84,7 +84,7 @@ class Weighting:
     """The aggregation weights of a round's usable uploads.
 
     Args:
-        weights: client -> weight, not normalised; None where the next head is not a weighted mean of uploads.
+        weights: client -> weight, not normalised; None if the next head is not a weighted mean of uploads.
         memory: what the server remembers for the next round.
         columns: client -> further columns of its row in ``server.csv``.
     """
@@ -95,14 +95,7 @@ class Weighting:
 
 
 class Aggregated(NamedTuple):
-    """The result of a round.
-
-    Args:
-        head: the next head; the one sent if no upload could be used.
-        uploads: the uploads as the server saw them.
-        rows: one row of ``server.csv`` per client asked: ``client``, ``n``, ``weight`` (None without weights), and
-            the rule's own columns.
-    """
+    """The next head, the uploads as the server saw them, and rows of ``server.csv``, one per client asked."""
 
     head: State
     uploads: dict[int, State]
@@ -150,7 +143,7 @@ class Server:
         return asked(round).head
 
     def receive(self, round: Round) -> dict[int, State]:
-        """Return the uploads as the server sees them, clipped or noised where the method does so."""
+        """Return the uploads as the server sees them, clipped or noised if the method does so."""
         return round.uploads
 
     def weigh(self, round: Round) -> Weighting:
@@ -170,11 +163,8 @@ class Server:
 
 
 def only_finite(round: Round) -> Round:
-    """Return a round with its usable uploads only, in the clients' order.
-
-    The rules compute in float32. An upload is usable if float32 can hold the sum, over all uploads, of the largest
-    squared distance between two of them.
-    """
+    """Return a round with its usable uploads only, in the clients' order: float32, in which the rules compute, can
+    hold the sum, over all uploads, of the largest squared distance between two of them."""
     bound = torch.finfo(torch.float32).max / (4 * max(1, len(round.uploads)))   # |a - b|^2 <= 4 max(|a|^2, |b|^2)
 
     def squared_norm(upload: State) -> float:

@@ -1,7 +1,6 @@
 """BEHAVIOURS: what malicious clients may do to training, uploads and sizes, one row per behaviour.
 
-A behaviour uses what its adversary could know: its own data and updates and, where the published attack says so,
-everybody's updates and the server's rule (model_poisoning.py). All malicious clients of a run behave alike.
+All malicious clients of a run behave alike. model_poisoning.py has the forgeries that take more than a line.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -50,10 +49,9 @@ def pair_flipped(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def invented_inputs(trainer: Trainer, client: int, number: int, images: int, head: State) -> State:
-    """Train a head on mislabelled inputs that it made itself (after PoisonGAN, Zhang et al. 2021).
+    """Train a head on inputs that it made itself, labelled as the next class (after PoisonGAN, Zhang et al. 2021).
 
-    The inputs are made by gradient ascent from noise, for each class in turn, and labelled as the next class. The
-    ascent replaces PoisonGAN's generator, since the head's input may be a latent here.
+    Gradient ascent from noise replaces PoisonGAN's generator, since the head's input may be a latent here.
     """
     generator, device = torch_rng(trainer.training.seed, "invent", client, number), trainer.labels.device
     network = trainer.model.classifier.eval()
@@ -79,13 +77,15 @@ class Behaviour:
     """One row: the difference of malicious clients from honest ones.
 
     Args:
-        about: a few words for ``--help``. relabel: labels ``N``, number of classes -> the labels that they train
-        on. retrain: trainer, client, round, number of images, trained head -> the head that they upload. forge: a
-        ``ForgerView`` -> the updates ``M x P`` that they upload instead of their own. inflates: factor on the
-        number of images that they claim. uploads: whether they upload at all. whole_head: the behaviour needs the
-        whole head to be shared. trigger: images ``N x H x W x C`` uint8 -> the same with a backdoor's trigger.
-        Malicious clients also train on triggered copies of half of their images, labelled TARGET (Gu et al. 2017,
-        arXiv 1708.06733).
+        about: a few words for ``--help``.
+        relabel: labels ``N``, number of classes -> the labels that they train on.
+        retrain: trainer, client, round, number of images, trained head -> the head that they upload.
+        forge: ``ForgerView`` -> the updates ``M x P`` that they upload instead of their own.
+        inflates: factor on the number of images that they claim.
+        uploads: whether they upload at all.
+        whole_head: whether the behaviour needs the whole head to be shared.
+        trigger: images ``N x H x W x C`` uint8 -> triggered images; copies of half of their images are trained on,
+            labelled TARGET (Gu et al. 2017, arXiv 1708.06733).
     """
 
     about: str
@@ -105,13 +105,13 @@ BEHAVIOURS = {
     # Model replacement (Bagdasaryan et al. 2020, arXiv 1807.00459).
     "scaling": Behaviour("flip labels, upload ten times the update", relabel=flipped,
                          forge=lambda view: 10 * view.own_updates),
-    # Baruch et al. 2019, arXiv 1902.06156, who take as many deviations as their z_max allows.
+    # Baruch et al. 2019, arXiv 1902.06156, whose z_max depends on the number of clients.
     "alie": Behaviour("a little is enough: the honest mean and 1.5 standard deviations",
                       forge=lambda view: view.same(view.mean + 1.5 * view.spread)),
     # Xie et al. 2020, arXiv 1903.03936.
     "ipm": Behaviour("inner product manipulation: minus twice the honest mean",
                      forge=lambda view: view.same(-2 * view.mean)),
-    # Karimireddy et al. 2022, arXiv 2006.09365: the copied client counts too much.
+    # Karimireddy et al. 2022, arXiv 2006.09365.
     "mimic": Behaviour("copy one honest upload", forge=lambda view: view.same(view.honest_updates[0])),
     "sybil": Behaviour("flip labels, all upload the same", relabel=flipped, forge=model_poisoning.sybil),
     "false_size": Behaviour("flip labels, claim ten times the images", relabel=flipped, inflates=10),
@@ -151,10 +151,8 @@ class MaliciousClients:
 
     def groups(self, trainer: Trainer,
                indices: dict[int, np.ndarray]) -> list[tuple[Trainer, dict[int, np.ndarray]]]:
-        """Return the honest and the malicious clients that train, each group with its trainer.
-
-        The honest clients' trainer, which also evaluates, never holds poisoned labels or images.
-        """
+        """Return the honest and the malicious clients that train, each group with its trainer; the honest clients'
+        trainer, which also evaluates, never holds poisoned labels or images."""
         honest = {k: numbers for k, numbers in indices.items() if k not in self.members}
         bad = {k: numbers for k, numbers in indices.items() if k in self.members}
         if not bad:
@@ -172,7 +170,7 @@ class MaliciousClients:
             images, labels = trainer.images, trainer.labels
             if relabel is not None:
                 labels = relabel(labels, trainer.num_classes)
-            if trigger is not None:   # in parts: blended images are floats for a moment
+            if trigger is not None:   # in parts, since blended images are floats for a moment
                 labels = torch.cat([labels, torch.full_like(labels, TARGET)])
                 images = torch.cat([images, *map(trigger, images.split(1024))])
             self._poisoned[id(trainer)] = trainer, replace(trainer, images=images, labels=labels)
@@ -188,15 +186,9 @@ class MaliciousClients:
 
     def backdoor(self, trainer: Trainer, client: int, number: int, held_out: np.ndarray,
                  model: tuple[State, ClientState]) -> float:
-        """Return the share of a client's triggered held-out images of other classes that are taken for TARGET.
-
-        It is NaN if nobody plants a backdoor or the client has no such image.
-
-        Args:
-            model: the client's head and its private part.
-        """
-        device = trainer.labels.device
-        numbers = torch.from_numpy(held_out).to(device)
+        """Return the share of a client's triggered held-out images of other classes that its model (head, private
+        part) takes for TARGET; NaN if nobody plants a backdoor or there is no such image."""
+        numbers = torch.from_numpy(held_out).to(trainer.labels.device)
         numbers = numbers[trainer.labels[numbers] != TARGET]
         if self.behaviour.trigger is None or not len(numbers):
             return float("nan")

@@ -1,8 +1,6 @@
-"""Model poisoning: the forged updates that malicious clients upload in place of their own.
+"""Model poisoning: functions ``ForgerView -> M x P``, the forged updates of the M malicious clients.
 
-A forgery is a function ``ForgerView -> M x P``, the updates of the M malicious clients. Published attacks have a
-fixed strength. *Tuned* ones choose it by querying the server in use, so that each attack adapts to each rule: the
-attacker then knows the rule, its options and everybody's updates, and is the strongest possible.
+*Tuned* attacks choose their strength by querying the server in use, so that each adapts to each rule.
 """
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -55,10 +53,7 @@ class ForgerView:
 
 
 def harm(view: ForgerView, forged: Tensor) -> float:
-    """Return the server's lost progress along the honest mean m, ``(m - aggregate) m / |m|^2``.
-
-    It is 0 if the aggregate makes the progress of m, 1 if it stalls, and larger if it goes backwards.
-    """
+    """Return the server's lost progress along the honest mean m, ``(m - aggregate) m / |m|^2``; 1 if it stalls."""
     mean = view.mean
     return ((mean - view.aggregate(forged)) @ mean / mean.square().sum().clamp_min(1e-24)).item()
 
@@ -92,8 +87,7 @@ def sybil(view: ForgerView) -> Tensor:
 
 
 def trusted_most(view: ForgerView, trusted: float = 0.9, steps: int = 8) -> Tensor:
-    """Subtract from the own updates the largest multiple of the honest mean, up to 20, that keeps the server's
-    trust at ``trusted``, found by bisection."""
+    """Subtract the largest multiple of the honest mean, up to 20, that keeps the trust at ``trusted``."""
     against = -view.mean
     low, high = 0.0, 20.0
     if view.least_trust(view.own_updates + high * against) >= trusted:
@@ -108,9 +102,7 @@ def trusted_most(view: ForgerView, trusted: float = 0.9, steps: int = 8) -> Tens
 
 
 def adaptive(view: ForgerView) -> Tensor:
-    """Upload the most harmful of four forgeries, each tuned: the own update minus a multiple of the honest mean;
-    that multiple alone; the honest mean minus a multiple of the standard deviation; and ``trusted_most`` (after
-    Shejwalkar and Houmansadr, NDSS 2021, who tailor an attack to the rule)."""
+    """Upload the most harmful of these forgeries, each tuned (after Shejwalkar and Houmansadr, NDSS 2021)."""
     return most_harmful(view, [
         tuned(view, lambda strength: view.own_updates - strength * view.mean),
         tuned(view, lambda strength: view.same(-strength * view.mean)),
@@ -121,11 +113,7 @@ def adaptive(view: ForgerView) -> Tensor:
 def min_max_reach(honest: Tensor, direction: Tensor) -> float:
     """Return the largest g for which ``m + g p`` is no farther from any honest update than two of them are apart.
 
-    It solves ``|m - x_i|^2 + 2 g p (m - x_i) + g^2 |p|^2 <= D^2`` for each i.
-
-    Args:
-        honest: ``H x P``, of mean m.
-        direction: p, ``P``.
+    It solves ``|m - x_i|^2 + 2 g p (m - x_i) + g^2 |p|^2 <= D^2``, for honest updates x of mean m and direction p.
     """
     away, bound = honest.mean(0) - honest, torch.cdist(honest, honest).square().max()
     a, b, c = direction.square().sum(), away @ direction, away.square().sum(1) - bound
@@ -133,17 +121,15 @@ def min_max_reach(honest: Tensor, direction: Tensor) -> float:
 
 
 def min_sum_reach(honest: Tensor, direction: Tensor) -> float:
-    """Return the largest g for which ``m + g p`` has no larger sum of squared distances to honest updates than one
-    of them has; arguments as in ``min_max_reach``."""
+    """Return the largest g for which ``m + g p`` has no larger sum of squared distances than an honest update."""
     spare = (torch.cdist(honest, honest).square().sum(1).max()
              - (honest - honest.mean(0)).square().sum()).clamp_min(0)
     return (spare / (len(honest) * direction.square().sum()).clamp_min(1e-24)).sqrt().item()
 
 
 def within_reach(view: ForgerView, reach: Callable[[Tensor, Tensor], float]) -> Tensor:
-    """Upload the honest mean and as much of a deviation as ``reach`` allows, or half of it: against the mean's
-    direction, its signs or the standard deviation, whichever harms most (Shejwalkar and Houmansadr, NDSS 2021,
-    section V; min-max is equation 9, min-sum equation 10)."""
+    """Deviate from the honest mean as far as ``reach`` allows, or half of that, in the most harmful of three
+    directions (Shejwalkar and Houmansadr, NDSS 2021, section V; min-max is equation 9, min-sum equation 10)."""
     mean = view.mean
     deviations = (-mean / mean.norm().clamp_min(1e-12), -mean.sign(), -view.spread)
     return most_harmful(view, (
@@ -163,18 +149,16 @@ def byzfl_tuned(view: ForgerView, attack: str) -> Tensor:
 
 
 def mpaf(view: ForgerView) -> Tensor:
-    """Push towards a random model w', as fake clients without data can: ``l (w' - w)`` (Cao and Gong 2022,
-    arXiv 2203.08669, equation 4). w' is one direction for all rounds, at the sent head's size; l is tuned, or the
-    paper's 1e6."""
+    """Push towards a random model w', the same in all rounds: ``l (w' - w)`` (Cao and Gong 2022, arXiv 2203.08669,
+    equation 4). w' has the sent head's size; l is tuned, or the paper's 1e6."""
     size = view.sent.square().mean().sqrt()
     direction = size * torch.randn(view.sent.shape, generator=view.lasting) - view.sent
     return most_harmful(view, (view.same(strength * direction) for strength in (0.1, 1.0, 10.0, 1e6)))
 
 
 def projected(view: ForgerView) -> Tensor:
-    """Scale the own update to the multiple of the honest median norm that leaves most of its difference from the
-    honest mean in the aggregate (projected model replacement, Wang et al. 2020, arXiv 2007.05084; projected once,
-    after training)."""
+    """Scale the own update to the norm that leaves most of its difference from the honest mean in the aggregate
+    (projected model replacement, Wang et al. 2020, arXiv 2007.05084; projected once, after training)."""
     apart = view.own_updates.mean(0) - view.mean
     unit = torch.nn.functional.normalize(view.own_updates) * median(view.honest_updates.norm(dim=1))
 

@@ -1,7 +1,6 @@
 """Differential privacy on uploads and broadcast: NbAFL's noise, and client-level DP.
 
-Clipping and noise are simulated at the server, from generators of their own, so that a resumed run repeats the
-same draws; ``receive`` is what a client would do before it uploads.
+Clipping and noise are simulated at the server; ``receive`` is what a client would do before it uploads.
 """
 import math
 import statistics
@@ -45,12 +44,8 @@ def nbafl_sigmas(options: Mapping[str, Any], clip: float, smallest: int) -> tupl
     """Return the standard deviations of NbAFL's uplink and downlink noise (Wei et al. 2020, arXiv 1911.00222).
 
     ``sigma_U = c L Ds / eps`` with ``c = sqrt(2 ln(1.25 / delta))`` and ``Ds = 2 C / m``; ``sigma_D = 2 c C
-    sqrt(T^2 - L^2 N) / (m N eps)`` where ``T > L sqrt(N)``, else 0 (theorem 1).
-
-    Args:
-        options: the run's, with ``epsilon``, ``delta``, ``exposures`` L, ``rounds`` T and ``num_users`` N.
-        clip: C, the bound on the norm of an upload.
-        smallest: m, images of the smallest local data set.
+    sqrt(T^2 - L^2 N) / (m N eps)`` where ``T > L sqrt(N)``, else 0 (theorem 1). C is the clip, m the smallest
+    local data set, L the exposures, T the rounds and N the clients.
     """
     epsilon, exposures, clients = options["epsilon"], options["exposures"], options["num_users"]
     c = math.sqrt(2 * math.log(1.25 / options["delta"]))
@@ -73,8 +68,8 @@ class NbAFL(Server):
     def facts(self) -> dict[str, object]:
         """Return C and both sigmas once C is known, and the limits of the nominal epsilon."""
         options = self.options
-        why = ("the classical Gaussian mechanism's formula holds for epsilon under 1 only, "
-               "and 2C/m does not bound what several local epochs can change")
+        why = ("the classical Gaussian mechanism's formula holds for epsilon under 1 only, and 2C/m does not "
+               "bound the change by several local epochs")
         if options["frac"] < 1:
             why += "; both sigmas are those of all clients training in every round"
         facts = {"epsilon_nominal": options["epsilon"], "delta": options["delta"],
@@ -115,9 +110,8 @@ class NbAFL(Server):
 class ClientDP(Server):
     """Client-level DP with a trusted server (McMahan et al. 2018, arXiv 1710.06963; Geyer et al. 2017).
 
-    Clients are drawn by Poisson sampling; their updates are clipped to S and summed, noise of standard deviation
-    ``z S`` is added, and the sum is divided by the expected number of clients. Weights are uniform: a client's
-    size is private too.
+    Clients are drawn by Poisson sampling. Their updates are clipped to S and summed, with noise of standard
+    deviation ``z S``, and divided by the expected number of clients. A client's size is private too.
     """
 
     protects = True
@@ -144,18 +138,14 @@ class ClientDP(Server):
 
     def receive(self, round: Round) -> dict[int, State]:
         """Clip the updates."""
-        received = {}
-        for k, upload in round.uploads.items():
-            update = clipped(difference(upload, round.sent), self.memory["clip"])
-            received[k] = {name: value + update[name] for name, value in round.sent.items()}
-        return received
+        return {k: {name: round.sent[name] + value for name, value in
+                    clipped(difference(upload, round.sent), self.memory["clip"]).items()}
+                for k, upload in round.uploads.items()}
 
     def combine(self, round: Round, weighting: Weighting) -> State:
         """Return ``head + (sum of clipped updates + N(0, (z S)^2)) / m``, also when nobody was sampled."""
-        total = {name: torch.zeros_like(value) for name, value in round.sent.items()}
-        for upload in round.uploads.values():
-            for name, value in difference(upload, round.sent).items():
-                total[name] += value
+        total = {name: sum((upload[name] - value for upload in round.uploads.values()), torch.zeros_like(value))
+                 for name, value in round.sent.items()}
         sigma = self.sum_multiplier * self.memory["clip"]
         total = noisy(total, sigma, self.options["seed"], "client dp", 0, round.number)
         return {name: value + total[name] / self.expected for name, value in round.sent.items()}
@@ -164,12 +154,10 @@ class ClientDP(Server):
 class AdaptiveClientDP(ClientDP):
     """``ClientDP`` whose clipping norm follows the median update norm (Andrew et al. 2021, arXiv 1905.03871).
 
-    Each client also uploads a bit b_k, which is 1 if its update was within C. ``(sum_k (b_k - 1/2) + N(0,
-    sigma_b^2)) / m`` moves C to ``C exp(-0.2 times that)``. The bits are centred before they are summed: one
-    client then changes the sum by 1/2 instead of 1, and the number of sampled clients does not move C by itself.
-    Their noise ``sigma_b = m / 20`` is paid for by the sum's: ``z_D = (z^-2 - (2 sigma_b)^-2)^(-1/2)`` (theorem
-    1), which needs ``m > 10 z``. An upload that is not finite adds 0 to both sums, as if its client had not been
-    sampled.
+    Each client also uploads a bit b_k, which is 1 if its update was within C, and ``(sum_k (b_k - 1/2) + N(0,
+    sigma_b^2)) / m`` moves C to ``C exp(-0.2 times that)``. Centred, one client changes the sum by 1/2, not by 1.
+    The bits' noise ``sigma_b = m / 20`` is paid for by the sum's: ``z_D = (z^-2 - (2 sigma_b)^-2)^(-1/2)``
+    (theorem 1), which needs ``m > 10 z``. An upload that is not finite adds 0 to both sums.
     """
 
     def __init__(self, options: Mapping[str, Any], smallest: int = 1):

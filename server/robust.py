@@ -1,9 +1,7 @@
 """RULES: how uploads become the next head, one row per rule; and the published robust rules, mostly from byzfl.
 
 A robust rule maps the updates ``head_k - head``, ``K x P``, and the number f of clients that may be malicious to
-the update ``P`` of the next head. Data sizes play no part. Since it has no weight for a single client,
-``server.csv`` leaves that column empty. A new rule is one row: ``robust_server(rule)``, or a ``Server`` of its
-own.
+the update ``P`` of the next head. It has no weight for a single client, so ``server.csv`` leaves that column empty.
 """
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,34 +22,20 @@ CHUNK = 2**16   # coordinates at a time in coordinate-wise rules: byzfl's need s
 RobustRule = Callable[[Tensor, int], Tensor]   # updates K x P, f -> update P
 
 
-def by_columns(rule: Callable[[Tensor], Tensor], updates: Tensor) -> Tensor:
-    """Apply a coordinate-wise rule to CHUNK coordinates at a time."""
-    return torch.cat([rule(part) for part in updates.split(CHUNK, dim=1)])
+def of_byzfl(name: str, takes_f: bool = True, **arguments: float) -> RobustRule:
+    """Return a rule of byzfl by its class name; byzfl is slow to import."""
+    def rule(updates: Tensor, f: int) -> Tensor:
+        import byzfl
+        return getattr(byzfl, name)(*([f] if takes_f else []), **arguments)(updates)
+    return rule
 
 
-def median(updates: Tensor, f: int) -> Tensor:
-    """Return the coordinate-wise median (Yin et al. 2018, arXiv 1803.01498)."""
-    from byzfl import Median
-    return by_columns(Median(), updates)
+def by_columns(rule: RobustRule) -> RobustRule:
+    """Return a coordinate-wise rule that is applied to CHUNK coordinates at a time."""
+    return lambda updates, f: torch.cat([rule(part, f) for part in updates.split(CHUNK, dim=1)])
 
 
-def trimmed_mean(updates: Tensor, f: int) -> Tensor:
-    """Return the coordinate-wise mean without the f largest and f smallest (ibid.)."""
-    from byzfl import TrMean
-    return by_columns(TrMean(f), updates)
-
-
-def krum(updates: Tensor, f: int) -> Tensor:
-    """Return the update nearest to its n - f - 1 nearest others (Blanchard et al. 2017, who have n - f - 2)."""
-    from byzfl import Krum
-    return Krum(f)(updates)
-
-
-def geometric_median(updates: Tensor, f: int) -> Tensor:
-    """Return the point with the least sum of distances, by Weiszfeld's iteration (Pillutla et al. 2022,
-    arXiv 1912.13445)."""
-    from byzfl import GeometricMedian
-    return GeometricMedian(nu=1e-6, T=20)(updates)
+trimmed_mean = by_columns(of_byzfl("TrMean"))
 
 
 def centered_clipping(updates: Tensor, f: int) -> Tensor:
@@ -72,16 +56,9 @@ def nnm_trimmed_mean(updates: Tensor, f: int) -> Tensor:
     return trimmed_mean(share.to(updates) @ updates, f)
 
 
-def multi_krum(updates: Tensor, f: int) -> Tensor:
-    """Return the mean of the n - f updates nearest to their neighbours (Blanchard et al. 2017)."""
-    from byzfl import MultiKrum
-    return MultiKrum(f)(updates)
-
-
 def caf(updates: Tensor, f: int) -> Tensor:
     """Return the mean after the covariance-bound agnostic filter, which removes up to 2 f (Allouah et al. 2025,
-    arXiv 2505.01874). byzfl's CAF does not end if one upload is far longer than the others, and takes one step of
-    power iteration for the widest direction."""
+    arXiv 2505.01874). byzfl's CAF does not end if one upload is far longer than the others."""
     weight = filtered((updates @ updates.T).double(), torch.ones(len(updates)).double(), 0, 2 * f / len(updates))
     return (weight / weight.sum()).to(updates) @ updates
 
@@ -162,15 +139,19 @@ RULES = {
     "threat_aware": Rule("weights that follow the threat model", ThreatAware,
                          columns=("norm_ratio", "cosine", "max_cosine", "trust")),
     "mean": Rule("by data size", Server),
-    "median": Rule("coordinate-wise", robust_server(median)),
-    "trimmed_mean": Rule("coordinate-wise, without the largest and the smallest", robust_server(trimmed_mean),
-                         {TOLERATE: 0.3}),
-    "krum": Rule("the upload nearest to its neighbours", robust_server(krum), {TOLERATE: 0.3}),
-    "geometric_median": Rule("least sum of distances", robust_server(geometric_median)),
+    # Yin et al. 2018, arXiv 1803.01498.
+    "median": Rule("coordinate-wise", robust_server(by_columns(of_byzfl("Median", takes_f=False)))),
+    "trimmed_mean": Rule("coordinate-wise, without the largest and the smallest",
+                         robust_server(trimmed_mean), {TOLERATE: 0.3}),
+    # Blanchard et al. 2017; byzfl's takes n - f - 1 neighbours, they take n - f - 2.
+    "krum": Rule("the upload nearest to its neighbours", robust_server(of_byzfl("Krum")), {TOLERATE: 0.3}),
+    # Weiszfeld's iteration (Pillutla et al. 2022, arXiv 1912.13445).
+    "geometric_median": Rule("least sum of distances", robust_server(
+        of_byzfl("GeometricMedian", takes_f=False, nu=1e-6, T=20))),
     "centered_clipping": Rule("updates clipped around a centre", robust_server(centered_clipping)),
     "nnm_trimmed_mean": Rule("trimmed mean of means of nearest neighbours", robust_server(nnm_trimmed_mean),
                              {TOLERATE: 0.3}),
-    "multi_krum": Rule("mean of the uploads nearest to their neighbours", robust_server(multi_krum),
+    "multi_krum": Rule("mean of the uploads nearest to their neighbours", robust_server(of_byzfl("MultiKrum")),
                        {TOLERATE: 0.3}),
     "caf": Rule("a mean filtered along the widest direction", robust_server(caf), {TOLERATE: 0.3}),
     "norm_clipping": Rule("a mean of clipped updates, with noise", partial(NormClipping, rule=clipped_mean),

@@ -1,22 +1,20 @@
 """Threat-aware aggregation weights: ``w_k ~ min(n_k, median n) trust_k c_k / g_k``.
 
-The server has no data, so it judges an upload by what honest ones do not show, however different their classes
-are. The trust of a round is a product of two factors, each 1 up to a bound that hardly any honest client passes:
+The trust of a round is a product of two factors, each 1 up to a bound that hardly any honest client passes,
+however different their classes are:
 
-- **norm**: an update longer than honest ones are (``norm_bound``) loses trust, until it moves the mean less than
-  an update at the bound;
+- **norm**: an update longer than ``norm_bound`` moves the mean less than an update at the bound;
 - **direction**: the cosine with the trusted mean of the others. Honest clients of other classes are orthogonal or
   slightly opposed; only updates below COS_OPPOSED lose their trust.
 
 Two steps bound the influence of trusted uploads:
-
 - **copies**: the g copies of one update share the weight of one;
 - **filter**: if updates vary along one direction much more than along any other, those that vary most lose the
   factor c_k (``filtered``), since colluders who push one way cause such a direction.
 
-A client's trust is the lower of this round's and an exponential average over rounds: lost quickly, regained
-slowly. If fewer than half of the uploads are trusted, the round falls back: norms and copies count, trust does
-not, and the filter always acts. docs/threat-model.md has the measurements and the limits.
+A client's trust is the lower of this round's and an exponential average over rounds. If fewer than half of the
+uploads are trusted, the round falls back: norms and copies count, trust does not, and the filter always acts.
+docs/threat-model.md has the measurements and the limits.
 """
 import math
 from collections.abc import Mapping
@@ -66,14 +64,12 @@ class ThreatAware(Server):
         before = torch.where(met, self.memory["trust"][clients], 1.0).double()
         gram = gram_of(round.sent, list(round.uploads.values()))
         ratio = norm_ratios(gram)
-        # All updates are clipped to the median norm before they are compared: with a looser clip a few colluders
-        # could make up most of the mean that all are compared with.
+        # Updates are clipped to the median norm first, so that a few cannot make up most of the mean.
         clip = (1 / ratio).clamp_max(1)
         gram = clip[:, None] * gram * clip
         similarity, copies = copies_of(gram)
         norm_trust = (norm_bound(ratio) / ratio).clamp_max(1).square()
-        # Clients distrusted before are no reference for others. If nobody was trusted, everybody is one: trust can
-        # be regained, but remains low, and the round falls back.
+        # Clients distrusted before are no reference for others, unless nobody was trusted.
         reference = before if (before * norm_trust).sum() >= 1e-9 else 1.0
         cosine = cosines_with_others(gram, norm_trust / copies * reference)
         now = norm_trust * (cosine > COS_OPPOSED)
@@ -102,10 +98,7 @@ class ThreatAware(Server):
 
 
 def gram_of(sent: State, uploads: list[State]) -> Tensor:
-    """Return the inner products of all updates, ``K x K`` float64.
-
-    Each parameter is processed in parts of PART_BYTES, so that a thousand clients' updates are never held at once.
-    """
+    """Return the inner products of all updates, ``K x K`` float64, from PART_BYTES of them at a time."""
     gram = torch.zeros(len(uploads), len(uploads), dtype=torch.float64)
     step = max(1, PART_BYTES // (8 * len(uploads)))
     for name, value in sent.items():
@@ -149,9 +142,8 @@ def filtered(gram: Tensor, start: Tensor, min_ratio: float, max_removed: float) 
     """Return weights without the updates that deviate along one direction.
 
     As long as a direction stands out, each update loses weight by its squared deviation along it; the one that
-    deviates most loses all. If ``max_removed`` of the weight is gone and a direction still stands out, the weights
-    with the least largest variance are returned (Allouah et al. 2025, arXiv 2505.01874, algorithm 1; its
-    eigenvectors are exact here, from inner products alone).
+    deviates most loses all. If ``max_removed`` of the weight is gone before, the weights with the least largest
+    variance are returned (Allouah et al. 2025, arXiv 2505.01874, algorithm 1, with exact eigenvectors).
 
     A direction stands out if the ratio of the updates' largest variance to the second largest exceeds
     ``min_ratio`` times the ratio of the second largest to the median one. Clients of different classes vary along
@@ -160,8 +152,8 @@ def filtered(gram: Tensor, start: Tensor, min_ratio: float, max_removed: float) 
     Args:
         gram: inner products of the updates, ``K x K`` float64.
         start: initial weights, ``K``, not all 0.
-        min_ratio: 0 for the published filter, which always removes its share.
-        max_removed: a share of the weight.
+        min_ratio: 0 for the published filter, which always acts.
+        max_removed: largest share of the weight that is removed.
     """
     weight, best, least = start, start, float("inf")
     tiny = 1e-12 * gram.diag().max()

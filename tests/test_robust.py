@@ -46,7 +46,7 @@ def test_nnm_and_multi_krum_by_their_definitions():
                                atol=1e-4, rtol=1e-4)
     score = torch.cdist(updates, updates).square().sort(1).values[:, 1:len(updates) - f].sum(1)
     expected = updates[score.argsort()[:len(updates) - f]].mean(0)
-    torch.testing.assert_close(robust.multi_krum(updates, f), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(robust.of_byzfl("MultiKrum")(updates, f), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_caf_leaves_out_what_stands_out():
