@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import datasets
 from methods import METHODS
-from options import args_parser, common, idle, make_parser
+from options import COMMON, args_parser, idle, make_parser
 from runs import configs, folders
 from utils import InputError, shown
 
@@ -36,7 +36,7 @@ def arguments(argv: list[str]) -> Namespace:
     try:
         configs.of_this_program(path)
         advice = "start again with --overwrite"
-        stored = configs.completed(configs.read(path, *(option.name for option in common()))["options"])
+        stored = configs.completed(configs.read(path, *(option.name for option in COMMON))["options"])
     except InputError as error:
         parser.error(f"{error}; {advice}")
     unread = {option.name for option, *_ in idle(stored)}
