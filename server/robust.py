@@ -1,7 +1,7 @@
 """RULES: how uploads become the next head, one row per rule; and the published robust rules, mostly from byzfl.
 
 A robust rule maps the updates ``head_k - head``, ``K x P``, and the number f of clients that may be malicious to
-the update ``P`` of the next head. It has no weight for a single client, so ``server.csv`` leaves that column empty.
+the update ``P`` of the next head. It gives no weight to a single client: that column of ``server.csv`` is empty.
 """
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

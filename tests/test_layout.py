@@ -10,7 +10,8 @@ PACKAGES = ("server", "engine", "runs", "attack", "experiments", "reporting")
 # The packages that none of the others, but for those to the right, may import.
 ABOVE = {"attack": ("experiments", "reporting"), "experiments": ("reporting",), "reporting": ("experiments",)}
 FILES = sorted(path for folder in (".", *PACKAGES) for path in (ROOT / folder).glob("*.py"))
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+           for path in FILES}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 each_module = pytest.mark.parametrize("name", MODULES)
 

@@ -77,8 +77,9 @@ def test_a_strength_is_chosen_by_what_the_server_makes_of_it():
 
 def test_min_max_and_min_sum_go_as_far_as_they_may():
     direction, distances = torch.tensor([-1.0, 0.5]), torch.cdist(HONEST, HONEST)
-    for reach, largest, norm in ((min_max_reach, distances.max(), lambda away: away.norm(dim=1).max()),
-                                 (min_sum_reach, distances.square().sum(1).max(), lambda away: away.square().sum())):
+    for reach, largest, norm in (
+            (min_max_reach, distances.max(), lambda away: away.norm(dim=1).max()),
+            (min_sum_reach, distances.square().sum(1).max(), lambda away: away.square().sum())):
         for more, inside in ((0.999, True), (1.001, False)):
             away = HONEST.mean(0) + more * reach(HONEST, direction) * direction - HONEST
             assert bool(norm(away) <= largest) == inside
@@ -128,8 +129,9 @@ def test_the_adaptive_forgery_harms_each_rule_more_than_fixed_ones(rule):
 
 def test_the_adaptive_forgers_all_keep_their_trust():
     _, _, round = rounds(10, 40)
-    clients, server = MaliciousClients("adaptive", 0.2, 10, seed=1), RULES["threat_aware"].server({"num_users": 10})
-    view, forge = [], clients.behaviour.forge
+    server = RULES["threat_aware"].server({"num_users": 10})
+    clients, view = MaliciousClients("adaptive", 0.2, 10, seed=1), []
+    forge = clients.behaviour.forge
     clients.behaviour = dataclasses.replace(clients.behaviour, forge=lambda v: view.append(v) or trusted_most(v))
     trust = server.trust(clients.poison(round, server))
     assert min(trust[k] for k in clients.members) >= 0.9 and forge is model_poisoning.adaptive
