@@ -45,14 +45,12 @@ class Knowledge:
     """What an adversary has of one client in one round. A part that it does not have is None.
 
     Attributes:
-        head: input -> logits. The input is an image or, behind an encoder, a latent z in the shape of an
-            image. None if a part of the head stays with the clients.
-        encoder: image -> z, or -> mean and log variance of z. It is the victim's, or a curious client's own.
+        head: images, or latents z in their shape -> logits. None if a part of the head stays with the clients.
+        encoder: images -> z, or -> mean and log variance of z; the victim's, or a curious client's own.
         has_encoder: True if the head's input is z, also for an adversary that has no encoder itself.
-        next_head: the head that the curious server sends next, on which it observes a gradient.
-        query: the prediction service, ``N x C x H x W`` -> probabilities ``N x num_classes``.
+        next_head, next_trunk: the head, and the encoder's trunk if it travels, that the server sends next.
+        query: the prediction service, images -> probabilities ``N x num_classes``.
         known: the shared parameters of the victim's encoder, where not all of it is held.
-        next_trunk: the encoder's trunk that the server sends next, where that travels.
     """
 
     head: nn.Module | None
@@ -65,7 +63,7 @@ class Knowledge:
     next_trunk: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        """Store weights channels last: it makes max pooling of a large batch about fifteen times as fast."""
+        """Store weights channels last: max pooling of a large batch is then fifteen times as fast."""
         for part in filter(None, (self.head, self.encoder, self.next_head, self.next_trunk)):
             part.to(memory_format=torch.channels_last)
 
@@ -75,11 +73,7 @@ class Knowledge:
         return encoded if isinstance(encoded, tuple) else (encoded, None)
 
     def logits(self, x: Tensor, draws: int = 0) -> Tensor:
-        """Return log-probabilities ``N x num_classes`` of images ``N x C x H x W``.
-
-        Args:
-            draws: how many draws of z the probabilities are averaged over; 0 takes the mean of z instead.
-        """
+        """Return log-probabilities of images, ``N x num_classes``, averaged over draws of z; 0 takes its mean."""
         head = held(self.head)
         if not self.has_encoder:
             return head(x).log_softmax(1)
@@ -105,14 +99,7 @@ def posterior_in_parts(knowledge: Knowledge, images: Tensor) -> tuple[Tensor, Te
 
 
 def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) -> Knowledge:
-    """Read what an adversary other than ``prediction_api`` has of ``client`` after ``round``.
-
-    Args:
-        own: the number of the curious client itself.
-
-    Raises:
-        InputError: the method sends the curious server nothing, or a file is missing or damaged.
-    """
+    """Read what an adversary, but ``prediction_api``, has of a client; ``own`` is the curious client's number."""
     shared, network = target.shared(round), target.network()
     if adversary == "curious_server" and not shared["sent"]:
         raise InputError(f"--adversary curious_server: --method {target.options['method']} sends it nothing")
@@ -145,23 +132,20 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
 class Budget:
     """What every adversary may spend and observe, whatever the method."""
 
-    restarts: int     # of each search
-    iterations: int   # of each search
-    epochs: int       # of training on public images
-    draws: int        # of z, averaged in an answer of the model
-    lr: float         # the client's learning rate, in a simulated local epoch
-    top_scores: int   # class scores that the prediction service tells
+    restarts: int         # of each search
+    iterations: int       # of each search
+    epochs: int           # of training on public images
+    draws: int            # of z, averaged in an answer of the model
+    lr: float             # size of the client's steps whose upload is observed
+    top_scores: int       # class scores that the prediction service tells
     observed: str = "z"   # what attacks on latents see (latents.py)
 
 
 @dataclass(frozen=True)
 class PublicImages:
-    """Images that every adversary may train on.
+    """Images that every adversary may train on, ``N x C x H x W`` in [0, 1], and their labels.
 
-    Attributes:
-        images, labels: ``N x C x H x W`` in [0, 1], and ``N``.
-        of_classes: labels -> public images of these classes only, and their labels; None if the public images
-            show other classes than the victim's.
+    ``of_classes`` returns those of some classes only; it is None if they show other classes than the victim's.
     """
 
     images: Tensor
@@ -174,11 +158,7 @@ class PublicImages:
 
 
 def public_images(target: Target, args: Namespace) -> PublicImages:
-    """Return at most ``--public_images`` of the images of ``--public`` that no client has, in random order.
-
-    Raises:
-        InputError: there are too few, or they are of another shape.
-    """
+    """Return at most ``--public_images`` of the images of ``--public`` that no client has, in random order."""
     name, data = args.public, target.data
     if name == "unowned":
         train, test = target.owned()
@@ -218,7 +198,6 @@ class Adversary:
 
     Args:
         start: the network with the weights that all clients start from.
-        kl_weight: of the KL term in a client's loss.
         seed: seeds PyTorch for what several attacks use, by its name.
     """
 
@@ -255,10 +234,7 @@ class Adversary:
         return lambda x: self.whole_model.logits(x, draws)
 
     def decode_inputs(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Turn recovered inputs of the head, ``R x N x C x H x W``, with labels ``N``, into images of that shape.
-
-        Behind an encoder the inputs are inexact latents, so ``decoders.decoder`` decodes them.
-        """
+        """Turn recovered inputs of the head, ``R x N x C x H x W``, with labels ``N``, into images."""
         if not self.knowledge.has_encoder:
             return inputs.clamp(0, 1)
         key = tuple(labels.unique().tolist())
@@ -286,15 +262,10 @@ class Adversary:
 
 def shadow_encoder(knowledge: Knowledge, start: nn.Module, images: Tensor, labels: Tensor, epochs: int,
                    kl_weight: float, distance: Distance | None = None) -> Knowledge:
-    """Train an encoder on public images in front of the frozen head, as a client trains its own.
+    """Train an encoder on public images in front of the frozen head, from ``start``, as a client trains its own.
 
-    Args:
-        knowledge: gives the head, and the shared parameters of the victim's encoder, which stay as they are.
-        start: the network with the weights that all clients start from.
-        distance: added to the loss, for an encoder whose latents shall be like given ones (``moment_distance``).
-
-    Returns:
-        Knowledge with the head and the new encoder.
+    The parameters of the victim's encoder that are known stay as they are. ``distance`` is added to the loss, for
+    latents that shall be like given ones (``moment_distance``).
     """
     start = copy.deepcopy(start)   # a later call starts from the same weights
     encoder, head = start.get_submodule("encoder").train(), held(knowledge.head)
@@ -329,17 +300,10 @@ def kl_of(network: nn.Module, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
 
 
 def moment_distance(latents: Tensor, labels: Tensor) -> Distance:
-    """Return the distance from some of the victim's latents by each class's mean, deviation and covariance.
+    """Return the distance from the victim's latents ``M x D`` by each class's mean, deviation and covariance.
 
-    Latents of a class have these in common whichever images they are of, so no image has to be known. It is in
-    the spirit of FORA (Xu et al., CVPR 2024, arXiv 2405.04115), which aligns by a discriminator and kernel means.
-
-    Args:
-        latents, labels: the victim's, ``M x D`` and ``M``. A class with a single latent is left out.
-
-    Returns:
-        A function of latents ``N x D`` and labels ``N``, 0 where the moments are the same, in units of the spread
-        of the victim's. A class with fewer than two latents in the batch adds nothing.
+    Latents of a class have these in common whichever images they are of, so no image has to be known. It is in the
+    spirit of FORA (Xu et al. 2024, arXiv 2405.04115). A class with a single latent on either side is left out.
     """
     unit = latents.std().clamp_min(1e-12)
 

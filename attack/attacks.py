@@ -18,52 +18,31 @@ from attack.target import Target
 from server.base import State
 
 Observation = TypeVar("Observation")
-Need = Callable[[Target, str], str | None]   # the run, an adversary -> why an attack cannot be run, or None
+Need = tuple[str, Callable[[Target, str], bool]]   # why an attack cannot be run unless (run, adversary) is true
 
 
-# What an attack may need beside the right adversary.
-
-def shared_head(target: Target, adversary: str) -> str | None:
-    """Need a head of which some travels, or an adversary that does not depend on that."""
-    return None if target.uploaded or adversary == "stolen_model" else "nothing travels with this method"
-
-
-def other_client(target: Target, adversary: str) -> str | None:
-    """Need a curious client other than the victim."""
-    alone = adversary == "curious_client" and target.options["num_users"] == 1
-    return "the run has no other client" if alone else None
-
-
-def whole_head(target: Target, adversary: str) -> str | None:
-    """Need every part of the head; a client always has its own copy of what does not travel."""
-    lacking = adversary == "curious_server" and "classifier.output.bias" not in target.uploaded
-    return "part of the head stays with the clients" if lacking else None
+# What an attack may need beside the right adversary, and what is said where it is missing.
+SHARED_HEAD: Need = ("nothing travels with this method",
+                     lambda target, adversary: bool(target.uploaded) or adversary == "stolen_model")
+OTHER_CLIENT: Need = ("the run has no other client",
+                      lambda target, adversary: adversary != "curious_client" or target.options["num_users"] > 1)
+WHOLE_HEAD: Need = ("part of the head stays with the clients",   # of which each client has its own copy
+                    lambda target, adversary: adversary != "curious_server"
+                    or "classifier.output.bias" in target.uploaded)
+LATENTS: Need = "this method has no latents", lambda target, adversary: target.has_encoder
+SHARED_TRUNK: Need = ("no trunk of an encoder travels",
+                      lambda target, adversary: "encoder.trunk.0.weight" in target.uploaded)
+NOISE: Need = "this method's encoder has no noise", lambda target, adversary: target.method.network.variational
 
 
-def encoder(target: Target, adversary: str) -> str | None:
-    """Need latents."""
-    return None if target.has_encoder else "this method has no latents"
-
-
-def shared_trunk(target: Target, adversary: str) -> str | None:
-    """Need an encoder's trunk that travels."""
-    return None if "encoder.trunk.0.weight" in target.uploaded else "no trunk of an encoder travels"
-
-
-def noise(target: Target, adversary: str) -> str | None:
-    """Need noise on the latents."""
-    return None if target.method.network.variational else "this method's encoder has no noise"
+def lacking(needs: tuple[Need, ...], target: Target, adversary: str) -> str | None:
+    """Return the first need that a run and an adversary do not meet; None if they meet all."""
+    return next((reason for reason, met in needs if not met(target, adversary)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """A row of the table.
-
-    Attributes:
-        adversaries: those that can run it.
-        source: where it was published, or what it does.
-        needs: conditions on the run, checked in this order.
-    """
+    """A row of the table: who can run it, where it was published, and conditions on the run, checked in order."""
 
     adversaries: tuple[str, ...]
     source: str
@@ -73,20 +52,21 @@ class Attack:
     unordered = False
     cheap = False
 
+    @property
+    def of_latents(self) -> bool:
+        """True if ``--observe`` says what it observes."""
+        return getattr(self, "observe", None) is latents.observe
+
     def unfit(self, target: Target, adversary: str) -> str | None:
         """Return why this adversary of this run cannot run it; None if it can."""
         if adversary not in self.adversaries:
             return "needs what this adversary does not have"
-        return next(filter(None, (need(target, adversary) for need in self.needs)), None)
+        return lacking(self.needs, target, adversary)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassAttack(Attack):
-    """An attack that draws classes.
-
-    Attributes:
-        solve: (adversary, labels P) -> images ``R x P x C x H x W``, its own choice of each label first.
-    """
+    """An attack that draws classes: ``solve(adversary, labels P)`` gives images ``R x P x C x H x W``."""
 
     solve: Callable[[Adversary, Tensor], Tensor]
     kind = "class"
@@ -97,10 +77,8 @@ class ReconstructionAttack(Attack, Generic[Observation]):
     """An attack that reconstructs single images from what is observed of them.
 
     Attributes:
-        observe: (victim, images ``N x C x H x W``, labels ``N``, budget) -> what the adversary observes.
         solve: (adversary, observation, N) -> images ``R x N x C x H x W``, its own choice first, and labels ``N``.
-        unordered: the observation says nothing about the order of the images, so scoring pairs reconstructions
-            with true images by assignment.
+        unordered: the observation says nothing about the order of the images.
         cheap: all of a client's images are attacked by default.
     """
 
@@ -114,10 +92,8 @@ class ReconstructionAttack(Attack, Generic[Observation]):
 class IdentificationAttack(Attack, Generic[Observation]):
     """An attack that makes no image, but says how likely each of given candidates is the observed one.
 
-    Attributes:
-        observe, cheap: as of ``ReconstructionAttack``.
-        solve: (adversary, observation of N images, candidates ``M x C x H x W``) -> log-likelihood ``N x M`` up to
-            a constant, and labels ``N``.
+    ``solve(adversary, observation, candidates)`` gives log-likelihoods ``N x M``, up to a constant, and labels
+    ``N``.
     """
 
     observe: Callable[[Victim, Tensor, Tensor, Budget], Observation]
@@ -161,18 +137,18 @@ def of_latents(solve: Callable[[Adversary, list[latents.Seen], int], tuple[Tenso
                cheap: bool = False) -> ReconstructionAttack[list[latents.Seen]]:
     """Return the row of an attack with the stolen model on latents."""
     return ReconstructionAttack[list[latents.Seen]](observe=latents.observe, solve=solve, adversaries=STOLEN,
-                                                    source=source, needs=(encoder,), cheap=cheap)
+                                                    source=source, needs=(LATENTS,), cheap=cheap)
 
 
 SERVER, STOLEN = ("curious_server",), ("stolen_model",)
-HEAD = (shared_head, other_client, whole_head)
+HEAD = (SHARED_HEAD, OTHER_CLIENT, WHOLE_HEAD)
 # In the order in which they run. An adversary's attacks share what the first of them trained, so a new row goes
 # behind those of its adversary: before them it would change what they find.
 ATTACKS: dict[str, ClassAttack | ReconstructionAttack[Any] | IdentificationAttack[Any]] = {
     "mi_face": of_classes(classes.attack_mi_face, "Fredrikson et al. 2015"),
     "margin": of_classes(classes.attack_margin, "margin, total variation, restarts"),
     "margin_mu": ClassAttack(solve=partial(classes.attack_margin, draws=0), adversaries=STOLEN,
-                             source="the same, through the mean of z alone", needs=(noise,)),
+                             source="the same, through the mean of z alone", needs=(NOISE,)),
     "gmi": of_classes(classes.attack_gmi, "after Zhang et al. 2020, arXiv 1911.07135"),
     "dlg": of_gradients(gradients.dlg, "Zhu et al. 2019, arXiv 1906.08935"),
     "cosine_tv": of_gradients(gradients.cosine_tv, "Geiping et al. 2020, arXiv 2003.14053"),
@@ -182,17 +158,17 @@ ATTACKS: dict[str, ClassAttack | ReconstructionAttack[Any] | IdentificationAttac
     "gauss_newton": of_gradients(gradients.gauss_newton, "exact where it converges"),
     "feature_alignment": of_gradients(
         gradients.feature_alignment,
-        "gauss_newton, and a shadow encoder with the moments of its latents, after Xu et al. 2024", encoder),
+        "gauss_newton, and a shadow encoder with the moments of its latents, after Xu et al. 2024", LATENTS),
     "trunk_analytic": ReconstructionAttack[list[State]](
         observe=observe.observe_trunk, solve=gradients.trunk_analytic, adversaries=SERVER,
-        source="analytic, through a trunk that is shared", needs=(shared_head, shared_trunk)),
+        source="analytic, through a trunk that is shared", needs=(SHARED_HEAD, SHARED_TRUNK)),
     "gradient_reidentification": IdentificationAttack[list[State]](
         observe=observe.observe_gradients, solve=latents.gradient_reidentification, adversaries=SERVER,
-        source="gauss_newton, and the candidate with the largest log q(z|x)", needs=(*HEAD, encoder)),
+        source="gauss_newton, and the candidate with the largest log q(z|x)", needs=(*HEAD, LATENTS)),
     "latent_decoder": of_latents(latents.decode, "a decoder trained on public images", True),
     "reidentification": IdentificationAttack[list[latents.Seen]](
         observe=latents.observe, solve=latents.likelihood, adversaries=STOLEN,
-        source="the candidate with the largest log q(z|x)", needs=(encoder,), cheap=True),
+        source="the candidate with the largest log q(z|x)", needs=(LATENTS,), cheap=True),
     "latent_generator": of_latents(latents.most_likely, "a search in a generator of public images"),
     "latent_search": of_latents(latents.search, "Mahendran and Vedaldi 2015"),
     "posterior_mean": of_latents(latents.posterior_mean, "the public images' mean, weighted by q(z|x)", True),
@@ -200,9 +176,3 @@ ATTACKS: dict[str, ClassAttack | ReconstructionAttack[Any] | IdentificationAttac
         observe=observe.observe_scores, solve=decode_scores, adversaries=("prediction_api",),
         source="Yang et al. 2019, arXiv 1902.08552", cheap=True),
 }
-
-
-def sees_latents(name: str) -> bool:
-    """Return True if ``--observe`` says what an attack observes."""
-    row = ATTACKS[name]
-    return not isinstance(row, ClassAttack) and row.observe is latents.observe

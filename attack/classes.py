@@ -1,8 +1,6 @@
 """Class inversion: images of a class, drawn from a model that was trained on the class.
 
-All classes and restarts are one batch, since the loss of one image does not depend on the others.
-
-In shapes, R is the number of restarts and P the number of labels.
+All classes and restarts are one batch. In shapes, R is the number of restarts and P the number of labels.
 """
 from collections.abc import Callable
 
@@ -19,13 +17,7 @@ def mi_face(score: Score, labels: Tensor, image_shape: tuple[int, int, int], ite
             patience: int = 100, enough: float = 0.99) -> Tensor:
     """Descend on ``1 - p(label | x)`` from black: MI-Face (Fredrikson et al. 2015, algorithm 1).
 
-    Args:
-        labels: ``P``.
-        patience: an image is finished when its cost has not fallen for this many steps,
-        enough: or when its probability reaches this.
-
-    Returns:
-        The best image of each label, ``P x C x H x W``.
+    An image is finished when its cost has not fallen for ``patience`` steps, or its probability is ``enough``.
     """
     x = torch.zeros(len(labels), *image_shape)
     best, lowest = x.clone(), torch.full((len(labels),), torch.inf)
@@ -50,16 +42,8 @@ def margin(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterations
            pull: float = 0.3, lr: float = 0.05) -> tuple[Tensor, Tensor]:
     """Raise the margin ``log p - log(1 - p)`` by Adam; unlike p, it does not level off near 1.
 
-    Total variation keeps the image smooth, and a pull keeps it near the mean of public images.
-
-    Args:
-        labels: ``P``.
-        start: where the search starts, ``R x P x C x H x W``.
-        mean: of public images, ``C x H x W``.
-        tv, pull: weights of total variation and of the squared distance from the mean.
-
-    Returns:
-        Images ``R x P x C x H x W`` and objectives ``R x P``. Each label's best restart comes first.
+    Images start at ``R x P x C x H x W``. Total variation keeps them smooth, and a pull keeps them near the mean
+    of public images. Returns images and objectives ``R x P``, each label's best restart first.
     """
     x, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(len(start))
 
@@ -71,19 +55,9 @@ def margin(score: Score, labels: Tensor, start: Tensor, mean: Tensor, iterations
 
 def gmi(score: Score, labels: Tensor, decoder: nn.Module, start: Tensor, iterations: int,
         weight: float = 0.05, lr: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Raise the margin over the images that a generator can draw.
+    """Raise the margin over the images that a generator can draw, with codes ``R x P x Z`` kept near N(0, I).
 
-    The generator was trained on public images, and its code is kept near N(0, I). After Zhang et al. 2020
-    (arXiv 1911.07135), whose generator is a GAN.
-
-    Args:
-        labels: ``P``.
-        decoder: code ``N x Z`` -> images ``N x C x H x W``.
-        start: codes where the search starts, ``R x P x Z``.
-        weight: of ``-log N(code; 0, I)``.
-
-    Returns:
-        As ``margin``.
+    After Zhang et al. 2020 (arXiv 1911.07135), whose generator is a GAN.
     """
     code, y = start.flatten(0, 1).clone().requires_grad_(), labels.repeat(len(start))
 

@@ -29,14 +29,8 @@ PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
 class Command:
     """A command that runs attacks of a table by several adversaries on clients of a trained run.
 
-    Attributes:
-        program, description: as in ``--help``.
-        name: of its table NAME.csv, and of the options behind that, NAME.json.
-        files: the names of all its files, as a regular expression.
-        columns: of NAME.csv. The first are those of a ``Unit``.
-        adversaries, attacks: those that there are, in the order of the rows. An attack has a ``source``.
-        draws, public_images: defaults of these options.
-        first_round: the earliest that can be attacked.
+    ``name`` is that of its table NAME.csv, whose first ``columns`` are those of a ``Unit``, and of the options
+    behind that, NAME.json; ``files`` matches all its files.
     """
 
     program: str
@@ -145,11 +139,7 @@ class Command:
         return status
 
     def run(self) -> None:
-        """Run every attack that was asked for, fits, and is not done yet.
-
-        Raises:
-            InputError: no attack fits, the run cannot be attacked, or an earlier attack had other options.
-        """
+        """Run every attack that was asked for, fits, and is not done yet."""
         plan = self.planned()
         self.prepare(plan)
         for path in folders.half_written(self.target.results, self.files):
@@ -181,11 +171,7 @@ class Command:
         return plan
 
     def begin(self) -> tuple[str, list[dict]]:
-        """Return the options that decide the rows, as JSON, and the rows of earlier attacks with the same options.
-
-        Raises:
-            InputError: the earlier attacks' files are damaged, or had other options.
-        """
+        """Return the options that decide the rows, as JSON, and earlier rows with the same options."""
         options = {key: value for key, value in json.loads(json.dumps(vars(self.args), default=str)).items()
                    if key not in (*SCOPE_OPTIONS, *PLACE_OPTIONS)}
         text = json.dumps(options, indent=2) + "\n"

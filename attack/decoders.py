@@ -17,12 +17,7 @@ def steps(images: Tensor, batch: int = BATCH) -> int:
 
 def fit(parameters: list[Tensor], loss: Callable[[Tensor], Tensor], count: int, epochs: int,
         batch: int = BATCH) -> None:
-    """Minimise a loss by Adam, with a learning rate that falls to 0.
-
-    Args:
-        loss: indices of a batch -> mean loss.
-        count: how many examples there are.
-    """
+    """Minimise a loss of indices over ``count`` examples by Adam, with a learning rate that falls to 0."""
     optimizer = torch.optim.Adam(parameters, 1e-3)
     total = epochs * -(-count // batch)
     warm = 0.1 if total != 10 else 0.11   # with 10 steps, 0.1 would make OneCycleLR divide by zero
@@ -47,15 +42,12 @@ def draw(mean: Tensor, logvar: Tensor | None) -> Tensor:
 
 
 def standardised(code: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and a deviation above 0 of each of a code's values, ``N x D -> D``."""
+    """Return the mean and the deviation, above 0, of each value of codes ``N x D``."""
     return code.mean(0), code.std(0) + 1e-3 * code.std() + 1e-12
 
 
 class Decoder(nn.Module):
-    """Codes ``N x D`` -> images in [0, 1], ``N x C x H x W``.
-
-    Two hidden layers, and beside them one linear map, because the last layers of an encoder are linear too.
-    """
+    """Codes ``N x D`` -> images in [0, 1], by two hidden layers and, since encoders end linearly, a linear map."""
 
     def __init__(self, size: int, image_shape: tuple[int, int, int], width: int = 1024) -> None:
         super().__init__()
@@ -72,10 +64,8 @@ class Decoder(nn.Module):
 def decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Decode:
     """Train a ``Decoder`` on public images for the squared error.
 
-    Args:
-        mean: the code of each image, ``N x D``: its latent without noise, or its scores.
-        logvar: log variance of the noise on the code, ``N x D``, or None. Noise is drawn anew every epoch.
-        images: ``N x C x H x W``.
+    ``mean`` is the code of each image, ``N x D``, and ``logvar`` the log variance of its noise, drawn anew every
+    epoch, or None.
     """
     def drawn(part: Tensor) -> Tensor:
         return draw(mean[part], None if logvar is None else logvar[part])
@@ -90,8 +80,7 @@ def decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) ->
 def ridge(code: Tensor, images: Tensor, weights: tuple[float, ...]) -> list[Decode]:
     """Fit ridge regressions from codes ``N x D`` to images, one for each weight (Hoerl and Kennard 1970).
 
-    With Z the standardised codes, S their covariance and X the centred images, a map is
-    ``(S + weight I)^-1 Z^T X / N``.
+    With Z the standardised codes, S their covariance and X the images, a map is ``(S + weight I)^-1 Z^T X / N``.
     """
     (centre, spread), mean = standardised(code), images.mean(0)
     standard, size = (code - centre) / spread, len(code)
@@ -106,10 +95,9 @@ def ridge(code: Tensor, images: Tensor, weights: tuple[float, ...]) -> list[Deco
 
 def cleaned_ridge(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int,
                   weights: tuple[float, ...] = (1e-4, 1e-2, 1.0)) -> Decode:
-    """Fit a ridge regression, then a small convolutional network that removes its errors.
+    """Fit a ridge regression, then a small convolutional network that removes its errors; for exact codes.
 
     Both also work on images that are unlike the public ones, where the hidden layers of ``decoder`` do not.
-    Ridge regression magnifies errors, so the codes have to be exact. Arguments are those of ``decoder``.
     """
     code, folds = draw(mean, logvar), torch.arange(len(mean)) % 4
     tried = torch.empty(len(weights), *images.shape)   # each image by maps that were not fitted to it
@@ -131,10 +119,9 @@ def cleaned_ridge(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: i
 
 
 def latent_decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Decode:
-    """Train ``decoder`` and ``cleaned_ridge`` and return the better one, for latents that are observed exactly.
+    """Train ``decoder`` and ``cleaned_ridge``; return the one with the lower error on a tenth of the images.
 
-    Better is the lower squared error on a tenth of the public images that neither was trained on. Arguments
-    are those of ``decoder``.
+    Neither is trained on that tenth. Arguments are those of ``decoder``, for latents that are observed exactly.
     """
     order = torch.randperm(len(mean))
     train, test = order[len(mean) // 10:], order[:len(mean) // 10]

@@ -1,10 +1,10 @@
 """Carry out attacks on one run, one at a time, with their controls: rows of attack.csv and a picture of each."""
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,16 +28,11 @@ CLIENT_LR = 0.1
 Observe = Callable[[np.ndarray], Any]   # numbers of N images -> what an attack observes of them
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The images of an attack or a control: N images in R restarts, of which the first is the attack's own choice.
+class Outcome(NamedTuple):
+    """The N images of an attack or a control in R restarts, of which the first is the attack's own choice.
 
-    Attributes:
-        images: reconstructions, ``R x N x C x H x W``.
-        numbers: of the true images in the data set, ``R x N``.
-        label_match: True where the adversary knew the label, ``R x N``.
-        ranks: of the true images, by distance from a reconstruction or by the likelihood that it gives them.
-        kl: of the true images' posteriors to the prior, nats, ``N``; not a number where there is none.
+    ``numbers`` and ``label_match`` are ``R x N``: the true images, and whether the adversary knew their labels.
+    ``kl`` is that of the true images' posteriors, nats, ``N``; not a number where there is none.
     """
 
     images: Tensor
@@ -53,12 +48,7 @@ class Outcome:
 
 
 class Evaluation:
-    """A run under attack: its images and their owners, the evaluator, and the budget of every adversary.
-
-    Raises:
-        InputError: the run's partition is damaged, the public images are too few or of another shape, or
-            --image_numbers are not those of the clients.
-    """
+    """A run under attack: its images and their owners, the evaluator, and the budget of every adversary."""
 
     def __init__(self, target: Target, args: Namespace) -> None:
         self.target, self.args = target, args
@@ -82,9 +72,8 @@ class Evaluation:
             raise InputError("--image_numbers and --images: give one of them")
         if len(set(numbers)) < len(numbers):
             raise InputError(f"--image_numbers {max(numbers, key=numbers.count)}: it is given more than once")
-        for number in numbers:
-            if not any(number in self.train[k] for k in clients):
-                raise InputError(f"--image_numbers {number}: no client of --clients trains on this image")
+        if len(foreign := np.setdiff1d(numbers, np.concatenate([self.train[k] for k in clients]))):
+            raise InputError(f"--image_numbers {foreign[0]}: no client of --clients trains on this image")
         for k in clients:
             if not np.isin(numbers, self.train[k]).any():
                 raise InputError(f"--image_numbers: client {k} trains on none of these images")
@@ -118,10 +107,7 @@ class Evaluation:
         return self.adversaries[key]
 
     def classes(self, client: int) -> Tensor:
-        """Return the classes of a client's training images of which somebody held an image out.
-
-        Without held-out images, the evaluator does not know a class, and nothing can be ranked among them.
-        """
+        """Return the classes of a client's training images of which somebody held an image out."""
         labels = self.target.data.labels
         return torch.from_numpy(np.intersect1d(labels[self.train[client]], labels[self.held_out]))
 
@@ -189,9 +175,8 @@ class Evaluation:
     def _nearest(self, images: Tensor, label: int, client: int) -> tuple[Tensor, ...]:
         """Find the client's training image of a class that is nearest to each of ``R x C x H x W``.
 
-        Returns:
-            Its number, its rank among training images of the client and as many held-out ones of the class, how
-            many these are, and the share that is the client's; ``R`` each.
+        Returns its number, its rank among images of the client and as many held-out ones, their number, and the
+        share that is the client's.
         """
         labels = self.target.data.labels
         own = self.train[client][labels[self.train[client]] == label][:MAX_CANDIDATES]
@@ -311,12 +296,7 @@ def finite(images: Tensor) -> Tensor:
 
 
 def save_picture(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str) -> None:
-    """Save the first images of each row as one picture, a column for each image.
-
-    Args:
-        rows: the names of rows and their images, ``N x C x H x W`` in [0, 1].
-        labels: of the columns, ``N``.
-    """
+    """Save the first images of each row, ``N x C x H x W``, as one picture, a labelled column for each image."""
     count = min(PICTURED, len(labels))
     figure, axes = plt.subplots(len(rows), count, figsize=(2.2 + 0.9 * count, 0.6 + 0.95 * len(rows)),
                                 squeeze=False, layout="constrained")

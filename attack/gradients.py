@@ -33,14 +33,7 @@ def gradient(head: nn.Module, x: Tensor, y: Tensor) -> State:
 
 
 def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -> State:
-    """Return the change of the head over one epoch of SGD, divided by ``-lr``: the sum of its steps' gradients.
-
-    It is differentiable in ``x``.
-
-    Args:
-        x, y: inputs and labels, in the order in which they are trained on.
-        batch: images in a step.
-    """
+    """Return the sum of the gradients of one epoch of SGD in the given order, differentiable in ``x``."""
     now = parameters_of(head)
     total = {name: torch.zeros_like(value) for name, value in now.items()}
     for part, labels in zip(x.split(batch), y.split(batch), strict=True):
@@ -51,15 +44,11 @@ def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -
 
 
 def labels_of(observed: State, count: int, steps: int = 1) -> Tensor:
-    """Return the labels of the images behind an observed gradient, or behind the sum of several steps' gradients.
+    """Return the labels behind the sum of ``steps`` gradients over ``count`` images, in ascending order.
 
-    With one image, the label is the only negative entry of the last bias's gradient, ``p - onehot`` (iDLG,
-    Zhao et al. 2020, arXiv 2001.02610). With several, the most negative entry is the first label. Each image
-    lowers its entry by ``steps / count``, so that much is added back before the next label is read (after
-    Wainakh et al. 2021, arXiv 2105.09369).
-
-    Returns:
-        ``count`` labels in ascending order, repeated where several images have the same.
+    The label of one image is the only negative entry of the last bias's gradient (iDLG, Zhao et al. 2020, arXiv
+    2001.02610). Of several, each lowers its entry by ``steps / count`` (after Wainakh et al. 2021, arXiv
+    2105.09369).
     """
     left, labels = observed["output.bias"].clone(), []
     for _ in range(count):
@@ -96,15 +85,12 @@ def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: T
 
     Args:
         change: inputs ``B x C x H x W`` and labels ``B`` -> the gradient or update that they would cause.
-        observed: the gradients or updates to match, ``P x ...`` for each parameter.
-        labels: ``P x B``.
+        observed, labels: what to match, ``P x ...`` for each parameter, and ``P x B``.
         start: where the search starts, ``R x P x B x C x H x W``.
-        tv: weight of total variation.
-        bounded: True keeps the inputs in [0, 1], for images; False is for latents.
+        bounded: keep the inputs in [0, 1], for images; not for latents.
 
     Returns:
-        The inputs, ``R x P x B x C x H x W``, and their objective, ``R x P``. Each problem's best restart comes
-        first.
+        The inputs and their objectives, ``R x P``. Each problem's best restart comes first.
     """
     restarts = len(start)
     x = start.flatten(0, 1).clone().requires_grad_()
@@ -131,14 +117,10 @@ def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: T
 
 
 def deep_leakage(head: nn.Module, observed: State, start: Tensor, iterations: int) -> tuple[Tensor, float]:
-    """Search an input and a soft label together by L-BFGS: DLG (Zhu et al. 2019, arXiv 1906.08935).
+    """Search an input and a soft label by L-BFGS: DLG (Zhu et al. 2019, arXiv 1906.08935).
 
-    Args:
-        observed: the gradient of one image.
-        start: where the search starts, ``1 x C x H x W``.
-
-    Returns:
-        The input, and the squared distance of its gradient from the observed one; infinite if the search diverged.
+    Returns the input, ``1 x C x H x W``, and the squared distance of its gradient; infinite if the search
+    diverged.
     """
     x = start.clone().requires_grad_()
     y = torch.zeros(1, len(observed["output.bias"]), requires_grad=True)
@@ -159,12 +141,9 @@ def deep_leakage(head: nn.Module, observed: State, start: Tensor, iterations: in
 
 def descend(objective: Callable[[], Tensor], x: Tensor, iterations: int, lr: float, *, cosine: bool = True,
             bounded: bool = True) -> Tensor:
-    """Minimise an objective of N independent searches by Adam and return its values at the end, ``N``.
+    """Minimise an objective of N independent searches over ``x`` by Adam; return its values at the end, ``N``.
 
-    Args:
-        x: where the searches start, changed in place.
-        cosine: let the learning rate fall to 0 along a cosine.
-        bounded: keep x in [0, 1].
+    ``x`` is changed in place. With ``cosine``, the learning rate falls to 0; ``bounded`` keeps x in [0, 1].
     """
     optimizer = torch.optim.Adam([x], lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) if cosine else None
@@ -182,16 +161,9 @@ def descend(objective: Callable[[], Tensor], x: Tensor, iterations: int, lr: flo
 
 def from_features(features: Callable[[Tensor], Tensor], goal: Tensor, start: Tensor, iterations: int,
                   tv: float, bounded: bool, lr: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Search inputs with given features: minimise ``|f(x) - goal|^2 / |goal|^2 + tv * TV(x)`` by Adam.
+    """Search inputs ``R x P x C x H x W`` whose features are a goal ``P x D``, by Adam; returns as ``invert``.
 
-    Args:
-        goal: the features to reach, ``P x D``.
-        start: where the search starts, ``R x P x C x H x W``.
-        tv, bounded: as in ``invert``.
-
-    Returns:
-        The inputs, ``R x P x C x H x W``, and their objective, ``R x P``. Each problem's best restart comes
-        first.
+    The objective is ``|f(x) - goal|^2 / |goal|^2 + tv * TV(x)``.
     """
     restarts = len(start)
     x = start.flatten(0, 1).clone().requires_grad_()
@@ -250,11 +222,7 @@ def invert_update(adversary: Adversary, observed: list[State], count: int, steps
 
 def from_dense(layers: nn.Module, name: str, observed: list[State], start: Tensor, iterations: int, tv: float,
                bounded: bool) -> Tensor:
-    """Recover the exact input of the first dense layer, then search images that lead to it.
-
-    Args:
-        name: of ``layers`` in the gradients.
-    """
+    """Recover the exact input of the first dense layer, then search images that lead to it."""
     before, dense = newton.before_dense(layers)
     goal = torch.stack([newton.dense_input(gradient, f"{name}.{dense}") for gradient in observed])
     return from_features(before, goal, start, iterations, tv, bounded, lr=0.1)[0]

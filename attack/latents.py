@@ -30,12 +30,9 @@ AT_ONCE = 1024      # candidates whose likelihood is computed together
 
 @dataclass(frozen=True)
 class Seen:
-    """Observed latents of N images under one encoder.
+    """Observed latents of N images under one encoder, ``S x N x D``.
 
-    Attributes:
-        draws: ``S x N x D``.
-        model: this encoder and its head; None for those of the adversary's own round.
-        noisy: True for draws of z, False for its mean.
+    ``model`` is None for the encoder of the adversary's own round; ``noisy`` is False for the mean of z.
     """
 
     draws: Tensor
@@ -83,11 +80,7 @@ def labels_of(adversary: Adversary, latents: list[Seen]) -> Tensor:
 
 
 def decode(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
-    """Decode the mean of each encoder's draws, by decoders trained on public images, and average the pictures.
-
-    Where the public images show other classes it is ridge regression, since hidden layers would not work on the
-    victim's.
-    """
+    """Decode the mean of each encoder's draws, by decoders trained on public images, and average the pictures."""
     labels = labels_of(adversary, latents)
     learn = decoders.cleaned_ridge if adversary.public.of_classes is None else decoders.latent_decoder
     images, _ = adversary.public.of(labels)
@@ -111,8 +104,8 @@ def search(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tenso
 def most_likely(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
     """Search the most likely image that a generator can draw: the largest ``log q(z|G(c)) + log N(c; 0, I)``.
 
-    The generator learns public images of the classes that z shows. The search over its codes c starts at the
-    picture that ``decode`` makes: from a random code it ends far from the image.
+    The generator learns public images of the classes that z shows. The search starts at the picture of ``decode``:
+    from a random code it ends far from the image.
     """
     (rough,), labels = decode(adversary, latents, count)
     (images, _), budget = adversary.public.of(labels), adversary.budget
@@ -135,10 +128,7 @@ def most_likely(adversary: Adversary, latents: list[Seen], count: int) -> tuple[
 
 
 def likelihood(adversary: Adversary, latents: list[Seen], candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``log q(z|x)`` of M candidates up to a constant, ``N x M``, summed over draws, and the labels of z.
-
-    Of a mean, and for an encoder without noise, it is minus half the squared distance.
-    """
+    """Return ``log q(z|x)`` of M candidates up to a constant, ``N x M``, over all draws, and the labels."""
     return log_likelihood(adversary, latents, candidates), labels_of(adversary, latents)
 
 
@@ -160,8 +150,8 @@ def _of_draws(draws: Tensor, mu: Tensor, logvar: Tensor | None) -> Tensor:
 def posterior_mean(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
     """Average the public images, weighted by their likelihood: ``softmax(log q(z|x)) @ x``.
 
-    For images drawn from the public ones no picture has a smaller expected squared error. Nothing is trained.
-    Without noise, as of ``mu``, it is the image with the nearest latent: the limit of ever less noise.
+    For images drawn from the public ones no picture has a smaller expected squared error. Without noise, as of
+    ``mu``, it is the image with the nearest latent.
     """
     labels = labels_of(adversary, latents)
     images, _ = adversary.public.of(labels)
@@ -174,10 +164,7 @@ def posterior_mean(adversary: Adversary, latents: list[Seen], count: int) -> tup
 
 def gradient_reidentification(adversary: Adversary, observed: list[State],
                               candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Recover latents by ``gradients.head_inputs``, and return their log-likelihood for candidates, ``N x M``.
-
-    The encoder is the seeded start before the first round, which the server knows, and later a shadow encoder.
-    """
+    """Recover latents by ``gradients.head_inputs``, and return the likelihood of candidates, ``N x M``."""
     latents = flatten(gradients.head_inputs(adversary, observed))
     labels = gradients.single_labels(observed)
     return log_likelihood(adversary, [Seen(latents[None])], candidates), labels

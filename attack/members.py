@@ -5,8 +5,9 @@ each image a score, the higher the likelier a member. It never sees which images
 """
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from attack.adversaries import Knowledge, PublicImages, hold, posterior_in_parts, public_images, shadow_encoder
-from attack.attacks import shared_head, whole_head
+from attack.attacks import SHARED_HEAD, WHOLE_HEAD, lacking
 from attack.observations import Victim
 from attack.target import Target
 from attack.verdict import Unit
@@ -32,16 +33,11 @@ PART = 64           # images that a model is asked about at a time
 LEAST = 1e-300      # in place of a probability of 0
 FALSE_POSITIVE_RATES = (0.001, 0.01)
 DRAWS = 1000        # of the bootstrap
+MODELS = ("stolen_model", "prediction_api")
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The images asked about, and the truth about them.
-
-    Attributes:
-        images, labels: ``N x C x H x W`` and ``N``.
-        member: True if the client was trained on it, ``N``. Only the measure sees it.
-    """
+class Asked(NamedTuple):
+    """The images asked about, and whether the client was trained on each, which only the measure sees."""
 
     images: Tensor
     labels: Tensor
@@ -49,10 +45,7 @@ class Asked:
 
 
 def asked(target: Target, client: int) -> Asked | None:
-    """Return all images of a client whose class is among its training and its held-out images; None if none is.
-
-    Members are training images. Non-members are the client's own held-out images of the same classes.
-    """
+    """Return a client's images of the classes that it trains on and holds out too; None if there are none."""
     labels = target.data.labels
     train, test = (halves[client] for halves in target.owned())
     both = np.intersect1d(labels[train], labels[test])
@@ -63,12 +56,7 @@ def asked(target: Target, client: int) -> Asked | None:
 
 
 class MembershipAdversary:
-    """One adversary of one client after one round. It trains its references once.
-
-    Args:
-        name: the adversary's.
-        rounds: the saved rounds that the curious server looks at together.
-    """
+    """One adversary of one client after one round; the curious server looks at several ``rounds`` together."""
 
     def __init__(self, target: Target, args: Namespace, rounds: list[int], round: int, client: int) -> None:
         self.target, self.args, self.rounds, self.round, self.client = target, args, rounds, round, client
@@ -93,21 +81,11 @@ class MembershipAdversary:
                                int(draw.integers(2**31)), images[chosen], labels[chosen])
 
 
-# Reference models: networks trained as a run's clients train, on public images (LiRA's shadow models).
-#
-# Carlini et al. 2022 (arXiv 2112.03570) compare a victim with models that differ from it in the training images
-# only. So a reference has the run's method, start, optimiser, learning rates, KL weight and warm-up, augmentation,
-# batches and epochs, and trains by the same code. It is a client alone: averaging and the server's noise are not
-# repeated.
-
 def schedule(target: Target, last: int, client: int, epochs: int | None) -> list[tuple[int, int]]:
     """Return the rounds up to the last in which a reference trains, and the local epochs in each.
 
-    They are the rounds in which the client was asked to train. Where it keeps nothing to itself, its model is
-    trained in every round by somebody, and so is the reference.
-
-    Args:
-        epochs: local epochs over all rounds, which fill rounds from the first on; None for those of the client.
+    They are those in which the client trained, or all if it keeps nothing to itself; or as many as ``epochs``
+    fill.
     """
     options, names, each = target.options, target.network().state_dict(), target.options["local_ep"]
     if epochs:
@@ -122,14 +100,10 @@ def schedule(target: Target, last: int, client: int, epochs: int | None) -> list
 
 def train_reference(target: Target, like: tuple[int, int, int | None], seed: int, images: Tensor,
                     labels: Tensor) -> Network:
-    """Train a model from the seeded start on images ``N x C x H x W``, which have 256 levels, and labels ``N``.
+    """Train a model alone, by the code that clients train by, from the seeded start (LiRA's shadow models).
 
-    Args:
-        like: the last round, client and epochs of ``schedule``.
-        seed: of all draws: batches, dropout, augmentation, z, and the classes of the prior replay.
-
-    Raises:
-        InputError: the loss is not finite, or ``config.json`` lacks an option.
+    It differs from the victim in images and draws only (Carlini et al. 2022, arXiv 2112.03570); averaging and the
+    server's noise are not repeated. ``like`` is the last round, client and epochs of ``schedule``.
     """
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).contiguous()   # as clients store them
     network = target.start(0).to(memory_format=torch.channels_last)   # of round 0: before the full sharing rounds
@@ -150,29 +124,20 @@ def train_reference(target: Target, like: tuple[int, int, int | None], seed: int
     return network.eval().requires_grad_(False)
 
 
-# Models: (adversary) -> images N x C x H x W -> log-probabilities N x num_classes.
-
-def stolen(adversary: MembershipAdversary) -> Answer:
-    """Return the client's own model, averaged over draws of z."""
-    knowledge = hold(adversary.target, "stolen_model", adversary.round, adversary.client)
-    return partial(knowledge.logits, draws=adversary.args.draws)
-
-
-def service(adversary: MembershipAdversary) -> Answer:
-    """Return the prediction service, which tells only its largest scores; those not told are -inf."""
-    victim = Victim(adversary.target, adversary.round, adversary.client)
-    return lambda x: victim.answers(x, adversary.args.draws, adversary.args.scores).double().log()
-
-
-MODELS = {"stolen_model": stolen, "prediction_api": service}
+def answer_of(name: str, adversary: MembershipAdversary) -> Answer:
+    """Return the answers of the stolen model, or of the service, -inf where it does not tell a score."""
+    target, args, round, client = adversary.target, adversary.args, adversary.round, adversary.client
+    if name == "stolen_model":
+        return partial(hold(target, name, round, client).logits, draws=args.draws)
+    victim = Victim(target, round, client)
+    return lambda x: victim.answers(x, args.draws, args.scores).double().log()
 
 
 @torch.no_grad()
 def confidence(answer: Answer, images: Tensor, labels: Tensor) -> Tensor:
     """Return ``log(p / (1 - p))`` with p the probability of the true label, float64 ``N``.
 
-    It is in the same order as ``-CE = log p``, but two images that a model is nearly sure of still differ, where
-    p rounds to 1. If a service did not tell p, the rest that it did not tell stands for it.
+    Unlike ``log p`` it tells images apart where p rounds to 1. A p that a service did not tell is the rest.
     """
     logs = torch.cat([answer(part) for part in images.split(PART)]).double()
     true = F.one_hot(labels, logs.shape[1]).bool()
@@ -185,7 +150,7 @@ def confidence(answer: Answer, images: Tensor, labels: Tensor) -> Tensor:
 
 def loss(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
     """Score by the loss (Yeom et al. 2018, arXiv 1709.01604): the surer, the likelier a member."""
-    return confidence(MODELS[name](adversary), images, labels)
+    return confidence(answer_of(name, adversary), images, labels)
 
 
 def kl(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
@@ -198,14 +163,13 @@ def kl(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor
 def rmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
     """Score by RMIA, offline, with few references (Zarifzadeh et al. 2024, arXiv 2312.03262).
 
-    With ``p(x|victim)`` the probability of the true label, and ``p(x)`` of a model that may or may not have seen
-    x, a score is the share of public images z for which ``p(x|victim) / p(x) >= gamma p(z|victim) / p(z)``.
-    References have not seen x, so ``p(x) = ((1 + a) p_out(x) + 1 - a) / 2`` with their mean ``p_out``.
+    A score is the share of public z for which ``p(x|victim) / p(x) >= gamma p(z|victim) / p(z)``. References have
+    not seen x, so ``p(x) = ((1 + a) p_out(x) + 1 - a) / 2`` with their mean ``p_out``.
     """
     args, (public, known) = adversary.args, adversary.public.of(labels)
     size = min(POPULATION, len(public) // 4)   # z, which no reference has seen
     references = adversary.references(public[size:], known[size:], len(images))
-    victim = MODELS[name](adversary)
+    victim = answer_of(name, adversary)
 
     def answer(reference: Network, x: Tensor) -> Tensor:
         return reference.predict(x, args.draws)[0].double().log()
@@ -219,11 +183,10 @@ def rmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tens
 
 
 def fedmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
-    """Score after FedMIA (Zhu et al. 2025, CVPR, arXiv 2402.06289), by the loss.
+    """Score by the loss under the victim's upload, standardised by the other clients' and averaged over rounds.
 
-    No other client has trained on x. So the losses of x under their uploads of a round say what is usual, and
-    the victim's is standardised by their mean and deviation. A score is the mean over rounds. Behind an encoder,
-    the server puts one before all heads of a round: a shadow encoder, trained with the head that it had sent.
+    After FedMIA (Zhu et al. 2025, CVPR, arXiv 2402.06289): no other client has trained on x. Behind an encoder,
+    the server trains a shadow encoder with the head that it had sent.
     """
     scores, target = [], adversary.target
     for r in adversary.rounds:
@@ -273,16 +236,8 @@ def comparable(uploads: dict[int, State], client: int) -> bool:
     return client in uploads and len(uploads) > 2
 
 
-@dataclass(frozen=True)
-class MembershipAttack:
-    """A row of the table.
-
-    Attributes:
-        score: (adversary's name, adversary, images, labels) -> scores ``N``.
-        adversaries: those that can run it.
-        source: where it was published.
-        all_rounds: True if it looks at all rounds at once, and so gives one row for them.
-    """
+class MembershipAttack(NamedTuple):
+    """A row of the table; an attack that looks at ``all_rounds`` at once gives one row for them."""
 
     score: Callable[[str, MembershipAdversary, Tensor, Tensor], Tensor]
     adversaries: tuple[str, ...]
@@ -291,9 +246,9 @@ class MembershipAttack:
 
 
 MEMBERSHIP_ATTACKS = {
-    "loss": MembershipAttack(loss, tuple(MODELS), "Yeom et al. 2018, arXiv 1709.01604"),
+    "loss": MembershipAttack(loss, MODELS, "Yeom et al. 2018, arXiv 1709.01604"),
     "kl": MembershipAttack(kl, ("stolen_model",), "the KL term of the client's own loss"),
-    "rmia": MembershipAttack(rmia, tuple(MODELS), "Zarifzadeh et al. 2024, arXiv 2312.03262"),
+    "rmia": MembershipAttack(rmia, MODELS, "Zarifzadeh et al. 2024, arXiv 2312.03262"),
     "fedmia": MembershipAttack(fedmia, ("curious_server",), "after Zhu et al. 2025, arXiv 2402.06289",
                                all_rounds=True),
 }
@@ -312,7 +267,7 @@ def obstacle(target: Target, unit: Unit, rounds: list[int]) -> str | None:
         return "needs references whose encoders are trained as in the run of --encoders_from"
     if not attack.all_rounds:
         return None
-    if why := shared_head(target, unit.adversary) or whole_head(target, unit.adversary):
+    if why := lacking((SHARED_HEAD, WHOLE_HEAD), target, unit.adversary):
         return why
     if not any(comparable(target.shared(r)["uploads"], unit.client) for r in rounds):
         return f"client {unit.client} and two others uploaded together in no round"
@@ -323,11 +278,7 @@ def obstacle(target: Target, unit: Unit, rounds: list[int]) -> str | None:
 # share of them as of the non-members. Otherwise a score that knows the class alone could tell them apart.
 
 def class_weights(members: ndarray, non_members: ndarray) -> ndarray:
-    """Return the weight of each member, of mean 1, that gives the classes the shares of the non-members.
-
-    Args:
-        members, non_members: classes of M and N images; both have the same classes.
-    """
+    """Return member weights of mean 1 that give the classes the shares of the non-members."""
     weights = np.empty(len(members))
     for c in np.unique(members):
         weights[members == c] = (non_members == c).sum() / (members == c).sum()
@@ -335,22 +286,14 @@ def class_weights(members: ndarray, non_members: ndarray) -> ndarray:
 
 
 def auc(members: ndarray, non_members: ndarray, weights: ndarray) -> float:
-    """Return the chance that a member has a higher score than a non-member; a tie counts half.
-
-    Args:
-        members, non_members: their scores, ``M`` and ``N``.
-        weights: of the members, ``M``.
-    """
+    """Return the chance that a weighted member has a higher score than a non-member; a tie counts half."""
     ordered = np.sort(non_members)
     below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
     return float(np.average(below, weights=weights) / (2 * len(ordered)))
 
 
 def tpr(members: ndarray, non_members: ndarray, weights: ndarray, rate: float) -> float:
-    """Return the share of members over the lowest threshold that at most ``rate`` of the non-members are over.
-
-    With fewer than ``1 / rate`` non-members, none of them may be over it.
-    """
+    """Return the share of members over the lowest threshold that at most ``rate`` of the non-members are over."""
     allowed = int(rate * len(non_members) + 1e-9)
     threshold = np.sort(non_members)[len(non_members) - 1 - allowed]
     return float(np.average(members > threshold, weights=weights))
@@ -366,17 +309,7 @@ def resampled(classes: ndarray, generator: np.random.Generator) -> ndarray:
 
 
 def measure(scores: ndarray, classes: ndarray, member: ndarray) -> dict[str, float]:
-    """Return AUC and TPR with 95 % bootstrap intervals over both members and non-members.
-
-    Args:
-        scores: ``N``, high for members.
-        classes: ``N``.
-        member: ``N``, bool.
-
-    Returns:
-        ``auc``, ``tpr_at_fpr_0.001``, ..., and of each also ``_low`` and ``_high``, to five decimals: ties of all
-        scores are 0.5 exactly, and the file shows what `leaks` was judged by.
-    """
+    """Return AUC and TPR with 95 % bootstrap intervals, to five decimals; scores ``N`` are high for members."""
     inside, outside = scores[member], scores[~member]
     weights, draw = class_weights(classes[member], classes[~member]), rng(0, "membership bootstrap")
     samples = list(zip(resampled(classes[member], draw), resampled(classes[~member], draw), strict=True))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project,
 import pandas as pd
 
 from attack.adversaries import ADVERSARIES
-from attack.attacks import ATTACKS, sees_latents
+from attack.attacks import ATTACKS
 from attack.command import Command
 from attack.evaluation import CLIENT_LR, FEW_IMAGES, Evaluation
 from attack.latents import OBSERVED
@@ -77,7 +77,7 @@ class MiAttack(Command):
                for k in self.args.clients for who in self.args.adversary for name in self.args.attack}
         for r in self.rounds:
             for (k, who, name), reason in why.items():
-                for observed in self.args.observe if sees_latents(name) else [""]:
+                for observed in self.args.observe if ATTACKS[name].of_latents else [""]:
                     yield Unit(who, name, r, k, observed), reason
 
     def prepare(self, plan: list[Unit]) -> None:

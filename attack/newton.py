@@ -2,13 +2,9 @@
 
 The input of the head's first dense layer, and the loss's derivative with respect to it, follow from the gradient
 without error (``dense_input``). Both are functions of the head's input x through the convolutions f: f(x) itself,
-and the gradient of the last convolution's weights, in which that derivative is routed back through the max pools.
-Together they are some twenty thousand equations for the 784 unknowns of MNIST. They are well conditioned at the
-solution; the difficulty is to come near it. Three things do that:
-
-- a start by ridge regression from f(x) to x, fitted to inputs that the adversary draws itself;
-- the gradient of the last convolution beside the features, since it says which pixel each max pool chose;
-- random steps away from where a search got stuck, kept where they end at a lower error.
+and the gradient of the last convolution's weights, which also says which pixel each max pool chose. Together they
+are some twenty thousand equations for the 784 unknowns of MNIST. The search starts at a ridge regression from f(x)
+to x, fitted to inputs that the adversary draws itself. Searches that got stuck are shaken and repeated.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,12 +26,7 @@ POWER = 30                  # iterations towards a first singular vector
 def dense_input(observed: State, layer: str) -> Tensor:
     """Return a dense layer's input for one image (Phong et al., IEEE TIFS 2018), exact without noise.
 
-    It follows from ``dL/dW = (dL/db) input^T``: with a 1 appended to the input, ``[dL/dW, dL/db]`` has rank 1.
-    Under noise its first singular vectors are used, by power iterations from ``dL/db``.
-
-    Args:
-        observed: the gradient of one image.
-        layer: name of the layer, whose ``.weight`` is ``M x D`` and whose ``.bias`` is ``M``.
+    With a 1 appended to the input, ``[dL/dW, dL/db]`` has rank 1. Its first singular vectors average noise out.
     """
     weight, bias = observed[f"{layer}.weight"].double(), observed[f"{layer}.bias"].double()
     whole, units = torch.cat([weight, bias[:, None]], 1), bias
@@ -54,16 +45,9 @@ def before_dense(layers: nn.Module) -> tuple[nn.Sequential, int]:
 
 def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, int], hops: int,
                copies: int) -> Tensor:
-    """Return the inputs of a head behind P gradients, of one image each.
+    """Return the inputs of a head behind P gradients of one image each; they are not clamped.
 
-    Args:
-        observed: a gradient of the head's parameters for each image.
-        shape: ``(C, H, W)`` of an input.
-        hops: how often those that are not yet found are shaken and searched again.
-        copies: how many shaken copies of each are tried at a time.
-
-    Returns:
-        ``P x C x H x W``; no value is clamped, since an input may be a latent.
+    Those not yet found are shaken ``hops`` times, ``copies`` of each at a time, and searched again.
     """
     problem = problem_of(head, observed)
     with torch.no_grad():
@@ -88,14 +72,9 @@ def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, in
 
 @dataclass(frozen=True)
 class Problem:
-    """P inputs to be found.
+    """P inputs to be found, from the dense layer's inputs ``P x D`` and gradients of a convolution ``P x W``.
 
-    Attributes:
-        before: the layers before the dense one.
-        convolution: name of the last convolution's weights among them.
-        features: the dense layer's inputs, ``P x D``.
-        slope: the loss's derivative with respect to the features, ``P x D``.
-        routed: the gradient of the convolution's weights, ``P x W``.
+    ``before`` are the layers before the dense one; ``slope`` is the loss's derivative by the features.
     """
 
     before: nn.Sequential
@@ -105,10 +84,7 @@ class Problem:
     routed: Tensor
 
     def residuals(self, which: Tensor, with_routed: bool) -> Callable[[Tensor], Tensor]:
-        """Return a function of inputs for N problems, ``N x C x H x W -> N x E``, 0 where an input is right.
-
-        Features, and gradients of the convolution, are divided by their norm, so that both count alike.
-        """
+        """Return a function of inputs for N problems, ``N x C x H x W -> N x E``, 0 where an input is right."""
         goal, slope = self.features[which], self.slope[which]
         size = goal.norm(dim=1, keepdim=True).clamp_min(1e-12)
         if not with_routed:
@@ -139,11 +115,7 @@ def problem_of(head: nn.Module, observed: list[State]) -> Problem:
 
 
 def search(problem: Problem, which: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Search with all equations, then with the features alone: near a solution these lead to it exactly.
-
-    Returns:
-        The inputs, and the squared error of all equations, ``N``.
-    """
+    """Search with all equations, then with the features alone; return inputs and the error of all equations."""
     every = problem.residuals(which, with_routed=True)
     x, error = gauss_newton(every, start, steps)
     near, _ = gauss_newton(problem.residuals(which, with_routed=False), x, FEWER)
@@ -155,17 +127,7 @@ def search(problem: Problem, which: Tensor, start: Tensor, steps: int) -> tuple[
 
 def gauss_newton(residuals: Callable[[Tensor], Tensor], start: Tensor, steps: int,
                  inner: int = 20) -> tuple[Tensor, Tensor]:
-    """Solve N independent problems by Levenberg and Marquardt's method, taking steps that lower the error.
-
-    The equations of a step are solved by conjugate gradients, so that no Jacobian is ever formed.
-
-    Args:
-        residuals: ``N x C x H x W -> N x E``.
-        steps: of Gauss-Newton, each with ``inner`` steps of conjugate gradients.
-
-    Returns:
-        The inputs, and the squared norms of their residuals, ``N``.
-    """
+    """Solve N problems by Levenberg and Marquardt's method, each step by conjugate gradients."""
     def each(value: Tensor) -> Tensor:
         return value[:, None, None, None]
 
@@ -195,10 +157,7 @@ def gauss_newton(residuals: Callable[[Tensor], Tensor], start: Tensor, steps: in
 
 
 def ridge_start(before: nn.Sequential, features: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Guess inputs by ridge regression from features to inputs drawn from a normal distribution.
-
-    Its standard deviation is the one of SPREADS whose features have about the norm of those observed.
-    """
+    """Guess inputs by ridge regression from features to normal inputs, whose features have the right norm."""
     def features_of(inputs: Tensor) -> Tensor:
         return torch.cat([before(part) for part in inputs.split(512)])
     norm, unit = features.norm(dim=1).median(), torch.randn(256, *shape)

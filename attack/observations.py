@@ -1,10 +1,8 @@
 """What an adversary observes of the attacked client: an upload, latents, or the answer to an image.
 
-``Victim`` plays the attacked client. It reads ``client_<k>.pt``, and hands over only what is observed.
-
-An upload that is observed at a checkpoint is that of the next training step. The client takes that step with
-the encoder just stored and with the head just aggregated, which the server sends next. The server knows this
-head, so it matches the gradient on exactly these weights.
+``Victim`` plays the client from ``client_<k>.pt``, and hands over only what is observed. An upload observed at a
+checkpoint is that of the next training step, from the head just aggregated, which the server sends next. The
+server knows this head, so it matches the gradient on exactly these weights.
 """
 import torch
 from torch import Tensor
@@ -51,11 +49,9 @@ class Victim:
     def noise(self, x: Tensor, y: Tensor) -> dict[str, float] | None:
         """Return how much of images the noise on z leaves; None for a method without noise.
 
-        Returns:
-            Means over the images: ``kl_nats``, to the prior; ``sigma``, the noise's standard deviation;
-            ``snr_db``, in dB, the variance of mu over images divided by that of the noise; ``bound_nats``, an
-            upper bound on what one draw of z tells about an image: the KL, and with a prior for each class also
-            the entropy of the labels (``models.ClassPrior``).
+        ``bound_nats`` is an upper bound on what one z tells about an image: the KL, and with a class prior also
+        the entropy of the labels. The rest are means: KL, deviation, and variance of mu over that of the noise, in
+        dB.
         """
         kl, network = self.kl(x, y), self.network(self.own)
         if kl is None:
@@ -69,12 +65,7 @@ class Victim:
 
     @torch.no_grad()
     def answers(self, x: Tensor, draws: int, keep: int) -> Tensor:
-        """Return the prediction service's probabilities, ``N x num_classes``.
-
-        Args:
-            draws: of z, over which the probabilities are averaged.
-            keep: how many of the largest it tells; the others are 0.
-        """
+        """Return the prediction service's ``keep`` largest probabilities and else 0, averaged over draws of z."""
         scores = self.stolen().logits(x, draws).exp()
         smallest = scores.topk(min(keep, scores.shape[1])).values[:, -1:]
         return torch.where(scores >= smallest, scores, torch.zeros_like(scores))
@@ -83,22 +74,10 @@ class Victim:
                inputs: list[Tensor] | None = None) -> State:
         """Return what the server makes of the upload that a client's next steps cause: the sum of their gradients.
 
-        The client takes SGD steps from the head that it is sent next. Each follows the gradient of its whole
-        objective: the cross-entropy, the KL term, the method's own loss and, with a prior for each class, the
-        replay of draws from the priors. Its private parameters stay as they are. There is no dropout and no
-        augmentation, which is the best case for the adversary.
-
+        The client takes SGD steps on its whole objective: the cross-entropy, the KL term, the method's own loss
+        and the replay of class priors. There is no dropout and no augmentation: the best case for the adversary.
         Where the method protects uploads, what is observed is ``sent - lr * sum`` as ``Server.receive`` lets it
-        through, every upload with noise of its own. The server then divides by the step (``of_upload``).
-        Other uploads give the sum itself; that float32 rounds them is left out.
-
-        Args:
-            lr: size of a step, which the server knows.
-            batch: images in a step; all of them if not given.
-            inputs: the head's inputs are appended to this list, for scoring alone.
-
-        Returns:
-            By parameter name, of all shared parameters.
+        through, with noise of its own. The head's inputs are appended to ``inputs``, for scoring alone.
         """
         total = self._steps(x, y, lr, batch or len(x), inputs)
         if not self.target.method.protects:
@@ -137,11 +116,8 @@ class Victim:
 def of_upload(sent: State, arrived: State, lr: float, clipped: bool) -> State:
     """Return the sum of gradients behind an upload, ``(sent - arrived / s) / lr``, in single precision.
 
-    Args:
-        sent, arrived: the parameters that the client started from, and those that arrived, in double precision.
-        lr: size of the client's steps.
-        clipped: the client's parameters were scaled as one vector, by s. Most parameters hardly move in a step,
-            so s is the median of ``arrived / sent``, weighted by ``|sent|``: the least absolute deviation.
+    A clipped upload was scaled by s. Most parameters hardly move in a step, so s is the median of ``arrived /
+    sent``, weighted by ``|sent|``: the least absolute deviation.
     """
     scale = 1.0
     if clipped:

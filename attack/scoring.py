@@ -6,7 +6,6 @@ foreign control. It has everything that an attack can know of a class, and nothi
 Images are ``N x C x H x W`` in [0, 1], so the data range of PSNR and SSIM is 1.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,26 +31,20 @@ def similarity(found: Tensor, truth: Tensor) -> dict[str, Tensor]:
 def ssim(found: Tensor, truth: Tensor) -> Tensor:
     """Return the structural similarity of each image and its true one, ``N`` (Wang et al. 2004, IEEE TIP 13(4)).
 
-    The window is Gaussian, 11 x 11 with a standard deviation of 1.5 pixels, and only windows that lie within the
-    image count: scikit-image's ``structural_similarity(gaussian_weights=True, use_sample_covariance=False)``.
-    For images of fewer than 11 pixels a side it is the largest odd square that fits. Colours are averaged.
+    It is scikit-image's ``structural_similarity(gaussian_weights=True, use_sample_covariance=False)``: windows of
+    11 x 11 pixels that lie within the image. In smaller images the window is the largest odd square that fits.
     """
     side = min(SSIM_WINDOW, (min(found.shape[2:]) + 1) // 2 * 2 - 1)
     line = (-0.5 * ((torch.arange(side, dtype=torch.double) - side // 2) / SSIM_SIGMA).square()).exp()
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
-    return torch.cat([_ssim(x.double(), y.double(), window)
-                      for x, y in zip(found.split(256), truth.split(256), strict=True)])
-
-
-def _ssim(x: Tensor, y: Tensor, window: Tensor) -> Tensor:
-    """Return ``ssim`` in windows of the given weights, ``1 x 1 x S x S``."""
-    planes = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
-    means = torch.nn.functional.conv2d(planes, window).unflatten(0, (5, *x.shape[:2])).squeeze(3)
-    mx, my, xx, yy, xy = means
-    c1, c2 = 0.01**2, 0.03**2
-    similar = ((2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
-               / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2)))
-    return similar.mean((1, 2, 3))
+    c1, c2, values = 0.01**2, 0.03**2, []
+    for x, y in zip(found.double().split(256), truth.double().split(256), strict=True):
+        planes = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
+        mx, my, xx, yy, xy = torch.nn.functional.conv2d(planes, window).unflatten(0, (5, *x.shape[:2])).squeeze(3)
+        similar = ((2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
+                   / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2)))
+        values.append(similar.mean((1, 2, 3)))
+    return torch.cat(values)
 
 
 def distances(found: Tensor, pool: Tensor) -> Tensor:
@@ -66,15 +59,10 @@ def in_order_of(truth: Tensor, found: Tensor) -> Tensor:
 
 
 def rank_by(distance: Tensor, is_true: Tensor, among: Tensor | None = None) -> Tensor:
-    """Return the rank of the true image when a pool is sorted by distance, ``N``, from 1.
+    """Return the rank of the true image when a pool is sorted by distance ``N x M``, from 1.
 
-    A distance that is not a number comes last. The true image comes behind others at the same distance, so that
-    calling all alike finds nothing.
-
-    Args:
-        distance: ``N x M``.
-        is_true: the true images of the pool, bool ``N x M``. Of several, the nearest counts.
-        among: those of the pool that count, bool ``N x M``; all if not given.
+    A distance that is not a number comes last, and the true image comes behind others at the same distance. Of
+    several true images, the nearest counts. Only images of the pool that are ``among`` count.
     """
     among = torch.ones_like(is_true) if among is None else among
     distance = distance.nan_to_num(torch.inf)
@@ -86,20 +74,10 @@ def paired(labels: np.ndarray, order: np.ndarray, spare: np.ndarray, count: int 
            batch: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Choose the images to attack, and for each the image of its class whose observation is its foreign control.
 
-    The images attacked are the first of ``order``. One by one, each is paired with the next attacked image of its
-    class, in a circle, so that the control needs no further observation. The only attacked image of its class is
-    paired with the class's next image of ``order`` or ``spare``, which is observed too. A batch is paired with a
-    second batch, of the next images with the same labels. An image whose class has too few images is not attacked.
-
-    Args:
-        labels: of all images of the data set.
-        order: numbers of the client's images, in the order in which they are attacked.
-        spare: numbers of other images, which may be observed where the client's do not suffice.
-        count: how many images are attacked at most; None for all.
-        batch: True if the images are observed together.
-
-    Returns:
-        The numbers of the images attacked, and of their partners, ``N`` each. They are empty if no class has two.
+    Up to ``count`` of the first images of ``order`` are attacked. Each is paired with the next attacked image of
+    its class, in a circle; the only attacked image of its class with the class's next image of ``order`` or
+    ``spare``. A batch is paired with a second batch with the same labels. An image whose class has too few images
+    is not attacked. Returns the numbers of the images and of their partners, empty if no class has two.
     """
     line = np.concatenate([order, spare]).astype(int)
     of_class = {c: line[labels[line] == c] for c in np.unique(labels[line])}
@@ -115,13 +93,9 @@ def paired(labels: np.ndarray, order: np.ndarray, spare: np.ndarray, count: int 
 
 
 class Ranks(NamedTuple):
-    """The places of true images when candidates are sorted by distance from a reconstruction, each ``R x N``.
+    """The places of true images, from 1, among candidates sorted by distance, each ``R x N``.
 
-    Attributes:
-        rank: from 1, among all candidates.
-        class_rank: from 1, among the candidates of the image's class.
-        class_size: how many these are.
-        guess: the share of candidates that are true: how often a guess has rank 1.
+    ``class_rank`` and ``class_size`` are of the image's class; ``guess`` is how often a guess has rank 1.
     """
 
     rank: Tensor
@@ -135,14 +109,11 @@ class Ranks(NamedTuple):
         return Ranks(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The images of the client among which some true images are ranked.
+class Candidates(NamedTuple):
+    """The images of the client among which some true images, ``part`` of those attacked, are ranked.
 
-    Attributes:
-        part: which of the attacked images these are.
-        numbers: of the candidates in the data set, ``M``.
-        is_true, among, alike: bool ``P x M``: the true image of each; its candidates; those of its class.
+    ``is_true``, ``among`` and ``alike`` are bool ``P x M``: the true image, its candidates, and those of its
+    class.
     """
 
     part: slice
@@ -160,10 +131,7 @@ class Candidates:
 
 
 def candidates(labels: np.ndarray, order: np.ndarray, numbers: np.ndarray) -> Iterator[Candidates]:
-    """Yield the candidates of attacked images, ``PART`` images at a time.
-
-    They are the true image and the first of the client's other images in ``order``: ``MAX_CANDIDATES`` at most.
-    """
+    """Yield, ``PART`` images at a time, the true image and the first others, up to ``MAX_CANDIDATES``."""
     base = order[:MAX_CANDIDATES]
     for start in range(0, len(numbers), PART):
         part = numbers[start:start + PART]
@@ -180,16 +148,9 @@ def candidates(labels: np.ndarray, order: np.ndarray, numbers: np.ndarray) -> It
 
 def feature_distances(found: Tensor, truth: Tensor, labels: Tensor, own: Tensor,
                       own_labels: Tensor) -> dict[str, Tensor]:
-    """Return Euclidean distances of N images from true ones in an evaluator's features.
+    """Return distances in an evaluator's features from the true images, and from the nearest of the label.
 
-    Args:
-        found, truth: features of the images and of the true ones, ``N x D``.
-        labels: of the true images, ``N``.
-        own, own_labels: features of the victim's training images, ``M x D``, and their labels, ``M``.
-
-    Returns:
-        ``feature_distance``, from the true image; ``knn_distance``, from the nearest training image of the label
-        (Zhang et al. 2020, arXiv 1911.07135), NaN if there is none. ``N`` each.
+    The latter is that of Zhang et al. 2020 (arXiv 1911.07135), over the victim's training images ``own``.
     """
     other = own_labels[None, :] != labels[:, None]
     distance = torch.cdist(found, own, compute_mode="donot_use_mm_for_euclid_dist")   # by products, 0 is not found
@@ -198,13 +159,8 @@ def feature_distances(found: Tensor, truth: Tensor, labels: Tensor, own: Tensor,
             "knn_distance": nearest.masked_fill(nearest == torch.inf, torch.nan)}
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """A classifier that has nothing to do with the victim, trained on images that no client trained on.
-
-    Attributes:
-        accuracy: share right on further such images, which it was not trained on either.
-    """
+class Evaluator(NamedTuple):
+    """A classifier trained on images that no client trained on; ``accuracy`` is on others of these."""
 
     model: CNN
     accuracy: float
@@ -232,12 +188,7 @@ def evaluator(images: Tensor, labels: Tensor, num_classes: int, epochs: int = 12
 
 
 def class_means(public: Tensor, public_labels: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean public image of each label, ``N x C x H x W``; of all public images where none has it.
-
-    Args:
-        public, public_labels: ``M x C x H x W`` and ``M``.
-        labels: ``N``.
-    """
+    """Return the mean public image of each label, ``N x C x H x W``; of all public images where none has it."""
     means = {c: (public[public_labels == c] if (public_labels == c).any() else public).mean(0)
              for c in labels.unique().tolist()}
     return torch.stack([means[c] for c in labels.tolist()])
@@ -246,12 +197,8 @@ def class_means(public: Tensor, public_labels: Tensor, labels: Tensor) -> Tensor
 def distortion_bound(images: Tensor, nats: float) -> float:
     """Return the least mean squared error per pixel for an adversary who knows ``nats`` about an image.
 
-    By reverse water-filling (Cover and Thomas, 10.3.3). It holds for Gaussian images with the covariance of the
-    given ones. Real images can be described in fewer nats, so for them it is no bound.
-
-    Args:
-        images: with fewer images than pixels, the directions that they do not span count as variance 0.
-        nats: not a number if an encoder has overflowed; then nothing is known, and the bound is 0.
+    By reverse water-filling (Cover and Thomas, 10.3.3), for Gaussian images with the covariance of the given ones.
+    If an encoder has overflowed, ``nats`` is NaN and the bound 0.
     """
     flat = images.flatten(1).double()
     variances = torch.linalg.svdvals(flat - flat.mean(0)).square() / max(len(flat) - 1, 1)

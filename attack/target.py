@@ -29,13 +29,7 @@ def as_floats(images: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class Target:
-    """A run under attack, finished or interrupted.
-
-    Attributes:
-        results, models: the run's two folders.
-        options: the ``options`` of its ``config.json``.
-        start_digest: ``utils.fingerprint`` of the weights that it began with; "" if unknown.
-    """
+    """A run under attack; ``start_digest`` is the fingerprint of its first weights, or "" if unknown."""
 
     results: Path
     models: Path
@@ -128,10 +122,7 @@ class Target:
         return self.method.in_round(max(round, 1), self.options)
 
     def start(self, round: int) -> Network:
-        """Return the network that all private parameters began with. It was sent to all, so it is no secret.
-
-        These are the seeded weights, or what the full sharing rounds left.
-        """
+        """Return the network that all private parameters began with, which was sent to all: no secret."""
         seed_torch(self.options["seed"], "init")
         network = self.network()
         if 0 < (self.options.get("full_sharing_rounds") or 0) < round:
@@ -154,10 +145,7 @@ class Target:
         return make_server(self.options, min(map(len, self.owned()[0])))
 
     def server(self, round: int) -> Server:
-        """Return the run's server as it was after a round.
-
-        What it learned later only, it has too: NbAFL's clip is that of the first uploads, and stays.
-        """
+        """Return the run's server after a round; NbAFL's clip, found in round 1, it has at the start, too."""
         server, start = copy.copy(self.first_server), self.first_server.memory
         server.memory = {**self._memory(self.latest_round()), **(self._memory(round) if round else start)}
         return server
@@ -170,27 +158,22 @@ class Target:
         return memory
 
     def private(self, round: int, client: int) -> ClientState:
-        """Read ``client_<k>.pt``: what never left the client."""
+        """Read ``client_<k>.pt``: the state that never left the client."""
         shared, private = self._layout(round)
         if not round:
             return ClientState(private)
         return read_client(self.file(round, f"client_{client}.pt"), private, shared)
 
     def own_head(self, round: int, client: int, private: ClientState) -> State:
-        """Return the head of the client's own model.
+        """Return the head that the client trained in this round, before its upload was clipped or noised.
 
-        It is the head that the client trained in this round, before any noise or clipping that protects the
-        upload. A client that did not train has the head just aggregated.
+        A client that did not train has the head just aggregated.
         """
         uploads = self.shared(round)["uploads"]
         return private.trained_shared or uploads[client] if client in uploads else self.sent_next(round)
 
     def owned(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Return the numbers of each client's training and test images in the data set, for scoring alone.
-
-        Raises:
-            InputError: ``partition.npz`` is missing, damaged, or of another data set.
-        """
+        """Return the numbers of each client's training and test images in the data set, for scoring alone."""
         path = self.results / "partition.npz"
         try:
             with np.load(plain_file(path), allow_pickle=False) as file:
@@ -209,11 +192,7 @@ class Target:
 
 
 def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Target:
-    """Read a run's ``config.json`` and its data set.
-
-    Raises:
-        InputError: there is no such run, or its files are damaged.
-    """
+    """Read a run's ``config.json`` and its data set; InputError if there is none, or it is damaged."""
     path = results_dir / name / "config.json"
     if not path.exists():
         runs = sorted(other.parent.name for other in results_dir.glob("*/config.json"))

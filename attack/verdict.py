@@ -13,11 +13,7 @@ from utils import rng
 
 
 class Unit(NamedTuple):
-    """One attack by one adversary on one client after one round: columns of attack.csv.
-
-    Attributes:
-        observed: what an attack on latents sees of them (``--observe``); "" for other attacks.
-    """
+    """One attack by one adversary on one client after one round, and what it observes of latents: columns."""
 
     adversary: str
     attack: str
@@ -55,12 +51,7 @@ SIGNS = 10_000   # drawn for more images
 
 
 def read_attack(path: Path, columns: Sequence[str] = ATTACK_COLUMNS) -> pd.DataFrame:
-    """Read ``attack.csv``: a row for each reconstruction, whose ``control`` is "", and for each control.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not what the command writes.
-    """
+    """Read ``attack.csv`` or a table with other columns; ValueError if it is not what the command writes."""
     texts = [name for name in columns if name in TEXTS]
     rows = read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(texts, str))
     if missing := [name for name in columns if name not in rows]:
@@ -86,11 +77,7 @@ def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
 
 
 def summarise(rows: Sequence[dict]) -> pd.DataFrame:
-    """Return means over images with 95 % intervals, of each attack's first choices and of each control.
-
-    Args:
-        rows: as in attack.csv.
-    """
+    """Return means over images with 95 % intervals, of each attack's first choices and of each control."""
     table = pd.DataFrame(rows, columns=ATTACK_COLUMNS)
     table = table[(table["restart"] == 0) | (table["control"] != "")]
     summary = []
@@ -104,15 +91,8 @@ def summarise(rows: Sequence[dict]) -> pd.DataFrame:
     return pd.DataFrame(summary)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """An attack beside a control that knows nothing of the victim's images, by one metric.
-
-    Attributes:
-        score, control_score: means over images.
-        control: the control's name.
-        p: how probable so great an advantage over the control is where there is none.
-    """
+class Comparison(NamedTuple):
+    """An attack beside a control by one metric: means over images, and the probability of such an advantage."""
 
     metric: str
     score: float
@@ -123,12 +103,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The word for an attack, and what it rests on.
-
-    Attributes:
-        count: how many images, or classes for an attack on classes.
-        few: True if these are too few for any attack to be called a leak.
-    """
+    """The word for an attack of ``count`` images or classes; ``few`` if these are too few for any leak."""
 
     word: str
     count: int
@@ -139,22 +114,14 @@ class Verdict:
 def judge(rows: pd.DataFrame, attack: Attack, level: float = LEVEL) -> Verdict:
     """Judge an attack's first choices (restart 0) beside a control, image by image.
 
-    - An attack on images is compared by SSIM and by the rank of the true image among those of its class; one that
-      chooses among candidates by the rank alone. The control is ``foreign``: what the same attack makes of another
-      image of the class.
+    - An attack on images is compared by SSIM and by the rank of the true image in its class; one that chooses by
+      the rank alone. The control is what the same attack makes of another image of the class.
     - An attack on classes is compared by the share that the evaluator recognises, with the best of its controls.
-      Where the adversary's public images show the classes, these are among them. Then only an attack whose
-      pictures are recognised more often than real images counts: the classes themselves are no secret.
+      Real public images may be among them: the classes themselves are no secret.
 
     The attack ``leaks`` if its advantage by any metric is significant: if, of all ways to turn the signs of the
     differences, at most a share of ``level``, divided by the number of metrics, has as great a mean. One that
     chooses has to be better than a guess within the class, too. Everything else is ``as a guess``.
-
-    Args:
-        rows: of one adversary, attack and round in attack.csv; of one client or of several.
-
-    Raises:
-        ValueError: the rows have gaps, or an image does not have a control once.
     """
     of_class = attack.kind == "class"
     key = ["client", "label" if of_class else "image"]
@@ -182,6 +149,7 @@ def _by_image(rows: pd.DataFrame, key: list[str], columns: list[str]) -> pd.Data
 
 
 def _compare(metric: str, own: pd.DataFrame, controls: dict[str, pd.DataFrame]) -> Comparison:
+    """Compare with the control that has the best mean."""
     sign = -1 if metric in LOWER_IS_BETTER else 1
     best = max(controls, key=lambda name: sign * controls[name][metric].mean())
     advantage = sign * (own[metric] - controls[best][metric]).to_numpy()
@@ -190,10 +158,7 @@ def _compare(metric: str, own: pd.DataFrame, controls: dict[str, pd.DataFrame]) 
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """Return the share of all ways to turn the signs of ``N`` differences whose mean is at least the given one.
-
-    It is exact up to ``EXACT`` differences that are not 0, and estimated from ``SIGNS`` seeded draws beyond.
-    """
+    """Return the share of all ways, or of ``SIGNS``, to turn the signs of differences with as great a mean."""
     values = differences[differences != 0]
     if len(values) <= EXACT:
         sums = (1 - 2 * (np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1)) @ values

@@ -201,7 +201,7 @@ def test_models_answer_as_the_options_say(trained, monkeypatch):
     monkeypatch.setattr(adversaries.Knowledge, "logits", lambda held, x, draws=0: drawn.append(draws) or logits(
         held, x, draws))
     adversary, images = members.MembershipAdversary(target, args, [2], 2, 0), members.asked(target, 0).images
-    told = {who: answer(adversary)(images).isfinite().sum(1) for who, answer in members.MODELS.items()}
+    told = {who: members.answer_of(who, adversary)(images).isfinite().sum(1) for who in members.MODELS}
     assert drawn == [3, 3]
     assert (told["stolen_model"] == 4).all() and (told["prediction_api"] == 2).all()
 
@@ -285,7 +285,7 @@ def test_rmia_by_hand(trained, monkeypatch):
     reference = {0: 0.4, 1: 0.8, 100: 0.2, 101: 0.9, 102: 0.5}
     adversary.public = adversaries.PublicImages(z, torch.arange(8) % 4)
     monkeypatch.setattr(adversary, "references", lambda images, labels, count: ["low", "high"])
-    monkeypatch.setitem(members.MODELS, "stolen_model", lambda adversary: "victim")
+    monkeypatch.setattr(members, "answer_of", lambda name, adversary: "victim")
 
     def confidence(answer, images, labels):
         assert torch.equal(labels, images.flatten().long() % 4)

@@ -10,7 +10,7 @@ from attack.uploads import BIAS, WEIGHT, class_scores, owned_classes
 from methods import METHODS
 from runs.checkpoints import load_checked
 from update import ClientState, Trainer, Training
-from utils import rng, seed_torch
+from utils import seed_torch
 
 
 def test_scores_by_hand():
@@ -38,45 +38,20 @@ def test_a_trained_runs_uploads_name_their_classes(place, tiny_arrays, method):
             assert has.sum() == 2 and scores[has].min() > scores[~has].max()
 
 
-def test_the_simulated_adam_is_the_clients_own(tiny_arrays):
-    """Warm-up, decay, five steps and two batches an epoch: what the Trainer uploads, to rounding."""
-    options = {"lr": 3e-3, "head_lr": 0.5, "lr_decay": 1e-2, "lr_warmup": 0.5}
-    trainer, sent, own, head = client_of(tiny_arrays, epochs=3, batch=3, **options)
-    upload = trainer.train(0, 2, own, sent, ClientState({}, 7)).upload
-    rates = uploads.rates(options, 3, len(own), 3, 7)
-    x, y = images_of(tiny_arrays, own)
-    orders = rng(1, "order", 0, 2)
-    order = torch.from_numpy(np.concatenate([orders.permutation(len(own)) for _ in range(3)]))
-    # One order an epoch: the unrolled steps take the batches of all three epochs in turn.
-    made = uploads.adam_update(head, x[order], y[order], rates, 3)
-    assert len(rates) == 6 and len(set(rates)) > 3
-    for name, value in made.items():
-        moved = sent[f"classifier.{name}"] - upload[f"classifier.{name}"]
-        torch.testing.assert_close(value, moved, atol=2e-6, rtol=2e-3)
-
-
-@pytest.mark.parametrize("step, steps", [(0, 1), (0, 3), (1, 3), (2, 3)])
-def test_adams_step_gives_the_gradient_back(step, steps):
-    """A gradient in one of the steps, by PyTorch's own optimiser."""
+def test_adams_step_gives_the_gradient_back():
+    """By PyTorch's own optimiser; a large gradient is not claimed to be known."""
     start = 0.02 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
     gradient = torch.logspace(-9, -3, 1000) * torch.where(torch.arange(1000) % 2 == 0, 1.0, -1.0)
     value = torch.nn.Parameter(start.clone())
-    optimizer = torch.optim.Adam([value], 1e-3, eps=1e-7)
-    rates = [1e-3, 2e-3, 5e-4][:steps]
-    for k, rate in enumerate(rates):
-        optimizer.param_groups[0]["lr"] = rate
-        value.grad = gradient if k == step else torch.zeros_like(gradient)
-        optimizer.step()
-    found, error = uploads.AdamStep(rates, step).gradient(start, value.detach())
+    value.grad = gradient
+    torch.optim.Adam([value], 1e-3, eps=1e-7).step()
+    found, error = uploads.adam_gradient(start, value.detach(), 1e-3)
     sure = error < 0.1
     relative = (found / gradient - 1).abs()
     middling = sure & (gradient.abs() > 1e-7)   # smaller ones move a parameter by little more than its rounding
     assert sure.double().mean() > 0.8 and relative[middling].max() < 0.15 and relative[middling].median() < 0.01
-
-
-def test_a_large_gradient_is_not_claimed_to_be_known():
-    start, value = torch.full((3,), 0.5), torch.full((3,), 0.5) - 1e-3
-    assert (uploads.AdamStep([1e-3]).gradient(start, value)[1] > 0.5).all()
+    start = torch.full((3,), 0.5)
+    assert (uploads.adam_gradient(start, start - 1e-3, 1e-3)[1] > 0.5).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
@@ -100,7 +75,7 @@ def test_one_image_is_recovered_from_a_real_upload(tiny_arrays, optimizer):
     parts = []
     for kind in ("weight", "bias"):
         before, after = (state[f"classifier.features.7.{kind}"] for state in (sent, upload))
-        parts.append(uploads.AdamStep([1e-3]).gradient(before, after) if optimizer == "adam" else
+        parts.append(uploads.adam_gradient(before, after, 1e-3) if optimizer == "adam" else
                      ((before - after).double(), torch.zeros(before.shape)))
     gradient, error = (torch.cat([parts[0][i], parts[1][i][:, None]], 1) for i in (0, 1))
     found = uploads.dense_inputs(gradient, error, 1, 60)
