@@ -5,10 +5,9 @@ import os
 import shutil
 import weakref
 
-import numpy as np
 import pytest
+from attacked import Attacked
 from test_folders import Killed, die_after
-from test_mi_attack import LocalUpdate
 
 from attack import command, membership, mi_attack
 from engine import signals
@@ -27,10 +26,9 @@ def quick_pictures(monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, make_place, tiny_arrays):
     place = make_place(tmp_path_factory.mktemp("attacked"))
-    arrays = {name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()}
-    np.savez(place.folder / "data" / "public.npz", **arrays)
     assert place.main("--rounds", 1) == 0
-    return LocalUpdate(place)
+    flags = ("--images", 2, "--iterations", 3, "--train_epochs", 1, "--draws", 2)
+    return Attacked(place, tiny_arrays, flags=flags)
 
 
 @pytest.fixture
@@ -108,7 +106,8 @@ def test_an_overwrite_of_attacks_that_is_killed_leaves_nothing_of_them(trained, 
 @pytest.mark.parametrize("program", [mi_attack, membership])
 @pytest.mark.parametrize("folder", ["results", "models"])
 def test_one_process_at_a_time_trains_or_attacks_a_run(trained, capsys, program, folder):
-    argv = trained.argv("run")[:2] + trained.argv("run")[-6:]
+    argv = trained.argv("run")
+    argv = argv[:2] + argv[-6:]
     with open(getattr(trained.place, folder) / ".lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert program.main([*argv, "--clients", "0"]) == 2

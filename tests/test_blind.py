@@ -132,13 +132,14 @@ def test_the_same_picture_for_all_of_a_class_is_a_guess(draw, name):
     assert {draw(seed, FIXED[name], count).word for seed in range(2) for count in (6, 16, None)} == {GUESS}
 
 
-@pytest.mark.parametrize("count, draws", [(6, 16), (8, 16), (16, 10), (None, 2)])
+@pytest.mark.parametrize("count, draws", [(6, 16), pytest.param(16, 10, marks=pytest.mark.slow), (None, 2)])
 def test_random_guesses_leak_no_more_often_than_the_level_says(draw, count, draws):
     """The bound is passed by chance once in ten thousand times where the rate is the level."""
     words = [draw(seed, attack, count).word for seed in range(draws) for attack in RANDOM.values()]
     assert words.count(LEAKS) <= binom.ppf(0.9999, len(words), LEVEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [8, 16])
 def test_guesses_leak_no_more_often_where_each_image_has_a_class_of_its_own(draw, count):
     """The foreign control then observes images that are not attacked."""

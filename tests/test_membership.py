@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attacked import Attacked
 from sklearn.metrics import roc_auc_score, roc_curve
-from test_mi_attack import guard, opened, watching  # noqa: F401 - guard is a fixture
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -18,53 +18,13 @@ from models import VariationalEncoder
 from utils import InputError
 
 KEY = ["adversary", "attack", "round", "client"]
+THREE = ("--num_users", 3)
 
 
-RUNS = {method: ("--method", method, "--rounds", 2, "--save_rounds", 1)
+RUNS = {method: (*THREE, "--method", method, "--rounds", 2, "--save_rounds", 1)
         for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper")}
-RUNS["by_heart"] = ("--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--rounds", 2,
+RUNS["by_heart"] = (*THREE, "--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--rounds", 2,
                     "--save_rounds", 1, "--local_ep", 60)
-
-
-class LocalUpdate:
-    """A folder with trained runs in it, and the attack on them. Those of RUNS are trained when they are needed."""
-
-    def __init__(self, place):
-        self.place = place
-
-    def ready(self, run):
-        if run in RUNS and not (self.place.folder / "results" / run).exists():
-            self.train(run, *RUNS[run])
-
-    def train(self, name, *flags):
-        assert self.place.main("--run_name", name, "--num_users", 3, *flags) == 0
-
-    def folders(self):
-        return tuple(self.place.folder / name for name in ("results", "models", "data"))
-
-    def target(self, run):
-        self.ready(run)
-        return targets.open_target(run, *self.folders())
-
-    def attack(self, run, *flags):
-        self.ready(run)
-        results, models, data = self.folders()
-        return membership.main(["--run", run, "--references", "2", "--draws", "2", "--public", "public",
-                                "--results_dir", str(results), "--models_dir", str(models),
-                                "--data_dir", str(data), *map(str, flags)])
-
-    def csv(self, run):
-        return pd.read_csv(self.place.folder / "results" / run / "membership.csv")
-
-    def refuses(self, capsys, run, *flags):
-        capsys.readouterr()
-        try:
-            status = self.attack(run, *flags)
-        except SystemExit as stop:
-            status = stop.code
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert status == 2 and len(lines) == 1 and lines[0].startswith("membership.py: error: "), lines
-        return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +32,23 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
     """Data for runs: ``tiny``, and noise whose labels say nothing, so that it can only be learnt by heart."""
     place = make_place(tmp_path_factory.mktemp("members"))
     data = place.folder / "data"
-    arrays = {name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()}
-    np.savez(data / "public.npz", **arrays)
     rng = np.random.default_rng(1)
     for name, size in (("noise", 600), ("other", 400)):
         images = rng.integers(0, 256, (size, 8, 8, 1)).astype(np.uint8)
         labels = rng.integers(0, 4, size).astype(np.uint8)
         np.savez(data / f"{name}.npz", train_images=images[50:], train_labels=labels[50:],
                  test_images=images[:50], test_labels=labels[:50])
-    return LocalUpdate(place)
+    return Attacked(place, tiny_arrays, membership, ("--references", 2, "--draws", 2), RUNS)
+
+
+def csv(trained, run):
+    return pd.read_csv(trained.results(run) / "membership.csv")
 
 
 def options(trained, run, *flags):
     """The command's options, as ``main`` would have them."""
     return membership.make_parser().parse(["--run", run, "--public", "public", "--data_dir",
-                                           str(trained.folders()[2]), *map(str, flags)])
+                                           str(trained.place.folder / "data"), *map(str, flags)])
 
 
 # Measures
@@ -238,7 +200,7 @@ def test_images_of_other_clients_dealt_at_random_are_a_guess(trained):
                               "--overwrite") == 0
     finally:
         np.savez(partition, **whole)
-    table, sizes = trained.csv("by_heart"), (len(inside), len(outside))
+    table, sizes = csv(trained, "by_heart"), (len(inside), len(outside))
     assert len(table) == 5 and min(sizes) > 150
     deviation = np.sqrt((sum(sizes) + 1) / (12 * sizes[0] * sizes[1]))
     assert (abs(table["auc"] - 0.5) < 4.3 * deviation).all(), table[[*KEY, "auc"]]
@@ -246,7 +208,7 @@ def test_images_of_other_clients_dealt_at_random_are_a_guess(trained):
 
 def test_what_was_learnt_by_heart_leaks(trained, capsys):
     assert trained.attack("by_heart", "--public", "other", "--train_epochs", 60, "--overwrite") == 0
-    table = trained.csv("by_heart").set_index(["adversary", "attack"])
+    table = csv(trained, "by_heart").set_index(["adversary", "attack"])
     assert set(table.index) == {(who, how) for who in ("stolen_model", "prediction_api")
                                 for how in ("loss", "rmia")} | {("curious_server", "fedmia")}
     assert (table["auc"] >= 0.7).all(), table["auc"]
@@ -345,7 +307,7 @@ def test_fedmia_trains_a_shadow_encoder_behind_the_head_sent_in_each_round(train
 def test_kl_by_hand(trained, prior):
     """Against PyTorch's own divergence of two Gaussians, with the priors of ``client_1.pt``."""
     if prior == "class":
-        trained.train("priors", "--prior", "class", "--kl_weight", 0.1, "--rounds", 2)
+        trained.train("priors", *THREE, "--prior", "class", "--kl_weight", 0.1, "--rounds", 2)
     target = trained.target("priors" if prior == "class" else "rve_pfl")
     asked = members.asked(target, 1)
     adversary = members.MembershipAdversary(target, Namespace(draws=1), [2], 2, 1)
@@ -389,7 +351,7 @@ def test_no_reference_has_seen_the_images_it_is_compared_on(trained, monkeypatch
 def test_a_reference_is_trained_as_a_client(trained, flags):
     """The only client of a run, and a reference with its images and draws, end with the same parameters."""
     name = "-".join(map(str, flags)).replace("+", "")
-    trained.train(name, "--method", flags[0], "--num_users", 1, "--partition", "iid", "--rounds", 2,
+    trained.train(name, *THREE, "--method", flags[0], "--num_users", 1, "--partition", "iid", "--rounds", 2,
                   "--local_ep", 2, "--stack", 1, *flags[1:])
     target = trained.target(name)
     last, own, labels = target.latest_round(), target.owned()[0][0], torch.from_numpy(target.data.labels)
@@ -422,7 +384,7 @@ def test_references_differ_in_images_and_draws(trained, monkeypatch):
 
 def test_a_reference_trains_in_the_rounds_of_its_client(trained, monkeypatch):
     """And in all where everything travels, since then somebody trained the client's model in each."""
-    trained.train("some", "--rounds", 6, "--frac", 0.6, "--local_ep", 2)
+    trained.train("some", *THREE, "--rounds", 6, "--frac", 0.6, "--local_ep", 2)
     target = trained.target("some")
     table = pd.read_csv(target.results / "clients.csv").query("stage == 'trained'")
 
@@ -457,28 +419,6 @@ def test_a_reference_that_cannot_be_trained_is_one_line(trained, tiny_arrays):
         assert "config.json" in lacks and f"--{name}" in lacks
 
 
-# What an adversary reads
-
-@pytest.mark.parametrize("how, who, allowed", [
-    ("loss", "stolen_model", {"shared.pt", "client_0.pt"}),
-    ("rmia", "stolen_model", {"shared.pt", "client_0.pt"}),
-    ("fedmia", "curious_server", {"shared.pt", "server.pt"})])
-def test_an_adversary_opens_its_own_files_only(trained, how, who, allowed):
-    """And of the run's other files none: what is asked about is handed to it."""
-    target = trained.target("rve_pfl")
-    args = options(trained, "rve_pfl", "--references", "1")
-    adversary, asked = members.MembershipAdversary(target, args, [1, 2], 2, 0), members.asked(target, 0)
-    assert len(adversary.public.labels)
-    opened.clear()
-    watching.set()
-    try:
-        members.MEMBERSHIP_ATTACKS[how].score(who, adversary, asked.images, asked.labels)
-    finally:
-        watching.clear()
-    ours = [name for name in opened if name.startswith(str(trained.place.folder))]
-    assert {name.rsplit("/", 1)[-1] for name in ours} == allowed and all("/models/" in name for name in ours)
-
-
 # The command line
 
 def fits(method):
@@ -491,7 +431,7 @@ def fits(method):
 @pytest.mark.parametrize("method", ["rve_pfl", "fedavg", "lg_fedavg", "local", "fedper"])
 def test_every_attack_that_fits_leaves_a_row(trained, method, capsys):
     assert trained.attack(method, "--clients", 0, 1, "--overwrite") == 0
-    table, said = trained.csv(method), capsys.readouterr().out
+    table, said = csv(trained, method), capsys.readouterr().out
     assert list(table.columns) == membership.COLUMNS
     assert set(zip(table["adversary"], table["attack"], strict=True)) == fits(method)
     assert len(table) == 2 * len(fits(method)) == said.count(" client ") and set(table["round"]) == {2}
@@ -511,7 +451,7 @@ def test_a_second_call_goes_on_and_keeps_other_rows(trained, capsys, monkeypatch
     left = path.with_name(f".membership.csv.{10**30}.tmp")   # by a process that was killed
     left.touch()
     assert trained.attack("fedavg", *flags, "--rounds", 2, 1, "--overwrite") == 0 and not left.exists()
-    first = trained.csv("fedavg")
+    first = csv(trained, "fedavg")
     assert first[KEY].to_numpy().tolist() == [["stolen_model", "loss", r, 0] for r in (1, 2)]
     measured, measure = [], members.measure
     monkeypatch.setattr(members, "measure", lambda *given: measured.append(1) or measure(*given))
@@ -520,7 +460,7 @@ def test_a_second_call_goes_on_and_keeps_other_rows(trained, capsys, monkeypatch
     aucs = []
     for rounds in ((1, 2), (2,)):
         assert trained.attack("fedavg", *server, "--rounds", *rounds) == 0
-        table = trained.csv("fedavg")
+        table = csv(trained, "fedavg")
         assert len(table) == 3 and len(measured) == len(aucs) + 1
         aucs.append(table.set_index(KEY).loc[row, "auc"])
         others = table[table["attack"] == "loss"].reset_index(drop=True)
@@ -528,31 +468,6 @@ def test_a_second_call_goes_on_and_keeps_other_rows(trained, capsys, monkeypatch
     assert aucs[0] != aucs[1]
     assert "--gamma" in trained.refuses(capsys, "fedavg", *flags, "--gamma", 2)
     assert not list(path.parent.glob(".membership*"))
-
-
-def test_fedmia_is_one_row_of_all_rounds(trained):
-    target, args = trained.target("fedavg"), options(trained, "fedavg")
-    (target.results / "membership.csv").unlink(missing_ok=True)
-    assert trained.attack("fedavg", "--attack", "fedmia", "loss", "--rounds", 2, 1, "--overwrite") == 0
-    table = trained.csv("fedavg").set_index(KEY).sort_index()
-    asked = members.asked(target, 0)
-
-    def auc(rounds):
-        adversary = members.MembershipAdversary(target, args, rounds, 2, 0)
-        scores = members.fedmia("curious_server", adversary, asked.images, asked.labels)
-        return members.measure(scores.numpy(), asked.labels.numpy(), asked.member)["auc"]
-    assert list(table.loc["curious_server", "fedmia"].index) == [(2, 0)]
-    assert table.loc[("curious_server", "fedmia", 2, 0), "auc"] == auc([1, 2]) not in (auc([1]), auc([2]))
-    assert len(table.loc["stolen_model", "loss"]) == 2
-    assert set(table["members"]) == {asked.member.sum()} != set(table["non_members"]) == {(~asked.member).sum()}
-
-
-def test_the_same_seed_gives_the_same_rows(trained):
-    flags = ("--adversary", "stolen_model", "curious_server", "--train_epochs", 1)
-    assert trained.attack("rve_pfl", *flags, "--overwrite") == 0
-    first = trained.csv("rve_pfl")
-    assert trained.attack("rve_pfl", *flags, "--overwrite") == 0
-    pd.testing.assert_frame_equal(trained.csv("rve_pfl"), first)
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -577,7 +492,7 @@ def test_what_does_not_fit_says_why(trained, capsys):
     borrowed = replace(target, options=target.options | {"encoders_from": "rve_pfl"})
     assert "--encoders_from" in members.obstacle(borrowed, membership.Unit("stolen_model", "rmia", 2, 0), [2])
     assert members.obstacle(borrowed, membership.Unit("stolen_model", "kl", 2, 0), [2]) is None
-    trained.train("pair", "--method", "fedavg", "--num_users", 2, "--rounds", 1)
+    trained.train("pair", *THREE, "--method", "fedavg", "--num_users", 2, "--rounds", 1)
     assert "two others" in trained.refuses(capsys, "pair", *server)
     assert not (trained.place.folder / "results" / "pair" / "membership.csv").exists()
 
@@ -603,4 +518,4 @@ def test_scores_that_are_not_numbers_are_no_guess(trained, capsys, monkeypatch):
     assert "not numbers" in trained.refuses(capsys, "lg_fedavg", "--adversary", "curious_server", "--rounds", 1,
                                             "--overwrite")
     path = trained.target("lg_fedavg").results / "membership.csv"
-    assert not path.exists() or 1 not in set(trained.csv("lg_fedavg")["round"])
+    assert not path.exists() or 1 not in set(csv(trained, "lg_fedavg")["round"])

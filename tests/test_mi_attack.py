@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attacked import Attacked
 
 from attack import adversaries, decoders, evaluation, mi_attack, observations, scoring, verdict
 from attack import target as targets
@@ -27,43 +28,11 @@ def guard():
     sys.addaudithook(note)
 
 
-class LocalUpdate:
-    """A folder with trained runs in it, and the attack on them."""
-
-    def __init__(self, place):
-        self.place = place
-
-    def argv(self, run, *flags):
-        folder = self.place.folder
-        return ["--run", run, *map(str, QUICK), "--public", "public", "--data_dir", str(folder / "data"),
-                "--results_dir", str(folder / "results"), "--models_dir", str(folder / "models"),
-                *map(str, flags)]
-
-    def attack(self, run, *flags):
-        return mi_attack.main(self.argv(run, *flags))
-
-    def csv(self, run, name="attack.csv"):
-        return pd.read_csv(self.place.folder / "results" / run / name, keep_default_na=False)
-
-    def refuses(self, capsys, run, *flags):
-        try:
-            status = self.attack(run, *flags)
-        except SystemExit as stop:
-            status = stop.code
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert status == 2 and len(lines) == 1 and lines[0].startswith("mi_attack.py: error: "), lines
-        return lines[0]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, make_place, tiny_arrays):
-    place = make_place(tmp_path_factory.mktemp("trained"))
-    arrays = {name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()}
-    np.savez(place.folder / "data" / "public.npz", **arrays)
-    place.arrays_labels = np.concatenate([arrays["train_labels"], arrays["test_labels"]])
-    for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper"):
-        assert place.main("--method", method, "--run_name", method, "--rounds", 2, "--save_rounds", 1) == 0
-    return LocalUpdate(place)
+    runs = {method: ("--method", method, "--rounds", 2, "--save_rounds", 1)
+            for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper")}
+    return Attacked(make_place(tmp_path_factory.mktemp("trained")), tiny_arrays, mi_attack, QUICK, runs)
 
 
 def expected(method):
@@ -92,7 +61,7 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, few_
     table = trained.csv(method)
     assert list(table.columns) == verdict.ATTACK_COLUMNS
     assert set(zip(table["adversary"], table["attack"], strict=True)) == expected(method)
-    folder = trained.place.folder / "results" / method
+    folder = trained.results(method)
     for (who, how), part in table.groupby(["adversary", "attack"]):
         found = part[part["control"] == ""]
         row = ATTACKS[how]
@@ -115,8 +84,7 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, few_
     ("curious_client", {"client_1.pt"})])
 def test_an_adversary_opens_its_own_files_only(trained, adversary, allowed):
     """What it knows; what a victim does in front of it is computed from the victim's file, by ``Victim``."""
-    run = targets.open_target("rve_pfl", *(trained.place.folder / name for name in
-                                          ("results", "models", "data")))
+    run = trained.target("rve_pfl")
     opened.clear()
     watching.set()
     try:
@@ -201,6 +169,7 @@ def test_what_does_not_fit_says_why(trained, capsys):
 def test_attacks_of_a_client_and_round_attack_the_same_images(trained, few_steps):
     """All of the client's where that is cheap, and the first of these elsewhere; a number given is for all."""
     flags = ("--attack", "reidentification", "latent_decoder", "latent_search", "--public_images", 200)
+    own = np.load(trained.results("lg_fedavg") / "partition.npz")["train_0"]
     argv = trained.argv("lg_fedavg", "--overwrite", *flags)
     del argv[argv.index("--images"):argv.index("--images") + 2]
 
@@ -209,7 +178,6 @@ def test_attacks_of_a_client_and_round_attack_the_same_images(trained, few_steps
         return {how: part["image"].tolist() for how, part in table.groupby("attack")}
     assert mi_attack.main(argv) == 0
     every = images()
-    own = np.load(trained.place.folder / "results" / "lg_fedavg" / "partition.npz")["train_0"]
     assert sorted(every["reidentification"]) == sorted(own)
     assert every["latent_decoder"] == every["reidentification"]
     assert every["latent_search"] == every["latent_decoder"][:8]
@@ -219,8 +187,8 @@ def test_attacks_of_a_client_and_round_attack_the_same_images(trained, few_steps
 
 def test_chosen_images_are_attacked_in_every_attack_and_seed(trained, capsys):
     """Their controls are other images of their classes, and their candidates those of any attack."""
-    partition = np.load(trained.place.folder / "results" / "lg_fedavg" / "partition.npz")
-    labels = trained.place.arrays_labels
+    partition = np.load(trained.results("lg_fedavg") / "partition.npz")
+    labels = trained.labels
     chosen = [int(n) for c in np.unique(labels[partition["train_0"]])
               for n in partition["train_0"][labels[partition["train_0"]] == c][3:5]]
 
@@ -258,8 +226,7 @@ def test_each_image_has_its_kl_and_the_summary_the_worst(trained, capsys):
     flags = ("--attack", "reidentification", "--images", 9)
     assert trained.attack("rve_pfl", "--overwrite", "--clients", 0, 1, *flags) == 0
     assert "of the 2% with the highest KL" in capsys.readouterr().out
-    folders = (trained.place.folder / name for name in ("results", "models", "data"))
-    run = targets.open_target("rve_pfl", *folders)
+    run = trained.target("rve_pfl")
     table = trained.csv("rve_pfl").query("control == ''")
     for client, part in table.groupby("client"):
         state = {**run.shared(2)["uploads"][client], **run.private(2, client).parameters}
@@ -273,22 +240,6 @@ def test_each_image_has_its_kl_and_the_summary_the_worst(trained, capsys):
     assert float(summary.loc["", "identified_worst"]) == float(worst)
     assert trained.attack("lg_fedavg", "--overwrite", *flags) == 0
     assert set(trained.csv("lg_fedavg")["kl_nats"]) == {""}
-
-
-def test_scores_fit_together(trained):
-    """What is found is no nearer to the true image than to the nearest of its class, itself one of these."""
-    assert trained.attack("lg_fedavg", "--overwrite", "--adversary", "stolen_model", "--attack", "latent_decoder",
-                          "reidentification", "mi_face") == 0
-    table = trained.csv("lg_fedavg").astype({"feature_distance": float, "knn_distance": float, "guess": float})
-    assert (table["knn_distance"] <= table["feature_distance"] + 1e-4).all()
-    assert (table["identified"] == (table["nearest_rank"] == 1)).all()
-    chosen = table[(table["attack"] == "reidentification") & (table["control"] == "")]
-    chosen = chosen[chosen["identified"] == 1]
-    assert len(chosen) and chosen["feature_distance"].max() < 1e-3   # the true image itself
-    own = len(np.load(trained.place.folder / "results" / "lg_fedavg" / "partition.npz")["train_0"])
-    of_class = table["attack"] == "mi_face"
-    assert np.allclose(table.loc[~of_class, "guess"], 1 / own, rtol=1e-4)
-    assert (table.loc[of_class, "guess"] == 0.5).all()   # as many of the client's own as held-out ones
 
 
 def test_damaged_and_foreign_files(trained, capsys, tmp_path):
@@ -322,7 +273,7 @@ def test_resplit_runs_are_not_attacked(trained, capsys):
 
 def test_what_z_can_tell_stands_beside_the_attacks(trained, capsys):
     quick = ("--adversary", "stolen_model", "--attack", "latent_decoder")
-    path = trained.place.folder / "results" / "rve_pfl" / "attack_latents.csv"
+    path = trained.results("rve_pfl") / "attack_latents.csv"
     assert trained.attack("rve_pfl", *quick, "--overwrite", "--rounds", 1) == 0
     assert trained.attack("rve_pfl", *quick, "--rounds", 2) == 0
     table = trained.csv("rve_pfl", "attack_latents.csv")
@@ -371,7 +322,7 @@ def test_who_steals_a_protected_client_has_what_it_trained(trained, method, flag
     """Before the clip and the noise that its upload got."""
     place = trained.place
     assert place.main("--method", method, "--run_name", method, "--rounds", 1, *flags, "--overwrite") == 0
-    run = targets.open_target(method, *(place.folder / name for name in ("results", "models", "data")))
+    run = trained.target(method)
     upload = run.shared(1)["uploads"][0]
     private = torch.load(run.file(1, "client_0.pt"), weights_only=True)
     stolen = adversaries.hold(run, "stolen_model", 1, 0).head.state_dict()
@@ -395,7 +346,7 @@ QUICKEST = ("--adversary", "curious_server", "--attack", "analytic")
 
 
 def test_what_is_refused_leaves_no_trace_and_keeps_what_was_there(trained, capsys):
-    folder = trained.place.folder / "results" / "fedavg"
+    folder = trained.results("fedavg")
     for old in folder.glob("attack*"):
         old.unlink()
     misfit = ("--adversary", "curious_server", "--attack", "latent_decoder")
@@ -415,7 +366,7 @@ def test_what_is_refused_leaves_no_trace_and_keeps_what_was_there(trained, capsy
 
 
 def test_a_kill_around_the_first_row_leaves_nothing_that_counts(trained, capsys, monkeypatch):
-    folder = trained.place.folder / "results" / "fedavg"
+    folder = trained.results("fedavg")
     for broken in ("write_whole", "MiAttack.write"):   # of attack.json, and of attack.csv
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(f"attack.{'mi_attack' if '.' in broken else 'command'}.{broken}",
@@ -433,14 +384,14 @@ def test_a_kill_around_the_first_row_leaves_nothing_that_counts(trained, capsys,
     lambda text: "x", lambda text: text.replace("0", "a"), lambda text: text.replace(",2,0,", ",2.5,0,"),
     lambda text: text.split("\n")[0] + "\n"])
 def test_damaged_rows_are_refused(trained, capsys, harm):
-    path = trained.place.folder / "results" / "fedavg" / "attack.csv"
+    path = trained.results("fedavg") / "attack.csv"
     assert trained.attack("fedavg", "--overwrite", *QUICKEST) == 0
     path.write_text(harm(path.read_text()))
     assert "damaged" in trained.refuses(capsys, "fedavg", *QUICKEST)
 
 
 def test_what_configs_and_partitions_may_not_say(trained, capsys):
-    folder = trained.place.folder / "results" / "fedavg"
+    folder = trained.results("fedavg")
     assert "not a path" in trained.refuses(capsys, "fedavg", "--public", "../data/public")
     config, partition = folder / "config.json", folder / "partition.npz"
     text, whole = config.read_text(), partition.read_bytes()
@@ -494,30 +445,11 @@ def test_one_image_or_all_alike_bound_nothing():
     assert scoring.distortion_bound(torch.rand(9, 1, 8, 8), float("nan")) == 0
 
 
-@pytest.mark.parametrize("name, same", [("tiny10k", True), ("public", False)])
-def test_a_decoder_learns_from_the_classes_seen_where_they_are_the_same(trained, monkeypatch, tiny_arrays,
-                                                                       name, same):
-    """Labels of another data set mean other things: all its images are used, and least squares alone."""
-    arrays = {key: np.tile(value, (4,) + (1,) * (value.ndim - 1)) for key, value in tiny_arrays.items()}
-    for key in ("train_images", "test_images"):   # as many again with a pixel changed: not the clients' own
-        arrays[key][:, 0, 0] = np.arange(len(arrays[key]))[:, None] % 90
-    np.savez(trained.place.folder / "data" / "tiny10k.npz", **arrays)
-    seen = {}
-    for learn in ("latent_decoder", "cleaned_ridge"):
-        monkeypatch.setattr(decoders, learn, lambda mean, logvar, images, epochs, learn=learn: seen.update(
-            {learn: images}) or (lambda z: torch.zeros(len(z), *images.shape[1:])))
-    flags = ("--adversary", "stolen_model", "--attack", "latent_decoder", "--images", 1)
-    assert trained.attack("lg_fedavg", "--overwrite", "--public", name, *flags) == 0
-    assert list(seen) == ["latent_decoder" if same else "cleaned_ridge"]
-    images, = seen.values()
-    assert len(images) == 240   # of one class of four times as many; of all
-
-
 def test_who_did_not_train_has_the_head_just_aggregated(trained):
     place = trained.place
     flags = ("--rounds", 2, "--frac", 0.5, "--save_rounds", 1, "--overwrite")
     assert place.main("--run_name", "half", *flags) == 0
-    run = targets.open_target("half", *(place.folder / name for name in ("results", "models", "data")))
+    run = trained.target("half")
     idle, = {0, 1} - run.shared(1)["uploads"].keys()
     stolen = adversaries.hold(run, "stolen_model", 1, idle).head.state_dict()
     assert all(torch.equal(value, run.sent_next(1)[f"classifier.{name}"]) for name, value in stolen.items())

@@ -1,0 +1,63 @@
+"""Trained runs in one folder, and attacks on them."""
+import numpy as np
+import pandas as pd
+
+from attack import mi_attack
+from attack import target as targets
+from attack.observations import Victim
+
+
+class Attacked:
+    """A place whose runs are attacked; those of ``runs``, name -> flags, are trained when they are needed."""
+
+    def __init__(self, place, tiny_arrays, program=mi_attack, flags=(), runs=()):
+        self.place, self.program, self.flags, self.runs = place, program, flags, dict(runs)
+        self.labels = np.concatenate([tiny_arrays["train_labels"], tiny_arrays["test_labels"]])
+        np.savez(place.folder / "data" / "public.npz", **{
+            name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()})
+
+    def results(self, run):
+        folder = self.place.folder / "results" / run
+        if run in self.runs and not folder.exists():
+            self.train(run, *self.runs[run])
+        return folder
+
+    def train(self, name, *flags):
+        assert self.place.main("--run_name", name, *flags) == 0
+
+    def target(self, run):
+        self.results(run)
+        return targets.open_target(run, *(self.place.folder / name for name in ("results", "models", "data")))
+
+    def victim(self, run, round=None, client=0):
+        target = self.target(run)
+        return Victim(target, target.latest_round() if round is None else round, client)
+
+    def images(self, run, count, client=0):
+        target = self.target(run)
+        numbers = target.owned()[0][client][:count]
+        return target.pixels(numbers), target.labels(numbers)
+
+    def argv(self, run, *flags):
+        folders = [word for name in ("results", "models", "data")
+                   for word in (f"--{name}_dir", self.place.folder / name)]
+        return [str(word) for word in ("--run", run, *self.flags, "--public", "public", *folders, *flags)]
+
+    def attack(self, run, *flags):
+        self.results(run)
+        return self.program.main(self.argv(run, *flags))
+
+    def refuses(self, capsys, run, *flags):
+        self.results(run)
+        capsys.readouterr()
+        try:
+            status = self.attack(run, *flags)
+        except SystemExit as stop:
+            status = stop.code
+        lines = capsys.readouterr().err.strip().splitlines()
+        name = self.program.__name__.rsplit(".", 1)[-1]
+        assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{name}.py: error: "), lines
+        return lines[0]
+
+    def csv(self, run, name="attack.csv"):
+        return pd.read_csv(self.results(run) / name, keep_default_na=False)
