@@ -1,5 +1,6 @@
 # make run: a first training on real data.   make attack: model inversion of what it trained.
-# make test: the tests.   make verify: are the figures in the pages those of the files, and of a run made anew?
+# make test: the quick tests.   make test-all: all tests.   make lint: ruff and mypy.
+# make verify: are the pages as their CSVs say, and does make run give the committed results?
 # Each installs into .venv first.
 VENV ?= .venv
 PYTHON ?= python3
@@ -15,9 +16,12 @@ attack: $(VENV)/.run
 		--public $(PUBLIC)
 
 verify: $(VENV)/.run
-	$(BIN)/python benchmarks/verify.py
+	$(BIN)/python experiments/verify.py
 
 test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
@@ -35,4 +39,4 @@ $(VENV)/.test: requirements-test.txt requirements.txt
 	$(BIN)/pip install --quiet -r requirements-test.txt
 	touch $@
 
-.PHONY: run attack verify test lint
+.PHONY: run attack verify test test-all lint

@@ -1,13 +1,11 @@
 """Puts all finished runs of a results folder into one page and one table.
 
     python report.py                    writes results/report.html and results/summary.csv
-    python report.py --docs             writes the measured tables of README.md and docs/ anew
-    python report.py --docs --check     writes nothing; ends with 1 if one of them is out of date
 
 A row of the table is a setting: runs that differ only in the seed. It has their means and standard deviations
 over seeds, and the command that makes one of them. The page shows the same, and what attacks found. It needs
 no other file. Folders that are left out, because a run is unfinished or damaged, say, are listed with the
-reason. The tables in the pages come from committed files alone: runs of results/reference/, and CSVs of docs/.
+reason.
 """
 import sys
 from collections.abc import Callable
@@ -19,10 +17,8 @@ import pandas as pd
 from engine.memory import in_one_line
 from engine.signals import steady_output
 from parsing import Option, Parser
-from reporting import docs
 from reporting.page import page
 from reporting.summary import Finished, one_line, read, summarise
-from reporting.tables import TABLES
 from utils import ROOT, InputError, printable, remove_leftovers, shown, write_whole
 
 ESCAPED: Final = "backslashreplace"   # bytes of a folder's name that are no text: \xNN
@@ -52,20 +48,7 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser("report.py", "Put all finished runs of a results folder into one page and one table.")
     parser.add(Option("results_dir", "folder whose subfolders are runs", Path, ROOT / "results"))
-    parser.add(Option("docs", "write the measured tables of README.md and docs/ instead", bool))
-    parser.add(Option("check", "with --docs: only say which of them are out of date", bool))
     return parser
-
-
-def update_docs(root: Path, check: bool) -> int:
-    """Write the tables of the pages, or compare them; the exit status."""
-    stale = docs.update(root, TABLES, check)
-    for name, names in stale.items():
-        tables = f"table{'s' * (len(names) > 1)} {', '.join(names)}"
-        print(f"{name}: {tables} out of date; run python report.py --docs" if check else f"{name}: {tables}")
-    if not stale:
-        print("the tables of all pages are as the files say")
-    return int(check and bool(stale))
 
 
 def write_report(folder: Path) -> int:
@@ -94,12 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     """Write the report, or the pages' tables, and return the exit status."""
     parser = make_parser()
     args = parser.parse(argv)
-    if args.check and not args.docs:
-        parser.error("--check: needs --docs")
-    if args.docs and args.results_dir != ROOT / "results":
-        parser.error(f"--results_dir {args.results_dir}: --docs reads results/reference alone; leave it out")
     try:
-        return update_docs(ROOT, args.check) if args.docs else write_report(args.results_dir)
+        return write_report(args.results_dir)
     except Exception as error:
         if (line := in_one_line("report.py", error)) is None:
             raise

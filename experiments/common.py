@@ -9,6 +9,7 @@ results/reference/NAME.csv, each with the command behind it; its page is docs/NA
 """
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shlex
@@ -157,7 +158,7 @@ def read(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=PROVENANCE)
     try:
-        rows = pd.read_csv(path)
+        rows = pd.read_csv(path, dtype={"commit": str})
     except ValueError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if missing := [name for name in PROVENANCE if name not in rows]:
@@ -277,10 +278,10 @@ def table(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
 
 def results(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
     """Return what stands between the markers of a page."""
-    rows = whole(experiment, rows)
-    if rows.empty:
+    lines = table(experiment, rows := whole(experiment, rows)) if len(rows) else []
+    if len(lines) < 3:
         return ["The table is still to be filled: no setting has been run with all three seeds."]
-    return [f"![{experiment.question}]({experiment.name}.png)", "", *table(experiment, rows), "",
+    return [f"![{experiment.question}]({experiment.name}.png)", "", *lines, "",
             f"Means over seeds {', '.join(map(str, SEEDS))}, {rows['precision'].iloc[0]}; every row, with its "
             f"command: [{experiment.name}.csv](../results/reference/{experiment.name}.csv)."]
 
@@ -301,12 +302,12 @@ def draw(experiment: Experiment, out: Path) -> None:
     path = out / f"{experiment.name}.csv"
     rows = read(path)
     committed = out.resolve() == REFERENCE
-    if len(chosen := whole(experiment, rows)):
+    lines = results(experiment, rows)
+    if lines[0].startswith("!"):
         picture = (PAGES if committed else out) / f"{experiment.name}.png"
-        figure = experiment.draw(chosen)
+        figure = experiment.draw(whole(experiment, rows))
         write_whole(picture, lambda file: figure.savefig(file, format="png", dpi=110,
                                                          metadata={"Description": digest(path)}))
-    lines = results(experiment, rows)
     if not committed:
         print("\n".join(lines))
         return
@@ -367,3 +368,20 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(error_line(f"{experiment.name}.py", error), file=sys.stderr)
         return 2
+
+
+def outdated() -> list[str]:
+    """Return a line for each page whose table or picture is not what its CSV gives."""
+    found = []
+    for page in sorted(PAGES.glob("*.md")):
+        path, picture = REFERENCE / f"{page.stem}.csv", PAGES / f"{page.stem}.png"
+        text = page.read_text(encoding="utf-8")
+        if START not in text:
+            continue
+        experiment = importlib.import_module(page.stem).EXPERIMENT
+        lines = results(experiment, read(path))
+        if filled(text, page, lines) != text:
+            found.append(f"docs/{page.name}: run python experiments/{page.stem}.py --draw")
+        elif lines[0].startswith("!") and (not picture.exists() or drawn_from(picture) != digest(path)):
+            found.append(f"docs/{picture.name}: run python experiments/{page.stem}.py --draw")
+    return found

@@ -92,8 +92,9 @@ def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
 
 KEYS = {"dataset": "data set", "rounds": "rounds"}
 VALUES = {"rve_pfl": ("RVE-PFL", "{:.3f}"), "nbafl": ("NbAFL", "{:.3f}"),
-          "nbafl_prox": ("NbAFL, proximal", "{:.3f}"), "nbafl, trained": ("NbAFL, fine-tuned", "{:.3f}"), "fedavg": ("FedAvg", "{:.3f}"),
-          "fedavg, trained": ("FedAvg, fine-tuned", "{:.3f}"), "local": ("alone", "{:.3f}")}
+          "nbafl_prox": ("NbAFL, proximal", "{:.3f}"), "nbafl, trained": ("NbAFL, fine-tuned", "{:.3f}"),
+          "fedavg": ("FedAvg", "{:.3f}"), "fedavg, trained": ("FedAvg, fine-tuned", "{:.3f}"),
+          "local": ("alone", "{:.3f}")}
 EXPERIMENT = Experiment(
     name="headline", question="How accurate are the methods with two classes per client?",
     tasks=tasks, measure=curve, settings=["dataset", "rounds", "local_ep", "method"], tabulate=tabulate, keys=KEYS,

@@ -25,7 +25,9 @@ SETTINGS: dict[str, dict[str, object]] = {
     "default prior, beta 1e-3": {"kl_weight": 1e-3},
     "default prior, 2 full rounds": {"full_sharing_rounds": 2},
 }
-DATASETS = ("mnist10k", "fmnist10k", "cifar10k")
+SHOWN = {"mnist10k": list(SETTINGS)[:3], "fmnist10k": list(SETTINGS)[:3],
+         "cifar10k": ["default prior, beta 1e-5", "class prior, beta 0.1"]}
+SCALES = {"mnist10k": (5, 2), "fmnist10k": (5, 2), "cifar10k": (5, 3)}   # rounds, local epochs
 PARTITIONS = ("shards", "dirichlet", "iid")
 
 
@@ -34,11 +36,11 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
     found = []
     for seed in seeds:
         for partition in PARTITIONS:
-            for dataset in DATASETS:
+            for dataset, (rounds, epochs) in SCALES.items():
                 for name, setting in SETTINGS.items():
                     run = f"privacy-{dataset}-{partition}-{slug(name)}-seed{seed}"
-                    options = {**options_of({"method": "rve_pfl"}, dataset, partition), "seed": seed, "rounds": 5,
-                               "local_ep": 2, "local_bs": 64, **setting}
+                    options = {**options_of({"method": "rve_pfl"}, dataset, partition), "seed": seed,
+                               "rounds": rounds, "local_ep": epochs, "local_bs": 64, **setting}
                     attack = {"run": run, "adversary": "stolen_model", "attack": "reidentification",
                               "observe": "z z8", "public": dataset.removesuffix("10k")}
                     found.append(Task(run, {"dataset": dataset, "partition": partition, "setting": name}, seed, (
@@ -56,16 +58,15 @@ def measure(folder: Path) -> list[dict]:
 
 
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with two classes per client, of the first three settings."""
-    rows = rows.drop_duplicates([*SETTING, "seed"], keep="last")
-    order = [name for name in SETTINGS if name in set(rows["setting"])][:3]
-    rows = rows[(rows["partition"] == "shards") & rows["setting"].isin(order)]
-    return rows.sort_values("dataset", key=lambda names: names.map(DATASETS.index), kind="stable")
+    """Return the rows of ``SHOWN`` with two classes per client."""
+    rows = rows[rows["partition"] == "shards"].drop_duplicates([*SETTING, "seed"], keep="last")
+    return pd.concat([rows[(rows["dataset"] == dataset) & (rows["setting"] == name)]
+                      for dataset, names in SHOWN.items() for name in names])
 
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw accuracy against KL, or the identified share where all were attacked; a dot per seed."""
-    rows = rows.drop_duplicates([*SETTING, "seed"], keep="last")
+    rows = tabulate(rows)
     attacked = "identified_z" in rows and rows["identified_z"].notna().all()
     x, label = ("identified_z", "share identified from one z") if attacked else ("kl_nats", "KL, nats per image")
     datasets = list(dict.fromkeys(rows["dataset"]))
@@ -78,9 +79,12 @@ def draw(rows: pd.DataFrame) -> Figure:
             if len(own):
                 panel.plot(own[x], own["deployed"], "o" if "class" in name else "s", color=f"C{i}", label=name)
         panel.set(xlabel=label, title=dataset, xscale="linear" if attacked else "log")
+        low, high = panel.get_ylim()
+        panel.set_ylim(min(low, (low + high) / 2 - 0.03), max(high, (low + high) / 2 + 0.03))
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
     axes[0, 0].set_ylabel("deployed accuracy")
+    lines = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 

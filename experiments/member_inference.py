@@ -1,0 +1,76 @@
+"""Measure whether an attacker can tell a client's training images from its held-out ones.
+
+Three clients of each run are attacked. An AUC of 0.5 is a guess. Needs data/mnist.npz.
+"""
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from common import Experiment, Task, flags, main, slug, training
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+SCALE = {"dataset": "mnist10k", "rounds": 5, "local_ep": 2, "local_bs": 64, "save_rounds": 1}
+SETTINGS: dict[str, dict[str, object]] = {
+    "fedavg, iid": {"method": "fedavg", "partition": "iid"},
+    "fedavg, shards": {"method": "fedavg", "partition": "shards"},
+    "rve_pfl, iid": {"method": "rve_pfl", "partition": "iid"},
+    "rve_pfl, shards": {"method": "rve_pfl", "partition": "shards"},
+    "rve_pfl, class prior, shards": {"method": "rve_pfl", "partition": "shards", "prior": "class", "kl_weight": 1,
+                                     "prior_apart": 0.25, "head_lr": 1},
+    "lg_fedavg, shards": {"method": "lg_fedavg", "partition": "shards"},
+}
+ATTACK = {"attack": "loss kl fedmia", "clients": "0 1 2", "public": "mnist", "public_images": 2000}
+SHOWN = {"loss": "stolen_model", "fedmia": "curious_server"}   # attack -> adversary
+
+
+def tasks(seeds: Sequence[int]) -> list[Task]:
+    """Return the runs, seed after seed."""
+    found = []
+    for seed in seeds:
+        for name, options in SETTINGS.items():
+            run = f"members-{slug(name)}-seed{seed}"
+            found.append(Task(run, {"setting": name}, seed, (
+                training(run, {**SCALE, **options, "seed": seed}),
+                f"python attack/membership.py {flags({'run': run, **ATTACK})}")))
+    return found
+
+
+def measure(folder: Path) -> list[dict]:
+    """Return the rows of membership.csv: one per adversary, attack and client."""
+    return pd.read_csv(folder / "membership.csv").to_dict("records")
+
+
+def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the AUC of each setting under the attacks of ``SHOWN``, means over clients."""
+    wide = [rows[(rows["attack"] == attack) & (rows["adversary"] == adversary)]
+            .groupby(["setting", "seed"], sort=False)["auc"].mean().rename(attack)
+            for attack, adversary in SHOWN.items()]
+    return pd.concat(wide, axis=1).reset_index()
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Draw the AUC of every attack, a dot per client and seed."""
+    names = [name for name in SETTINGS if name in set(rows["setting"])]
+    attacks = list(dict.fromkeys(zip(rows["adversary"], rows["attack"], strict=True)))
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for i, (adversary, attack) in enumerate(attacks):
+        part = rows[(rows["adversary"] == adversary) & (rows["attack"] == attack)]
+        places = [names.index(name) + 0.12 * (i - len(attacks) / 2) for name in part["setting"]]
+        axes.plot(places, part["auc"], ".", color=f"C{i}", label=f"{adversary}, {attack}")
+    axes.axhline(0.5, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
+    axes.set_ylabel("AUC")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="member_inference", question="Can an attacker tell training images from held-out ones?",
+    tasks=tasks, measure=measure, settings=["setting", "adversary", "attack", "client"], tabulate=tabulate,
+    keys={"setting": "setting"}, draw=draw, spread="loss",
+    values={"loss": ("AUC, loss, stolen model", "{:.3f}"), "fedmia": ("AUC, FedMIA, server", "{:.3f}")})
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT))

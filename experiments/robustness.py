@@ -1,0 +1,134 @@
+"""Compare the aggregation rules under malicious clients with the oracle, to which these clients upload nothing.
+
+    python experiments/robustness.py --constant TRUST_DECAY 0.5 ...    one run of RVE-PFL.py, that constant of
+                                                                       server/threat_aware.py halved
+
+``models`` trains FedAvg's whole models. ``heads`` trains the heads of RVE-PFL behind encoders that a clean run has
+trained and that stay as they are, so that no private encoder makes up for a bad head; the clean runs stay under
+saved_models/robustness-encoders-* (0.8 GB each).
+"""
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from common import ROOT, Experiment, Task, main, training
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from server import threat_aware
+
+DATA = {"dataset": "mnist10k", "local_ep": 1}
+SCOPES: dict[str, dict[str, object]] = {"models": {"method": "fedavg", "rounds": 5, "local_bs": 32},
+                                        "heads": {"method": "rve_pfl", "rounds": 3, "local_bs": 64}}
+PARTITIONS = ("shards", "iid", "dirichlet")
+FRACTIONS = (0.3, 0.1, 0.2, 0.4)   # of malicious clients
+RULES = ("threat_aware", "mean", "median", "trimmed_mean", "krum", "nnm_trimmed_mean", "caf", "norm_clipping")
+BEHAVIOURS = ("adaptive", "optimal_ipm", "min_max", "mimic", "scaling", "label_flip", "sybil", "optimal_alie",
+              "backdoor_patch", "backdoor_projected")
+KEYS = ["scope", "partition", "fraction", "behaviour", "rule"]
+WORLD = ["scope", "partition", "fraction", "seed"]
+
+
+def tasks(seeds: Sequence[int]) -> list[Task]:
+    """Return the runs: 30 % malicious clients first; without any, ``behaviour`` is "nobody"."""
+    worlds = [(scope, partition, seed) for scope in SCOPES for partition in PARTITIONS for seed in seeds]
+    found = [task(*world, 0.0, "nobody", rule) for world in worlds for rule in RULES]
+    for fraction in FRACTIONS:
+        found += [task(*world, fraction, "oracle", "mean") for world in worlds]
+        found += [task(*world, fraction, behaviour, rule)
+                  for behaviour in BEHAVIOURS for world in worlds for rule in RULES]
+    return found
+
+
+def task(scope: str, partition: str, seed: int, fraction: float, behaviour: str, rule: str) -> Task:
+    """Return one run, preceded by that of its encoders where it trains heads alone."""
+    run = f"robustness-{scope}-{partition}-{fraction:g}-{behaviour}-{rule}-seed{seed}"
+    options = {**DATA, **SCOPES[scope], "partition": partition, "seed": seed, "aggregation": rule}
+    before = []
+    if scope == "heads":
+        encoders = f"robustness-encoders-{partition}-seed{seed}"
+        clean = {**options, "aggregation": "mean", "local_ep": 2}
+        before, options = [training(encoders, clean)], {**options, "encoders_from": encoders}
+    if fraction:
+        options |= {"malicious_frac": fraction, "malicious_behaviour": behaviour}
+    key: dict[str, object] = dict(zip(KEYS, (scope, partition, fraction, behaviour, rule), strict=True))
+    return Task(run, key, seed, (*before, training(run, options)))
+
+
+def measure(folder: Path) -> list[dict]:
+    """Return one row: honest clients' accuracy, how often a backdoor opens, and the server's weights.
+
+    ``weight`` is that of malicious clients over what their number would give them; ``trust`` is the least mean
+    trust of an honest client.
+    """
+    rounds, clients, server = (pd.read_csv(folder / f"{name}.csv") for name in ("rounds", "clients", "server"))
+    final = rounds[rounds["stage"] == "deployed"].iloc[-1]
+    row = {"deployed": final["accuracy"], "deployed_worst": final["accuracy_worst"]}
+    if "backdoor" in clients:
+        row["backdoor"] = clients.loc[clients["round"] == final["round"], "backdoor"].mean()
+    bad = server["malicious"] == 1
+    if server["weight"].notna().all() and bad.any():
+        row["weight"] = server.loc[bad, "weight"].sum() / server["round"].nunique() / bad.mean()
+    if "trust" in server:
+        row["trust"] = server[~bad].groupby("client")["trust"].mean().min()
+    return [row]
+
+
+def losses(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with malicious clients, with ``lost``: points of accuracy less than the oracle's."""
+    oracle = rows[rows["behaviour"] == "oracle"].set_index(WORLD)["deployed"].rename("oracle")
+    tried = rows[~rows["behaviour"].isin(["oracle", "nobody"])].join(oracle, on=WORLD)
+    return tried.assign(lost=100 * (tried["oracle"] - tried["deployed"]))
+
+
+def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return for each rule, whole models and 30 % malicious clients, the worst behaviour and partition."""
+    rows = rows[rows["scope"] == "models"]
+    clean = rows[rows["behaviour"] == "nobody"].groupby(["rule", "seed"], sort=False)["deployed"].mean()
+    tried = losses(rows[rows["fraction"].isin([0.3])])
+    worst = tried.groupby(["rule", "seed"])[["lost", "backdoor"]].max()
+    return pd.concat([clean, worst], axis=1).reset_index()
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Draw a heat map per scope: points lost to the oracle, the worst partition, by behaviour and rule."""
+    tried = losses(rows[rows["fraction"] == 0.3]) if len(rows) else rows
+    scopes = [scope for scope in SCOPES if scope in set(tried["scope"])] or ["models"]
+    figure, axes = plt.subplots(1, len(scopes), figsize=(1 + 5 * len(scopes), 4.4), layout="constrained",
+                                squeeze=False)
+    for panel, scope in zip(axes[0], scopes, strict=True):
+        means = tried[tried["scope"] == scope].groupby(["behaviour", "rule", "partition"])["lost"].mean()
+        table = means.groupby(["behaviour", "rule"]).max().unstack()
+        image = panel.imshow(table, cmap="Reds", vmin=0, vmax=60, aspect="auto")
+        panel.set_xticks(range(table.shape[1]), table.columns, rotation=45, ha="right", fontsize=8)
+        panel.set_yticks(range(table.shape[0]), table.index, fontsize=8)
+        for (y, x), value in np.ndenumerate(table.to_numpy(float)):
+            panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
+        panel.set_title(scope)
+    figure.colorbar(image, ax=axes, label="points lost to the oracle")
+    return figure
+
+
+def with_constant(name: str, factor: float, argv: Sequence[str]) -> int:
+    """Run RVE-PFL.py with a constant of the threat-aware rule multiplied by a factor."""
+    spec = importlib.util.spec_from_file_location("driver", ROOT / "RVE-PFL.py")
+    driver = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(driver)
+    setattr(threat_aware, name, factor * getattr(threat_aware, name))
+    return driver.main(list(argv))
+
+
+EXPERIMENT = Experiment(
+    name="robustness", question="Which aggregation rule withstands malicious clients?",
+    tasks=tasks, measure=measure, settings=KEYS, tabulate=tabulate, keys={"rule": "rule"}, draw=draw,
+    spread="lost", values={
+        "deployed": ("accuracy, nobody malicious", "{:.3f}"), "lost": ("points lost, worst behaviour", "{:.1f}"),
+        "backdoor": ("backdoor opens", "{:.2f}")})
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--constant"]:
+        sys.exit(with_constant(sys.argv[2], float(sys.argv[3]), sys.argv[4:]))
+    sys.exit(main(EXPERIMENT))

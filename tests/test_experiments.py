@@ -1,0 +1,323 @@
+"""experiments/: the queue, the CSVs, and what pages take from them."""
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+import report
+from attack import membership, mi_attack
+from options import args_parser
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import common
+import leakage
+import privacy_accuracy
+import real_updates
+import robustness
+import speed
+import verify
+
+NAMES = ("headline", "partitions", "privacy_accuracy", "leakage", "member_inference", "real_updates", "robustness",
+         "speed")
+EXPERIMENTS = {name: importlib.import_module(name).EXPERIMENT for name in NAMES}
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+PARSERS = {"attack/mi_attack.py": mi_attack.make_parser, "attack/membership.py": membership.make_parser,
+           "report.py": report.make_parser}
+
+
+def parse(command):
+    """Parse a command line of this project; SystemExit if it does not parse."""
+    words = shlex.split(command, comments=True)
+    script, argv = words[1], words[2:]
+    if script == "RVE-PFL.py":
+        return args_parser(argv)
+    if script in PARSERS:
+        return PARSERS[script]().parse(argv)
+    name = script.removeprefix("experiments/").removesuffix(".py")
+    if name not in EXPERIMENTS or "--run" in argv or "--constant" in argv:
+        return None
+    return common.arguments(EXPERIMENTS[name], argv)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_run_is_a_valid_command_with_a_name_of_its_own(name):
+    tasks = EXPERIMENTS[name].tasks([11, 12])
+    assert len({task.run for task in tasks}) == len({task.command for task in tasks}) == len(tasks) > 3
+    for task in tasks[:: max(1, len(tasks) // 60)]:
+        for command in task.commands:
+            args = parse(command)
+            assert args is None or getattr(args, "run_name", args.__dict__.get("run")) or "experiments" in command
+        last = parse(task.commands[0])
+        assert last is None or last.seed == task.seed
+
+
+def test_committed_rows_say_how_they_were_made():
+    for path in sorted(common.REFERENCE.glob("*.csv")):
+        rows = common.read(path)
+        assert list(rows)[-5:] == common.PROVENANCE and rows[common.PROVENANCE].notna().all(axis=None), path.name
+        assert set(rows["precision"]) <= {"bfloat16", "float32"}
+        assert rows["commit"].str.fullmatch(r"[0-9a-f]{12}( with edits)?").all()
+        for command in rows["command"].str.split(" && ").explode().unique():
+            if not command.startswith("python benchmarks/"):
+                parse(command)
+    assert sum(path.stat().st_size for path in common.REFERENCE.glob("*.csv")) < 600_000
+
+
+def test_the_best_of_cifar_is_found_with_its_command():
+    rows = pd.read_csv(common.REFERENCE / "headline.csv")
+    best = rows[(rows["dataset"] == "cifar") & (rows["method"] == "rve_pfl")].sort_values("round").iloc[-1]
+    assert round(best["deployed"], 3) == 0.909
+    args = parse(best["command"])
+    assert (args.dataset, args.partition, args.rounds, args.local_ep, args.seed) == ("cifar", "shards", 6, 5, 1)
+
+
+def test_tables_and_pictures_are_what_the_csvs_give():
+    assert common.outdated() == []
+
+
+def test_a_changed_csv_makes_its_page_and_picture_stale(tmp_path, monkeypatch):
+    pages, reference = tmp_path / "docs", tmp_path / "reference"
+    for folder in (pages, reference):
+        folder.mkdir()
+    page = pages / "privacy_accuracy.md"
+    for name in (page.name, "privacy_accuracy.png"):
+        (pages / name).write_bytes((ROOT / "docs" / name).read_bytes())
+    path = reference / "privacy_accuracy.csv"
+    path.write_bytes((common.REFERENCE / path.name).read_bytes())
+    monkeypatch.setattr(common, "PAGES", pages)
+    monkeypatch.setattr(common, "REFERENCE", reference)
+    assert common.outdated() == []
+    text = page.read_text()
+    page.write_text(text.replace("| 0.9", "| 0.8", 1))
+    assert common.outdated() == ["docs/privacy_accuracy.md: run python experiments/privacy_accuracy.py --draw"]
+    common.draw(privacy_accuracy.EXPERIMENT, reference)
+    assert page.read_text() == text and common.outdated() == []
+    path.write_text(path.read_text() + "\n")
+    assert common.outdated() == ["docs/privacy_accuracy.png: run python experiments/privacy_accuracy.py --draw"]
+    page.write_text(text.replace("<!-- end -->", ""))
+    with pytest.raises(common.InputError, match="privacy_accuracy.md: needs a line"):
+        common.outdated()
+
+
+def rows_of(values, **more):
+    """Rows of a CSV: seed -> value."""
+    return [{"method": "a", "value": value, **dict.fromkeys(common.PROVENANCE, "x"), "seed": seed,
+             "precision": "bfloat16", **more} for seed, value in values.items()]
+
+
+def made(**changes):
+    """An experiment on rows of ``rows_of``."""
+    return common.Experiment(**{
+        "name": "made", "question": "?", "tasks": lambda seeds: [], "measure": lambda folder: [], "draw": None,
+        "settings": ["method"], "tabulate": lambda rows: rows, "keys": {"method": "method"}, "spread": "value",
+        "values": {"value": ("value", "{:.2f}"), "other": ("other", "{:.1f}")}, **changes})
+
+
+def test_a_table_has_means_and_intervals_of_three_seeds_in_one_precision():
+    three, two = {11: 0.1, 12: 0.2, 13: 0.6}, {11: 9.0, 12: 9.0}
+    rows = pd.DataFrame(rows_of(three) + rows_of(two, method="b") + rows_of({1: 7.0}) + rows_of(
+        three, method="c", precision="float32") + rows_of({13: 5.0}, method="b", precision="float32"))
+    lines = common.table(made(), common.whole(made(), rows))
+    half = 4.303 * np.std([0.1, 0.2, 0.6], ddof=1) / 3**0.5
+    assert lines == ["| method | value | ± (95 %) |", "| --- | --- | --- |", f"| a | 0.30 | {half:.2f} |"]
+    gaps = pd.DataFrame(rows_of(three, other=1.0) + rows_of(three, method="d", other=np.nan))
+    assert len(common.table(made(), common.whole(made(), gaps))) == 3   # a row with a gap is not there
+    assert "still to be filled" in common.results(made(), pd.DataFrame(rows_of(two)))[0]
+
+
+def test_tables_are_small():
+    for name, experiment in EXPERIMENTS.items():
+        rows = common.read(common.REFERENCE / f"{name}.csv")
+        lines = common.results(experiment, rows)
+        assert len([line for line in lines if line.startswith("|")]) <= 2 + 8
+
+
+@pytest.fixture
+def tried(tmp_path, monkeypatch, tiny_arrays):
+    """A queue of two short runs on a tiny data set, in a copy of nothing but its folders."""
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "tiny.npz", **tiny_arrays)
+    places = {f"{name}_dir": tmp_path / folder for name, folder in (
+        ("data", "data"), ("results", "results"), ("models", "saved_models"))}
+    options = {"dataset": "tiny", "method": "fedavg", "num_users": 3, "local_bs": 16, "local_ep": 1, **places}
+
+    def task(seed, rounds=2):
+        run = f"tried-seed{seed}"
+        return common.Task(run, {"method": "fedavg"}, seed, (
+            common.training(run, {**options, "rounds": rounds, "seed": seed}),))
+    real = subprocess.Popen
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", lambda words, cwd=None, **more: real(words, cwd=ROOT, **more))
+    experiment = made(name="tried", measure=common.curve, tasks=lambda seeds: [task(seed) for seed in seeds])
+    return experiment, task, tmp_path
+
+
+@pytest.mark.slow
+def test_the_queue_runs_what_is_missing(tried, capsys, monkeypatch):
+    experiment, task, folder = tried
+    bad = common.Task("bad", {}, 3, ("python RVE-PFL.py --rounds 0 --run_name bad",))
+    monkeypatch.setattr(common, "commit", lambda: "0123456789ab")
+    queue = common.Queue(experiment, folder)
+    assert queue.run([bad, task(1), task(2)], 2) == 1
+    said = capsys.readouterr().out
+    assert "failed  bad: RVE-PFL.py: error: --rounds 0" in said and said.count("done") == 2
+    rows = common.read(folder / "tried.csv")
+    assert rows["seed"].value_counts().to_dict() == {1: 2, 2: 2} and rows["round"].tolist().count(2) == 2
+    assert set(rows["commit"]) == {"0123456789ab"} and set(rows["command"]) == {task(1).command, task(2).command}
+    assert rows["deployed"].between(0, 1).all() and (rows["deployed_worst"] <= rows["deployed"]).all()
+    assert not list(folder.glob("results/tried*")) and not list(folder.glob("saved_models/tried*"))
+    assert queue.is_done(task(1)) and not queue.is_done(task(1, rounds=3))
+    before = (folder / "tried.csv").stat().st_mtime_ns
+    assert common.Queue(experiment, folder).run([task(1)], 1) == 0
+    assert (folder / "tried.csv").stat().st_mtime_ns == before
+    assert [line.split()[0] for line in common.listed(queue, [task(1), task(3)])] == ["done", "missing"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(tried):
+    """Its rounds before the interruption are not trained again: their seconds stay."""
+    experiment, task, folder = tried
+    long = task(1, rounds=60)
+    queue = common.Queue(experiment, folder)
+    thread = threading.Thread(target=queue.make, args=[long])
+    thread.start()
+    csv = folder / "results" / long.run / "rounds.csv"
+    while not (csv.exists() and csv.read_text().count("deployed") > 3):
+        time.sleep(0.05)
+    queue.stop()
+    thread.join()
+    assert json.loads((csv.parent / "config.json").read_text())["status"] == "unfinished"
+    assert not queue.is_done(long) and not queue.failed and not queue.running
+    before = common.curve(csv.parent)
+    common.Queue(experiment, folder).make(long)
+    rows = common.read(folder / "tried.csv")
+    assert len(rows) == 60 and rows["seconds"].tolist()[:3] == pytest.approx(
+        [row["seconds"] for row in before[:3]], rel=1e-3)
+
+
+def test_rows_of_one_command_are_replaced(tmp_path):
+    path = tmp_path / "made.csv"
+    common.add(path, rows_of({11: 1.0}, command="one"))
+    common.add(path, rows_of({12: 2.0}, command="two"))
+    common.add(path, rows_of({11: 3.0}, command="one", new=5))
+    rows = common.read(path)
+    assert rows["value"].tolist() == [2, 3] and list(rows)[-5:] == common.PROVENANCE
+
+
+def test_reference_rows_need_a_clean_tree(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(common, "commit", lambda: "0123456789ab with edits")
+    assert common.main(made(), []) == 2
+    assert "uncommitted edits; commit them, or try out with --out" in capsys.readouterr().err
+    assert common.main(made(), ["--out", str(tmp_path)]) == 0
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    (tmp_path / "made.csv").write_text("a,b\n1,2\n")
+    for argv, words in ((["--workers", "0"], "--workers"), (["--seeds", "x"], "--seeds"), (["--lsit"], "--lsit"),
+                        (["--list", "--out", str(tmp_path)], "has no column seed")):
+        with pytest.raises(SystemExit) as stop:
+            raise SystemExit(common.main(made(tasks=lambda seeds: [common.Task("a", {}, 1, ("python a",))]), argv))
+        line, = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and words in line
+
+
+def test_leakage_rows_by_hand():
+    """Images of two clients: the mean of all, and of the one with the highest KL; the control beside each."""
+    rows = pd.DataFrame([
+        {"client": k, "image": i, "control": control, "kl_nats": kl, "class_size": 10,
+         "identified": 0 if control else found, "class_rank": 5 if control else rank, "ssim": 0.1 if control else 0.7}
+        for control in ("", "foreign") for k, i, kl, found, rank in ((0, 1, 3.0, 0, 4), (1, 1, 9.0, 1, 1))])
+    every, worst = leakage.attack_rows({"attack": "x"}, rows)
+    assert (every["n"], every["identified"], every["rank"], every["control_rank"]) == (2, 0.5, 2.5, 5)
+    assert (worst["images"], worst["n"], worst["identified"], worst["control_identified"]) == ("worst 2 %", 1, 1, 0)
+    assert every["ssim"] == pytest.approx(0.7) and every["control_ssim"] == pytest.approx(0.1)
+    assert len(list(leakage.attack_rows({}, rows.assign(kl_nats=np.nan)))) == 1
+
+
+def test_losses_to_the_oracle_by_hand():
+    world = {"scope": "models", "partition": "iid", "fraction": 0.3, "seed": 11, "backdoor": 0.25}
+    rows = pd.DataFrame([{**world, "behaviour": behaviour, "rule": rule, "deployed": deployed} for
+                         behaviour, rule, deployed in (("oracle", "mean", 0.9), ("mimic", "mean", 0.7),
+                                                       ("sybil", "mean", 0.8), ("mimic", "krum", 0.95))])
+    assert robustness.losses(rows)["lost"].tolist() == pytest.approx([20, 10, -5])
+    clean = pd.DataFrame([{**world, "fraction": 0.0, "behaviour": "nobody", "rule": "mean", "deployed": 0.92}])
+    table = robustness.tabulate(pd.concat([rows, clean])).set_index("rule")
+    assert table.loc["mean", ["deployed", "lost", "backdoor"]].tolist() == pytest.approx([0.92, 20, 0.25])
+
+
+def test_controls_of_real_updates_are_other_images_of_the_class():
+    labels = np.array([0, 1, 1, 0, 1, 1])
+    assert real_updates.foreign(labels, 3) == [3, 4, 5]
+    pool = real_updates.torch.rand(6, 1, 8, 8, generator=real_updates.torch.manual_seed(0))
+    own, other = (real_updates.scores(pool[:3], pool, true) for true in (range(3), [3, 4, 5]))
+    assert own["identified"] == 1 and own["psnr"] > 60 and other["identified"] == 0 and other["psnr"] < 20
+
+
+@pytest.mark.slow
+def test_updates_of_a_tiny_run_are_read(place, monkeypatch):
+    assert place.main("--method", "fedavg", "--rounds", 1, "--run_name", "run") == 0
+    folders = [word for name in ("results", "models", "data") for word in (f"--{name}_dir", str(place.folder / name))]
+    monkeypatch.setattr(real_updates, "CASES", [(1, "adam", 1), (2, "sgd", 1)])
+    monkeypatch.setattr(real_updates, "SEARCH_STEPS", 20)
+    assert real_updates.read_updates(["--run", "run", *folders]) == 0
+    rows = real_updates.measure(place.folder / "results" / "run")
+    assert [row["kind"] for row in rows][-2:] == ["images", "images"]
+    assert rows[-2]["identified"] == 1 and rows[-2]["psnr"] > rows[-2]["control_psnr"]
+
+
+def test_plain_and_ours_train_the_same_workload(monkeypatch):
+    work = speed.Workload("fedavg", (1, 8, 8), 4, 2, 2)
+    device = speed.torch.device("cpu")
+    for call in (speed.plain_round(work, device), speed.our_round(trainer := speed.our_trainer(work, device), work)):
+        assert speed.seconds_of(call, device, 1) > 0
+    monkeypatch.setattr(speed, "seconds_of", lambda call, device, repeats: 1e-9)
+    assert speed.floor_of(trainer, work, device) > 0
+
+
+def test_verify_names_what_differs(monkeypatch, capsys, tmp_path):
+    reference = pd.DataFrame({"round": [1, 2], "deployed": [0.9, 0.99], "kl_nats": [100.0, 200.0]})
+    assert verify.differences(reference, reference) == []
+    worse = reference.assign(deployed=[0.9, 0.97], kl_nats=[111.0, np.nan])
+    assert verify.differences(worse, reference) == [
+        "round 1: KL 111 nats, not 100 within 10%", "round 2: deployed accuracy 0.9700, not 0.9900 within 0.01",
+        "round 2: KL nan nats, not 200 within 10%"]
+    assert verify.differences(reference[:1], reference) == ["rounds [1], not [1, 2]"]
+    committed = pd.read_csv(common.REFERENCE / "verify.csv")
+    assert {round(x, 4) for x in committed[committed["round"] == 5]["deployed"]} == {0.9921, 0.9888}
+    for name, value, status in (("good", 0.0, 0), ("bad", 0.5, 1)):
+        monkeypatch.setattr(verify, "train_again", lambda command, value=value: committed[
+            committed["command"] == command].assign(deployed=lambda rows: rows["deployed"] - value))
+        assert verify.main([]) == status
+        assert ("verified" if not status else "differs: round 5") in capsys.readouterr().out
+    assert verify.main(["--reference", str(tmp_path / "none.csv")]) == 2
+    assert "has no rows of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_links_of_a_page_work(page):
+    text = page.read_text()
+    for block in re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", "").splitlines():
+            if re.match(r"(\S*/)?python (RVE-PFL|report|attack/\w+|experiments/[a-z_0-9]+)\.py", line):
+                script = shlex.split(line, comments=True)[1]
+                assert (ROOT / script).exists(), line
+                parse(line)
+    for link in re.findall(r"\]\(([^)#:\s]*)(?:#[^)]*)?\)", text):
+        assert not link or (page.parent / link).exists(), link
+
+
+def test_every_page_of_an_experiment_has_its_parts():
+    for name in NAMES:
+        text = (ROOT / "docs" / f"{name}.md").read_text()
+        assert re.search(r"^# .*\n\n\*\*[^*]+\*\*\n\n<!-- results -->\n", text), name
+        assert f"python experiments/{name}.py" in text and len(re.findall(r"^\d\. ", text, re.MULTILINE)) == 3
+    assert sum(path.stat().st_size for path in ROOT.glob("docs/*.md")) < 70_000
