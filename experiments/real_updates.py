@@ -20,9 +20,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from attack import gradients, newton, scoring, split, uploads
-from attack.access import Target, open_target
-from attack.scene import as_floats
+from attack import gradients, newton, scoring, uploads
+from attack.target import Target, as_floats, open_target
 from methods import METHODS
 from parsing import Parser
 from server.base import State
@@ -57,11 +56,11 @@ class Update:
 
     def gradient(self, layer: str) -> tuple[Tensor, Tensor]:
         """Return a layer's gradient, biases as last column, and its relative error, both ``K x (D + 1)``."""
-        adam, parts = uploads.AdamStep([self.rate], 0), []
+        parts = []
         for kind in ("weight", "bias"):
             sent, upload = (state[f"{PREFIX}{layer}.{kind}"] for state in (self.sent, self.upload))
             if self.optimizer == "adam":
-                parts.append(adam.gradient(sent, upload))
+                parts.append(uploads.adam_gradient(sent, upload, self.rate))
             else:
                 moved = sent.double() - upload.double()
                 spacing = torch.nextafter(sent.abs(), torch.full_like(sent, torch.inf)) - sent.abs()
@@ -71,8 +70,8 @@ class Update:
 
     def pictures(self) -> Tensor:
         """Return the pictures that are found, ``N x C x H x W``; grey for those that are missing."""
-        before, dense = newton.layers_before_dense(self.head)
-        goal = split.inputs(*self.gradient(f"features.{dense}"), self.images, PARTING_SECONDS)
+        before, dense = newton.before_dense(self.head.get_submodule("features"))
+        goal = uploads.dense_inputs(*self.gradient(f"features.{dense}"), self.images, PARTING_SECONDS)
         grey = torch.full((self.images, *self.head.input_shape), 0.5)
         if not len(goal):
             return grey
@@ -124,7 +123,7 @@ def scores(found: Tensor, pool: Tensor, true: Sequence[int]) -> dict[str, float]
     truth, belongs = pool[list(true)], torch.zeros(len(true), len(pool), dtype=torch.bool)
     belongs[range(len(true)), list(true)] = True
     found = scoring.in_order_of(truth, found)
-    rank = scoring.rank_of(found, pool, belongs)
+    rank = scoring.rank_by(scoring.distances(found, pool), belongs)
     return {"psnr": scoring.similarity(found, truth)["psnr"].median().item(),
             "identified": (rank == 1).double().mean().item()}
 

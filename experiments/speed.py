@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
 
 import models
+from engine.clients import train_each
 from engine.graphs import GraphedTrainer
-from engine.several import train_each
 from methods import METHODS
 from options import args_parser
 from parsing import Parser
