@@ -1,4 +1,4 @@
-"""The page of report.py: tables and pictures of runs, as HTML that needs no other file.
+"""Write the page of report.py: tables and pictures of runs, as HTML that needs no other file.
 
 Text from files may have been written by anybody. So only ``Markup`` is taken as HTML, and it escapes every
 other text that is formatted into it, joined or added.
@@ -38,40 +38,26 @@ img{max-width:100%;height:auto;vertical-align:top}.mark{color:#a00;font-weight:6
 details{margin:.4rem 0}td details{margin:0}summary{cursor:pointer}
 """
 HOW_TO_READ = Markup("""<details><summary>how to read this</summary>
-<p>A row is a setting: runs that differ only in the seed. Figures are means over clients, on held-out
-images, after the last round; &plusmn; is the standard deviation over seeds. <b>deployed</b> is the model
-that a method gives to its user; <b>trained</b> is the same model after a client's local training. The worst
-decile is the mean of the tenth of the clients with the lowest accuracy. KL is an upper bound, in nats, on
-what a latent tells about its image; a dash means that there is no bound.</details>
+<p>A row is a setting: runs that differ only in the seed. Figures are means over clients on held-out images
+after the last round; &plusmn; is the standard deviation over seeds. <b>deployed</b> is the model that a
+method gives to its user; <b>trained</b> is the same model after a client's local training. The worst decile
+is the mean of the tenth of the clients with the lowest accuracy. KL bounds, in nats, what a latent tells
+about its image.</details>
 """)
-WORDS_MEAN = Markup("""<details><summary>what the words mean</summary>
-<p>A word compares an adversary's attacks with controls that know nothing of the client's images.
-<ul><li><b>leaks</b>: an attack is better than its control, beyond chance. On <b>images</b>, the control is what
-the same attack makes of another image of the class: the reconstruction is more similar to the true image
-(SSIM), or tells better which image of its class it is (rank). On <b>classes</b>, an independent evaluator
-recognises the pictures of an attack more often than the best control's. Where the public images show the
-classes, they are among the controls.
-<li><b>as a guess</b>: anything else.</ul>
-<p>An attack that knows nothing is called a leak in at most 5 % of cases, over all attacks of an adversary on a
-run. The word that is worst for the victim counts, of the last round that an adversary attacked and of all
-seeds. It is marked where the images or classes are too few for the other word. <b>An attack that
-failed is no proof of privacy.</b></details>
-""")
-ATTACKS_MEAN = Markup("""<details><summary>how to read these figures</summary>
-<p>A row has an adversary's strongest attacks in the last round that it attacked, beside the accuracy and
-the KL of what was deployed in that round.
-<p><b>Image attacks</b> observe something of single images. The figure in brackets is the control's: of the
-same attack on another image of the class. Shown are the attack whose SSIM is furthest above its control's, and
-the attack that identifies most images. An image is identified if it comes first among up to 500 of the
-client's images, by distance or likelihood. The rank is the true image's place among those of its class. The
-worst 2 % are the images with the highest KL, at least one.
-<p><b>Class attacks</b> draw a class. The strongest is the one that an independent evaluator recognises most
-often.</details>
+ATTACKS_MEAN = Markup("""<details><summary>how to read what attackers find</summary>
+<p>An attack <b>leaks</b> if it is better than its control, beyond chance; everything else is <b>as a
+guess</b>. The control of an attack on images is the same attack on another image of the class (figures in
+brackets). An attack on classes is compared with the best of its controls. "few" marks verdicts on too few
+images for any leak. Of all attacks of an adversary on a run, a guess is called a leak in at most 5 % of
+cases.
+<p>An image is identified if it comes first among up to 500 of the client's images. The rank is the true
+image's place among those of its class. The worst 2 % are the images with the highest KL.
+<b>An attack that failed is no proof of privacy.</b></details>
 """)
 
 
 def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> str:
-    """The whole report as HTML.
+    """Return the whole report as HTML.
 
     Args:
         table: of ``summarise``.
@@ -87,7 +73,7 @@ def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> s
     attacked = any(len(run.leaks) for run in runs)
     if len(table):
         parts += [_glance(table, by_setting(runs), attacked), HOW_TO_READ]
-        parts += [WORDS_MEAN] * attacked
+        parts += [ATTACKS_MEAN] * attacked
         for (dataset, partition), block in table.groupby(["dataset", "partition"], sort=False):
             here = [run for run in runs
                     if (run.options["dataset"], run.partition) == (dataset, partition)]
@@ -101,7 +87,7 @@ def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> s
 
 
 def _glance(table: pd.DataFrame, runs: dict[str, list[Finished]], attacked: bool) -> Markup:
-    """One row for each setting: the accuracy of what is deployed and, if any run was attacked, what leaks."""
+    """Return a row for each setting: deployed accuracy and, if any run was attacked, what leaks."""
     who = ADVERSARIES if attacked else ()
     head = ["method", "data set", "partition", "deployed accuracy",
             *(name.replace("_", " ").replace("api", "API") for name in who)]
@@ -118,7 +104,7 @@ def _glance(table: pd.DataFrame, runs: dict[str, list[Finished]], attacked: bool
 
 
 def _differing(settings: dict[str, dict]) -> dict[str, str]:
-    """Of each setting's options, by name, those that are not the default and not the same in all of them."""
+    """Return each setting's options that are neither the default nor the same in all of them."""
     elsewhere = (*BASIC, "seed", "resplit", "validate")   # shown in other columns, or as a mark
     options = {setting: [name if value is True else f"{name} {value}"
                          for name, value in unusual(one).items() if name not in elsewhere]
@@ -129,29 +115,29 @@ def _differing(settings: dict[str, dict]) -> dict[str, str]:
 
 
 def _words(found: dict[str, leakage.OverSeeds]) -> Markup:
-    """What leaks to an adversary, a line for each kind of attack."""
+    """Return what leaks to an adversary, a line for each kind of attack."""
     if not found:
         return Markup("<span class=faint>not attacked</span>")
     lines = []
     for kind, one in found.items():
         remarks = [f"{one.having} of {one.attacked} seeds"] if one.having not in (0, one.attacked) else []
-        remarks += ["few"] if one.few and one.word else []
+        remarks += ["few"] if one.few else []
         remark = Markup(" <small>({})</small>").format(", ".join(remarks)) if remarks else ""
         lines.append(Markup("<span class=line><small>{}:</small> <span class={}>{}</span>{}</span>").format(
             {"image": "images", "class": "classes"}[kind], "mark" if one.word == LEAKS else "plain",
-            one.word or "unknown", remark))
+            one.word, remark))
     return Markup("<br>").join(lines)
 
 
 def _protocol(row: pd.Series) -> Markup:
-    """A mark for a protocol whose figures are not comparable with the usual one's."""
+    """Return a mark for a protocol whose figures are not comparable with the usual one's."""
     if row["protocol"] == "held-out":
         return Markup()
     return Markup(" <span class=mark>{}</span>").format(row["protocol"])
 
 
 def _table(block: pd.DataFrame) -> Markup:
-    """All figures of settings of one data set and partition."""
+    """Return all figures of settings of one data set and partition."""
     head = ["method", "stage", "seeds", *RUN_METRICS.values(), "seconds", "command"]
     rows = []
     for _, row in block.iterrows():
@@ -166,57 +152,39 @@ def _table(block: pd.DataFrame) -> Markup:
 
 
 def _attacks(runs: list[Finished]) -> list[Markup]:
-    """What attacks on some runs found: a table, leakage over accuracy and over rounds, and their pictures."""
+    """Return what attacks on some runs found: a table and their pictures."""
     if not runs:
         return []
-    rows = pd.concat([leakage.beside_utility(run) for run in runs], ignore_index=True)
-    last = pd.concat([leakage.latest(part) for _, part in rows.groupby("run", sort=False)])
-    parts = [Markup("<h3>What attackers find</h3><div class=dense>"), _attack_table(last), Markup("</div>"),
-             ATTACKS_MEAN]
-    if last["budget"].nunique() > 1:
-        parts.append(Markup("<p class=mark>These attacks had different budgets (last column). That alone may "
-                            "be why rows differ."))
-    several = rows[rows.groupby("run")["round"].transform("nunique") > 1]
-    for x, shown in (("accuracy", last), ("round", several)):
-        parts += [Markup("<p>")] + [
-            figure_image(leakage.picture(shown, kind, x), f"leakage over {x}, {kind} attacks")
-            for kind in leakage.KINDS if kind in set(shown.loc[shown["score"].notna(), "kind"])]
-    return parts + [_attack_pictures(run) for run in runs]
+    return [Markup("<h3>What attackers find</h3><div class=dense>"), _attack_table(runs), Markup("</div>"),
+            *(_attack_pictures(run) for run in runs)]
 
 
-def _attack_table(last: pd.DataFrame) -> Markup:
-    head = ["method", "adversary", "round", "deployed accuracy", "KL, nats",
-            "image attack: verdict", "SSIM (control)", "images", "identified (control)", "of the worst 2 %",
-            "rank in its class (control)", "class attack: verdict", "evaluator right (best control)", "budget"]
-    rows, small = [], Markup("<small>{}</small> {}")
-    for _, part in last.groupby(["run", "adversary"], sort=False):
-        one, by_kind = part.iloc[0], {row["kind"]: row for row in part.to_dict("records")}
-        cells = [Markup("{} <small>{}</small>").format(one["method"], one["run"]), one["adversary"],
-                 one["round"], _spread(one["accuracy"], float("nan"), 4),
-                 _spread(one["kl_nats"], float("nan"), 1)]
-        for kind in leakage.KINDS:
-            row = by_kind.get(kind)
-            cells += [DASH if row is None else row["word"] + ", few" * bool(row["few"])]
-            form = "{:.2f}" if kind == "image" else "{:.0%}"
-            cells += [DASH if row is None or row["score"] != row["score"] else
-                      small.format(row["attack"], _beside(row["score"], row["control_score"], form))]
-            if kind == "image":
-                cells += [DASH] * 4 if row is None else [
-                    row["n"], small.format(row["rank_attack"], _beside(
-                        row["identified"], row["control_identified"], "{:.1%}")),
-                    DASH if row["identified_worst"] != row["identified_worst"] else
-                    f"{row['identified_worst']:.0%}", _beside(row["rank"], row["control_rank"], "{:.0f}")]
-        rows.append([*cells, one["budget"]])
+def _attack_table(runs: list[Finished]) -> Markup:
+    """Return a row for each run, adversary and kind of attack."""
+    head = ["method", "adversary", "round", "kind", "verdict", "images", "strongest attack",
+            "SSIM or evaluator right (control)", "identified (control)", "of the worst 2 %",
+            "rank in class (control)"]
+    rows = []
+    for run in runs:
+        method = Markup("{} <small>{}</small>").format(run.options["method"], run.name)
+        for row in run.leaks.to_dict("records"):
+            form = "{:.2f}" if row["kind"] == "image" else "{:.0%}"
+            rows.append([method, row["adversary"], row["round"], row["kind"], row["word"] + ", few" * row["few"],
+                         row["n"], row["attack"] if row["attack"] == row["attack"] else row["rank_attack"],
+                         _beside(row, "score", form), _beside(row, "identified", "{:.1%}"),
+                         DASH if row["identified_worst"] != row["identified_worst"] else
+                         f"{row['identified_worst']:.0%}", _beside(row, "rank", "{:.0f}")])
     return _grid(head, rows)
 
 
-def _beside(value: float, control: float, form: str) -> str:
-    """A figure, and its control's in brackets."""
-    return f"{form.format(value)} ({form.format(control)})"
+def _beside(row: dict, name: str, form: str) -> str | Markup:
+    """Return a figure with its control's in brackets, or a dash."""
+    value, control = row[name], row[f"control_{name}"]
+    return DASH if value != value else f"{form.format(value)} ({form.format(control)})"
 
 
 def _attack_pictures(run: Finished) -> Markup:
-    """The pictures of the attacks in the table; all pictures would make the page too large."""
+    """Return the pictures of the attacks in the table; all would make the page too large."""
     images = [image(picture, Path(name).stem) for name, picture in run.pictures.items()
               if name != "partition.png"]
     if not images:
@@ -226,7 +194,7 @@ def _attack_pictures(run: Finished) -> Markup:
 
 
 def _grid(head: list[str], rows: list, style: str = "") -> Markup:
-    """A table in a box that scrolls sideways; cells are text, or HTML if they are Markup.
+    """Return a table in a box that scrolls sideways; cells are text, or HTML if they are Markup.
 
     Args:
         style: ``text`` for cells that wrap; on a narrow screen each row becomes a block of its own.
@@ -242,14 +210,14 @@ def _grid(head: list[str], rows: list, style: str = "") -> Markup:
 
 
 def _spread(mean: float, std: float, digits: int) -> Markup:
-    """A mean and, unless it is not a number, a standard deviation; a dash if there is no mean."""
+    """Return a mean and, if there is one, a standard deviation; a dash if there is no mean."""
     if mean != mean:
         return DASH
     return Markup(f"{mean:.{digits}f}" + ("" if std != std else f" &plusmn; {std:.{digits}f}"))
 
 
 def _curves(runs: list[Finished]) -> plt.Figure:
-    """Deployed accuracy over rounds, a line for each setting: the mean over seeds, and its deviation."""
+    """Draw deployed accuracy over rounds, a line for each setting: mean and deviation over seeds."""
     settings = dict.fromkeys(run.setting for run in runs)
     legend_rows = -(-len(settings) // 3)   # below the axes, so that it covers no curve
     figure, axes = plt.subplots(figsize=(7.5, 3.5 + 0.16 * legend_rows), layout="constrained")
@@ -271,7 +239,7 @@ def _curves(runs: list[Finished]) -> plt.Figure:
 
 
 def _partition_picture(runs: list[Finished]) -> Markup:
-    """Who owns which classes, of the first run that has such a picture."""
+    """Return the first run's picture of which client owns which classes."""
     for run in runs:
         if "partition.png" in run.pictures:
             return Markup("<details><summary>who owns which classes (seed {})</summary>{}</details>").format(

@@ -1,4 +1,4 @@
-"""Reads finished runs from their folders, and condenses them to one row for each setting.
+"""Read finished runs from their folders, and condense them to one row for each setting.
 
 Runs with the same setting differ only in the seed, and in options that do not change the result, such as
 where files are kept. A setting's row has means over seeds, and the command that makes its first run.
@@ -53,25 +53,21 @@ class Finished:
 
     @property
     def setting(self) -> str:
-        """A text that is the same for runs that differ only in the seed."""
+        """Return a text that is the same for runs that differ only in the seed."""
         kept = {key: value for key, value in self.options.items() if key not in BOOKKEEPING_OPTIONS}
         return json.dumps([self.protocol, kept], sort_keys=True)
 
     @property
     def partition(self) -> str:
-        """The partition in words, such as `shards 2, unequal`."""
+        """Return the partition in words, such as `shards 2, unequal`."""
         extra = {"shards": self.options.get("classes_per_client"), "dirichlet": self.options.get("alpha")}
         unequal = ", unequal" if self.options.get("unequal") else ""
         value = extra.get(self.options["partition"])
         return f"{self.options['partition']}{'' if value is None else f' {value:g}'}{unequal}"
 
 
-def read(folder: Path, attacks: bool = True) -> Finished | str:
-    """The finished run in a folder, or why there is none, in words.
-
-    Args:
-        attacks: whether to read what attacks found, and pictures; it takes most of the time.
-    """
+def read(folder: Path) -> Finished | str:
+    """Return the finished run in a folder, or the reason why there is none."""
     path = folder / "config.json"
     if not path.exists():
         return "not a run of this program: no config.json"
@@ -90,14 +86,12 @@ def read(folder: Path, attacks: bool = True) -> Finished | str:
     final = rounds[(rounds["round"] == options["rounds"]) & (rounds["stage"] == "deployed")]
     if len(final) != 1:
         return f"rounds.csv is damaged (round {options['rounds']} is missing or there more than once)"
-    if not attacks:
-        return Finished(folder.name, protocol, options, rounds)
     leaks, pictures, faults = leakage.NONE, {}, []
     try:
         leaks = leakage.read(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        faults.append(f"attack.csv or attack.json cannot be read ({one_line(error)})")
-    for name in ("partition.png", *leakage.pictures(leaks)):
+        faults.append(f"attack.csv cannot be read ({one_line(error)})")
+    for name in ("partition.png", *leaks["pictures"].dropna()):
         for picture in sorted(folder.glob(name)):
             try:
                 pictures[picture.name] = png(picture)
@@ -108,14 +102,7 @@ def read(folder: Path, attacks: bool = True) -> Finished | str:
 
 
 def _rounds(path: Path, asked: int) -> pd.DataFrame:
-    """Read ``rounds.csv``.
-
-    Args:
-        asked: the run's number of rounds.
-
-    Raises:
-        OSError, ValueError, TypeError, OverflowError: it is not what a run writes.
-    """
+    """Read ``rounds.csv`` of a run of ``asked`` rounds; an error if it is not what a run writes."""
     rounds = read_csv(path)
     if list(rounds.columns) != csv_columns()["rounds.csv"]:
         raise ValueError("its columns are not those of a run")
@@ -129,7 +116,7 @@ def _rounds(path: Path, asked: int) -> pd.DataFrame:
 
 
 def command(options: dict) -> str:
-    """The shortest command that makes a run with these options."""
+    """Return the shortest command that makes a run with these options."""
     words = []
     for name, value in unusual(options).items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -137,7 +124,7 @@ def command(options: dict) -> str:
 
 
 def unusual(options: dict) -> dict[str, object]:
-    """Options by name that are not the default, and the seed; without bookkeeping ones."""
+    """Return the options that are not the default, and the seed; without bookkeeping ones."""
     parser = make_parser()
     basic = [word for name in BASIC for word in (f"--{name}", options[name])]
     usual = {**vars(args_parser(basic)), **{name: parser.get_default(name) for name in BASIC}}
@@ -151,10 +138,7 @@ def unusual(options: dict) -> dict[str, object]:
 
 
 def by_setting(runs: list[Finished]) -> dict[str, list[Finished]]:
-    """Runs by ``setting``, one for each seed, in order of the seed.
-
-    Of several with the same seed, one that was attacked counts.
-    """
+    """Return runs by ``setting``, one for each seed; of several with a seed, one that was attacked."""
     found = {}
     for setting in dict.fromkeys(run.setting for run in runs):
         same = sorted((run for run in runs if run.setting == setting), key=lambda run: len(run.leaks))
@@ -164,10 +148,7 @@ def by_setting(runs: list[Finished]) -> dict[str, list[Finished]]:
 
 
 def summarise(runs: list[Finished]) -> pd.DataFrame:
-    """The rows of summary.csv, one for each setting and stage: means and standard deviations over seeds.
-
-    The table's index is the setting.
-    """
+    """Return summary.csv, by setting: a row for each stage, with means and deviations over seeds."""
     rows, settings = list[dict](), []
     for setting, same in by_setting(runs).items():
         options = same[0].options
@@ -192,12 +173,12 @@ def summarise(runs: list[Finished]) -> pd.DataFrame:
 
 
 def last_round(run: Finished, stage: str) -> pd.DataFrame:
-    """The run's last round on held-out images: one row of ``rounds.csv``, or none."""
+    """Return the run's last round on held-out images: one row of ``rounds.csv``, or none."""
     rounds = run.rounds
     return rounds[(rounds["round"] == run.options["rounds"]) & (rounds["stage"] == stage)
                   & (rounds["split"] == EVALUATION_SPLIT[run.protocol])]
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's text, or its type if it has none."""
+    """Return the first line of an error's text, or its type if it has none."""
     return shown((str(error).splitlines() or [type(error).__name__])[0][:120])

@@ -81,26 +81,11 @@ def test_commands_make_the_same_runs(report, runs):
             {k: v for k, v in found.options.items() if k not in ours}
 
 
-def test_how_long_processes_wait_for_one_another_parts_no_settings(report, runs):
+def test_options_of_bookkeeping_part_no_settings(report, runs):
     found = summary.read(runs / "run0")
     other = dataclasses.replace(found, options={**found.options, "rendezvous_seconds": 7.0})
-    older = dataclasses.replace(found, options={k: v for k, v in found.options.items() if "rendez" not in k})
-    assert found.setting == other.setting == older.setting
-    assert summary.command(found.options) == summary.command(other.options) == summary.command(older.options)
-
-
-def test_a_run_of_an_older_version_is_of_the_same_setting(report, runs):
-    """It lacks an option that came later, whose default is what it had."""
-    path = runs / "run0" / "config.json"
-    whole = path.read_text()
-    config, before = json.loads(whole), summary.read(runs / "run0").setting
-    for name in ("prior", "prior_apart"):
-        config["options"].pop(name, None)
-    try:
-        path.write_text(json.dumps(config))
-        assert summary.read(runs / "run0").setting == before
-    finally:
-        path.write_text(whole)
+    assert found.setting == other.setting
+    assert summary.command(found.options) == summary.command(other.options)
 
 
 @pytest.mark.parametrize("name, reason", [
@@ -147,7 +132,7 @@ CASES = {   # a run's file -> what becomes of its text, and what is then said of
     "accuracy": ("rounds.csv", lambda text: text.replace(",0.", ",7e300."), "rounds.csv is damaged"),
     "bytes": ("rounds.csv", lambda text: text.replace("deployed", "d\udcff"), "rounds.csv is damaged"),
     "picture": ("partition.png", lambda text: "no picture", "partition.png is left out"),
-    "attacked": ("attack.csv", lambda text: "\x00", "attack.csv or attack.json cannot be read")}
+    "attacked": ("attack.csv", lambda text: "\x00", "attack.csv cannot be read")}
 
 
 def test_no_run_stops_the_page_or_gets_into_it(report, runs, tmp_path, capsys, monkeypatch):
