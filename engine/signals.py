@@ -22,7 +22,7 @@ class Interrupts:
     """Raise Interrupted for SIGINT and SIGTERM while entered; inside ``held()``, at its end.
 
     Python drops an exception that is raised while it frees an object, so a signal is remembered, and raised again
-    at the next optimiser step, at ``check()``, or at the end. In other threads than the main one, this does nothing.
+    at the next optimiser step, at ``check()``, or at the end. In threads other than the main one it does nothing.
     """
 
     entered: "list[Interrupts]" = []   # the innermost is the last

@@ -48,43 +48,27 @@ def in_stacks(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent
             yield from _train(trainer, round, {j: indices[j] for j in members}, sent, members)
 
 
-class NotesDraws(TorchFunctionMode):
-    """Note what a network draws, by shape, and let it draw nothing."""
+class Draws(TorchFunctionMode):
+    """Hand a network what was ``drawn`` before, since vmap has one generator; None: note what it would draw."""
 
-    def __init__(self) -> None:
+    def __init__(self, drawn: Iterable[Tensor] | None = None):
         super().__init__()
-        self.draws: list[Draw] = []
-        self.shapes: list[torch.Size] = []
+        self.drawn = None if drawn is None else iter(drawn)
+        self.noted: list[tuple[Tensor, Draw]] = []   # what a draw is shaped like, and the draw
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.dropout and kwargs["training"]:
-            self._note(args[0], lambda like: F.dropout(like.fill_(1), kwargs["p"]))
-            return args[0]
+            return args[0] * self._next(args[0], lambda like: F.dropout(like.fill_(1), kwargs["p"]))
         if function is torch.randn_like:
-            self._note(args[0], torch.randn_like)
-            return torch.zeros_like(args[0])
+            return self._next(args[0], torch.randn_like)
         return function(*args, **kwargs)
 
-    def _note(self, like: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-        self.shapes.append(like.shape)
-        self.draws.append(lambda count: draw(like.new_empty(count, *like.shape[1:])))
-
-
-class GivesDraws(TorchFunctionMode):
-    """Hand a network what was drawn before: vmap has one generator for all clients."""
-
-    def __init__(self, drawn: Iterable[Tensor]):
-        super().__init__()
-        self.drawn = iter(drawn)
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.dropout and kwargs["training"]:
-            return args[0] * next(self.drawn)
-        if function is torch.randn_like:
+    def _next(self, like: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.drawn is not None:
             return next(self.drawn)
-        return function(*args, **kwargs)
+        self.noted.append((like, lambda count: draw(like.new_empty(count, *like.shape[1:]))))
+        return torch.ones_like(like)
 
 
 @torch.no_grad()
@@ -93,11 +77,11 @@ def draws_of(trainer: Trainer) -> list[Draw] | None:
     generator, images = generator_of(trainer.labels.device), 2
     before = generator.get_state()
     trainer.model.train()
-    with NotesDraws() as noted, trainer.autocast():
+    with Draws() as draws, trainer.autocast():
         trainer.model(trainer.images[:images].permute(0, 3, 1, 2).float())
     untouched = torch.equal(before, generator.get_state())
-    by_image = all(shape[:1] == (images,) for shape in noted.shapes)
-    return noted.draws if untouched and by_image else None
+    by_image = all(like.shape[:1] == (images,) for like, _ in draws.noted)
+    return [draw for _, draw in draws.noted] if untouched and by_image else None
 
 
 class ClientDraws:
@@ -117,20 +101,16 @@ class ClientDraws:
         Args:
             counts: number of images by client; a client with fewer than the largest is filled up with 0.
         """
-        size, drawn = max(counts), []
+        size, steps = max(counts), []
         for (k, state), count in zip(list(self.states.items()), counts, strict=True):
             self.generator.set_state(state)
             placements = self.trainer.placements(count)
-            drawn.append(([F.pad(placement, (0, 0, 0, size - count)) for placement in placements],
-                          [_filled(draw(count), size) for draw in self.draws]))
+            steps.append(([F.pad(placement, (0, 0, 0, size - count)) for placement in placements],
+                          [torch.cat([drawn := draw(count), drawn.new_zeros(size - count, *drawn.shape[1:])])
+                           for draw in self.draws]))
             self.states[k] = self.generator.get_state()
-        placed, noise = (zip(*parts, strict=True) for parts in zip(*drawn, strict=True))
+        placed, noise = (zip(*parts, strict=True) for parts in zip(*steps, strict=True))
         return tuple(torch.cat(clients, -2) for clients in placed), [torch.stack(clients) for clients in noise]
-
-
-def _filled(values: Tensor, size: int) -> Tensor:
-    """Fill ``n x ...`` up with 0 to ``size x ...``."""
-    return torch.cat([values, values.new_zeros(size - len(values), *values.shape[1:])])
 
 
 class StackedStep(NamedTuple):
@@ -205,7 +185,7 @@ def _steps(trainer: Trainer, round: int, indices: dict[int, np.ndarray], paramet
 def _objective(trainer: Trainer, round: int) -> Callable:
     """Return one client's objective of its parameters and one batch, for ``vmap``."""
     def objective(parameters: State, images: Tensor, labels: Tensor, counted: Tensor, noise: list[Tensor]):
-        with GivesDraws(noise):
+        with Draws(noise):
             output = functional_call(trainer.model, parameters, (images, labels))
         whole, loss = trainer.objective(images, output, labels, round, {})
         kl = () if output.kl is None else (output.kl,)   # vmap returns tensors only

@@ -221,17 +221,15 @@ class ClientStore:
 
     def export(self, clients: Iterable[int], folder: Path) -> None:
         """Write ``client_<k>.pt`` for each of the clients, as of the last commit."""
-        files: dict[int, Path] = {}   # by an entry's id: clients that never trained share one
         for k in clients:
             entry, target = self.kept.get(k, self.initial), folder / f"client_{k}.pt"
-            source = entry if isinstance(entry, Path) else files.setdefault(id(entry), target)
-            if source is target and isinstance(entry, ClientState):
+            if isinstance(entry, ClientState):
                 write_client(target, entry)
                 continue
             try:
-                os.link(source, target)
+                os.link(entry, target)
             except OSError:   # a file system without hard links
-                shutil.copyfile(source, target)
+                shutil.copyfile(entry, target)
 
 
 def nbytes(state: ClientState) -> int:

@@ -1,6 +1,7 @@
 """The plots of a run: the classes of each client, the learning curves, and the trust of the server."""
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,18 +19,15 @@ import matplotlib.pyplot as plt  # noqa: E402
 def plot_partition(path: Path, counts: np.ndarray, title: str) -> None:
     """Draw the number of images by client and class, ``K x num_classes``, as a heat map."""
     clients, classes = counts.shape
-    figure, axes = plt.subplots(figsize=(min(14, 3 + 0.45 * clients), 1.8 + 0.28 * min(classes, 40)),
-                                layout="constrained")
-    image = axes.imshow(counts.T, aspect="auto", origin="lower", cmap="Blues", interpolation="nearest")
-    axes.set(xlabel="client", ylabel="class", title=title)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(20, integer=True))
+    figure, axes = _heat_map(counts.T, (3 + 0.45 * clients, 1.8 + 0.28 * min(classes, 40)), "images", title,
+                             cmap="Blues", origin="lower")
+    axes.set(xlabel="client", ylabel="class")
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(20, integer=True))
     if clients <= 20 and classes <= 20:
         for (client, c), count in np.ndenumerate(counts):
             if count:
                 axes.text(client, c, count, ha="center", va="center", fontsize=7,
                           color="white" if count > counts.max() / 2 else "black")
-    figure.colorbar(image, ax=axes, label="images")
     _save(figure, path)
 
 
@@ -62,19 +60,24 @@ def plot_trust(path: Path, server: pd.DataFrame, title: str) -> None:
     """Draw the trust by client and round as a heat map, with malicious clients' numbers in red."""
     grid = server.pivot(index="client", columns="round", values="trust")
     bad = set(server.loc[server["malicious"] == 1, "client"])
-    figure, axes = plt.subplots(figsize=(min(14, 5.5 + 0.1 * grid.shape[1]), 1.8 + 0.25 * min(len(grid), 40)),
-                                layout="constrained")
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
-                        extent=(grid.columns.min() - 0.5, grid.columns.max() + 0.5, len(grid) - 0.5, -0.5))
+    edges = (grid.columns.min() - 0.5, grid.columns.max() + 0.5, len(grid) - 0.5, -0.5)
+    figure, axes = _heat_map(grid, (5.5 + 0.1 * grid.shape[1], 1.8 + 0.25 * min(len(grid), 40)), "trust", title,
+                             cmap="viridis", vmin=0, vmax=1, extent=edges)
     axes.set(xlabel="round", ylabel="client" + (" (red: malicious)" if bad else ""))
-    figure.suptitle(title, fontsize=9)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     if len(grid) <= 40:
         axes.set_yticks(range(len(grid)), grid.index)
         for client, label in zip(grid.index, axes.get_yticklabels(), strict=True):
             label.set_color("red" if client in bad else "black")
-    figure.colorbar(image, ax=axes, label="trust")
     _save(figure, path)
+
+
+def _heat_map(values: np.ndarray | pd.DataFrame, size: tuple[float, float], label: str, title: str,
+              **options: Any) -> tuple[plt.Figure, plt.Axes]:
+    figure, axes = plt.subplots(figsize=(min(14, size[0]), size[1]), layout="constrained")
+    figure.colorbar(axes.imshow(values, aspect="auto", interpolation="nearest", **options), ax=axes, label=label)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(20, integer=True))
+    figure.suptitle(title, fontsize=9)
+    return figure, axes
 
 
 def plot_triggered(path: Path, images: np.ndarray, triggered: np.ndarray, title: str) -> None:

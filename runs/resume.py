@@ -173,33 +173,27 @@ def resumable(path: Path, config: Mapping[str, Any], checkpoints: Mapping[int, P
     return old
 
 
-def environments(config: Mapping[str, Any]) -> list[dict]:
-    """Return the environments of a run, in order: ENVIRONMENT by name, and the first round, ``from_round``."""
-    later = config.get("resumed")
-    first = {"from_round": 1, **{name: config.get(name) for name in ENVIRONMENT}}
-    return [first, *(entry for entry in (later if isinstance(later, list) else [])
-                     if isinstance(entry, dict) and type(entry.get("from_round")) is int)]
-
-
-def note_environment(config: dict, past: list[dict], done: int) -> str | None:
+def note_environment(config: dict, earlier: Mapping[str, Any], done: int) -> str | None:
     """Record in ``config`` in which environment each round was computed.
 
     Args:
         config: of this environment; changed in place.
-        past: ``environments`` of the run so far.
+        earlier: of the run so far.
         done: rounds in the checkpoint; later ones will be computed again.
 
     Returns:
         A warning, if this environment may compute other numbers than the last one.
     """
-    kept = [entry for entry in past if entry["from_round"] <= done]
-    if not kept:
+    if not done:
         return None
-    now, last = {name: config[name] for name in ENVIRONMENT}, kept[-1]
+    now = {name: config[name] for name in ENVIRONMENT}
+    first = {name: earlier.get(name) for name in ENVIRONMENT}
+    later = [entry for entry in earlier.get("resumed", []) if entry["from_round"] <= done]
+    last = later[-1] if later else first
     changed = [name for name in DECISIVE if str(last.get(name)) != str(now[name])]
-    config.update({name: kept[0].get(name) for name in ENVIRONMENT})
-    if later := [*kept[1:], *([{"from_round": done + 1, **now}] if changed else [])]:
-        config["resumed"] = later
+    if changed:
+        later.append({"from_round": done + 1, **now})
+    config.update(first, **({"resumed": later} if later else {}))
     if not changed:
         return None
     what = ", ".join(f"{name} {shown(now[name])} instead of {shown(last.get(name))}" for name in changed)

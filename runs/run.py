@@ -238,7 +238,7 @@ class Run:
             if earlier is not None:
                 self.rounds_kept |= set(earlier["options"]["save_rounds"])   # kept for good
                 self.options["save_rounds"] = sorted(self.rounds_kept)
-                if warning := resume.note_environment(self.config, resume.environments(earlier), latest):
+                if warning := resume.note_environment(self.config, earlier, latest):
                     print(warning, file=sys.stderr)
             configs.write(self.results, self.config)
             for name, columns in self.columns.items():

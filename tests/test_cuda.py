@@ -9,9 +9,8 @@ import torch
 from test_update import make
 from torch import nn
 
-from engine.clients import train_each
 from engine.graphs import GraphedTrainer
-from update import ClientState, Trainer
+from update import Trainer
 from utils import choose_device, seed_torch
 
 INDICES = {0: np.arange(90), 2: np.arange(90, 160), 3: np.arange(20, 110), 5: np.arange(40)}
@@ -103,18 +102,6 @@ def test_after_a_capture_that_fails_training_goes_on(tiny_arrays, device):
         assert near(change(start, client.train(0, 1, INDICES[0], head, private)), expected)
     seed_torch(1, "after")
     assert torch.rand(100, device=device).std() > 0.1
-
-
-def test_a_stack_draws_what_its_clients_draw_alone(tiny_arrays, device):
-    """Also with encoders that wait on another device than others do."""
-    results = []
-    for most in (1, 2):
-        client, head, private, start = set_up(tiny_arrays, augment="flip+shift")
-        client = on(device, client)
-        there = ClientState({name: value.to(device) for name, value in private.parameters.items()})
-        results.append(dict(train_each(client, 2, INDICES, head, lambda k, here=private, there=there:
-                                       there if k % 2 else here, most)))
-    assert all(near(change(start, results[1][k]), change(start, results[0][k])) for k in INDICES)
 
 
 @pytest.mark.parametrize("stack", [1, pytest.param(4, marks=pytest.mark.slow)])

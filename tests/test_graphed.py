@@ -195,42 +195,6 @@ def test_a_capture_that_fails_is_undone(monkeypatch, fails):
     assert len(module.abandoned) == 1
 
 
-class Generator:
-    """A GPU's: a capture that fails leaves its state unusable, as PyTorch 2.11 does."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self, state=(1, 0)):
-        self.state, self.broken = state, False
-
-    def get_state(self):
-        return self.state
-
-    def set_state(self, state):
-        self.state = state
-
-    def clone_state(self):
-        return Generator(self.state)
-
-    def graphsafe_set_state(self, other):
-        self.state, self.broken = other.state, other.broken
-
-
-def test_after_a_capture_that_failed_the_gpu_can_draw(tiny_arrays, monkeypatch):
-    generator = Generator()
-    monkeypatch.setattr(module, "generator_of", lambda device: generator)
-
-    def fails(step, device):
-        generator.broken, generator.state = True, (1, 40)
-        raise RuntimeError("not permitted")
-    client, head, private = make(tiny_arrays)
-    replayed, *_ = graphed(client)
-    replayed.capture = fails
-    with pytest.warns(UserWarning, match="no CUDA graph"):
-        replayed.train(0, 1, FIRST, head, private)
-    assert generator.state == (1, 0) and not generator.broken
-
-
 @pytest.mark.parametrize("name, local, index", [("cuda", 2, 0), ("cuda:1", 0, 1), ("auto", 1, 1)])
 def test_a_process_makes_its_gpu_the_current_one(monkeypatch, name, local, index):
     """Streams, graphs and generators that name no device belong to it; and float32 is computed as such."""

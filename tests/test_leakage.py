@@ -112,7 +112,7 @@ def test_words_over_seeds(runs):
 
 
 @pytest.mark.parametrize("harm, reason", [
-    (lambda text: "", "no list of names"),
+    (lambda text: "", "No columns"),
     (lambda text: text.replace("class_rank", "rank"), "no column class_rank"),
     (lambda text: text.replace(",0.6,", ",high,"), "numbers"), (lambda text: text.replace(",0.6,", ",,"), "gaps"),
     (lambda text: text.replace("foreign", "music"), "foreign once"),

@@ -76,17 +76,6 @@ def test_letters_that_the_terminal_lacks_are_escaped(run_program, name):
     assert b"Traceback" not in process.stderr
 
 
-def test_without_git_or_a_repository_the_commit_is_unknown(monkeypatch):
-    def commit():
-        return utils.environment(utils.torch.device("cpu"))["commit"]
-    assert commit()
-    monkeypatch.setenv("GIT_DIR", "/nonexistent")
-    assert commit() == "unknown"
-    monkeypatch.delenv("GIT_DIR")
-    monkeypatch.setenv("PATH", "")
-    assert commit() == "unknown"
-
-
 OBEYED = "\x1b]0;owned\x07 \x1b[2J\r\x9b1m\x7f\u202e"   # a title, a cleared screen, and text from right to left
 
 

@@ -1,5 +1,4 @@
 """Several processes under torchrun: one process's numbers, a death that ends all, another number goes on."""
-import ast
 import os
 import signal
 import socket
@@ -67,30 +66,6 @@ def test_the_same_numbers_as_one_process(place, alone):
     code, _, err = run(place, 2)   # and one error for all
     lines = [line for line in err.splitlines() if line.startswith("RVE-PFL.py: error")]
     assert code != 0 and len(lines) == 1 and "finished" in lines[0], err
-
-
-PARTS = """
-import sys
-sys.path.insert(0, {root!r})
-from engine.processes import Ranks
-with Ranks() as ranks:
-    own = {{k: f"head {{k}}" for k in range(11) if k % 2 == ranks.rank and k < 9}}
-    parts = list(ranks.gather_parts(own, 2))
-    if ranks.first:
-        print(parts)
-"""
-
-
-@pytest.mark.slow
-def test_heads_arrive_a_few_at_a_time(tmp_path):
-    """Also where one process has more of them than the other."""
-    script = tmp_path / "parts.py"
-    script.write_text(PARTS.format(root=str(ROOT)))
-    done = subprocess.run([*TORCHRUN, "2", str(script)], env=ENV, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    parts = ast.literal_eval(done.stdout.strip())
-    assert [list(part) for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert all(head == f"head {k}" for part in parts for k, head in part.items())
 
 
 @pytest.mark.slow

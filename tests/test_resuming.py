@@ -134,11 +134,11 @@ def test_each_environment_is_kept_with_its_first_round_and_warned_of(finished, d
 
 def test_an_environment_whose_rounds_are_computed_again_is_forgotten():
     here = dict.fromkeys(resume.ENVIRONMENT, "a")
-    past = [{"from_round": 1, **here}, {"from_round": 3, **here, "torch": "b"},
-            {"from_round": 5, **here, "torch": "c"}]
+    later = [{"from_round": 3, **here, "torch": "b"}, {"from_round": 5, **here, "torch": "c"}]
     config = {**here, "torch": "b", "system": "other", "python": "4", "processes": 3}   # which change no number
-    assert resume.note_environment(config, past, 4) is None
-    assert config == {**here, "resumed": past[1:2]}
+    assert resume.note_environment(config, {**here, "resumed": later}, 4) is None
+    assert config == {**here, "resumed": later[:1]}
     config = dict(here)
-    assert "torch a instead of b; from round 4 on" in resume.note_environment(config, past, 3)
-    assert config["resumed"] == [past[1], {"from_round": 4, **here}]
+    warning = resume.note_environment(config, {**here, "resumed": later}, 3)
+    assert "torch a instead of b; from round 4 on" in warning
+    assert config["resumed"] == [later[0], {"from_round": 4, **here}]

@@ -89,18 +89,6 @@ def test_an_interruption_in_the_first_round_after_the_full_sharing_ones(place, d
     assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected
 
 
-@pytest.mark.parametrize("flags, why", [
-    (("--full_sharing_rounds", 3), "--full_sharing_rounds 3: none of --rounds 3 would be left"),
-    (("--full_sharing_rounds", 1, "--encoders_from", "x"), "--full_sharing_rounds and --encoders_from contradict"),
-    (("--full_sharing_rounds", 1, "--method", "fedavg"), "--method fedavg does not read it"),
-    (("--prior", "class", "--method", "lg_fedavg"), "--method lg_fedavg does not read it"),
-    (("--prior", "uniform"), "--prior")])
-def test_what_makes_no_sense_is_refused(place, capsys, flags, why):
-    with pytest.raises(SystemExit) as stop:
-        place.main(*flags)
-    assert stop.value.code == 2 and why in capsys.readouterr().err and not place.results.exists()
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, make_place):
     """A run whose trunk travels after a warm round."""
@@ -130,19 +118,6 @@ def test_what_the_server_knows_of_an_encoder(shared):
     assert not torch.equal(target.start(1).state_dict()["encoder.mu.weight"], warm["encoder.mu.weight"])
 
 
-def test_a_shadow_encoder_keeps_the_trunk_that_travelled(shared):
-    target = open_run(shared)
-    view = adversaries.hold(target, "curious_server", 2, 0)
-    x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 4
-    start = target.start(2)
-    before = {name: value.clone() for name, value in start.encoder.state_dict().items()}
-    found = adversaries.shadow_encoder(view, start, x, y, 2, 1e-5).encoder.state_dict()
-    upload = target.shared(2)["uploads"][0]
-    assert all(torch.equal(value, upload[f"encoder.{name}"]) for name, value in found.items()
-               if name.startswith("trunk."))
-    assert not torch.equal(found["mu.weight"], before["mu.weight"])
-
-
 def test_images_come_out_of_a_trunks_gradient(shared):
     """What sharing the trunk costs: one image's gradient gives the image, as with FedAvg."""
     target = open_run(shared)
@@ -159,12 +134,6 @@ def test_images_come_out_of_a_trunks_gradient(shared):
     assert torch.equal(labels, y)
     assert scoring.similarity(found[0], x)["psnr"].mean() > 20 > scoring.similarity(
         public.images[:4], x)["psnr"].mean()
-
-
-def test_only_a_trunk_that_travels_is_attacked(place):
-    assert place.main("--rounds", 1) == 0
-    target = open_run(place)
-    assert attacks.ATTACKS["trunk_analytic"].unfit(target, "curious_server") == "no trunk of an encoder travels"
 
 
 def test_the_bound_of_a_class_prior_has_the_labels_entropy(place):

@@ -82,30 +82,6 @@ def test_a_weight_that_is_used_twice_is_summed_the_same_whoever_takes_turns(tiny
         same(results[0][k], results[1][k])
 
 
-def test_several_clients_are_under_way_and_few_results_wait(tiny_arrays, two_threads, monkeypatch):
-    """As many as there are threads train at once; of a thousand clients only the next few have been fetched."""
-    together, most, fetched, lock, train = 0, 0, [], threading.Lock(), Trainer.train
-
-    def watched(self, *arguments):
-        nonlocal together, most
-        with lock:
-            together += 1
-            most = max(most, together)
-        time.sleep(0.02)
-        try:
-            return train(self, *arguments)
-        finally:
-            with lock:
-                together -= 1
-    monkeypatch.setattr(Trainer, "train", watched)
-    client, head, private = make(tiny_arrays)
-    going = threaded.in_threads(client, 1, dict.fromkeys(range(20), INDICES[5]), head,
-                             lambda k: fetched.append(k) or private, 2)
-    for done, _ in enumerate(going):
-        assert len(fetched) <= done + 1 + 2 * threaded.AHEAD
-    assert most == 2 and done == 19
-
-
 def test_whoever_leaves_early_waits_for_a_step_at_most(tiny_arrays, two_threads, monkeypatch):
     """Ctrl-C: clients that still train stop at their next step, and nothing runs on behind the caller's back."""
     steps, step, train = [], Trainer._step, threaded.ThreadsTrainer.train
