@@ -178,7 +178,7 @@ class Command:
         if self.args.overwrite:
             self.path("csv").unlink(missing_ok=True)
         if not self.path("csv").exists():   # an --overwrite that was interrupted has left files without rows
-            for old in folders.own(self.target.results, self.files):
+            for old in folders.files(self.target.results, self.files):
                 old.unlink()
             return text, []
         rows = self.read(self.path("csv"), self.columns)

@@ -160,22 +160,16 @@ class WaitingUploads:
 class ClientStore:
     """The clients' states between their turns.
 
-    They are kept on the GPU that trains, up to half of what is free there, shared by the machine's processes; then
-    in memory, up to ``memory`` bytes; then in files. ``put`` takes effect at ``commit``: an interrupted round
-    changes no client. A file is never written twice, so a checkpoint can hard-link it instead of copying it.
+    They are kept in main memory, up to ``memory`` bytes, then in files. ``put`` takes effect at ``commit``: an
+    interrupted round changes no client. A file is never written twice, so a checkpoint can hard-link it.
     """
 
-    def __init__(self, folder: Path, initial: ClientState, memory: int = MEMORY, *, processes: int = 1):
-        self.folder, self.initial = folder, initial
+    def __init__(self, folder: Path, initial: ClientState, memory: int = MEMORY):
+        self.folder, self.initial, self.free = folder, initial, memory
         self.kept: dict[int, ClientState | Path] = {}
         self.new: dict[int, ClientState | Path] = {}
         self.new_initial = initial
         self.serial = 0
-        self.free = {"cpu": memory}   # bytes left, by the kind of device
-        device = next((value.device for value in initial.parameters.values()), torch.device("cpu"))
-        if device.type == "cuda":
-            sharing = -(-processes // torch.cuda.device_count())   # that ``choose_device`` gave the same GPU
-            self.free["cuda"] = torch.cuda.mem_get_info(device)[0] // (2 * sharing)
 
     def get(self, client: int) -> ClientState:
         """Return the client's latest state."""
@@ -185,18 +179,13 @@ class ClientStore:
     def put(self, client: int, state: ClientState) -> None:
         """Store the client's state of this round."""
         self._release(self.new.pop(client, None))
-        entry: ClientState | Path = state
-        size = nbytes(state)
-        if kind(state) == "cuda" and size <= self.free.get("cuda", 0):
-            self.free["cuda"] -= size
-        elif size <= self.free["cpu"]:
-            self.free["cpu"] -= size
-            entry = ClientState(off_heap(state.parameters), state.steps, off_heap(state.trained_shared))
+        if nbytes(state) <= self.free:
+            self.free -= nbytes(state)
+            self.new[client] = ClientState(off_heap(state.parameters), state.steps, off_heap(state.trained_shared))
         else:
             self.serial += 1
-            entry = self.folder / f"{client}-{self.serial}.pt"
-            write_client(entry, state)
-        self.new[client] = entry
+            self.new[client] = file = self.folder / f"{client}-{self.serial}.pt"
+            write_client(file, state)
 
     def start_from(self, parameters: State, clients: Iterable[int]) -> None:
         """Let all clients go on from the same private parameters, which were shared until now."""
@@ -217,7 +206,7 @@ class ClientStore:
         if isinstance(entry, Path):
             entry.unlink()
         elif entry is not None:
-            self.free[kind(entry)] += nbytes(entry)
+            self.free += nbytes(entry)
 
     def export(self, clients: Iterable[int], folder: Path) -> None:
         """Write ``client_<k>.pt`` for each of the clients, as of the last commit."""
@@ -235,11 +224,6 @@ class ClientStore:
 def nbytes(state: ClientState) -> int:
     """Return the size of a state's tensors."""
     return sum(value.nbytes for value in (*state.parameters.values(), *state.trained_shared.values()))
-
-
-def kind(state: ClientState) -> str:
-    """Return the kind of device that a state's parameters are on."""
-    return next((value.device.type for value in state.parameters.values()), "cpu")
 
 
 def finished_source(args: Namespace) -> Path:

@@ -21,7 +21,7 @@ CHECKPOINT = r"round_([1-9][0-9]{0,9})"   # a folder; with a dot before it, half
 MARK = b"RVE-PFL.py "   # a lock begins with it, or is empty
 
 
-def own(folder: Path, names: str, partial: bool = True) -> list[Path]:
+def files(folder: Path, names: str, partial: bool = True) -> list[Path]:
     """Return the files of a folder with such names, and the partial ones that a killed process left of them."""
     matching = re.compile(rf"({names})" + (rf"|\.({names})\.\d+\.tmp" if partial else ""), re.ASCII)
     return sorted(path for path in folder.iterdir()
@@ -30,7 +30,7 @@ def own(folder: Path, names: str, partial: bool = True) -> list[Path]:
 
 def half_written(folder: Path, names: str) -> list[Path]:
     """Return the unfinished files that a killed process left of such names."""
-    return sorted(set(own(folder, names)) - set(own(folder, names, partial=False)))
+    return sorted(set(files(folder, names)) - set(files(folder, names, partial=False)))
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -60,7 +60,7 @@ def remove(folder: Path) -> None:
             partial = folder.with_name(f".{folder.name}")
             remove(partial)
             folder = folder.rename(partial)
-        for path in own(folder, OF_A_CHECKPOINT):
+        for path in files(folder, OF_A_CHECKPOINT):
             path.unlink()
         folder.rmdir()
 
@@ -71,7 +71,7 @@ def _foreign(folder: Path) -> Path | None:
         return None
     if not folder.is_dir():
         return folder
-    ours = set(own(folder, OF_A_CHECKPOINT))
+    ours = set(files(folder, OF_A_CHECKPOINT))
     return next((path for path in sorted(folder.iterdir()) if path not in ours), None)
 
 

@@ -130,12 +130,12 @@ def delete(results: Path, models: Path, config: dict | None) -> None:
     """
     if config is not None and config.get("status") != "unfinished":
         configs.write(results, {**config, "status": "unfinished"})
-    attacks = folders.own(results, f"{folders.OF_ATTACKS}|{folders.OF_MEMBERSHIP}")
+    attacks = folders.files(results, f"{folders.OF_ATTACKS}|{folders.OF_MEMBERSHIP}")
     for path in sorted(attacks, key=lambda path: (path.name == "attack.json", path.name != "attack.csv")):
         path.unlink()
     for _, folder in sorted(folders.checkpoints(models).items(), reverse=True):
         folders.remove(folder)
-    for path in folders.own(results, folders.OF_TRAINING):
+    for path in folders.files(results, folders.OF_TRAINING):
         path.unlink()
 
 

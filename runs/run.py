@@ -100,8 +100,7 @@ class Run:
         self.finished = ranks.share(earlier is not None and earlier["status"] == "finished"
                                     and self.options["rounds"] <= earlier["options"]["rounds"])
         self.progress = Progress(0, start[0])
-        self.states = checkpoints.ClientStore(self.models / ".private", ClientState(start[1]),
-                                              processes=ranks.local_size)
+        self.states = checkpoints.ClientStore(self.models / ".private", ClientState(start[1]))
         self.uploads = checkpoints.WaitingUploads(self.models / ".private")
         if not self.finished:
             self._restore(earlier)

@@ -228,9 +228,9 @@ def test_what_is_no_file_is_not_waited_for(copy, capsys, no_waiting, name, kind)
 def test_the_list_of_own_files_is_whole(finished):
     """All that a run and attacks on it write; test_mi_attack.py has the attacks'."""
     written = {p.name for p in finished.results.iterdir()} - {".lock", "config.json"}
-    ours = folders.own(finished.results, f"{folders.OF_TRAINING}|{folders.OF_ATTACKS}|{folders.OF_MEMBERSHIP}")
+    ours = folders.files(finished.results, f"{folders.OF_TRAINING}|{folders.OF_ATTACKS}|{folders.OF_MEMBERSHIP}")
     assert {p.name for p in ours} == written
-    assert {p.name for p in folders.own(finished.models / "round_2", folders.OF_A_CHECKPOINT)} == {
+    assert {p.name for p in folders.files(finished.models / "round_2", folders.OF_A_CHECKPOINT)} == {
         p.name for p in (finished.models / "round_2").iterdir()}
 
 

@@ -133,26 +133,15 @@ def test_who_trains_in_threads(tiny_arrays, two_threads, monkeypatch):
         called.clear()
         list(clients.train_each(client, 1, INDICES, head, lambda k: private, stack))
         return list(called)
-    assert threads() == [2]
-    assert threads(stack=1) == [] and threads(stack=2) == []
-    client.training = dataclasses.replace(client.training, batch_size=257)
-    assert threads() == []
-    client.training = dataclasses.replace(client.training, batch_size=32)
-    torch.set_num_threads(threaded.MOST + 1)
-    assert threads() == []
-    torch.set_num_threads(2)
+    assert threads() == [2] and threads(stack=1) == threads(stack=2) == []
+    large = dataclasses.replace(client.training, batch_size=257)
+    for where, name, value in ((client, "training", large), (threaded, "MOST", 1), (threaded, "SMALL", 10),
+                               (client, "method", METHODS["nbafl_prox"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train", lambda *_: None)
+            patch.setattr(where, name, value)
+            assert threads() == []
     network = type(client.model)
     client.model.__class__ = type("Jittered", (network,), {
         "forward": lambda self, x, y=None: network.forward(self, x + 0.1 * torch.rand(x.shape))})
     assert threads() == []   # its draws are not known
-    client.model.__class__ = network
-    monkeypatch.setattr(threaded, "SMALL", 10)
-    assert threads() == []
-    monkeypatch.setattr(threaded, "SMALL", 10**9)
-    torch.set_num_threads(1)
-    assert threads() == []
-    torch.set_num_threads(2)
-    assert threads() == [2]
-    monkeypatch.setattr(Trainer, "train", lambda *_: None)
-    client.method = METHODS["nbafl_prox"]
-    assert threads() == []
