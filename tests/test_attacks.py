@@ -231,6 +231,19 @@ def test_answers_average_probabilities_over_draws():
     torch.testing.assert_close(found, each.mean(0))
 
 
+@pytest.mark.parametrize("noisy", [True, False])
+def test_the_likelihood_is_that_of_normal_draws(noisy):
+    """Of two draws under each of two encoders, whose noise differs by image and by value."""
+    draws, mu, logvar = torch.randn(2, 2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    seen = [latents.Seen(draws[i], SimpleNamespace(posterior=lambda x, i=i: (mu[i], logvar[i])), noisy)
+            for i in range(2)]
+    found = latents.log_likelihood(None, seen, images(4))
+    sigma = (0.5 * logvar).exp() if noisy else torch.ones_like(logvar)
+    expected = sum(torch.distributions.Normal(mu[i], sigma[i]).log_prob(draws[i, :, :, None]).sum((0, 3))
+                   for i in range(2))
+    torch.testing.assert_close((found - found[:, :1]).float(), expected - expected[:, :1], rtol=1e-4, atol=1e-4)
+
+
 def test_distances_in_features_by_hand():
     found, truth = torch.tensor([[0.0, 0.0], [3.0, 0.0]]), torch.tensor([[3.0, 4.0], [3.0, 1.0]])
     own = torch.tensor([[0.0, 1.0], [0.0, 2.0], [5.0, 0.0]])

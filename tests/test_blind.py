@@ -173,3 +173,11 @@ def test_a_picture_of_a_class_from_public_images_is_a_guess(draw, make):
     attack = ClassAttack(solve=lambda adversary, labels: of_class(adversary.public, labels, make), adversaries=(),
                          source="")
     assert {draw(seed, attack, None, per_class=10).word for seed in range(3)} == {GUESS}
+
+
+@pytest.mark.parametrize("shift, known", [(0, 1), (1, 0)])
+def test_a_batchs_labels_are_known_if_all_are_right_in_any_order(draw, mnist, shift, known):
+    attack = ReconstructionAttack(observe=lambda victim, x, y, budget: (x, y), adversaries=(), source="",
+                                  solve=lambda adversary, seen, count: (seen[0][None], (seen[1] + shift).flip(0)),
+                                  unordered=True)
+    assert (tried(mnist, 1, attack, 8, 2).query("control == ''")["label_match"] == known).all()
