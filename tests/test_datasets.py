@@ -45,9 +45,7 @@ def test_mnist10k_is_the_test_half_of_mnist():
     {"train_client": np.zeros(200, int)}, {"train_labels": np.full(200, -1, np.int64)},
     {"client": np.zeros(240, int), "train_client": np.zeros(200, int), "test_client": np.zeros(40, int)},
     {"train_labels": np.zeros(200, np.uint8), "test_labels": np.zeros(40, np.uint8)},
-], ids=["two types", "flat", "sides", "channels", "short", "one-hot", "float labels", "nan labels", "text labels",
-        "unsigned -1", "half of val", "short clients", "nobody", "half of clients", "negative", "clients twice",
-        "one class"])
+])
 def test_a_file_with_unexpected_contents_is_refused(load, changes):
     with pytest.raises(InputError, match=r"x\.npz: (?!damaged)") as caught:
         load(**changes)
@@ -62,8 +60,7 @@ def pixels(arrays, change):
     (lambda x: x[..., 0], None), (lambda x: x.astype(np.float32), None), (lambda x: x.astype(np.uint64), None),
     (lambda x: x.astype(np.float64) / 255, "multiplied by 255"), (lambda x: np.asfortranarray(x), None),
     (lambda x: np.repeat(np.moveaxis(x, 3, 1), 3, 1), "N x C x H x W"),
-    (lambda x: np.repeat(x, 4, 3), "images have 4 channels")],
-    ids=["no channel axis", "float", "uint64", "0 to 1", "Fortran", "channels first", "four channels"])
+    (lambda x: np.repeat(x, 4, 3), "images have 4 channels")])
 def test_pixels_whose_meaning_is_clear_are_accepted(load, tiny_arrays, change, note):
     data = load(**pixels(tiny_arrays, change))
     whole = np.concatenate([tiny_arrays["train_images"], tiny_arrays["test_images"]])
@@ -72,18 +69,10 @@ def test_pixels_whose_meaning_is_clear_are_accepted(load, tiny_arrays, change, n
     assert len(data.notes) == (note is not None) and (note or "") in "".join(data.notes)
 
 
-def test_truth_values_are_black_and_white(load, tiny_arrays):
-    data = load(**pixels(tiny_arrays, lambda x: x > 99))
-    assert np.unique(data.images).tolist() == [0, 255] and "bool" in data.notes[0]
-    data = load(**pixels(tiny_arrays, lambda x: (x > 99).view(np.uint8)))
-    assert data.images.max() == 1 and "nearly black" in data.notes[0]
-
-
 @pytest.mark.parametrize("change, reason", [
     (lambda x: x.astype(np.uint16) * 257, "from 0 to"), (lambda x: x.astype(int) - 100, "from -100"),
     (lambda x: x + 0.5, "not whole"), (lambda x: x * np.nan, "from nan"), (lambda x: x.astype(complex), "complex"),
-    (lambda x: x[:, :4, :4], "at least 8 x 8"), (lambda x: x[:, None], "expected N x H x W x C")],
-    ids=["16 bits", "below 0", "fractions", "nan", "complex", "tiny", "5-d"])
+    (lambda x: x[:, :4, :4], "at least 8 x 8"), (lambda x: x[:, None], "expected N x H x W x C")])
 def test_pixels_whose_meaning_is_not_clear_are_refused(load, tiny_arrays, change, reason):
     with pytest.raises(InputError, match=reason):
         load(**pixels(tiny_arrays, change))

@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import server_options
 
-from models import Classifier
-from server import malicious, model_poisoning
+from server import malicious
 from server.base import Round, Server, updates_of
 from server.malicious import BEHAVIOURS, MaliciousClients, pair_flipped
 from server.model_poisoning import ForgerView, harm, min_max_reach, min_sum_reach, trusted_most, tuned
@@ -127,17 +126,6 @@ def test_the_adaptive_forgery_harms_each_rule_more_than_fixed_ones(rule):
     assert max(lost, key=lost.__getitem__) == "adaptive", lost
 
 
-def test_the_adaptive_forgers_all_keep_their_trust():
-    _, _, round = rounds(10, 40)
-    server = RULES["threat_aware"].server({"num_users": 10})
-    clients, view = MaliciousClients("adaptive", 0.2, 10, seed=1), []
-    forge = clients.behaviour.forge
-    clients.behaviour = dataclasses.replace(clients.behaviour, forge=lambda v: view.append(v) or trusted_most(v))
-    trust = server.trust(clients.poison(round, server))
-    assert min(trust[k] for k in clients.members) >= 0.9 and forge is model_poisoning.adaptive
-    assert not torch.equal(trusted_most(view[0]), view[0].own_updates)
-
-
 def test_a_preview_leaves_the_server_as_it_was():
     options = server_options(num_users=3, epsilon=8.0, delta=1e-5, exposures=1)
     for name, server in ({name: rule.server(options) for name, rule in RULES.items()}
@@ -173,19 +161,6 @@ def test_forgers_know_the_least_trust_in_any_of_them():
     for trust in ({first: 0.3, second: 0.9}, {first: 0.9, second: 0.3}, {second: 1.0}):
         clients.poison(round, Trusts({}))
     assert told == [0.3, 0.3, 0]
-
-
-@pytest.mark.parametrize("behaviour", ["gaussian", "sybil"])
-def test_forged_noise_is_drawn_anew_each_round_and_by_seed(behaviour):
-    _, _, round = rounds(10)
-
-    def forged(number, seed):
-        clients = MaliciousClients(behaviour, 0.2, 10, seed=1)
-        clients.seed = seed
-        arrived = clients.poison(dataclasses.replace(round, number=number), Server({}))
-        return arrived.uploads[min(clients.members)]["w"]
-    first, again, later, other = forged(1, 1), forged(1, 1), forged(2, 1), forged(1, 2)
-    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first, other)
 
 
 def test_membership_is_seeded_and_only_members_claim_more_or_upload_nothing():
@@ -300,34 +275,13 @@ def test_every_rule_resumes_to_the_same_numbers(place, rule):
     assert place.clients_csv() == whole and (place.results / "server.csv").read_bytes() == server
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["nbafl", "client_dp"])
-def test_a_server_of_the_methods_own_can_be_queried_before_it_knows_its_clip(place, method):
-    """NbAFL finds its clipping norm in the first round, which is also the first that forgers ask about."""
-    assert place.main("--method", method, "--num_users", 4, "--rounds", 1, "--malicious_frac", 0.25,
-                      "--malicious_behaviour", "optimal_ipm", "--overwrite") == 0
-
-
-@pytest.mark.slow
-def test_gan_poisoners_heads_mistake_the_inputs_they_made(place):
-    """The uploaded head takes inputs made for a class for the next class; honest uploads stay the same."""
-    heads, loss = {}, {}
+def test_only_gan_poisoners_heads_are_trained_further(place):
+    uploads = {}
     for behaviour in ("passive", "gan_poison"):
-        assert place.main("--num_users", 4, "--rounds", 1, "--local_ep", 5, "--malicious_frac", 0.25,
-                          "--malicious_behaviour", behaviour, "--aggregation", "mean", "--overwrite") == 0
-        heads[behaviour] = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)["uploads"]
-    bad, = MaliciousClients("gan_poison", 0.25, 4, seed=1).members
-    labels, head = torch.arange(4).repeat(8), Classifier((1, 8, 8), 4).eval()
-    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    optimizer = torch.optim.Adam([x], 0.1)
-    for behaviour in ("passive", "gan_poison"):
-        head.load_state_dict({key.removeprefix("classifier."): value
-                              for key, value in heads[behaviour][bad].items()})
-        for _ in range(20 * (behaviour == "passive")):   # inputs that the honest head takes for each class
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(head(x), labels).backward()
-            optimizer.step()
-        loss[behaviour] = torch.nn.functional.cross_entropy(head(x), (labels + 1) % 4).item()
-    assert loss["gan_poison"] < 0.8 * loss["passive"]
-    assert all(torch.equal(heads["passive"][k][n], heads["gan_poison"][k][n])
-               for k in range(4) if k != bad for n in heads["passive"][k])
+        assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.25, "--aggregation", "mean",
+                          "--malicious_behaviour", behaviour, "--overwrite") == 0
+        uploads[behaviour] = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)["uploads"]
+    same = [all(torch.equal(value, uploads["gan_poison"][k][name])
+                for name, value in uploads["passive"][k].items()) for k in range(4)]
+    members = MaliciousClients("gan_poison", 0.25, 4, seed=1).members
+    assert same == [k not in members for k in range(4)]

@@ -6,15 +6,12 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-import models
-from attack.adversaries import Knowledge
 from models import (
     CNN,
     RVE,
     ClassPrior,
     DropoutCNN,
     EncoderClassifier,
-    FlattenHWC,
     ResSFL,
     VariationalEncoder,
     as_image,
@@ -78,11 +75,6 @@ def test_weights_start_glorot_uniform_and_biases_at_zero():
             assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03), name
 
 
-def test_the_head_reads_z_as_an_image_in_the_encoders_order():
-    z = torch.rand(3, 2 * 9 * 13)
-    assert torch.equal(FlattenHWC()(as_image(z, (2, 9, 13))), z)
-
-
 def test_kl_is_that_of_two_normals():
     mu, logvar = torch.randn(6, 50), torch.randn(6, 50)
     expected = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(1)
@@ -110,38 +102,6 @@ def test_prediction_averages_probabilities_over_draws():
     single = [model.classifier(as_image(mu + (0.5 * logvar).exp() * e, (1, 8, 8))).softmax(1) for e in noise]
     assert torch.allclose(averaged, torch.stack(single).mean(0), atol=1e-6)
     assert not torch.allclose(single[0], single[1], atol=1e-3)
-
-
-@pytest.mark.parametrize("draws", [8, 37])
-def test_many_draws_go_through_the_head_in_parts(monkeypatch, draws):
-    """The same answers as all at once, with at most LATENTS in the head, or a draw of each image."""
-    torch.manual_seed(0)
-    model, x = RVE((1, 8, 8), 3, 2.0).eval(), torch.rand(4, 1, 8, 8)
-    knowledge, sizes = Knowledge(model.classifier, model.encoder, True, (1, 8, 8)), []
-    model.classifier.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-
-    def answers(latents):
-        monkeypatch.setattr(models, "LATENTS", latents)
-        torch.manual_seed(1)
-        probabilities = model.predict(x, draws)[0]
-        torch.manual_seed(1)
-        logs = knowledge.logits(x, draws)
-        assert torch.allclose(logs.exp(), probabilities, atol=1e-5)
-        return probabilities, logs, torch.autograd.grad(logs[:, 0].sum(), model.encoder.mu.weight)[0]
-    whole = answers(10**6)
-    assert sizes == [4 * draws] * 2   # 4 images of 64 numbers: parts begin where the generator's blocks of 16 do
-    for latents, most in ((32, 32), (3, 4)):
-        sizes.clear()
-        parts = answers(latents)
-        assert max(sizes) == most and sum(sizes) >= 2 * 4 * draws
-        for one, other in zip(whole, parts, strict=True):
-            assert torch.allclose(one, other, atol=1e-5)
-
-
-def test_the_dropout_methods_extra_layer():
-    model = DropoutCNN(MNIST, 10)
-    assert [part.p for part in model.classifier.features if isinstance(part, torch.nn.Dropout)] == [0.25, 0.5]
-    assert count(model) == count(CNN(MNIST, 10))
 
 
 def test_resistance_by_hand():

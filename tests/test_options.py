@@ -11,8 +11,7 @@ import report
 from attack import membership, mi_attack
 from engine.stacks import draws_of
 from methods import METHODS, PRIOR
-from options import COMMON, args_parser, make_parser, of_rows, readers
-from server.robust import RULES
+from options import args_parser, make_parser, readers
 
 
 def refused(line, capsys):
@@ -137,15 +136,6 @@ def test_help_states_the_readers_of_an_option_and_its_default():
     assert "[beta] (rve_pfl, local, rve_pfl_trunk; default: 1e-05)" in text and "None" not in text
     assert "(all but local; default: threat_aware with rve_pfl, else mean)" in text
     assert "(nbafl, nbafl_prox; default: 1)" in text and "CEB" in text
-
-
-def test_every_option_is_read():
-    """By name somewhere in the program, or by the row of a method or a rule."""
-    text = "".join(path.read_text() for folder in (".", "engine", "runs", "server") for path in
-                   (ROOT / folder).glob("*.py"))
-    declared = re.sub(r'Option\(\s*"\w+"', "", text)
-    for option in (*COMMON, *of_rows(METHODS), *of_rows(RULES)):
-        assert re.search(rf'(args|options|training|how|self|given)\.{option.name}\b|"{option.name}"', declared)
 
 
 def test_documented_flags_exist():

@@ -2,7 +2,6 @@
 import math
 from statistics import NormalDist
 
-import numpy as np
 import pytest
 import torch
 from conftest import server_options
@@ -14,7 +13,6 @@ from server.privacy import (
     ClientDP,
     NbAFL,
     calibrated,
-    clipped,
     epsilon_of,
     nbafl_sigmas,
     norm,
@@ -45,12 +43,6 @@ def test_nbafls_sigmas_by_hand(exposures, rounds, uplink, downlink):
     assert found == (pytest.approx(uplink, rel=2e-3), pytest.approx(downlink, rel=2e-3))
 
 
-def test_the_whole_vector_is_clipped():
-    assert norm(state(3, 0, 4)) == 5
-    assert clipped(state(3, 0, 4), 2.5)["b"].tolist() == [[0, 2]]   # halved, also what is below the bound
-    assert clipped(state(3, 0, 4), 6)["b"].tolist() == [[0, 4]]     # left alone
-
-
 def test_nbafl_clips_then_adds_the_noise_it_names():
     server = NbAFL(server_options(num_users=4, rounds=50, epsilon=5.0, delta=0.01, clip=3.0, exposures=2), 10)
     uplink, downlink = server.facts["sigma_uplink"], server.facts["sigma_downlink"]
@@ -78,16 +70,6 @@ def test_nbafl_takes_the_median_of_the_first_rounds_norms():
     assert server.memory == {"clip": 5}
 
 
-@pytest.mark.parametrize("kind", [NbAFL, ClientDP])
-def test_a_non_finite_upload_counts_for_nothing(kind):
-    server = kind(server_options(num_users=2, epsilon=1e9, delta=0.01, exposures=1, clip=10.0,
-                          noise_multiplier=1e-3))
-    uploads = {0: state(1, 2, 2), 1: state(float("nan"), 0, 0)}
-    head, _, report = server(Round(1, state(0, 0, 0), uploads, {0: 5, 1: 5}))
-    assert [row["weight"] for row in report] == [1, 0]
-    assert all(value.isfinite().all() for value in head.values())
-
-
 def test_client_dp_by_hand():
     """Sum of clipped updates over the expected number of clients, not over those that came."""
     server = ClientDP(server_options(num_users=8, frac=0.5, clip=2.0, delta=0.01, noise_multiplier=1e-3))
@@ -107,16 +89,6 @@ def test_client_dps_noise(sampled):
     other, _, _ = server(Round(2, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1)))
     both = torch.stack([head["w"], other["w"]])
     assert abs(torch.corrcoef(both)[0, 1]) < 4 / math.sqrt(both.shape[1])   # drawn anew in every round
-
-
-def renyi(frac, rounds, delta, *noises):
-    """Epsilon by Renyi DP, a bound from above, of Gaussian mechanisms on the same Poisson sample."""
-    import dp_accounting as dp
-    from dp_accounting.rdp import RdpAccountant
-    both = dp.ComposedDpEvent([dp.GaussianDpEvent(z) for z in noises])
-    sampled = dp.PoissonSampledDpEvent(frac, both) if frac < 1 else both
-    accountant = RdpAccountant(orders=list(range(2, 100)))
-    return accountant.compose(dp.SelfComposedDpEvent(sampled, rounds)).get_epsilon(delta)
 
 
 def delta_of_gaussians(z, epsilon, rounds):
@@ -145,51 +117,14 @@ def test_epsilon_of_gaussians_is_exact(z, rounds, delta):
     assert delta_of_gaussians(z, 0.995 * epsilon, rounds) > delta
 
 
-def test_epsilon_is_under_published_and_renyi_bounds():
-    """Abadi et al. 2016, section 3.2: 1.26 by moments, which later accountants of the same mechanism lowered to
-    around 1; Renyi DP's is 11 to 35 % over what is spent."""
+def test_extreme_epsilons_are_met_or_refused():
+    """Abadi et al. 2016, section 3.2, have 1.26 by moments; with next to no noise Renyi DP is used."""
     assert 0.9 < epsilon_of(4.0, server_options(frac=0.01, rounds=10_000, delta=1e-5)) < 1.26
-    for z, frac, rounds, delta in ((3.82, 1.0, 100, 0.0794), (0.66, 0.1, 50, 6.3e-3)):
-        bound = renyi(frac, rounds, delta, z)
-        assert 0.7 * bound < epsilon_of(z, server_options(frac=frac, rounds=rounds, delta=delta)) < 0.9 * bound
-
-
-@pytest.mark.parametrize("frac", [1.0, 0.5])
-def test_next_to_no_noise_has_an_epsilon_too(frac):
-    """Where the accountant's numbers would be too large or too many, Renyi DP's are used."""
-    found = [epsilon_of(z, server_options(frac=frac, rounds=3000, delta=1e-5)) for z in (0.1, 0.0101, 0.0099, 1e-3)]
-    looser = 1.1 if frac == 1 else 2.1
-    assert found == sorted(found) and found[2] < 1.05 * looser * found[1]
-    assert 1 < found[3] / (3000 / (2 * 1e-6)) < looser
-
-
-def test_a_small_epsilon_is_met_and_one_that_no_noise_meets_refused():
+    assert 1 < epsilon_of(1e-3, server_options(rounds=3000, delta=1e-5)) / (3000 / (2 * 1e-6)) < 1.1
     setting = server_options(num_users=100_000, frac=0.01, rounds=100, epsilon=0.012, delta=1e-6)
     assert epsilon_of(calibrated(setting), setting) == pytest.approx(0.012, rel=0.01)
     with pytest.raises(InputError, match="--epsilon 1e-12: too small"):
         calibrated(server_options(num_users=100, frac=0.5, rounds=100, epsilon=1e-12, delta=1e-12))
-
-
-def test_the_adaptive_norm_moves_to_the_median():
-    setting = server_options(num_users=1000, clip=1.0, delta=1e-4, noise_multiplier=1.0)
-    server = AdaptiveClientDP(setting)
-    norms = np.random.default_rng(0).uniform(2, 6, 1000)
-    uploads = {k: {"w": torch.tensor([value, 0.0])} for k, value in enumerate(norms)}
-    sizes, clips = dict.fromkeys(range(1000), 1), []
-    for r in range(1, 60):
-        server(Round(r, {"w": torch.zeros(2)}, uploads, sizes))
-        clips.append(server.memory["clip"])
-    assert clips[0] == pytest.approx(math.exp(0.2 * 0.5), rel=0.05)   # nobody is under 1: C rises by e^0.1
-    assert np.mean(clips[-10:]) == pytest.approx(4, rel=0.1)
-
-
-def test_the_adaptive_split_spends_what_it_should():
-    """Noise on the sum and on the bits together are worth one release at z (Andrew et al., theorem 1)."""
-    server = AdaptiveClientDP(server_options(num_users=100, clip=0.5, delta=1e-4, noise_multiplier=1.0))
-    assert server.sigma_bits == 5
-    assert server.sum_multiplier ** -2 + (2 * server.sigma_bits) ** -2 == pytest.approx(1.0)
-    head, _, _ = server(Round(1, zeros(), {k: zeros() for k in range(2)}, {0: 1, 1: 1}))
-    assert head["w"].std().item() == pytest.approx(server.sum_multiplier * 0.5 / 100, rel=0.02)
 
 
 def test_the_adaptive_norm_follows_centred_bits_whatever_the_sample():
@@ -208,37 +143,18 @@ def test_the_adaptive_norm_follows_centred_bits_whatever_the_sample():
     assert server.memory["clip"] == pytest.approx(math.exp(-0.2 * (sum(drawn) + 0.5) / 10))
 
 
-def both_releases(frac):
-    """A server of 100 clients per round, and of what it releases each round the sensitivity and the noise, as
-    measured: of the sum in units of C, of the bits."""
-    setting = server_options(num_users=round(100 / frac), frac=frac, rounds=50, clip=0.5, delta=1e-4,
-                      noise_multiplier=9.5)
-
-    def released(uploads, r=1):
-        server = AdaptiveClientDP(setting)
-        head = server(Round(r, zeros(1000), uploads, dict.fromkeys(uploads, 1)))[0]["w"]
-        return head.numpy() * 100 / 0.5, -math.log(server.memory["clip"] / 0.5) * 100 / 0.2
-    noise = [released({}, r) for r in range(1, 400)]
-    sum_noise, bits_noise = (float(np.std(np.concatenate([np.ravel(pair[i]) for pair in noise])))
-                             for i in (0, 1))
-    changes = []
-    for own in (0.01, 100.0, math.nan):   # under C, over it, broken
-        pairs = zip(released({7: {"w": torch.full((1000,), own)}}), released({}), strict=True)
-        changes.append([float(np.linalg.norm(one - other)) for one, other in pairs])
-    return AdaptiveClientDP(setting), np.max(changes, 0), (sum_noise, bits_noise)
-
-
-@pytest.mark.parametrize("frac", [1.0, 0.5])
-def test_adaptive_epsilon_is_that_of_what_is_released(frac):
-    """Sensitivities and noise are measured on the server; an accountant is told of two Gaussian mechanisms
-    on the same Poisson sample, and knows nothing of the split between them."""
-    server, sensitivity, noise = both_releases(frac)
-    assert sensitivity == pytest.approx([1.0, 0.5], rel=1e-3)
-    assert noise[1] == pytest.approx(5, rel=0.1)
-    ours = renyi(frac, 50, 1e-4, server.z)   # one mechanism at z
-    assert renyi(frac, 50, 1e-4, noise[0] / sensitivity[0], 5 / sensitivity[1]) == pytest.approx(ours, rel=0.02)
-    assert server.facts["epsilon"] == epsilon_of(9.5, server.options) < ours
-    assert renyi(frac, 50, 1e-4, noise[0], 5) > 2 * ours   # bits that are not centred: 6.43 instead of 2.96
+def test_the_adaptive_split_spends_what_it_should():
+    """Noise on the sum and on the bits together are worth one release at z (Andrew et al., theorem 1)."""
+    server = AdaptiveClientDP(server_options(num_users=100, clip=0.5, delta=1e-4, noise_multiplier=1.0))
+    assert server.sigma_bits == 5 and server.sum_multiplier**-2 + (2 * 5)**-2 == pytest.approx(1.0)
+    head, _, _ = server(Round(1, zeros(), {k: zeros() for k in range(2)}, {0: 1, 1: 1}))
+    assert head["w"].std().item() == pytest.approx(server.sum_multiplier * 0.5 / 100, rel=0.02)
+    for value, bit in ((0.01, 0.5), (100.0, -0.5), (math.nan, 0)):   # the most that one client changes
+        with_it, without = (AdaptiveClientDP(server.options) for _ in range(2))
+        with_it(Round(1, zeros(2), {7: {"w": torch.tensor([value, 0.0])}}, {7: 1}))
+        without(Round(1, zeros(2), {}, {}))
+        moved = -math.log(with_it.memory["clip"] / without.memory["clip"]) * 100 / 0.2
+        assert moved == pytest.approx(bit, abs=1e-6)
 
 
 def test_too_few_clients_for_the_adaptive_split():
@@ -247,22 +163,6 @@ def test_too_few_clients_for_the_adaptive_split():
     AdaptiveClientDP(server_options(num_users=31, clip=1.0, delta=1e-4, noise_multiplier=3.0))
     with pytest.raises(InputError, match="more than 30 clients per round, and there are 30"):
         AdaptiveClientDP(server_options(num_users=60, frac=0.5, clip=1.0, delta=1e-4, noise_multiplier=3.0))
-
-
-def test_the_proximal_term_holds_clients_near_what_was_sent(place):
-    """mu / 2 ||w - w_t||^2: nothing at 0, where all numbers are NbAFL's; the gradient pulls back otherwise."""
-    csvs, lengths = {}, {}
-    quiet = ("--epsilon", 1e6, "--clip", 100, "--rounds", 1, "--overwrite")   # next to no noise
-    ways = {"nbafl": (), "none": ("--prox", 0), "some": ("--prox", 1), "much": ("--prox", 100)}
-    for name, flags in ways.items():
-        method = "nbafl" if name == "nbafl" else "nbafl_prox"
-        assert place.main("--method", method, *flags, *quiet) == 0
-        csvs[name] = place.clients_csv()
-        shared = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)
-        lengths[name] = sum((value - shared["sent"][key]).square().sum()
-                            for key, value in shared["uploads"][0].items())
-    assert csvs["none"] == csvs["nbafl"] != csvs["some"]
-    assert lengths["much"] < 0.5 * lengths["some"] < 0.5 * lengths["none"]
 
 
 def test_the_proximal_term_by_hand():

@@ -13,7 +13,6 @@ import torch
 from runs import checkpoints as checkpoint
 from runs.checkpoints import load_checked
 from runs.run import csv_columns
-from utils import write_whole
 
 
 def test_an_earlier_run_is_never_lost_by_accident(place, capsys):
@@ -150,18 +149,6 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_last_one(place):
     assert not list(place.models.glob("round_*")) and not list(place.folder.rglob("*.tmp"))
     assert place.main(*flags, "--resume") == 0
     assert place.clients_csv() == expected
-
-
-def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def fail(file):
-        file.write(b"new, but")
-        raise RuntimeError("PytorchStreamWriter failed")
-    with pytest.raises(OSError, match="PytorchStreamWriter"):
-        write_whole(path, fail)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_client_that_diverges_is_left_out_and_the_others_go_on(place, driver, capsys, monkeypatch):

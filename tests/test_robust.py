@@ -80,14 +80,6 @@ def test_norm_clipping_by_hand_and_its_noise():
     assert noisy[0][3:].norm().item() == pytest.approx(0.5 * 2, rel=0.05)   # half of the median norm
 
 
-def test_the_geometric_median_balances_unit_vectors():
-    points = [[x, y, 0, 0, 0] for x, y in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (40.0, 0.0), (0.3, 0.1))]
-    update, _ = aggregate("geometric_median", heads(*points))
-    apart = update - torch.tensor(points)
-    pull = (apart / apart.norm(dim=1, keepdim=True).clamp_min(1e-9)).sum(0)
-    assert pull.norm() < 1.05 and update.norm() < 1   # 0 at the least sum, or up to 1 where it sits on a point
-
-
 def test_centered_clipping_bounds_what_one_client_can_do():
     near, _ = aggregate("centered_clipping", heads(*[[1.0, 0, 0, 0, 0]] * 9, [0.0, 10, 0, 0, 0]))
     far, _ = aggregate("centered_clipping", heads(*[[1.0, 0, 0, 0, 0]] * 9, [0.0, 1e6, 0, 0, 0]))
@@ -134,8 +126,3 @@ def test_the_longest_uploads_that_are_used_give_a_finite_head(rule):
     assert rule != "mean" or [row["weight"] for row in rows] == [1 / 8] * 8
     longer = {**uploads, 0: {name: torch.full_like(tensor, 1.5e18) for name, tensor in SENT.items()}}
     assert aggregate(rule, longer)[1][0]["weight"] == 0
-
-
-def test_a_majority_of_malicious_clients_is_no_error():
-    update, _ = aggregate("krum", heads(*[[float(k), 0, 0, 0, 0] for k in range(3)]), tolerate=0.5)
-    assert update[0] in (0.0, 1.0, 2.0)
