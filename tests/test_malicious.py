@@ -152,14 +152,14 @@ def test_forgers_know_the_least_trust_in_any_of_them():
     """Of two the lower; none in one that the server could not use."""
     class Trusts(Server):
         def trust(self, round):
-            return trust
+            return self.options
     _, _, round = rounds(5)
     clients, told = MaliciousClients("adaptive", 0.4, 5, seed=1), []
     first, second = sorted(clients.members)
     clients.behaviour = dataclasses.replace(
         clients.behaviour, forge=lambda view: told.append(view.least_trust(view.own_updates)) or view.own_updates)
     for trust in ({first: 0.3, second: 0.9}, {first: 0.9, second: 0.3}, {second: 1.0}):
-        clients.poison(round, Trusts({}))
+        clients.poison(round, Trusts(trust))
     assert told == [0.3, 0.3, 0]
 
 

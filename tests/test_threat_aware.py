@@ -123,10 +123,10 @@ def test_order_and_scale_do_not_matter(honest):
     weight, _ = weighed(updates)
     for scale in (1e-3, 1e3):
         assert torch.allclose(weighed(scale * updates)[0], weight, atol=1e-5)
-    order = torch.randperm(10)
-    uploads = {int(k): {"w": updates[k]} for k in order}
-    rows = server()(Round(1, SENT, uploads, dict.fromkeys(range(10), 100))).rows
-    assert [row["weight"] for row in rows] == pytest.approx(weight.tolist(), abs=1e-6)
+    sent = torch.randn(40)   # in two parameters
+    uploads = {k: {"b": sent[9:] + updates[k, 9:], "a": sent[:9] + updates[k, :9]} for k in reversed(range(10))}
+    rows = server()(Round(1, {"a": sent[:9], "b": sent[9:]}, uploads, dict.fromkeys(range(10), 100))).rows
+    assert [row["weight"] for row in rows] == pytest.approx(weight.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("clients, left", [(9, 1), (10, 0)])
