@@ -285,3 +285,11 @@ def test_only_gan_poisoners_heads_are_trained_further(place):
                 for name, value in uploads["passive"][k].items()) for k in range(4)]
     members = MaliciousClients("gan_poison", 0.25, 4, seed=1).members
     assert same == [k not in members for k in range(4)]
+
+
+def test_forged_noise_is_drawn_anew_each_round():
+    _, _, round = rounds(10)
+    clients = MaliciousClients("gaussian", 0.2, 10, seed=1)
+    first, again, later = (clients.poison(dataclasses.replace(round, number=number), Server({})).uploads[
+        min(clients.members)]["w"] for number in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, later)

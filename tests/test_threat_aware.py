@@ -218,3 +218,9 @@ def test_a_warning_says_once_that_two_uploads_are_too_few(place, capsys):
                         "uploads; round 1 has 2"]
     assert place.main("--aggregation", "mean", "--overwrite", "--rounds", 1) == 0
     assert "warning" not in capsys.readouterr().err
+
+
+def test_weights_follow_the_remembered_trust():
+    weight, rows = weighed(torch.eye(6), trust=[0.0] * 2 + [1.0] * 4)
+    assert [row["trust"] for row in rows] == pytest.approx([0.2] * 2 + [1] * 4)
+    assert weight.tolist() == pytest.approx([0.2 / 4.4] * 2 + [1 / 4.4] * 4)
