@@ -224,3 +224,9 @@ def test_weights_follow_the_remembered_trust():
     weight, rows = weighed(torch.eye(6), trust=[0.0] * 2 + [1.0] * 4)
     assert [row["trust"] for row in rows] == pytest.approx([0.2] * 2 + [1] * 4)
     assert weight.tolist() == pytest.approx([0.2 / 4.4] * 2 + [1 / 4.4] * 4)
+
+
+def test_updates_are_clipped_to_the_median_norm_before_they_are_compared():
+    """The third is twice as long, so it has a trust of 1 / 4 as a reference."""
+    _, rows = weighed(torch.tensor([[1.0, 0, 0], [0, 1, 0], [2**0.5, 0, 2**0.5]]))
+    assert rows[0]["cosine"] == pytest.approx(0.25 * 0.5**0.5 / (1 + 0.25**2) ** 0.5, abs=1e-5)
