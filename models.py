@@ -1,8 +1,7 @@
 """The networks: a private variational encoder, the shared classifier head, and the pair they make.
 
 The layers are those that the authors released (Issa et al., IEEE TIFS 2024). Images are floats in [0, 1], shapes
-are ``N x C x H x W``. Parameter names route the protocol: ``encoder.*`` stays with its client, ``classifier.*`` is
-shared.
+are ``N x C x H x W``. Parameters named ``encoder.*`` stay with their client, ``classifier.*`` are shared.
 """
 from collections.abc import Callable
 from functools import partial
