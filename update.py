@@ -65,7 +65,7 @@ class Training:
         augment: ``none``, ``flip`` or ``flip+shift`` of the training images, drawn anew each time.
         dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
         freezes_private: do not train the private parameters.
-        options: all options of the run by name, for a method with options of its own.
+        options: all options of the run by name.
     """
 
     seed: int
@@ -105,10 +105,9 @@ def reflect(index: Tensor, side: int) -> Tensor:
 
 @dataclass
 class Trainer:
-    """The one working model, which trains and evaluates every client in turn.
+    """The one working model, which trains and evaluates every client in turn; a call overwrites its parameters.
 
     Args:
-        model: on the device that trains; every call overwrites its parameters.
         images: all images pooled, ``N x H x W x C`` uint8, on that device.
         labels: ``N`` int64, on that device.
     """
@@ -139,10 +138,10 @@ class Trainer:
 
         Args:
             indices: its training images.
-            sent: the shared parameters from the server.
+            sent: the shared parameters from the server; they and ``client_state`` stay untouched.
 
         Raises:
-            Diverged: the loss is no longer finite; ``sent`` and ``client_state`` are untouched.
+            Diverged: the loss is no longer finite.
         """
         settings, steps = self.training, client_state.steps
         self.seed("train", client, round)

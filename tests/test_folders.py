@@ -244,3 +244,10 @@ def test_rows_that_find_no_room_are_said_of_a_file_and_leave_no_part(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.filename == str(path) and path.read_text() == "a\n" + "1\n" * 100
+
+
+def test_checkpoints_kept_for_good_stay_without_being_asked_for_again(copy):
+    place = copy()
+    assert place.main("--rounds", 3, "--save_rounds", 2, "--resume") == 0
+    assert {p.name for p in place.models.glob("round_*")} == {"round_1", "round_2", "round_3"}
+    assert json.loads((place.results / "config.json").read_text())["options"]["save_rounds"] == [1, 2]
