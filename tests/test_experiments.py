@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 import report
-from attack import membership, mi_attack
+from attack import membership, mi_attack, verdict
 from options import args_parser
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -295,6 +296,8 @@ def test_verify_names_what_differs(monkeypatch, capsys, tmp_path):
     assert verify.differences(worse, reference) == [
         "round 1: KL 111 nats, not 100 within 10%", "round 2: deployed accuracy 0.9700, not 0.9900 within 0.01",
         "round 2: KL nan nats, not 200 within 10%"]
+    lower = verify.differences(reference.assign(kl_nats=[100.0, 170.0]), reference)
+    assert lower == ["round 2: KL 170 nats, not 200 within 10%"]
     assert verify.differences(reference[:1], reference) == ["rounds [1], not [1, 2]"]
     committed = pd.read_csv(common.REFERENCE / "verify.csv")
     assert {round(x, 4) for x in committed[committed["round"] == 5]["deployed"]} == {0.9921, 0.9888}
@@ -326,3 +329,61 @@ def test_every_page_of_an_experiment_has_its_parts():
         assert re.search(r"^# .*\n\n\*\*[^*]+\*\*\n\n<!-- results -->\n", text), name
         assert f"python experiments/{name}.py" in text and len(re.findall(r"^\d\. ", text, re.MULTILINE)) == 3
     assert sum(path.stat().st_size for path in ROOT.glob("docs/*.md")) < 70_000
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run's folder by hand: two rounds, one attack with a restart, and one malicious client of two."""
+    stages = [(r, stage, split, 0.1 * r + bonus) for r in (1, 2) for stage, split, bonus in (
+        ("trained", "train", 0.5), ("trained", "test", 0.2), ("deployed", "test", 0.0))]
+    pd.DataFrame([{"round": r, "stage": stage, "split": split, "accuracy": value, "accuracy_worst": value / 2,
+                   "kl_nats": 10 * r, "seconds": 1} for r, stage, split, value in stages]).to_csv(
+        tmp_path / "rounds.csv", index=False)
+    pd.DataFrame([{"round": r, "client": 0, "backdoor": r / 4} for r in (1, 2)]).to_csv(tmp_path / "clients.csv")
+    pd.DataFrame([{"round": r, "client": k, "weight": (0.9, 0.1)[k], "trust": (0.8, 0.1)[k], "malicious": k}
+                  for r in (1, 2) for k in (0, 1)]).to_csv(tmp_path / "server.csv")
+    rows = [{**dict.fromkeys(verdict.ATTACK_COLUMNS, 0), "adversary": "stolen_model", "attack": "reidentification",
+             "observed": "z", "kl_nats": 1.0, "control": control, "restart": restart, "identified": identified}
+            for control, restart, identified in (("", 0, 1), ("", 1, 0), ("foreign", 0, 0))]
+    pd.DataFrame(rows).to_csv(tmp_path / "attack.csv", index=False)
+    return tmp_path
+
+
+def test_measures_of_a_finished_run_by_hand(finished):
+    first, last = common.curve(finished)
+    assert (last["round"], last["kl_nats"]) == (2, 20) and first["deployed"] == pytest.approx(0.1)
+    assert (last["deployed"], last["deployed_worst"], last["trained"]) == pytest.approx((0.2, 0.1, 0.4))
+    row, = [row for row in leakage.measure(finished) if row["images"] == "all"]
+    assert (row["n"], row["identified"], row["control_identified"]) == (1, 1, 0)
+    row, = privacy_accuracy.measure(finished)
+    assert (row["identified_z"], row["control_identified_z"], row["deployed"]) == pytest.approx((1, 0, 0.2))
+    row, = robustness.measure(finished)
+    assert (row["deployed"], row["backdoor"], row["weight"], row["trust"]) == pytest.approx((0.2, 0.5, 0.2, 0.8))
+
+
+def test_tables_take_the_right_columns():
+    key = {"dataset": "mnist", "rounds": 2, "seed": 11, "command": "x"}
+    rows = pd.DataFrame([{**key, "method": "nbafl", "round": r, "deployed": 0.1 * r, "trained": 0.3 * r}
+                         for r in (1, 2)])
+    wide = EXPERIMENTS["headline"].tabulate(rows)
+    assert wide[["nbafl", "nbafl, trained"]].iloc[0].tolist() == pytest.approx([0.2, 0.6])
+    found = (("stolen_model", "loss", 0.6), ("stolen_model", "loss", 0.8), ("prediction_api", "loss", 0.1),
+             ("curious_server", "fedmia", 0.7))
+    members = pd.DataFrame([{"setting": "a", "seed": 11, "adversary": adversary, "attack": attack, "auc": auc}
+                            for adversary, attack, auc in found])
+    table = EXPERIMENTS["member_inference"].tabulate(members)
+    assert table[["loss", "fedmia"]].iloc[0].tolist() == pytest.approx([0.7, 0.7])
+    fast = speed.tabulate(pd.DataFrame([{"plain": 30.0, "ours": 10.0, "floor": 5.0}]))
+    assert fast[["ratio", "reached"]].iloc[0].tolist() == [3, 50]
+
+
+def test_classes_are_told_from_updates(monkeypatch):
+    """One client of two classes, whose scores are highest; then one whose scores are lowest."""
+    for scores, expected in (([3.0, 2.0, -1.0], (1, 1)), ([-3.0, -2.0, 1.0], (0, 0))):
+        monkeypatch.setattr(real_updates.uploads, "class_scores",
+                            lambda sent, upload, scores=scores: real_updates.Tensor(scores))
+        target = types.SimpleNamespace(shared=lambda round: {"sent": {}, "uploads": {0: {}}},
+                                       data=types.SimpleNamespace(labels=np.array([0, 1])),
+                                       owned=lambda: ([np.array([0, 1])],))
+        row, = real_updates.class_rows(target, 1)
+        assert (row["auc"], row["exact"]) == expected
