@@ -1,6 +1,7 @@
 """Data sets: ``DATA_DIR/NAME.npz``, pooled into one array of images; data/README.md describes the file.
 
-MNIST, Fashion-MNIST and CIFAR-10 are downloaded by torchvision on first use and cached in that form.
+MNIST, Fashion-MNIST and CIFAR-10 are downloaded by torchvision on first use and cached in that form. NAME10k is the
+10,000-image test half of one of them; mnist10k is included.
 """
 import contextlib
 import difflib
@@ -65,7 +66,7 @@ def canonical(name: str, data_dir: Path) -> str:
 
 
 def load(name: str, data_dir: Path) -> Dataset:
-    """Read ``data_dir/name.npz``, downloading it first if it is one of torchvision's.
+    """Read ``data_dir/name.npz``; if it is missing, download it or, for NAME10k, make it from NAME.
 
     Raises:
         InputError: the file is missing, cannot be downloaded or read, is damaged or has unexpected contents.
@@ -73,9 +74,12 @@ def load(name: str, data_dir: Path) -> Dataset:
     name = canonical(name, data_dir)
     path = data_dir / f"{name}.npz"
     if not path.exists():
-        if name not in TORCHVISION:
+        if name.removesuffix("10k") not in TORCHVISION:
             raise InputError(_unknown(name, data_dir))
-        fetch(name, data_dir)
+        if name in TORCHVISION:
+            fetch(name, data_dir)
+        else:
+            make_10k(load(name.removesuffix("10k"), data_dir), path)
     try:
         return _pooled(_read(path))
     except OSError as error:
@@ -249,6 +253,15 @@ def fetch(name: str, data_dir: Path) -> None:
         images = halves[f"{half}_images"]
         halves[f"{half}_images"] = images.reshape(*images.shape[:3], -1)
     write_whole(data_dir / f"{name}.npz", lambda file: np.savez(file, **halves))
+
+
+def make_10k(data: Dataset, path: Path) -> None:
+    """Write the test half of a data set as a file of its own: its last tenth, in the released order, for testing."""
+    images, labels = data.images[data.train_size:], data.labels[data.train_size:].astype(np.uint8)
+    cut = len(images) * 9 // 10
+    write_whole(path, lambda file: np.savez_compressed(
+        file, train_images=images[:cut], train_labels=labels[:cut], test_images=images[cut:],
+        test_labels=labels[cut:]))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,6 @@
 """Compare the methods on 10,000 images of each data set under three partitions.
 
-The methods are those of headline.py and variants of RVE-PFL. data/fmnist10k.npz and cifar10k.npz are made by
-make_10k.py.
+The methods are those of headline.py and variants of RVE-PFL.
 """
 import sys
 from collections.abc import Sequence

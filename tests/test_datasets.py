@@ -182,3 +182,14 @@ def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch, error):
     with pytest.raises(InputError, match=r"mnist\.npz does not exist.*mnist10k") as caught:
         datasets.load("mnist", tmp_path)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_ten_thousand_images_are_the_test_half_of_the_data_set(tmp_path):
+    arrays = {"train_images": np.zeros((20, 8, 8), np.uint8), "train_labels": np.arange(20) % 2,
+              "test_images": np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8),
+              "test_labels": np.arange(10) % 2}
+    np.savez(tmp_path / "fmnist.npz", **arrays)
+    for _ in range(2):   # made, then read
+        data = datasets.load("fmnist10k", tmp_path)
+        assert data.images[:, 0, 0, 0].tolist() == list(range(10)) and data.train_size == 9
+        assert data.labels.tolist() == arrays["test_labels"].tolist()
