@@ -1,7 +1,7 @@
 """Data sets: ``DATA_DIR/NAME.npz``, pooled into one array of images; data/README.md describes the file.
 
-MNIST, Fashion-MNIST and CIFAR-10 are downloaded by torchvision on first use and cached in that form. NAME10k is the
-10,000-image test half of one of them; mnist10k is included.
+MNIST, Fashion-MNIST and CIFAR-10 are downloaded by torchvision on first use and cached in that form. NAME10k is
+the 10,000-image test half of one of them; mnist10k is included.
 """
 import contextlib
 import difflib
@@ -256,7 +256,7 @@ def fetch(name: str, data_dir: Path) -> None:
 
 
 def make_10k(data: Dataset, path: Path) -> None:
-    """Write the test half of a data set as a file of its own: its last tenth, in the released order, for testing."""
+    """Write the test half of a data set as a file of its own, whose last tenth is for testing."""
     images, labels = data.images[data.train_size:], data.labels[data.train_size:].astype(np.uint8)
     cut = len(images) * 9 // 10
     write_whole(path, lambda file: np.savez_compressed(

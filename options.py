@@ -40,7 +40,8 @@ STACK = Option("stack", "clients trained at a time as one stacked model; 1: one 
 
 COMMON = [   # in the order of --help
     Option("dataset", "mnist, fmnist, cifar (downloaded on first use), 10,000 images of one of them as in "
-           "mnist10k (included), or the NAME of any DATA_DIR/NAME.npz", default="mnist", pattern=DATA_NAME, group="data"),
+           "mnist10k (included), or the NAME of any DATA_DIR/NAME.npz", default="mnist", pattern=DATA_NAME,
+           group="data"),
     Option("data_dir", "folder of the data sets", Path, ROOT / "data", group="data"),
     Option("partition", "distribution of the images over clients: at random, a fixed number of classes each, "
            "Dirichlet class mixtures, or the data file's `client` array", default="shards",
