@@ -1,10 +1,23 @@
 """Trained runs in one folder, and attacks on them."""
+import contextlib
+
 import numpy as np
 import pandas as pd
 
 from attack import mi_attack
 from attack import target as targets
 from attack.observations import Victim
+
+
+@contextlib.contextmanager
+def kept(*paths):
+    """Put the bytes of files back at the end."""
+    whole = [path.read_bytes() for path in paths]
+    try:
+        yield
+    finally:
+        for path, data in zip(paths, whole, strict=True):
+            path.write_bytes(data)
 
 
 class Attacked:
@@ -55,8 +68,7 @@ class Attacked:
         except SystemExit as stop:
             status = stop.code
         lines = capsys.readouterr().err.strip().splitlines()
-        name = self.program.__name__.rsplit(".", 1)[-1]
-        assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{name}.py: error: "), lines
+        assert status == 2 and len(lines) == 1 and ".py: error: " in lines[0], lines
         return lines[0]
 
     def csv(self, run, name="attack.csv"):
