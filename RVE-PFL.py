@@ -18,16 +18,16 @@ import datasets
 import sampling
 from engine.clients import HELD_OUT, Clients
 from engine.graphs import GraphedTrainer
-from engine.memory import in_one_line, memory_note
+from engine.memory import in_one_line
 from engine.processes import PeerLost, Ranks
 from engine.signals import Interrupted, Interrupts, steady_output
 from methods import METHODS, make_server
-from runs.checkpoints import borrowed_encoders, finished_source
+from runs.checkpoints import finished_source, read_client
 from runs.resume import arguments
 from runs.run import Run, open_run
 from server.base import Server
 from server.malicious import MaliciousClients
-from update import Trainer, Training
+from update import ClientState, Trainer, Training
 from utils import (
     InputError,
     choose_device,
@@ -96,10 +96,7 @@ def run_all(args: Namespace, ranks: Ranks) -> None:
     with ranks.first_before_others():
         data = datasets.load(args.dataset, args.data_dir)
     owned, splits = partition(args, data)
-    notes = memory_note(parameters(args, data), args.num_users, args.optimizer, device)
-    if ranks.first and notes:
-        print(f"note: {notes}", file=sys.stderr)
-    images, notes_on_images = sampling.described(data, owned, splits, args)
+    images, notes = sampling.described(data, owned, splits, args)
     trainer = make_trainer(args, data, device)
     head, private = trainer.in_round(1).shared_and_private(trainer.state())
     protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
@@ -114,12 +111,13 @@ def run_all(args: Namespace, ranks: Ranks) -> None:
     with open_run(config, (head, private), server, malicious, ranks) as run:
         if not run.finished:
             if ranks.first:
-                for note in notes_on_images:
+                for note in notes:
                     run.say(f"note: {note}")
                 run.write_inputs(data, owned, splits)
             if args.encoders_from and run.progress.round == 0:
-                for k, state in borrowed_encoders(args, ranks.mine(range(args.num_users)), private):
-                    run.states.put(k, state)
+                source = finished_source(args)
+                for k in ranks.mine(range(args.num_users)):
+                    run.states.put(k, ClientState(read_client(source / f"client_{k}.pt", private).parameters))
                 run.states.commit()
             federate(run, Clients(args, trainer, malicious, owned, splits, run), malicious, server, args.rounds)
             run.finish()
@@ -147,13 +145,6 @@ def partition(args: Namespace, data: datasets.Dataset) -> tuple[list, list]:
     return owned, splits
 
 
-def parameters(args: Namespace, data: datasets.Dataset) -> int:
-    """Count the parameters of a client's network without allocating them."""
-    with torch.device("meta"):
-        return METHODS[args.method].count(METHODS[args.method].build(
-            data.image_shape, data.num_classes, vars(args)))["total"]
-
-
 def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) -> Trainer:
     """Return the trainer of all clients: the model at its seeded start, and the data on its device."""
     method = METHODS[args.method]
@@ -163,7 +154,7 @@ def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) 
         model.encoder.requires_grad_(False)
     training = Training.from_options(vars(args), choose_precision(args.precision, device),
                                      freezes_private=bool(args.encoders_from))
-    kind = GraphedTrainer if device.type == "cuda" else Trainer
+    kind = GraphedTrainer if device.type == "cuda" and args.stack is None else Trainer
     return kind(model.to(device).to(memory_format=torch.channels_last), method,
                 torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).to(device),
                 data.num_classes, training)

@@ -34,9 +34,9 @@ MALICIOUS_BEHAVIOUR = Option("malicious_behaviour", f"behaviour of malicious cli
                              "(default: label_flip)", choices=BEHAVIOURS, group="server")
 MOMENTUM = Option("momentum", "momentum of --optimizer sgd (default: 0)", float, unread=0.0, within=(0, 0.9999),
                   group="federated")
-STACK = Option("stack", "clients trained at a time as one stacked model; 1: one after another (default: on a GPU "
-               "as many as make 500 images per step; on a CPU, if the model is small, one client per thread)", int,
-               within=(1, 10_000))
+STACK = Option("stack", "clients trained at a time as one stacked model; 1: one after another, on a GPU without "
+               "CUDA graphs (default: on a GPU as many as make 500 images per step; on a CPU, if the model is "
+               "small, one client per thread)", int, within=(1, 10_000))
 
 COMMON = [   # in the order of --help
     Option("dataset", "mnist, fmnist, cifar (downloaded on first use), 10,000 images of one of them as in "

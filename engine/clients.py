@@ -107,7 +107,7 @@ class Clients:
             if isinstance(outcome, Diverged):
                 run.say(f"warning: {outcome}; this client's round is dropped")
                 continue
-            uploads[k] = run.uploads.keep(k, outcome.upload)
+            uploads[k] = outcome.upload
             run.states.put(k, outcome.client_state)
             if self.evaluates(number):
                 held_out = self.trainer_in(number).evaluate(k, number, splits[k][1], outcome.upload,
@@ -115,8 +115,7 @@ class Clients:
                 rows[k] = [self._row(number, k, "trained", "train", outcome.metrics),
                            self._row(number, k, "trained", run.evaluation_split, held_out)]
             run.advance(number, k, len(mine), outcome.metrics["accuracy"])
-        arrived = {k: uploads[k] if k in uploads else run.uploads.keep(k, upload)
-                   for part in self.ranks.gather_parts(uploads) for k, upload in part.items()}
+        arrived = {k: upload for some in self.ranks.gather_parts(uploads) for k, upload in some.items()}
         if self.ranks.first and selected and not arrived:
             raise InputError(f"round {number}: no client's loss stayed finite; start again with a smaller --lr")
         sizes = {k: len(splits[k][0]) for k in selected}

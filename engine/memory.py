@@ -1,4 +1,4 @@
-"""Memory: how much there is, whether a network fits in it, and one line for running out of it."""
+"""Memory: how much there is, and one line for running out of it."""
 import errno
 import os
 import resource
@@ -9,8 +9,6 @@ import torch
 from utils import InputError, error_line
 
 LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")   # of a container
-COPIES = {"adam": 10, "sgd": 8}   # of the parameters, at the peak of a round: measured with 73 M and 135 M
-LARGE = 2**30      # bytes of a client's model from which its size is reported
 # Messages of PyTorch, CUDA and C++ where they raise no error type of their own.
 MESSAGES = "can't allocate memory", "out of memory", "not enough memory", "bad_alloc", "ALLOC_FAILED"
 
@@ -32,27 +30,6 @@ def size_of(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:,.3g} TB"
-
-
-def memory_note(parameters: int, clients: int, optimizer: str, device: torch.device) -> str | None:
-    """Describe the size of a large model in one line; None if a client's is under 1 GiB and fits in memory.
-
-    Args:
-        parameters: of one client's network, float32.
-        clients: number of clients that keep one.
-        optimizer: ``adam`` or ``sgd``.
-
-    Raises:
-        InputError: no client could be trained in the memory of this device.
-    """
-    each, there = 4 * parameters, available(device)
-    needed = each * COPIES[optimizer]
-    line = (f"the network has {parameters / 1e6:,.0f} M parameters, {size_of(each)} per client; training takes "
-            f"about {size_of(needed)} of memory, of which there are {size_of(there)}, and a checkpoint of "
-            f"{clients} clients {size_of(each * clients)} of disk")
-    if needed > 2 * there:   # half of the copies have to be in memory at one time
-        raise InputError(f"{line}: use smaller images, or a method without an encoder (--method fedavg)")
-    return line if each >= LARGE or needed > there else None
 
 
 def is_exhausted(error: BaseException) -> bool:

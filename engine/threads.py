@@ -8,7 +8,6 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from threading import Event
 from typing import Any
@@ -89,19 +88,6 @@ class ThreadsTrainer(Trainer):
         return super()._step(*arguments)
 
 
-@contextmanager
-def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Open a pool of threads; meanwhile, each kernel of this process runs on one core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)   # threads that start from here on inherit it
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
-
-
 def in_threads(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
                state_of: Callable[[int], ClientState],
                threads: int) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
@@ -120,15 +106,19 @@ def in_threads(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sen
             return error
         finally:
             idle.append(worker)
-    with one_thread_each(threads) as pool:
-        try:
-            for k, images in indices.items():
-                waiting.append((k, pool.submit(train, k, images, state_of(k))))
-                if len(waiting) > AHEAD * threads:   # the others go on while a large client is waited for
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)   # threads that start from here on inherit it
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for k, images in indices.items():
+            waiting.append((k, pool.submit(train, k, images, state_of(k))))
+            if len(waiting) > AHEAD * threads:   # the others go on while a large client is waited for
                 first, future = waiting.popleft()
                 yield first, future.result()
-        finally:
-            stop.set()   # if the caller leaves early, for an error or Ctrl-C
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        stop.set()   # if the caller leaves early, for an error or Ctrl-C
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)

@@ -1,4 +1,4 @@
-"""Checkpoint files, and where client states and uploads wait in the meantime.
+"""Checkpoint files, and where client states wait in the meantime.
 
 A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``uploads``), ``client_<k>.pt`` (what
 stayed with client k) and ``server.pt`` (the new shared parameters, and the server's memory): an adversary's access
@@ -9,10 +9,10 @@ import os
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
@@ -21,11 +21,9 @@ from server.base import State, is_finite
 from update import ClientState
 from utils import InputError, plain_file, write_whole
 
-MEMORY = 2 * 2**30   # bytes of client states kept in memory; the rest waits in files
-UPLOADS = 2**29      # bytes of uploads, likewise
-SMALL = 2**16        # bytes: a smaller state is kept on the heap
+MEMORY = 2 * 2**30    # bytes of client states kept in memory; the rest waits in files
+SMALL = 2**16         # bytes: a smaller state is kept on the heap
 MOST_STEPS = 10**12   # of a client: more than any run makes, and still exact as a float
-OF_ANOTHER_RUN = "is not of this run; start again with --overwrite"
 
 
 def load_checked(path: Path) -> dict[str, Any]:
@@ -47,40 +45,32 @@ def load_checked(path: Path) -> dict[str, Any]:
                          "or start again with --overwrite") from error
 
 
-def same_layout(state: object, expected: State) -> TypeGuard[State]:
-    """Return whether a state dict has exactly the expected names, shapes and types."""
-    return isinstance(state, dict) and state.keys() == expected.keys() and all(
-        isinstance(state[name], torch.Tensor) and state[name].shape == value.shape
-        and state[name].dtype == value.dtype and state[name].layout == torch.strided
-        and state[name].device.type == "cpu" for name, value in expected.items())
-
-
-def is_count(value: object) -> bool:
-    """Return whether a value is an int of at least 0, and no bool."""
-    return type(value) is int and value >= 0
+def same_layout(value: object, expected: object) -> bool:
+    """Return whether a value has the expected type, in dictionaries the names, and in tensors shape and dtype."""
+    if isinstance(expected, dict):
+        return isinstance(value, dict) and value.keys() == expected.keys() and all(
+            same_layout(value[name], inner) for name, inner in expected.items())
+    if isinstance(expected, torch.Tensor):
+        return isinstance(value, torch.Tensor) and (value.shape, value.dtype, value.layout, value.device) == (
+            expected.shape, expected.dtype, torch.strided, torch.device("cpu"))
+    return type(value) is type(expected)
 
 
 def same_memory(memory: object, expected: dict) -> bool:
-    """Return whether a value can be a server's memory: nothing below 0, counts and tensors like those expected.
-
-    There may be further numbers, such as NbAFL's clip, which is determined in the first round.
-    """
-    def like(value, start):
-        if isinstance(start, torch.Tensor):
-            return same_layout({"": value}, {"": start}) and is_finite({"": value}) and not (value < 0).any()
-        if isinstance(start, int):
-            return is_count(value)
-        return type(value) in (int, float) and 0 <= value < float("inf")
-    return isinstance(memory, dict) and expected.keys() <= memory.keys() and all(
-        isinstance(name, str) and like(value, expected.get(name)) for name, value in memory.items())
+    """Return whether a value can be a server's memory; numbers may be added to it, such as NbAFL's clip."""
+    return isinstance(memory, dict) and same_layout(memory, {**memory, **expected}) and all(
+        bool(torch.as_tensor(value).isfinite().all()) for value in memory.values())
 
 
-def checked_state(state: object, expected: State, path: Path) -> State:
+def require(valid: bool, path: Path) -> None:
+    """Raise InputError if the content of a checkpoint's file is not valid."""
+    if not valid:
+        raise InputError(f"checkpoint {path} is not of this run, or is damaged; start again with --overwrite")
+
+
+def checked_state(state: Any, expected: State, path: Path) -> State:
     """Return a state dict read from ``path``; InputError if it has another layout, or is not finite."""
-    if not same_layout(state, expected):
-        raise InputError(f"checkpoint {path} {OF_ANOTHER_RUN}")
-    if not is_finite(state):
-        raise InputError(f"checkpoint {path} holds NaN or infinite values; start again with --overwrite")
+    require(same_layout(state, expected) and is_finite(state), path)
     return state
 
 
@@ -88,22 +78,19 @@ def read_shared(path: Path, shared: State, clients: int) -> dict:
     """Read a ``shared.pt`` whose states are like ``shared``; uploads, not what was sent, may hold NaN."""
     content = load_checked(path)
     uploads = content.get("uploads")
-    if not (isinstance(uploads, dict) and all(
-            is_count(k) and k < clients and same_layout(upload, shared) for k, upload in uploads.items())):
-        raise InputError(f"checkpoint {path} {OF_ANOTHER_RUN}")
+    require(isinstance(uploads, dict) and uploads.keys() <= set(range(clients))
+            and all(same_layout(upload, shared) for upload in uploads.values()), path)
     return {**content, "sent": checked_state(content.get("sent"), shared, path)}
 
 
 def read_client(path: Path, private: State, shared: State | None = None) -> ClientState:
     """Read a ``client_<k>.pt`` with parameters like ``private``, and other tensors like ``shared``, if given."""
-    content = load_checked(path)
-    trained_shared = content.get("trained_shared", {})
-    if not (content.keys() - {"trained_shared"} == {"parameters", "steps"} and is_count(content["steps"])
-            and content["steps"] <= MOST_STEPS and isinstance(trained_shared, dict)):
-        raise InputError(f"checkpoint {path} {OF_ANOTHER_RUN}")
-    checked_state(content["parameters"], private, path)
-    if shared is not None and trained_shared:
-        checked_state(trained_shared, shared, path)
+    content = {"trained_shared": {}, **load_checked(path)}
+    trained_shared = content["trained_shared"]
+    expected = {"parameters": private, "steps": 0,
+                "trained_shared": trained_shared if shared is None or not trained_shared else shared}
+    require(same_layout(content, expected) and 0 <= content["steps"] <= MOST_STEPS
+            and is_finite({**content["parameters"], **trained_shared}), path)
     return ClientState(**content)
 
 
@@ -129,32 +116,6 @@ def off_heap(state: State) -> State:
     place = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return {name: torch.frombuffer(place, dtype=value.dtype, count=value.numel(), offset=starts[name]).as_strided(
         value.shape, value.stride()).copy_(value) for name, value in state.items()}
-
-
-class WaitingUploads:
-    """Uploads between a client's turn and the checkpoint that has them.
-
-    Those of this round and of the last stay in memory up to ``memory`` bytes; the others are mapped from files, so
-    that the kernel may take their memory whenever it needs it.
-    """
-
-    def __init__(self, folder: Path, memory: int = UPLOADS):
-        self.folder, self.left, self.memory = folder, memory // 2, memory
-
-    def keep(self, client: int, upload: State) -> State:
-        """Return the same tensors, in memory or mapped."""
-        self.left -= sum(value.nbytes for value in upload.values())
-        if self.left >= 0:
-            return upload
-        file = self.folder / f"upload-{client}.pt"
-        write_whole(file, lambda target: torch.save(upload, target))
-        mapped = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        file.unlink()   # the mapping stays
-        return mapped
-
-    def end_round(self) -> None:
-        """Count the next round's uploads from 0."""
-        self.left = self.memory // 2
 
 
 class ClientStore:
@@ -232,10 +193,7 @@ def finished_source(args: Namespace) -> Path:
     path = args.results_dir / name / "config.json"
     if not path.exists():
         raise InputError(f"--encoders_from {name}: no finished run {path.parent}")
-    try:
-        config = configs.read(path, "rounds")
-    except InputError as error:
-        raise InputError(f"--encoders_from {name}: {error}; give another run") from error
+    config = configs.read(path, "rounds")
     theirs = config["options"]
     same = ["dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "resplit",
             "validate", "method", *["local_bs"] * (args.partition == "dirichlet")]   # which gives a batch to each
@@ -244,14 +202,3 @@ def finished_source(args: Namespace) -> Path:
         why = f"its --{differ[0]} is {theirs.get(differ[0])}" if differ else "it is not finished"
         raise InputError(f"--encoders_from {name}: {why}; give a finished run of the same clients and images")
     return args.models_dir / name / f"round_{theirs['rounds']}"
-
-
-def borrowed_encoders(args: Namespace, clients: Iterable[int],
-                      expected: State) -> Iterator[tuple[int, ClientState]]:
-    """Yield each client's state at the end of the run that ``--encoders_from`` names, without its steps."""
-    folder = finished_source(args)
-    for k in clients:
-        try:
-            yield k, ClientState(read_client(folder / f"client_{k}.pt", expected).parameters)
-        except InputError as error:
-            raise InputError(f"--encoders_from {args.encoders_from}: {error}") from error

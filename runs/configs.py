@@ -45,7 +45,7 @@ def of_this_program(path: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error})") from error
     if type(config.get("format")) is not int or config["format"] != FORMAT:
-        fault = f"its format is {shown(config['format'])}, not {FORMAT}" if "format" in config else "no format"
+        fault = f"its format is {shown(config.get('format'))}, not {FORMAT}"
         raise InputError(f"{path} is not of this version of RVE-PFL.py ({fault})")
     return config
 
@@ -61,15 +61,13 @@ def read(path: Path, *needed: str) -> dict:
     """
     config = of_this_program(path)
     options = config.get("options")
-    if config.get("status") not in ("unfinished", "finished"):
-        fault: str | None = "its status is neither unfinished nor finished"
-    elif config.get("protocol") not in tuple(EVALUATION_SPLIT):   # a tuple: the value may not be hashable
-        fault = f"its protocol is none of {', '.join(EVALUATION_SPLIT)}"
-    elif not isinstance(options, dict):
-        fault = "it has no options"
+    allowed = {"status": ["unfinished", "finished"], "protocol": [*EVALUATION_SPLIT]}
+    faults: list[str | None] = [f"its {name} is none of {', '.join(values)}" for name, values in allowed.items()
+                                if config.get(name) not in values]
+    if isinstance(options, dict):
+        faults += [*(f"it has no --{name}" for name in needed if name not in options), stored_fault(options)]
     else:
-        missing = [name for name in needed if name not in options]
-        fault = f"it has no --{missing[0]}" if missing else stored_fault(options)
-    if fault:
+        faults.append("it has no options")
+    if fault := next(filter(None, faults), None):
         raise InputError(f"{path} is not of this version of RVE-PFL.py ({fault})")
     return config

@@ -7,7 +7,6 @@ import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
 
 from utils import InputError
 
@@ -17,8 +16,6 @@ OF_ATTACKS = r"attack\.(csv|json)|attack_(summary|latents)\.csv|attack_\w+_round
 OF_MEMBERSHIP = r"membership\.(csv|json)"
 OF_A_CHECKPOINT = r"(shared|server|client_\d+)\.pt|\d+-\d+\.pt|upload-\d+\.pt"   # the last two in .private
 CHECKPOINT = r"round_([1-9][0-9]{0,9})"   # a folder; with a dot before it, half written or half deleted
-
-MARK = b"RVE-PFL.py "   # a lock begins with it, or is empty
 
 
 def files(folder: Path, names: str, partial: bool = True) -> list[Path]:
@@ -46,9 +43,8 @@ def scraps(folder: Path) -> list[Path]:
 
 def refuse_foreign(*folders: Path) -> None:
     """Raise InputError if one of these folders of checkpoints holds files of others, or is no folder."""
-    for folder in folders:
-        if foreign := _foreign(folder):
-            raise InputError(f"{foreign} is not this program's; move it away, or give another --run_name")
+    for foreign in filter(None, map(_foreign, folders)):
+        raise InputError(f"{foreign} is not this program's; move it away, or give another --run_name")
 
 
 def remove(folder: Path) -> None:
@@ -75,38 +71,19 @@ def _foreign(folder: Path) -> Path | None:
     return next((path for path in sorted(folder.iterdir()) if path not in ours), None)
 
 
-def lock(folder: Path, held: ExitStack, option: str) -> BinaryIO:
+def lock(folder: Path, held: ExitStack, option: str) -> None:
     """Lock a run's folder until ``held`` closes, so that nobody else trains or attacks the run.
 
     Args:
         option: the option that names the run, for errors.
 
     Raises:
-        InputError: another process has the lock, or the file is no lock of this program.
+        InputError: another process has the lock.
     """
-    path = folder / ".lock"
-    if path.is_symlink() or path.exists() and not path.is_file():
-        raise InputError(f"{path} is no plain file; move it away, or give another {option}")
-    path.touch()
-    file = held.enter_context(path.open("r+b", buffering=0))
-    if file.read(len(MARK)) not in (b"", MARK):
-        raise InputError(f"{path} is not this program's; move it away, or give another {option}")
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    held.callback(os.close, file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(f"{folder} is being trained or attacked by another process; wait for it, or give another "
                          f"{option}") from error
-    return file
-
-
-def owner(file: BinaryIO) -> str:
-    """Return which run's checkpoints lie beside a lock, as ``note_owner`` wrote it; "" if it does not say."""
-    file.seek(len(MARK))
-    return os.fsdecode(file.read(4096).replace(b"\0", b""))
-
-
-def note_owner(file: BinaryIO, results: str) -> None:
-    """Write into a lock its run's results folder, relative to the checkpoints', so that both may be moved."""
-    file.seek(0)
-    file.truncate()
-    file.write(MARK + os.fsencode(results))

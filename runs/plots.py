@@ -22,7 +22,6 @@ def plot_partition(path: Path, counts: np.ndarray, title: str) -> None:
     figure, axes = _heat_map(counts.T, (3 + 0.45 * clients, 1.8 + 0.28 * min(classes, 40)), "images", title,
                              cmap="Blues", origin="lower")
     axes.set(xlabel="client", ylabel="class")
-    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(20, integer=True))
     if clients <= 20 and classes <= 20:
         for (client, c), count in np.ndenumerate(counts):
             if count:

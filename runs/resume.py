@@ -1,11 +1,10 @@
 """An earlier run of the same name: resume it, overwrite it, or refuse; and what must be equal to resume it."""
 import json
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 from methods import METHODS
@@ -32,13 +31,10 @@ def arguments(argv: list[str]) -> Namespace:
     path = given.results_dir / str(given.run_name) / "config.json"
     if not (given.resume and given.run_name and path.exists()):
         return args_parser(argv)
-    advice = f"move {path.parent} away, or give another --run_name"
     try:
-        configs.of_this_program(path)
-        advice = "start again with --overwrite"
         stored = configs.completed(configs.read(path, *(option.name for option in COMMON))["options"])
     except InputError as error:
-        parser.error(f"{error}; {advice}")
+        parser.error(f"{error}; move {path.parent} away, or give another --run_name")
     unread = {option.name for option, *_ in idle(stored)}
     stored = {name: stored[name] for name in parser.options.keys() & stored.keys() - unread - GIVEN}
     parser.set_defaults(**stored)
@@ -65,26 +61,19 @@ def difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     return None
 
 
-def lock_folders(results: Path, models: Path, held: ExitStack) -> BinaryIO:
-    """Create and lock both folders of a run until ``held`` closes; return the lock in the checkpoints' folder."""
+def lock_folders(results: Path, models: Path, held: ExitStack) -> None:
+    """Create and lock both folders of a run until ``held`` closes."""
     for folder in (results, models):
-        for place in (folder, *folder.parents):
-            if place.is_symlink() and not place.exists():
-                raise InputError(f"{place} is a link to {place.readlink()}, which is not there; make that "
-                                 "folder, or remove the link")
         folder.mkdir(parents=True, exist_ok=True)
-        if folder is models and folder.samefile(results):   # locked already
-            break
-        lock = folders.lock(folder, held, "--run_name")
-    return lock
+        if folder is results or not folder.samefile(results):   # locked already
+            folders.lock(folder, held, "--run_name")
 
 
-def admit(results: Path, models: Path, config: Mapping[str, Any], lock: BinaryIO) -> dict | None:
+def admit(results: Path, models: Path, config: Mapping[str, Any]) -> dict | None:
     """Decide what happens to an earlier run; delete it if it is overwritten.
 
     Args:
         config: the content of this run's ``config.json``.
-        lock: of the checkpoints' folder, whose owner becomes this run.
 
     Returns:
         The earlier run's ``config.json``, if it is resumed.
@@ -93,12 +82,7 @@ def admit(results: Path, models: Path, config: Mapping[str, Any], lock: BinaryIO
         InputError: it can be neither, or something foreign is in the way; nothing has changed.
     """
     overwrite, path = config["options"]["overwrite"], results / "config.json"
-    here = os.path.relpath(results.resolve(), models.resolve())
-    theirs = (models.resolve() / (folders.owner(lock) or here)).resolve()
     checkpoints, scraps, old = folders.checkpoints(models), folders.scraps(models), None
-    if checkpoints and not overwrite and (theirs / "config.json").exists() and not theirs.samefile(results):
-        raise InputError(f"{models} holds the checkpoints of the run in {theirs}; give its --results_dir, or this "
-                         "run another --models_dir or --run_name, or use --overwrite to delete them")
     if path.exists():
         try:
             old = configs.of_this_program(path)
@@ -109,12 +93,11 @@ def admit(results: Path, models: Path, config: Mapping[str, Any], lock: BinaryIO
                          "program; move it away or give another --run_name")
     folders.refuse_foreign(*scraps, *(checkpoints.values() if overwrite or old is None else ()))
     if old is None and (checkpoints or scraps) and not overwrite:
-        raise InputError(f"{models} holds checkpoints, but {path} is gone; use --overwrite to delete them, or "
-                         "another --run_name")
+        raise InputError(f"{models} holds checkpoints of a run that is not in {results}; use --overwrite to "
+                         "delete them, or give another --run_name or --models_dir")
     earlier = None if overwrite or old is None else resumable(path, config, checkpoints)
     if earlier is None:
         delete(results, models, old)
-    folders.note_owner(lock, here)
     for folder in scraps:   # nobody else trains here, or attacks
         folders.remove(folder)
     for scrap in folders.half_written(results, rf"{folders.OF_TRAINING}|config\.json"):
@@ -152,9 +135,8 @@ def resumable(path: Path, config: Mapping[str, Any], checkpoints: Mapping[int, P
         raise InputError(f"{error}; start again with --overwrite") from error
     before, finished = old["options"]["rounds"], old["status"] == "finished"
     if not options["resume"]:
-        raise InputError(f"run {name} is already " + (
-            "finished; use --overwrite to replace it or another --run_name" if finished else
-            "there, unfinished; use --resume to go on, --overwrite to start again"))
+        raise InputError(f"run {name} is already there, {old['status']}; use --resume to go on, --overwrite to "
+                         "start again, or another --run_name")
     if fault := difference(name, configs.completed(old["options"]), options):
         raise InputError(fault)
     images = old["images"] if isinstance(old.get("images"), dict) else {}
@@ -184,18 +166,15 @@ def note_environment(config: dict, earlier: Mapping[str, Any], done: int) -> str
     Returns:
         A warning, if this environment may compute other numbers than the last one.
     """
-    if not done:
+    if not done:   # everything is computed here
         return None
-    now = {name: config[name] for name in ENVIRONMENT}
-    first = {name: earlier.get(name) for name in ENVIRONMENT}
+    now, first = ({name: entry.get(name) for name in ENVIRONMENT} for entry in (config, earlier))
     later = [entry for entry in earlier.get("resumed", []) if entry["from_round"] <= done]
     last = later[-1] if later else first
-    changed = [name for name in DECISIVE if str(last.get(name)) != str(now[name])]
+    changed = [f"{name} {shown(now[name])} instead of {shown(last.get(name))}" for name in DECISIVE
+               if str(last.get(name)) != str(now[name])]
     if changed:
         later.append({"from_round": done + 1, **now})
     config.update(first, **({"resumed": later} if later else {}))
-    if not changed:
-        return None
-    what = ", ".join(f"{name} {shown(now[name])} instead of {shown(last.get(name))}" for name in changed)
-    return (f"warning: the run goes on with {what}; from round {done + 1} on its numbers are not those of an "
-            "uninterrupted run, and config.json says so")
+    return (f"warning: the run goes on with {', '.join(changed)}; from round {done + 1} on its numbers are not "
+            "those of an uninterrupted run, and config.json says so") if changed else None

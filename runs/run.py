@@ -23,7 +23,7 @@ from methods import METHODS
 from metrics import METRICS, over_clients
 from runs import checkpoints, configs, folders, plots, resume
 from runs.csvs import append_csv, cut_csv, read_csv
-from server.base import Aggregated, Round, Server, State
+from server.base import Aggregated, Round, Server, State, is_finite
 from server.malicious import MaliciousClients
 from server.robust import RULES
 from update import ClientState
@@ -95,13 +95,12 @@ class Run:
         self.rounds_kept, self.clients = set(self.options["save_rounds"]), self.options["num_users"]
         earlier = None
         if ranks.first:
-            lock = resume.lock_folders(self.results, self.models, locks)
-            earlier = resume.admit(self.results, self.models, self.config, lock)
+            resume.lock_folders(self.results, self.models, locks)
+            earlier = resume.admit(self.results, self.models, self.config)
         self.finished = ranks.share(earlier is not None and earlier["status"] == "finished"
                                     and self.options["rounds"] <= earlier["options"]["rounds"])
         self.progress = Progress(0, start[0])
         self.states = checkpoints.ClientStore(self.models / ".private", ClientState(start[1]))
-        self.uploads = checkpoints.WaitingUploads(self.models / ".private")
         if not self.finished:
             self._restore(earlier)
         self.saved_round, self.saved_at, self.warned = self.progress.round, time.monotonic(), False
@@ -162,7 +161,6 @@ class Run:
                                for row in held_out)
             self.bar.write(f"round {number}/{self.bar.total}: {self.evaluation_split} accuracy {stages}")
         self.states.commit()
-        self.uploads.end_round()
         self.progress = progress
         due = number in self.rounds_kept or time.monotonic() - self.saved_at >= self.options["checkpoint_seconds"]
         if self.ranks.share(due):
@@ -252,20 +250,17 @@ class Run:
         content = checkpoints.load_checked(path)
         method = METHODS[self.options["method"]].in_round(round, self.options)
         shared, private = method.shared_and_private({**self.progress.head, **self.states.initial.parameters})
-        csv_bytes = content.get("csv_bytes")
-        if not (content.keys() == {"round", "head", "csv_bytes", "memory", "private_start"}
-                and checkpoints.is_count(content["round"]) and content["round"] == round
-                and isinstance(csv_bytes, dict) and csv_bytes.keys() == self.columns.keys()
-                and all(map(checkpoints.is_count, csv_bytes.values()))
-                and checkpoints.same_memory(content["memory"], self.server.memory)):
-            raise InputError(f"checkpoint {folder} {checkpoints.OF_ANOTHER_RUN}")
-        head = checkpoints.checked_state(content["head"], shared, path)
-        start = checkpoints.checked_state(content["private_start"], private if full else {}, path)
+        memory = content.get("memory", {})
+        expected = {"round": round, "head": shared, "csv_bytes": dict.fromkeys(self.columns, 0), "memory": memory,
+                    "private_start": private if full else {}}
+        checkpoints.require(checkpoints.same_layout(content, expected) and content["round"] == round
+                            and is_finite({**content["head"], **content["private_start"]})
+                            and checkpoints.same_memory(memory, self.server.memory), path)
         sent = checkpoints.read_shared(folder / "shared.pt", shared, self.clients)["sent"]
         if full:
-            self.states.start_from(start, [])
+            self.states.start_from(content["private_start"], [])
         for k in self.ranks.mine(range(self.clients)):
             self.states.put(k, checkpoints.read_client(folder / f"client_{k}.pt", private, shared))
         self.states.commit()
-        self.server.memory.update(content["memory"])
-        self.progress = Progress(round, head, sent, csv_bytes=csv_bytes)   # uploads: in the checkpoint
+        self.server.memory.update(memory)   # uploads: in the checkpoint
+        self.progress = Progress(round, content["head"], sent, csv_bytes=content["csv_bytes"])
