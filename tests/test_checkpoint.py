@@ -1,12 +1,17 @@
-"""Where client states and uploads wait."""
+"""Where client states wait; and a run's config.json: what is written is accepted, and nothing else is."""
+import json
 import weakref
 
 import pytest
 import torch
 
-from runs import checkpoints
-from runs.checkpoints import ClientStore, WaitingUploads
+from methods import METHODS
+from options import args_parser, make_parser
+from runs import checkpoints, configs
+from runs.checkpoints import ClientStore
+from server.robust import RULES
 from update import ClientState
+from utils import InputError
 
 
 def state(value, steps=1):
@@ -47,17 +52,7 @@ def test_off_heap_copies_keep_values_and_strides_in_one_mapping(monkeypatch):
     assert len(made) == 1
 
 
-def test_uploads_wait_in_memory_as_far_as_it_goes(tmp_path):
-    """Half of it for each of two rounds; the others are mapped from files that nobody has to clear away."""
-    waiting = WaitingUploads(tmp_path / "waiting", 2000)
-    upload = {"w": torch.randn(10, 10)}
-    kept = [waiting.keep(k, upload) for k in range(3)]   # of 400 bytes
-    assert [found is upload for found in kept] == [True, True, False]
-    assert torch.equal(kept[2]["w"], upload["w"]) and not list(tmp_path.glob("*/*"))
-    waiting.end_round()
-    assert waiting.keep(0, upload) is upload
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, most", [(["--checkpoint_seconds", 0], 5), (["--checkpoint_seconds", 1e6], 10)])
 def test_a_rounds_uploads_do_not_outlive_its_checkpoint(place, driver, monkeypatch, flags, most):
     """Of five clients: once, not twice; but for rounds without a checkpoint, which a Ctrl-C would write."""
@@ -74,11 +69,69 @@ def test_a_rounds_uploads_do_not_outlive_its_checkpoint(place, driver, monkeypat
     assert peak == [most]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rve_pfl", "nbafl"])
 def test_waiting_in_files_changes_no_number(place, monkeypatch, method):
     assert place.main("--method", method) == 0
     expected = place.clients_csv()
     monkeypatch.setattr(ClientStore.__init__, "__defaults__", (0,))
-    monkeypatch.setattr(WaitingUploads.__init__, "__defaults__", (0,))
     assert place.main("--method", method, "--overwrite") == 0
     assert place.clients_csv() == expected
+
+
+def stored(*flags):
+    """Options as RVE-PFL.py leaves them in config.json."""
+    return json.loads(json.dumps(vars(args_parser(list(flags))), default=str))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Leave a config.json of these options; its path."""
+    def make(options, /, **others):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"format": configs.FORMAT, "status": "finished", "protocol": "held-out",
+                                    "options": options, **others}))
+        return path
+    return make
+
+
+def test_whatever_is_written_is_accepted(write):
+    for flags in (*(["--method", method, "--partition", "dirichlet", "--resplit"] for method in METHODS),
+                  *(["--method", "fedavg", "--aggregation", rule, "--malicious_frac", "0.3"] for rule in RULES),
+                  ["--encoders_from", "other run", "--lr_decay", "0", "--device", "cuda:1", "--stack", "3"],
+                  ["--method", "client_dp", "--noise_multiplier", "1", "--data_dir", "/tmp/é ü"]):
+        options = stored(*flags)
+        assert configs.read(write(options, server={"epsilon": float("inf")}), *options)["options"] == options
+        del options["seed"]
+        with pytest.raises(InputError, match="not of this version .*--seed"):
+            configs.read(write(options), "seed")
+
+
+def test_each_option_is_held_against_its_declaration(write):
+    wrong = [(action.dest, {}) for action in make_parser()._actions if action.dest != "help"]
+    wrong += [("seed", "1"), ("seed", 1.5), ("seed", True), ("seed", 10**400), ("rounds", 0), ("rounds", None),
+              ("kl_weight", float("nan")), ("method", "x"), ("dataset", "../../etc/x"), ("run_name", ".."),
+              ("device", "x"), ("resplit", 1), ("save_rounds", ["1"]), ("data_dir", 3), ("aggregation", "vote")]
+    for name, value in wrong:
+        with pytest.raises(InputError, match=f"not of this version .*--{name} ") as caught:
+            configs.read(write({**stored(), name: value}))
+        assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("part, wrong", [
+    *(("format", number) for number in (None, 2, "1", True, [1])),
+    ("status", ["finished"]), ("protocol", {}), ("options", []), ("options", None)])
+def test_another_format_or_damage_is_another_programs(write, part, wrong):
+    with pytest.raises(InputError, match=f"not of this version .*{part}"):
+        configs.read(write(stored(), **{part: wrong}))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\xfa", b"[" * 200_000])
+def test_what_is_no_object(tmp_path, content):
+    path = tmp_path / "config.json"
+    with pytest.raises(InputError, match="cannot be read"):
+        configs.read(path)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="config.json is damaged") as caught:
+        configs.read(path)
+    assert "\n" not in str(caught.value)

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from attack import evaluation, latents, mi_attack
 from attack import target as targets
 from attack.attacks import ATTACKS
+from datasets import load
 from methods import METHODS
+from options import args_parser
 from runs.checkpoints import load_checked
 from server.privacy import nbafl_sigmas
 from utils import rng, seed_torch
@@ -199,14 +201,14 @@ def spoil(place, arrays, index):
         **arrays, "train_images": images[:cut], "test_images": images[cut:]})
 
 
-@pytest.mark.parametrize("flags", [("--method", "lg_fedavg"), ("--method", "fedavg", "--validate")])
+@pytest.mark.parametrize("flags", [("--method", "lg_fedavg"), pytest.param(
+    ("--method", "fedavg", "--validate"), marks=pytest.mark.slow)])
 def test_held_out_images_reach_no_weight(place, tiny_arrays, flags):
     """Were the test images other ones, training, uploads and heads would be the same to the bit; so would all
     figures of a run that validates."""
     flags = ("--rounds", 2, "--num_users", 3, *flags)
-    assert place.main(*(flag for flag in flags if flag != "--validate"), "--run_name", "plain") == 0
-    with np.load(place.folder / "results" / "plain" / "partition.npz") as parts:
-        test = np.concatenate([parts[f"test_{k}"] for k in range(3)])
+    test = np.concatenate([images for _, images in place.driver.partition(args_parser(place.argv(
+        *(flag for flag in flags if flag != "--validate"))), load("tiny", place.folder / "data"))[1]])
     assert place.main(*flags) == 0
     before, rows = files_of(place), pd.read_csv(place.results / "clients.csv")
     spoil(place, tiny_arrays, test)
@@ -224,34 +226,34 @@ def test_held_out_images_reach_no_weight(place, tiny_arrays, flags):
 def test_the_seed_decides_who_owns_what_the_start_and_who_trains(place):
     seen = {}
     for seed in (1, 2):
-        assert place.main("--num_users", 6, "--frac", 0.5, "--rounds", 4, "--save_rounds", 1, "--seed", seed,
-                          "--local_bs", 8, "--overwrite", "--aggregation", "mean") == 0
+        assert place.main("--num_users", 6, "--frac", 0.5, "--rounds", 3, "--save_rounds", 1, "--seed", seed,
+                          "--local_bs", 8, "--overwrite", "--aggregation", "mean", "--method", "fedavg") == 0
         sent = load_checked(place.models / "round_1" / "shared.pt")["sent"]["classifier.output.weight"]
         asked = pd.read_csv(place.results / "server.csv").groupby("round")["client"].agg(tuple).tolist()
         with np.load(place.results / "partition.npz") as parts:
             seen[seed] = sent, asked, {*parts["train_0"], *parts["test_0"]}
     assert not torch.equal(seen[1][0], seen[2][0])
     assert all(seen[1][i] != seen[2][i] for i in (1, 2))
-    assert len(set(seen[1][1])) > 1 and {len(one) for one in seen[1][1]} == {3}
+    assert len(set(seen[1][1])) > 1 and {len(clients) for clients in seen[1][1]} == {3}
 
 
 def test_nbafls_noise_is_for_the_smallest_client(place):
-    assert place.main("--method", "nbafl", "--num_users", 4, "--unequal", "--partition", "iid", "--rounds", 5,
+    assert place.main("--method", "nbafl", "--num_users", 4, "--unequal", "--partition", "iid", "--rounds", 3,
                       "--epsilon", 30, "--delta", 0.02, "--exposures", 2, "--clip", 9, "--local_bs", 8) == 0
     facts = json.loads((place.results / "config.json").read_text())["server"]
     sizes = pd.read_csv(place.results / "clients.csv").query("split == 'train'")["n"]
     assert facts["smallest"] == sizes.min() < sizes.max()
-    options = {"epsilon": 30, "delta": 0.02, "exposures": 2, "rounds": 5, "num_users": 4}
+    options = {"epsilon": 30, "delta": 0.02, "exposures": 2, "rounds": 3, "num_users": 4}
     expected = nbafl_sigmas(options, 9, sizes.min())
     assert (facts["sigma_uplink"], facts["sigma_downlink"]) == pytest.approx(expected)
-    shared = load_checked(place.models / "round_5" / "shared.pt")   # what the server saw: clipped, then noise
+    shared = load_checked(place.models / "round_3" / "shared.pt")   # what the server saw: clipped, then noise
     for upload in shared["uploads"].values():
         whole = torch.cat([value.flatten() for value in upload.values()]).double()
         assert whole.square().sum().item() == pytest.approx(81 + len(whole) * expected[0]**2, rel=0.05)
 
 
-def test_who_flips_labels_and_claims_more(ran, place, driver, monkeypatch):
-    """Malicious clients alone, and they too are evaluated on the true labels."""
+def test_malicious_clients_alone_lie_and_no_mean_has_them(ran, place, driver, monkeypatch):
+    """They flip labels and claim more images, and are evaluated on the true labels; means are of the honest."""
     seen, train, evaluate = {}, driver.Trainer.train, driver.Trainer.evaluate
 
     def training(self, client, *rest):
@@ -266,12 +268,18 @@ def test_who_flips_labels_and_claims_more(ran, place, driver, monkeypatch):
     assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.5, "--malicious_behaviour",
                       "false_size") == 0
     server = pd.read_csv(place.results / "server.csv").set_index("client")
-    sizes = pd.read_csv(place.results / "clients.csv").query("split == 'train'").set_index("client")["n"]
+    clients = pd.read_csv(place.results / "clients.csv")
+    sizes = clients.query("split == 'train'").set_index("client")["n"]
     assert server["malicious"].sum() == 2
     for k, bad in server["malicious"].items():
         assert server.loc[k, "n"] == sizes[k] * (10 if bad else 1)
         assert torch.equal(seen["evaluated", k], ran.labels)
         assert torch.equal(seen["trained", k], 3 - ran.labels if bad else ran.labels)
+    honest = clients[clients["client"].map(server["malicious"]) == 0].groupby(["stage", "split"])["loss"].mean()
+    means = pd.read_csv(place.results / "rounds.csv").set_index(["stage", "split"])["loss"]
+    assert means.to_dict() == pytest.approx(honest.to_dict())
+    assert means["trained", "train"] != pytest.approx(
+        clients.query("stage == 'trained' and split == 'train'")["loss"].mean())   # the others' would show
 
 
 def test_borrowed_encoders_are_each_clients_own(ran):
@@ -301,28 +309,12 @@ class Attacked(Ran):
         target = targets.open_target(run, args.results_dir, args.models_dir, args.data_dir)
         return evaluation.Evaluation(target, args)
 
-    def public(self, name="public"):
-        """Its images that no client of ``tiny`` has, as floats, and their labels."""
-        with np.load(self.place.folder / "data" / f"{name}.npz") as data:
-            return (torch.from_numpy(data["train_images"]).permute(0, 3, 1, 2).float() / 255,
-                    torch.from_numpy(data["train_labels"]).long())
-
 
 @pytest.fixture(scope="module")
 def attacked(ran, tiny_arrays):
     arrays = {**tiny_arrays, "train_images": 255 - tiny_arrays["train_images"]}
     np.savez(ran.place.folder / "data" / "public.npz", **arrays)   # its test half is tiny's own
     return Attacked(ran.place)
-
-
-@pytest.fixture
-def spoilt(attacked, tiny_arrays):
-    """A way to have other private training images, and the true ones back afterwards."""
-    def change(run):
-        parts = attacked.part(run)
-        spoil(attacked.place, tiny_arrays, np.concatenate([parts[f"train_{k}"] for k in range(USERS)]))
-    yield change
-    np.savez(attacked.place.folder / "data" / "tiny.npz", **tiny_arrays)
 
 
 def noted(monkeypatch):
@@ -340,28 +332,28 @@ def noted(monkeypatch):
     return calls
 
 
-def test_the_evaluator_and_the_adversaries_know_no_private_image(attacked, tiny_arrays, spoilt):
+def test_the_evaluator_and_the_adversaries_know_no_private_image(attacked, tiny_arrays):
     """Were the clients' training images other ones, the evaluator would be the same to the bit, and so would
     be what an adversary makes of the same observation."""
     turned = {f"{half}_images": 255 - tiny_arrays[f"{half}_images"] for half in ("train", "test")}
     np.savez(attacked.place.folder / "data" / "apart.npz", **{**tiny_arrays, **turned})
-    found = []
+    parts, found = attacked.part("rve_pfl"), []
     for _ in range(2):
         made, results = attacked.scene("rve_pfl", "--public", "apart"), {}
         results["evaluator"] = torch.cat([p.flatten() for p in made.evaluator.model.parameters()])
-        results["accuracy"] = torch.tensor(made.evaluator.accuracy)
         results["public"] = made.public.images
         z = torch.linspace(-1, 1, 192).reshape(1, 3, 64)
         for who, how, seen in (("stolen_model", "latent_decoder", [latents.Seen(z)]),
                                ("stolen_model", "gmi", None), ("curious_client", "margin", None),
-                               ("curious_server", "margin", None), ("curious_server", "gmi", None),
+                               ("curious_server", "gmi", None),
                                ("prediction_api", "score_decoder", torch.eye(4)[:3])):
             adversary, labels = made.adversary(who, 2, 0), torch.tensor([0, 1, 2])
             seed_torch(1, f"{who} {how}")
             solved = ATTACKS[how].solve(adversary, *((labels,) if seen is None else (seen, 3)))
             results[f"{who} {how}"] = solved if seen is None else solved[0]
         found.append(results)
-        spoilt("rve_pfl")
+        spoil(attacked.place, tiny_arrays, np.concatenate([parts[f"train_{k}"] for k in range(USERS)]))
+    np.savez(attacked.place.folder / "data" / "tiny.npz", **tiny_arrays)
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 

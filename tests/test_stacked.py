@@ -4,8 +4,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_update import equal, make
-from torch import nn, vmap
+from test_update import equal, make, update_of, without_draws
+from torch import vmap
 
 from engine.clients import train_each
 from engine.stacks import draws_of, stack_size
@@ -15,21 +15,13 @@ from update import ClientState, Diverged
 INDICES = {0: np.arange(90), 2: np.arange(90, 160), 3: np.arange(20, 110), 5: np.arange(40)}
 
 
-def without_draws(client):
-    """Turn off dropout: what is left is arithmetic, which agrees to rounding."""
-    for part in client.model.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-    return client
-
-
 def outcomes(client, most, head, private, indices=None):
     get = private if callable(private) else lambda k: private
     return dict(train_each(client, 2, indices or INDICES, head, get, most))
 
 
-@pytest.mark.parametrize("name", ["fedavg", "lg_fedavg"])
-@pytest.mark.parametrize("changes", [{"optimizer": "sgd", "momentum": 0.9, "lr": 0.05}, {"head_lr": 0.1}])
+@pytest.mark.parametrize("name, changes", [("fedavg", {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05}),
+                                           ("lg_fedavg", {"head_lr": 0.1})])
 def test_stacked_and_sequential_clients_agree(tiny_arrays, name, changes):
     results = []
     for most in (1, 2, 8):
@@ -77,12 +69,9 @@ def test_clients_draw_in_a_stack_what_they_draw_alone(tiny_arrays, augment):
     for most, clients in ((1, INDICES), (2, INDICES), (8, INDICES), (8, {2: INDICES[2], 5: INDICES[5]})):
         client, head, private = make(tiny_arrays, epochs=2, augment=augment, optimizer="sgd", lr=1e-2)
         results.append(outcomes(client, most, head, private, clients))
-    start = {**head, **private.parameters}
 
     def way(trained):
-        """A client's whole update as one vector."""
-        end = {**trained.upload, **trained.client_state.parameters}
-        return torch.cat([(end[name] - start[name]).flatten() for name in start])
+        return update_of(trained, head, private)
     for stacked in results[1:]:
         for k, trained in stacked.items():
             # Rounding may switch a rectifier and so turn an update by a little; other draws turn it by far.
@@ -144,8 +133,5 @@ def test_stacks_are_for_gpus():
 @pytest.mark.parametrize("most", [1, 8])
 def test_frozen_encoders_stay_also_in_a_stack(tiny_arrays, most):
     client, head, private = make(tiny_arrays, freezes_private=True)
-    found = outcomes(client, most, head, private)
-    for trained in found.values():
-        kept = trained.client_state.parameters
-        assert all(torch.equal(value, private.parameters[name]) for name, value in kept.items())
-        assert any(not torch.equal(value, head[name]) for name, value in trained.upload.items())
+    for trained in outcomes(client, most, head, private).values():
+        assert equal(trained.client_state.parameters, private.parameters) and not equal(trained.upload, head)

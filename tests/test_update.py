@@ -30,6 +30,20 @@ def make(tiny_arrays, name="rve_pfl", prior="normal", **changes):
 FIRST, SECOND = np.arange(100), np.arange(100, 180)
 
 
+def without_draws(client):
+    """Turn off dropout: without an encoder's noise, what is left is arithmetic, which agrees to rounding."""
+    for part in client.model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    return client
+
+
+def update_of(trained, head, private):
+    """A client's whole update as one vector."""
+    start, end = {**head, **private.parameters}, {**trained.upload, **trained.client_state.parameters}
+    return torch.cat([(end[name].cpu() - start[name].cpu()).flatten() for name in start])
+
+
 def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
