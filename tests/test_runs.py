@@ -1,17 +1,25 @@
-"""Whole runs: their files, and resuming after kill -9."""
+"""Whole runs: their files, resuming after kill -9, and which clients train on which images."""
 import json
 import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import datasets
+import sampling
+from engine.clients import Clients
 from methods import METHODS
+from options import args_parser
 from runs.checkpoints import load_checked
+from server.privacy import ClientDP
+from utils import rng
 
+FLAGS = ("--rounds", 4, "--frac", 0.5, "--eval_every", 2, "--save_rounds", 2, "--num_users", 4)
 COLUMNS = {
     "clients.csv": "round,client,stage,split,n,loss,accuracy,precision,recall,f1,kl_nats",
     "rounds.csv": "round,stage,split,loss,accuracy,accuracy_std,accuracy_worst,precision,recall,f1,kl_nats,"
@@ -19,7 +27,11 @@ COLUMNS = {
     "server.csv": "round,client,n,norm_ratio,cosine,max_cosine,trust,weight,malicious"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("rve_pfl", "local", "nbafl", "client_dp_adaptive")
+
+
+@pytest.mark.parametrize("method", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow)
+                                              for name in METHODS if name not in QUICK)])
 def test_each_method_from_the_command_line(place, capsys, method):
     noise = ["--noise_multiplier", 0.1] if METHODS[method].poisson else []   # adaptive: two clients allow no more
     assert place.main("--method", method, "--rounds", 2, *noise) == 0
@@ -34,63 +46,72 @@ def test_each_method_from_the_command_line(place, capsys, method):
     assert bool(shared["uploads"][0]) == bool(METHODS[method].shared)
     assert bool(private) == bool(METHODS[method].shared_and_private(whole)[1])
     assert bool(len(pd.read_csv(place.results / "server.csv"))) == bool(METHODS[method].shared)
+    if method == "local":   # deployed as it was trained
+        losses = clients.query("split == 'test'").pivot(index=["round", "client"], columns="stage", values="loss")
+        assert losses["trained"].equals(losses["deployed"])
 
 
-def test_the_files_of_a_run(place):
-    assert place.main("--rounds", 4, "--frac", 0.5, "--eval_every", 2, "--save_rounds", 1,
-                      "--num_users", 4, "--checkpoint_seconds", 0) == 0
-    assert {p.name for p in place.results.iterdir()} == {
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_place):
+    """A run of FLAGS, for tests that read its files, or copy them."""
+    place = make_place(tmp_path_factory.mktemp("finished"))
+    assert place.main(*FLAGS) == 0
+    return place
+
+
+@pytest.fixture
+def copy(finished, place):
+    """The same, for one test to harm."""
+    for name in ("results", "models"):
+        shutil.copytree(finished.folder / name, place.folder / name)
+    return place
+
+
+def test_the_files_of_a_run(finished):
+    assert {p.name for p in finished.results.iterdir()} == {
         "config.json", "clients.csv", "rounds.csv", "server.csv", "partition.npz", "partition.png",
         "curves.png", "trust.png", ".lock"}
-    assert {p.name for p in place.models.iterdir()} == {"round_1", "round_4", ".lock"}   # asked, latest
-    assert {p.name for p in (place.models / "round_4").iterdir()} == {
+    assert {p.name for p in finished.models.iterdir()} == {"round_2", "round_4", ".lock"}   # asked, latest
+    assert {p.name for p in (finished.models / "round_4").iterdir()} == {
         "shared.pt", "server.pt", *(f"client_{k}.pt" for k in range(4))}
     for name, columns in COLUMNS.items():
-        assert (place.results / name).read_text().splitlines()[0] == columns
-    clients = pd.read_csv(place.results / "clients.csv")
+        assert (finished.results / name).read_text().splitlines()[0] == columns
+    clients = pd.read_csv(finished.results / "clients.csv")
     assert set(clients["round"]) == {2, 4}
     for _, part in clients.groupby("round"):
         assert part.groupby(["stage", "split"])["client"].nunique().to_dict() == {
             ("trained", "train"): 2, ("trained", "test"): 2, ("deployed", "test"): 4}
-    rounds = pd.read_csv(place.results / "rounds.csv")
-    deployed = clients[(clients["round"] == 4) & (clients["stage"] == "deployed")]
-    row = rounds[(rounds["round"] == 4) & (rounds["stage"] == "deployed")].iloc[0]
-    assert row["accuracy"] == pytest.approx(deployed["accuracy"].mean(), abs=1e-6)
-    assert row["kl_nats"] == pytest.approx(deployed["kl_nats"].mean(), rel=1e-6)
-    server = pd.read_csv(place.results / "server.csv")
+    rounds = pd.read_csv(finished.results / "rounds.csv").set_index(["round", "stage", "split"])
+    for name in ("loss", "accuracy", "kl_nats"):
+        means = clients.groupby(["round", "stage", "split"])[name].mean()
+        assert means.to_dict() == pytest.approx(rounds[name].to_dict(), rel=1e-6)
+    server = pd.read_csv(finished.results / "server.csv")
     assert (server.groupby("round")["client"].count() == 2).all()
     weight = server.groupby("round")["weight"].sum(min_count=1)   # two of few classes may oppose each other:
     assert np.allclose(weight[weight.notna()], 1) and weight.notna().any()   # then none can be told
-    config = json.loads((place.results / "config.json").read_text())
+    config = json.loads((finished.results / "config.json").read_text())
     assert config["status"] == "finished" and config["options"]["frac"] == 0.5
     count = config["parameters"]
     assert count["shared"] == count["classifier"] < count["total"] == count["encoder"] + count["classifier"]
-    parts = np.load(place.results / "partition.npz")
+    parts = np.load(finished.results / "partition.npz")
     assert sorted(parts.files) == sorted(f"{half}_{k}" for half in ("train", "test") for k in range(4))
     pooled = np.concatenate([parts[name] for name in parts.files])
     assert len(np.unique(pooled)) == len(pooled) == 240
-    assert all(n == len(parts[f"test_{k}"]) for k, n in zip(deployed["client"], deployed["n"], strict=True))
+    tested = clients.query("stage == 'deployed'")
+    assert all(n == len(parts[f"test_{k}"]) for k, n in zip(tested["client"], tested["n"], strict=True))
 
 
-def test_local_is_deployed_as_it_was_trained(place):
-    assert place.main("--method", "local") == 0
-    clients = pd.read_csv(place.results / "clients.csv").query("split == 'test'")
-    clients = clients.set_index(["round", "client"])
-    trained, deployed = (clients[clients["stage"] == s]["loss"] for s in ("trained", "deployed"))
-    assert trained.equals(deployed)
-
-
-def test_resplit_and_validate_mark_every_output(place):
-    for flag, split in [("--resplit", "test-resplit"), ("--validate", "validation")]:
-        assert place.main(flag, "--rounds", 2, "--overwrite") == 0
-        for name in ("clients.csv", "rounds.csv"):
-            assert set(pd.read_csv(place.results / name)["split"]) == {"train", split}
-        protocol = flag.removeprefix("--")
-        assert json.loads((place.results / "config.json").read_text())["protocol"] == protocol
-        assert load_checked(place.models / "round_2" / "shared.pt")["protocol"] == protocol
-        names = np.load(place.results / "partition.npz").files
-        assert set(names) == ({"owned_0", "owned_1"} if flag == "--resplit" else
-                              {"train_0", "train_1", "validation_0", "validation_1"})
+@pytest.mark.parametrize("flag, split", [("--resplit", "test-resplit"), ("--validate", "validation")])
+def test_resplit_and_validate_mark_every_output(place, flag, split):
+    assert place.main(flag, "--rounds", 1, "--method", "fedavg") == 0
+    for name in ("clients.csv", "rounds.csv"):
+        assert set(pd.read_csv(place.results / name)["split"]) == {"train", split}
+    protocol = flag.removeprefix("--")
+    assert json.loads((place.results / "config.json").read_text())["protocol"] == protocol
+    assert load_checked(place.models / "round_1" / "shared.pt")["protocol"] == protocol
+    names = np.load(place.results / "partition.npz").files
+    assert set(names) == ({"owned_0", "owned_1"} if flag == "--resplit" else
+                          {"train_0", "train_1", "validation_0", "validation_1"})
 
 
 def wait_for(process, condition, seconds=120):
@@ -126,41 +147,37 @@ def test_kill_9_at_any_moment_then_resume_gives_the_same_bytes(place):
     assert {p.name for p in place.models.iterdir()} == {"round_20", ".lock"}
 
 
-def test_what_a_kill_during_writes_leaves_behind_is_cleared(place):
-    assert place.main("--save_rounds", 2) == 0
-    expected = place.clients_csv()
+def unfinish(place, round):
+    """As if a run had been killed after its last checkpoint, of this round."""
     config = place.results / "config.json"
     config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
-    shutil.rmtree(place.models / "round_3")
-    (place.models / ".round_3").mkdir()
-    (place.models / ".round_3" / ".client_0.pt.1.tmp").write_bytes(b"half")
-    (place.models / ".private").mkdir(exist_ok=True)
-    (place.models / ".private" / "0-1.pt").write_bytes(b"stale")
+    shutil.rmtree(place.models / f"round_{round}")
+
+
+def test_what_a_kill_during_writes_leaves_behind_is_cleared(copy):
+    expected = copy.clients_csv(), (copy.results / "server.csv").read_bytes()
+    unfinish(copy, 4)
+    for folder in (".round_3", ".private"):
+        (copy.models / folder).mkdir()
+    (copy.models / ".round_3" / ".client_0.pt.1.tmp").write_bytes(b"half")
+    (copy.models / ".private" / "0-1.pt").write_bytes(b"stale")
     for name in (".config.json.1.tmp", ".partition.png.12345.tmp"):   # 1 lives, but we hold the lock
-        (place.results / name).write_bytes(b"half")
-    (place.results / ".attack.csv.1.tmp").write_bytes(b"an attack's, which may go on")
-    with open(place.results / "clients.csv", "ab") as file:
+        (copy.results / name).write_bytes(b"half")
+    (copy.results / ".attack.csv.1.tmp").write_bytes(b"an attack's, which may go on")
+    with open(copy.results / "clients.csv", "ab") as file:
         file.write(b"3,0,trained,te")   # a torn line
-    assert place.main("--save_rounds", 2, "--resume") == 0
-    assert place.clients_csv() == expected
-    assert {p.name for p in place.models.iterdir()} == {"round_2", "round_3", ".lock"}
-    assert [p.name for p in place.results.glob("*.tmp")] == [".attack.csv.1.tmp"]
-    assert place.main("--save_rounds", 2, "--overwrite") == 0
-    assert not list(place.results.glob("*.tmp"))
-
-
-def unfinish(folder):
-    """As if a run had been killed after its last checkpoint."""
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    assert copy.main(*FLAGS, "--resume") == 0
+    assert (copy.clients_csv(), (copy.results / "server.csv").read_bytes()) == expected
+    assert {p.name for p in copy.models.iterdir()} == {"round_2", "round_4", ".lock"}
+    assert [p.name for p in copy.results.glob("*.tmp")] == [".attack.csv.1.tmp"]
 
 
 def test_results_and_checkpoints_in_one_folder(place):
-    flags = ("--models_dir", place.folder / "results", "--rounds", 2, "--save_rounds", 1)
+    flags = ("--models_dir", place.folder / "results", "--rounds", 2, "--save_rounds", 1, "--method", "fedavg")
     assert place.main(*flags) == 0
     expected = place.clients_csv()
-    unfinish(place.results)
-    shutil.rmtree(place.results / "round_2")
+    place.folder.joinpath("models").symlink_to(place.folder / "results")
+    unfinish(place, 2)
     assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected
     assert place.main(*flags, "--overwrite") == 0 and place.clients_csv() == expected
     assert {"round_1", "round_2", "config.json", ".lock"} < {p.name for p in place.results.iterdir()}
@@ -182,25 +199,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place, number):
     assert saved == pd.read_csv(place.results / "rounds.csv")["round"].max() >= 2   # long before 60 s
 
 
-def test_resuming_a_finished_run_does_nothing_and_shows_its_table(place, capsys):
-    assert place.main() == 0
-    before = {p.name: p.stat().st_mtime_ns for p in place.results.iterdir() if p.name != ".lock"}
+def test_resuming_a_finished_run_does_nothing_and_shows_its_table(copy, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in copy.results.iterdir() if p.name != ".lock"}
     capsys.readouterr()
-    assert place.main("--resume") == 0
-    assert {p.name: p.stat().st_mtime_ns for p in place.results.iterdir() if p.name != ".lock"} == before
-    assert "deployed" in capsys.readouterr().out
+    assert copy.main(*FLAGS, "--resume") == 0
+    assert {p.name: p.stat().st_mtime_ns for p in copy.results.iterdir() if p.name != ".lock"} == before
+    assert "means over honest clients (trained: those that trained)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [("--method", "nbafl"),
-                                   ("--method", "client_dp_adaptive", "--noise_multiplier", 0.1)])
+@pytest.mark.parametrize("flags", [("--method", "nbafl"), pytest.param(
+    ("--method", "client_dp_adaptive", "--noise_multiplier", 0.1), marks=pytest.mark.slow)])
 def test_what_the_server_remembers_is_resumed(place, flags):
-    flags = (*flags, "--rounds", 4, "--num_users", 4, "--frac", 0.6, "--checkpoint_seconds", 0)
+    flags = (*flags, "--rounds", 4, "--num_users", 4, "--frac", 0.6, "--save_rounds", 2)
     assert place.main(*flags) == 0
     expected, config = place.clients_csv(), json.loads((place.results / "config.json").read_text())["server"]
-    assert place.main(*flags, "--overwrite", "--save_rounds", 2) == 0
-    shutil.rmtree(place.models / "round_4")   # so that it goes on from round 2
-    old = json.loads((place.results / "config.json").read_text())
-    (place.results / "config.json").write_text(json.dumps({**old, "status": "unfinished"}))
+    unfinish(place, 4)   # so that it goes on from round 2
     assert place.main(*flags, "--resume") == 0
     assert place.clients_csv() == expected
     assert json.loads((place.results / "config.json").read_text())["server"] == config
@@ -215,6 +228,62 @@ def test_nobody_sampled_is_a_round_too(place):
     assert not shared["uploads"] and all(value.isfinite().all() for value in shared["sent"].values())
 
 
-def test_the_table_says_whose_means_it_shows(place, capsys):
-    assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.25) == 0
-    assert "means over honest clients (trained: those that trained)" in capsys.readouterr().out
+@pytest.fixture
+def clients(driver, place):
+    """A function from flags to Clients that train nothing."""
+    def make(*flags):
+        args = args_parser(place.argv(*flags))
+        data = datasets.load("tiny", args.data_dir)
+        owned, splits = driver.partition(args, data)
+        trainer = driver.make_trainer(args, data, driver.torch.device("cpu"))
+        run = SimpleNamespace(ranks=None)
+        return Clients(args, trainer, driver.MaliciousClients(None, 0, args.num_users, 1), owned, splits, run)
+    return make
+
+
+def same(ours, expected):
+    return all(np.array_equal(a, b) for pair, other in zip(ours, expected, strict=True)
+               for a, b in zip(pair, other, strict=True))
+
+
+def test_each_split_has_a_purpose_of_its_own(clients):
+    """A validation split that drew what the test split draws would not be independent of it."""
+    plain = clients("--num_users", 3)
+    labels = plain.trainer.labels.numpy()
+    assert same(plain.splits_in(2), sampling.split_all(plain.owned, labels, 0.1, 1, "split"))
+    train = [images for images, _ in plain.splits]
+    validated = clients("--num_users", 3, "--validate").splits_in(2)
+    assert same(validated, sampling.split_all(train, labels, 0.1, 1, "validation"))
+    small = clients("--partition", "dirichlet", "--alpha", 0.01, "--num_users", 6, "--local_bs", 32)
+    assert min(map(len, small.owned)) == 36 and min(len(images) for images, _ in small.splits) == 32   # a batch
+    resplit = clients("--resplit", "--seed", 4)
+    first, second = resplit.splits_in(1), resplit.splits_in(2)
+    assert not same(first, second) and same(first, resplit.splits_in(1))
+    for (images, aside), owned in zip(second, resplit.owned, strict=True):
+        assert np.array_equal(np.sort(np.concatenate([images, aside])), owned)
+
+
+@pytest.mark.parametrize("method", ["rve_pfl", "client_dp", "client_dp_adaptive"])
+def test_the_clients_of_a_round(clients, method):
+    """Poisson sampling, as client-level DP's epsilon assumes; else always the same number."""
+    noise = ["--noise_multiplier", 1] if METHODS[method].poisson else []
+    made = clients("--frac", 0.25, "--num_users", 40, "--local_bs", 4, "--partition", "iid", "--method", method,
+                   *noise)
+    counts = [len(made.select(number)) for number in range(1, 200)]
+    if METHODS[method].poisson:   # binomial: mean 10, variance 7.5
+        assert np.mean(counts) == pytest.approx(10, abs=0.7) and np.var(counts) == pytest.approx(7.5, rel=0.4)
+    else:
+        assert set(counts) == {10}
+    assert made.select(3) == sampling.sample_clients(40, 0.25, rng(1, "sample", round=3), METHODS[method].poisson)
+    assert all(row.poisson == (row.server is not None and issubclass(row.server, ClientDP))
+               for row in METHODS.values())
+
+
+def test_rounds_of_full_sharing_and_of_evaluation(clients):
+    made = clients("--full_sharing_rounds", 2, "--rounds", 5, "--eval_every", 2)
+    assert [made.trainer_in(number).method.shared for number in (1, 2, 3)] == [("",), ("",), ("classifier.",)]
+    assert [number for number in range(1, 6) if made.evaluates(number)] == [2, 4, 5]
+    borrowed = clients("--encoders_from", "other").trainer
+    assert not any(value.requires_grad for value in borrowed.model.encoder.parameters())
+    optimizer = borrowed.make_optimizer(dict(borrowed.model.named_parameters()))
+    assert [group["scale"] for group in optimizer.param_groups] == [0.0, 0.1]
