@@ -33,17 +33,6 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def alone(tiny_arrays, *arguments, **changes):
-    """What each client comes to by itself, each kernel on one core."""
-    client, head, private = make(tiny_arrays, *arguments, epochs=2, **changes)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return outcomes(client, 1, head, private)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def same(one, other):
     assert one.metrics == pytest.approx(other.metrics, abs=0, nan_ok=True)
     assert one.client_state.steps == other.client_state.steps
@@ -56,7 +45,10 @@ def same(one, other):
     ("fedavg", "flip", torch.float32)])
 def test_clients_in_threads_are_those_alone_to_the_bit(tiny_arrays, two_threads, method, augment, dtype):
     """Noise, dropout, augmentation, order and optimiser, and PyTorch's own generator is left alone."""
-    expected = alone(tiny_arrays, method, augment=augment, dtype=dtype)
+    client, head, private = make(tiny_arrays, method, epochs=2, augment=augment, dtype=dtype)
+    torch.set_num_threads(1)   # each kernel on one core, as in a thread
+    expected = outcomes(client, 1, head, private)
+    torch.set_num_threads(2)
     client, head, private = make(tiny_arrays, method, epochs=2, augment=augment, dtype=dtype)
     torch.manual_seed(4)
     before = torch.random.get_rng_state()
