@@ -3,7 +3,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 
 import pytest
 import torch
@@ -159,39 +158,6 @@ def test_what_lies_in_a_checkpoint_is_kept_with_it(copy, opened_only, capsys, wh
     assert contents(place.folder) == before
     folders.remove(place.models / where)
     assert contents(place.folder) == before
-
-
-def test_a_kill_between_the_last_save_and_its_clean_up_leaves_no_older_checkpoint(place, monkeypatch):
-    flags = ("--rounds", 2, "--checkpoint_seconds", 0)
-    real = Run._drop_older
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "_drop_older", lambda run, latest: (_ for _ in ()).throw(Killed) if latest == 2
-                      else real(run, latest))
-        place.main(*flags)
-    assert {p.name for p in place.models.glob("round_*")} == {"round_1", "round_2"}
-    assert place.main(*flags, "--resume") == 0
-    assert {p.name for p in place.models.iterdir()} == {"round_2", ".lock"}
-
-
-@pytest.mark.parametrize("name", [".lock", "models/run/round_2/server.pt", "models/run/round_2/client_0.pt"])
-def test_what_is_no_file_is_not_waited_for(copy, capsys, name):
-    """A test that waits for a pipe fails; a foreign lock keeps what is in it."""
-    place = copy()
-    config = place.results / "config.json"
-    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
-    if name == ".lock":
-        (place.models / name).write_text("mine")
-        assert place.main(*FLAGS, "--resume") == 0 and (place.models / name).read_text() == "mine"
-        return
-    (place.folder / name).unlink()
-    os.mkfifo(place.folder / name)
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waited"))
-    signal.setitimer(signal.ITIMER_REAL, 30)
-    try:
-        assert os.path.basename(name) in place.refuses(capsys, *FLAGS, "--resume")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_the_list_of_own_files_is_whole(finished):

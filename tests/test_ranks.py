@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -14,7 +13,7 @@ from conftest import ROOT
 
 from engine import processes
 from engine.processes import Ranks
-from server.base import Round, Server
+from runs.checkpoints import load_checked
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -84,48 +83,23 @@ def test_a_death_ends_all_and_another_number_goes_on(place, alone):
     same(alone[0], pd.read_csv(place.results / "clients.csv"))
 
 
-def ranks_of(monkeypatch, size):
-    """Return the ranks of a run of several processes, which are threads here and exchange through a list."""
-    boxes, barrier, ranks = [None] * size, threading.Barrier(size), []
-    for rank in range(size):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(size))
-        ranks.append(Ranks())
-
-    def exchange(self, operation, *given):
-        boxes[self.rank] = given[0]
-        barrier.wait(10)
-        if operation is processes.dist.gather_object and self.first:
-            given[1][:] = boxes
-        elif operation is processes.dist.broadcast_object_list:
-            given[0][:] = boxes[0]
-        barrier.wait(10)
-    for rank in ranks:
-        monkeypatch.setattr(rank, "_exchange", exchange.__get__(rank))
-    return ranks
-
-
-def test_each_process_has_clients_of_its_own_and_the_first_is_the_server(monkeypatch):
-    ranks = ranks_of(monkeypatch, 3)
-    assert [rank.mine(range(7)) for rank in ranks] == [[0, 3, 6], [1, 4], [2, 5]]
-    results = [None] * 3
-
-    def work(rank):
-        entries = {k: 10 * k for k in rank.mine(range(7))}
-        parts = list(rank.gather_parts(entries, 2))
-        round = Round(1, {"w": "as sent"}, {}, {})   # nobody uploads: what was sent stays
-        results[rank.rank] = rank.gather(entries), parts, rank.share(rank.rank), rank.aggregate(
-            Server({}), round).head["w"]
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    everyone = {k: 10 * k for k in range(7)}
-    assert results[0][0] == everyone and list(results[0][0]) == list(range(7))
-    assert {k: v for part in results[0][1] for k, v in part.items()} == everyone and len(results[0][1]) == 2
-    assert [result[0] for result in results[1:]] == [{}, {}] and [result[2] for result in results] == [0, 0, 0]
-    assert {result[3] for result in results} == {"as sent"}
+def test_each_process_trains_and_evaluates_its_own_clients_alone(place, monkeypatch):
+    """Every client belongs to one process, and what is not its own leaves no trace there."""
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "3")
+        owners = []
+        for rank in range(3):
+            patch.setenv("RANK", str(rank))
+            owners.append(Ranks().mine(range(7)))
+    assert owners == [[0, 3, 6], [1, 4], [2, 5]]
+    monkeypatch.setattr(Ranks, "mine", lambda self, clients: [k for k in clients if k % 2])
+    assert place.main("--num_users", 4, "--rounds", 2, "--full_sharing_rounds", 1) == 0
+    clients = pd.read_csv(place.results / "clients.csv")
+    assert clients.groupby("stage")["client"].unique().map(list).to_dict() == {
+        "trained": [1, 3], "deployed": [1, 3]}
+    folder = place.models / "round_2"
+    assert {p.name for p in folder.iterdir()} == {"shared.pt", "server.pt", "client_1.pt", "client_3.pt"}
+    assert load_checked(folder / "shared.pt")["uploads"].keys() == {1, 3}
 
 
 @pytest.mark.parametrize("name, value", [("WORLD_SIZE", "x"), ("RANK", None), ("LOCAL_RANK", "")])

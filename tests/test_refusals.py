@@ -182,11 +182,12 @@ def test_heads_are_trained_on_borrowed_encoders_of_the_same_deal(place, capsys):
     deal = ("--partition", "dirichlet", "--alpha", 1, "--rounds", 1)
     borrow = ("--encoders_from", "run", "--run_name")
     assert place.main(*deal) == 0
-    before = torch.load(place.models / "round_1" / "client_0.pt", weights_only=True)["parameters"]
     assert place.main(*deal, *borrow, "heads") == 0
     heads = place.folder / "models" / "heads"
-    after = torch.load(heads / "round_1" / "client_0.pt", weights_only=True)["parameters"]
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    for k in (0, 1):
+        before, after = (torch.load(folder / "round_1" / f"client_{k}.pt", weights_only=True)["parameters"]
+                         for folder in (place.models, heads))
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
     for flags, reason in ((("--seed", 9), "--encoders_from run: its --seed is 1"),
                           (("--local_bs", 16), "its --local_bs is 32"),
                           (("--method", "rve_pfl_trunk"), "--encoders_from")):

@@ -136,15 +136,3 @@ def test_each_environment_is_kept_with_its_first_round_and_warned_of(finished, d
     assert finished.main(*FLAGS, "--rounds", 5, "--precision", option, "--resume") == 0
     assert f"torch 9.9 instead of {first['torch']}; from round 5 on" in capsys.readouterr().err
     assert config_of(finished)["resumed"] == [second, {**second, "from_round": 5, "torch": "9.9"}]
-
-
-def test_an_environment_whose_rounds_are_computed_again_is_forgotten():
-    here = dict.fromkeys(resume.ENVIRONMENT, "a")
-    later = [{"from_round": 3, **here, "torch": "b"}, {"from_round": 5, **here, "torch": "c"}]
-    config = {**here, "torch": "b", "system": "other", "python": "4", "processes": 3}   # which change no number
-    assert resume.note_environment(config, {**here, "resumed": later}, 4) is None
-    assert config == {**here, "resumed": later[:1]}
-    config = dict(here)
-    warning = resume.note_environment(config, {**here, "resumed": later}, 3)
-    assert "torch a instead of b; from round 4 on" in warning
-    assert config["resumed"] == [later[0], {"from_round": 4, **here}]

@@ -172,6 +172,7 @@ def test_what_a_kill_during_writes_leaves_behind_is_cleared(copy):
     assert [p.name for p in copy.results.glob("*.tmp")] == [".attack.csv.1.tmp"]
 
 
+@pytest.mark.slow
 def test_results_and_checkpoints_in_one_folder(place):
     flags = ("--models_dir", place.folder / "results", "--rounds", 2, "--save_rounds", 1, "--method", "fedavg")
     assert place.main(*flags) == 0
@@ -263,18 +264,17 @@ def test_each_split_has_a_purpose_of_its_own(clients):
         assert np.array_equal(np.sort(np.concatenate([images, aside])), owned)
 
 
-@pytest.mark.parametrize("method", ["rve_pfl", "client_dp", "client_dp_adaptive"])
-def test_the_clients_of_a_round(clients, method):
+@pytest.mark.parametrize("method, noise", [("rve_pfl", ()), ("client_dp", ("--noise_multiplier", 1))])
+def test_the_clients_of_a_round(clients, method, noise):
     """Poisson sampling, as client-level DP's epsilon assumes; else always the same number."""
-    noise = ["--noise_multiplier", 1] if METHODS[method].poisson else []
     made = clients("--frac", 0.25, "--num_users", 40, "--local_bs", 4, "--partition", "iid", "--method", method,
                    *noise)
     counts = [len(made.select(number)) for number in range(1, 200)]
-    if METHODS[method].poisson:   # binomial: mean 10, variance 7.5
+    if noise:   # binomial: mean 10, variance 7.5
         assert np.mean(counts) == pytest.approx(10, abs=0.7) and np.var(counts) == pytest.approx(7.5, rel=0.4)
     else:
         assert set(counts) == {10}
-    assert made.select(3) == sampling.sample_clients(40, 0.25, rng(1, "sample", round=3), METHODS[method].poisson)
+    assert made.select(3) == sampling.sample_clients(40, 0.25, rng(1, "sample", round=3), bool(noise))
     assert all(row.poisson == (row.server is not None and issubclass(row.server, ClientDP))
                for row in METHODS.values())
 

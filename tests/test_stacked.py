@@ -1,5 +1,7 @@
-"""Clients trained as one stack: the numbers that each has alone."""
+"""Clients trained as one stack or in threads: the numbers that each has alone."""
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -7,12 +9,22 @@ import torch
 from test_update import equal, make, update_of, without_draws
 from torch import vmap
 
+from engine import clients
+from engine import threads as threaded
 from engine.clients import train_each
 from engine.stacks import draws_of, stack_size
 from methods import METHODS
-from update import ClientState, Diverged
+from update import ClientState, Diverged, Trainer
 
 INDICES = {0: np.arange(90), 2: np.arange(90, 160), 3: np.arange(20, 110), 5: np.arange(40)}
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def outcomes(client, most, head, private, indices=None):
@@ -62,13 +74,13 @@ def test_gradients_lie_in_memory_as_their_parameters_do(tiny_arrays, monkeypatch
     assert all(equal(found[k].upload, expected[k].upload) for k in INDICES)
 
 
-@pytest.mark.parametrize("augment", ["none", "flip+shift"])
+@pytest.mark.parametrize("augment", [pytest.param("none", marks=pytest.mark.slow), "flip+shift"])
 def test_clients_draw_in_a_stack_what_they_draw_alone(tiny_arrays, augment):
     """Noise, dropout and augmentation: whoever their neighbours are, and also for a last batch that is short."""
     results = []
-    for most, clients in ((1, INDICES), (2, INDICES), (8, INDICES), (8, {2: INDICES[2], 5: INDICES[5]})):
+    for most, indices in ((1, INDICES), (2, INDICES), (8, INDICES), (8, {2: INDICES[2], 5: INDICES[5]})):
         client, head, private = make(tiny_arrays, epochs=2, augment=augment, optimizer="sgd", lr=1e-2)
-        results.append(outcomes(client, most, head, private, clients))
+        results.append(outcomes(client, most, head, private, indices))
 
     def way(trained):
         return update_of(trained, head, private)
@@ -116,10 +128,11 @@ def test_clients_with_other_step_counts_are_not_stacked(tiny_arrays):
         assert results[0][k][1].steps == results[1][k][1].steps
 
 
-def test_one_client_that_diverges_leaves_the_others_alone(tiny_arrays):
+@pytest.mark.parametrize("most", [8, None])
+def test_one_client_that_diverges_leaves_the_others_alone(tiny_arrays, two_threads, most):
     client, head, private = make(tiny_arrays, "lg_fedavg", epochs=1)
     broken = ClientState({name: value * float("nan") for name, value in private.parameters.items()})
-    found = outcomes(client, 8, head, lambda k: broken if k == 2 else private)
+    found = outcomes(client, most, head, lambda k: broken if k == 2 else private)
     assert isinstance(found[2], Diverged) and "client 2, round 2" in str(found[2])
     assert all(value.isfinite().all() for k in (0, 3, 5) for value in found[k][0].values())
 
@@ -135,3 +148,99 @@ def test_frozen_encoders_stay_also_in_a_stack(tiny_arrays, most):
     client, head, private = make(tiny_arrays, freezes_private=True)
     for trained in outcomes(client, most, head, private).values():
         assert equal(trained.client_state.parameters, private.parameters) and not equal(trained.upload, head)
+
+
+def same(one, other):
+    return (one.metrics == pytest.approx(other.metrics, abs=0, nan_ok=True) and equal(one.upload, other.upload)
+            and one.client_state.steps == other.client_state.steps
+            and equal(one.client_state.parameters, other.client_state.parameters))
+
+
+@pytest.mark.parametrize("method, augment, dtype", [
+    ("rve_pfl", "none", torch.float32), ("rve_pfl", "flip+shift", torch.bfloat16),
+    ("fedavg", "flip", torch.float32)])
+def test_clients_in_threads_are_those_alone_to_the_bit(tiny_arrays, two_threads, method, augment, dtype):
+    """Noise, dropout, augmentation, order and optimiser, and PyTorch's own generator is left alone."""
+    client, head, private = make(tiny_arrays, method, epochs=2, augment=augment, dtype=dtype)
+    torch.set_num_threads(1)   # each kernel on one core, as in a thread
+    expected = outcomes(client, 1, head, private)
+    torch.set_num_threads(2)
+    client, head, private = make(tiny_arrays, method, epochs=2, augment=augment, dtype=dtype)
+    torch.manual_seed(4)
+    before = torch.random.get_rng_state()
+    found = dict(threaded.in_threads(client, 2, INDICES, head, lambda k: private, 2))
+    assert list(found) == list(INDICES)
+    for k in INDICES:
+        assert same(found[k], expected[k])
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.get_num_threads() == 2
+
+
+def test_a_weight_that_is_used_twice_is_summed_the_same_whoever_takes_turns(tiny_arrays, two_threads):
+    """The head that rehearses, in bf16: autocast's cache of weights belongs to the process."""
+    results = []
+    for _ in range(2):
+        client, *_ = make(tiny_arrays, epochs=2, dtype=torch.bfloat16)
+        torch.manual_seed(1)
+        client.model = METHODS["rve_pfl"].build(client.model.image_shape, client.num_classes,
+                                                {"init_logvar": -2.0, "prior": "class"})
+        head, private = client.shared_and_private(client.state())
+        results.append(dict(threaded.in_threads(client, 2, INDICES, head, lambda k, p=private: ClientState(p), 3)))
+    for k in INDICES:
+        assert same(results[0][k], results[1][k])
+
+
+def test_whoever_leaves_early_waits_for_a_step_at_most(tiny_arrays, two_threads, monkeypatch):
+    """Ctrl-C: clients that still train stop at their next step, and nothing runs on behind the caller's back."""
+    steps, step, train = [], Trainer._step, threaded.ThreadsTrainer.train
+    here, left = threading.local(), threading.Event()
+
+    def noting(self, client, *rest):
+        here.client = client
+        return train(self, client, *rest)
+
+    def watched(self, *arguments):
+        if here.client != 0:
+            left.wait(20)
+        steps.append(here.client)
+        return step(self, *arguments)
+    monkeypatch.setattr(threaded.ThreadsTrainer, "train", noting)
+    monkeypatch.setattr(Trainer, "_step", watched)
+    client, head, private = make(tiny_arrays, epochs=3)
+    going = threaded.in_threads(client, 1, INDICES, head, lambda k: private, 2)
+    next(going)
+    closing = threading.Timer(0.3, left.set)   # when the caller waits for them already
+    closing.start()
+    going.close()
+    made = len(steps)
+    assert steps.count(0) == 9 and made <= 11   # a step each of those that were under way, of 24
+    assert torch.get_num_threads() == 2
+    time.sleep(0.2)
+    assert len(steps) == made
+
+
+def test_a_fault_in_a_thread_is_raised(tiny_arrays, two_threads, monkeypatch):
+    client, head, private = make(tiny_arrays)
+    monkeypatch.setattr(Trainer, "local_update", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(threaded.in_threads(client, 2, INDICES, head, lambda k: private, 2))
+
+
+def test_small_models_on_a_cpu_are_trained_in_threads(tiny_arrays, two_threads, monkeypatch):
+    """Unless the user or the method says otherwise."""
+    client, head, private = make(tiny_arrays, "fedavg")
+    called = []
+    monkeypatch.setattr(clients, "in_threads", lambda *a: called.append(a[-1]) or iter(()))
+    monkeypatch.setattr(Trainer, "train", lambda *_: None)
+
+    def threads(stack=None):
+        called.clear()
+        outcomes(client, stack, head, private)
+        return list(called)
+    assert threads() == [2] and threads(stack=1) == []
+    large = dataclasses.replace(client.training, batch_size=257)
+    for where, name, value in ((client, "training", large), (threaded, "MOST", 1), (threaded, "SMALL", 10),
+                               (client, "method", METHODS["nbafl_prox"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            assert threads() == []

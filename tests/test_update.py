@@ -84,12 +84,6 @@ def test_training_learns_and_evaluation_repeats(tiny_arrays):
     assert not equal(upload, client.train(0, 2, FIRST, head, private)[0])
 
 
-def test_evaluation_draws_anew_for_each_client_and_round(tiny_arrays):
-    client, head, private = make(tiny_arrays)
-    losses = {client.evaluate(k, r, SECOND, head, private)["loss"] for k, r in ((0, 1), (1, 1), (0, 2))}
-    assert len(losses) == 3
-
-
 def test_evaluation_takes_kl_to_the_prior_of_each_images_label(tiny_arrays):
     client, head, private = make(tiny_arrays, prior="class")
     mu, logvar = client.model.eval().encoder(client._pixels(torch.from_numpy(SECOND)))
@@ -97,37 +91,6 @@ def test_evaluation_takes_kl_to_the_prior_of_each_images_label(tiny_arrays):
     apart = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(priors.mu[y], (0.5 * priors.logvar[y]).exp()))
     found = client.evaluate(0, 1, SECOND, head, private)["kl_nats"]
     assert found == pytest.approx(apart.sum(1).mean().item(), rel=1e-5)
-
-
-def steps_of(client, head, private, *, number=0, round=1):
-    """The image numbers and the two learning rates of each training step, none of which is made."""
-    seen = []
-
-    def step(optimizer, round, batch, sent):
-        seen.append((batch.tolist(), [group["lr"] for group in optimizer.param_groups]))
-        return torch.zeros(len(batch)), None, torch.zeros(len(batch), 4)
-    client._step = step
-    client.train(number, round, FIRST, head, private)
-    return seen
-
-
-def test_each_epoch_of_each_client_and_round_has_an_order_of_its_own(tiny_arrays):
-    client, head, private = make(tiny_arrays, epochs=2, batch_size=100)
-    orders = [tuple(batch) for k, r in ((0, 1), (1, 1), (0, 2))
-              for batch, _ in steps_of(client, head, private, number=k, round=r)]
-    assert len(set(orders)) == 6 and all(sorted(order) == FIRST.tolist() for order in orders)
-
-
-def test_learning_rates_by_hand(tiny_arrays):
-    """They rise anew over each round's steps, all epochs together, and fall with the steps of all rounds."""
-    client, head, private = make(tiny_arrays, epochs=2, batch_size=50, lr=0.8, head_lr=0.25, lr_warmup=0.75,
-                                 lr_decay=0.5)
-    for before in (0, 6):
-        rates = [rate for _, rate in steps_of(client, head, ClientState(private.parameters, before))]
-        expected = [0.8 * min(1, (done + 1) / 3) / (1 + 0.5 * (before + done)) for done in range(4)]
-        assert rates == [pytest.approx([rate, 0.25 * rate]) for rate in expected]
-    client, head, private = make(tiny_arrays, freezes_private=True, lr_warmup=0.0, lr_decay=0.0)
-    assert [rate for _, rate in steps_of(client, head, private)] == [[0.0, 1e-3]] * 4
 
 
 def test_flip_mirrors_about_half_of_the_training_images_and_nothing_else(tiny_arrays):
@@ -184,16 +147,6 @@ def test_the_worst_decile_of_clients(clients, lowest):
     accuracy = np.random.default_rng(0).permutation(np.arange(clients) ** 2.0)
     rows = [{"stage": "trained", "split": "test", **dict.fromkeys(METRICS, 0), "accuracy": a} for a in accuracy]
     assert over_clients(rows)[0]["accuracy_worst"] == pytest.approx((np.arange(lowest) ** 2.0).mean())
-
-
-def test_means_are_of_each_stage_and_split():
-    rows = [{"stage": stage, "split": split, "loss": 0, "accuracy": a, "precision": 0, "recall": 0, "f1": 0,
-             "kl_nats": 0} for a in (0, 0.5) for stage, split in (("trained", "train"), ("trained", "test"),
-                                                                 ("deployed", "test"))]
-    for number, row in enumerate(rows):
-        row["accuracy"] += number % 3 / 10
-    assert [(mean["stage"], mean["split"], round(mean["accuracy"], 9)) for mean in over_clients(rows)] == [
-        ("trained", "train", 0.25), ("trained", "test", 0.35), ("deployed", "test", 0.45)]
 
 
 def test_bf16_computes_what_fp32_does(tiny_arrays):
