@@ -18,29 +18,29 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import matplotlib  # noqa: E402, after the path
-import pandas as pd  # noqa: E402
+import pandas as pd  # noqa: E402, after the path
 import torch  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from parsing import Parser  # noqa: E402
+from runs.plots import plt  # noqa: E402
 from utils import InputError, choose_precision, environment, error_line, write_whole  # noqa: E402
-
-matplotlib.use("Agg")
 
 REFERENCE: Final = ROOT / "results" / "reference"
 PAGES: Final = ROOT / "docs"
 SEEDS: Final = (11, 12, 13)   # of tables; options are chosen on seeds 1 to 3
+Options = dict[str, Any]   # of a command line, by name
 STUDENT: Final = 4.303   # 97.5 % quantile of Student's t with two degrees of freedom: three seeds
 PROVENANCE: Final = ["seed", "precision", "processor", "commit", "command"]
 START, END = "<!-- results -->", "<!-- end -->"
@@ -58,7 +58,7 @@ class Task:
     """
 
     run: str
-    key: dict[str, object]
+    key: Options
     seed: int
     commands: tuple[str, ...]
 
@@ -74,7 +74,6 @@ class Experiment:
 
     Args:
         name: of its file, page, CSV and picture.
-        question: one sentence.
         tasks: returns the runs for some seeds, the most important first.
         measure: returns rows of the CSV from the folder of a finished run, results/RUN.
         settings: columns that tell settings apart; a setting counts if it has all seeds in one precision.
@@ -97,12 +96,12 @@ class Experiment:
     spread: str = ""
 
 
-def flags(options: dict[str, object]) -> str:
+def flags(options: Options) -> str:
     """Return options as words of a command line."""
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items())
 
 
-def training(run: str, options: dict[str, object]) -> str:
+def training(run: str, options: Options) -> str:
     """Return the command line that trains a run."""
     return f"python RVE-PFL.py {flags(options)} --run_name {run}"
 
@@ -115,17 +114,33 @@ def slug(words: str) -> str:
 def curve(folder: Path) -> list[dict]:
     """Return a row for each evaluated round of a run: means over clients on held-out images."""
     rounds = pd.read_csv(folder / "rounds.csv")
-    rounds = rounds[rounds["split"] != "train"]
     rows = []
-    for number, part in rounds.groupby("round"):
+    for number, part in rounds[rounds["split"] != "train"].groupby("round"):
         stages = part.set_index("stage")
-        row: dict[str, object] = {"round": number}
+        row: dict[str, Any] = {"round": number}
         for stage in ("deployed", "trained"):
             if stage in stages.index:
                 accuracy, worst = stages.loc[stage, ["accuracy", "accuracy_worst"]]
                 row |= {stage: accuracy, f"{stage}_worst": worst}
         rows.append({**row, "kl_nats": stages.loc["deployed", "kl_nats"], "seconds": part["seconds"].iloc[0]})
     return rows
+
+
+def panels(count: int, across: int = 3, size: tuple[float, float] = (3.2, 2.9), **more: Any) -> tuple[
+        Figure, list[Axes]]:
+    """Return a figure, and its panels of ``size`` inches in rows of at most ``across``."""
+    columns, rows = min(across, count), -(-count // across)
+    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.6), squeeze=False,
+                                layout="constrained", **more)
+    for panel in axes.flat[count:]:
+        panel.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def legend(figure: Figure, columns: int = 3) -> None:
+    """Put one legend for all panels below them."""
+    lines = {str(line.get_label()): line for panel in figure.axes for line in panel.get_legend_handles_labels()[0]}
+    figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def commit() -> str:
@@ -140,21 +155,17 @@ def commit() -> str:
     return head[:12] + (" with edits" if edits else "")
 
 
-def provenance(task: Task, folder: Path, made_by: str) -> dict[str, object]:
+def provenance(task: Task, folder: Path, made_by: str) -> dict[str, Any]:
     """Return the columns that say how a row was made."""
-    config = folder / "config.json"
+    config, cpu = folder / "config.json", torch.device("cpu")
     facts = json.loads(config.read_text()) if config.exists() else {
-        **environment(torch.device("cpu")), "precision": str(choose_precision("auto", torch.device("cpu")))}
+        **environment(cpu), "precision": str(choose_precision("auto", cpu))}
     return {"seed": task.seed, "precision": facts["precision"].removeprefix("torch."),
             "processor": facts["device"], "commit": made_by, "command": task.command}
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Return the rows of an experiment's CSV; none if there is no file.
-
-    Raises:
-        InputError: it is no such CSV.
-    """
+    """Return the rows of an experiment's CSV, none if there is no file; InputError if it is no such CSV."""
     if not path.exists():
         return pd.DataFrame(columns=PROVENANCE)
     try:
@@ -176,25 +187,22 @@ def add(path: Path, rows: list[dict]) -> None:
 
 
 class Queue:
-    """Run tasks that are not done, several at a time, each with one thread.
-
-    Args:
-        out: folder of the CSV.
-    """
+    """Run tasks that are not done, several at a time with one thread each, and keep their rows in a CSV."""
 
     def __init__(self, experiment: Experiment, out: Path):
         self.experiment, self.path = experiment, out / f"{experiment.name}.csv"
         self.lock, self.running, self.stopped, self.failed = threading.Lock(), set[subprocess.Popen](), False, 0
 
-    def is_done(self, task: Task) -> bool:
-        """Return whether the CSV has rows of a task's command."""
-        return bool((read(self.path)["command"] == task.command).any())
+    def missing(self, tasks: Sequence[Task]) -> list[Task]:
+        """Return the tasks of whose command the CSV has no rows."""
+        done = set(read(self.path)["command"])
+        return [task for task in tasks if task.command not in done]
 
     def run(self, tasks: Sequence[Task], workers: int) -> int:
         """Run what is missing and return the exit status."""
         with ThreadPoolExecutor(workers) as pool:
             try:
-                list(pool.map(self.make, [task for task in tasks if not self.is_done(task)]))
+                list(pool.map(self.make, self.missing(tasks)))
             except BaseException:
                 self.stop()
                 raise
@@ -202,17 +210,15 @@ class Queue:
 
     def make(self, task: Task) -> None:
         """Run one task, add its rows to the CSV, and delete its folders."""
-        made_by = commit()
-        for command in task.commands:
-            if not self.call(task, command):
-                return
-        folder = ROOT / "results" / task.run
+        made_by, folder = commit(), ROOT / "results" / task.run
+        if not all(self.call(task, command) for command in task.commands):
+            return
         rows = self.experiment.measure(folder)
         facts = provenance(task, folder, made_by)
         with self.lock:
             add(self.path, [{**task.key, **row, **facts} for row in rows])
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(ROOT / "saved_models" / task.run, ignore_errors=True)
+        for made in (folder, ROOT / "saved_models" / task.run):
+            shutil.rmtree(made, ignore_errors=True)
         print(f"done    {task.run}", flush=True)
 
     def call(self, task: Task, command: str) -> bool:
@@ -292,7 +298,9 @@ def digest(path: Path) -> str:
 
 
 def drawn_from(picture: Path) -> str:
-    """Return the SHA-256 of the CSV that a picture was drawn from."""
+    """Return the SHA-256 of the CSV that a picture was drawn from; "" without one."""
+    if not picture.exists():
+        return ""
     with Image.open(picture) as image:
         return image.info.get("Description", "")
 
@@ -300,20 +308,18 @@ def drawn_from(picture: Path) -> str:
 def draw(experiment: Experiment, out: Path) -> None:
     """Draw the picture, and fill in the page if ``out`` is the reference folder; print the table elsewhere."""
     path = out / f"{experiment.name}.csv"
-    rows = read(path)
-    committed = out.resolve() == REFERENCE
+    rows, committed = read(path), out.resolve() == REFERENCE
     lines = results(experiment, rows)
     if lines[0].startswith("!"):
         picture = (PAGES if committed else out) / f"{experiment.name}.png"
-        figure = experiment.draw(whole(experiment, rows))
-        write_whole(picture, lambda file: figure.savefig(file, format="png", dpi=110,
-                                                         metadata={"Description": digest(path)}))
-    if not committed:
+        figure, facts = experiment.draw(whole(experiment, rows)), {"Description": digest(path)}
+        write_whole(picture, lambda file: figure.savefig(file, format="png", dpi=110, metadata=facts))
+    if committed:
+        page = PAGES / f"{experiment.name}.md"
+        text = filled(page.read_text(encoding="utf-8"), page, lines)
+        write_whole(page, lambda file: file.write(text.encode()))
+    else:
         print("\n".join(lines))
-        return
-    page = PAGES / f"{experiment.name}.md"
-    text = filled(page.read_text(encoding="utf-8"), page, lines)
-    write_whole(page, lambda file: file.write(text.encode()))
 
 
 def filled(text: str, page: Path, lines: Sequence[str]) -> str:
@@ -338,23 +344,20 @@ def arguments(experiment: Experiment, argv: list[str] | None) -> argparse.Namesp
     return parser.parse(argv)
 
 
-def listed(queue: Queue, tasks: Sequence[Task]) -> Iterator[str]:
-    """Yield a line for each task."""
-    for task in tasks:
-        yield f"{'done   ' if queue.is_done(task) else 'missing'} {task.command}"
-
-
 def main(experiment: Experiment, argv: list[str] | None = None) -> int:
     """Run an experiment's command line and return the exit status."""
     args = arguments(experiment, argv)
+    queue = Queue(experiment, args.out)
     try:
         if args.draw:
             draw(experiment, args.out)
             return 0
-        tasks, queue = [task for task in experiment.tasks(args.seeds) if args.match in task.run], Queue(
-            experiment, args.out)
+        tasks = [task for task in experiment.tasks(args.seeds) if args.match in task.run]
+        if not tasks:
+            raise InputError(f"--match {args.match}: no run has such a name")
         if args.list:
-            print("\n".join(listed(queue, tasks)))
+            missing = queue.missing(tasks)
+            print("\n".join(f"{'missing' if task in missing else 'done   '} {task.command}" for task in tasks))
             return 0
         if args.out.resolve() == REFERENCE and commit().endswith("with edits"):
             raise InputError("the working tree has uncommitted edits; commit them, or try out with --out FOLDER")
@@ -374,14 +377,13 @@ def outdated() -> list[str]:
     """Return a line for each page whose table or picture is not what its CSV gives."""
     found = []
     for page in sorted(PAGES.glob("*.md")):
-        path, picture = REFERENCE / f"{page.stem}.csv", PAGES / f"{page.stem}.png"
+        path, picture = REFERENCE / f"{page.stem}.csv", page.with_suffix(".png")
         text = page.read_text(encoding="utf-8")
         if START not in text:
             continue
-        experiment = importlib.import_module(page.stem).EXPERIMENT
-        lines = results(experiment, read(path))
+        lines = results(importlib.import_module(page.stem).EXPERIMENT, read(path))
         if filled(text, page, lines) != text:
             found.append(f"docs/{page.name}: run python experiments/{page.stem}.py --draw")
-        elif lines[0].startswith("!") and (not picture.exists() or drawn_from(picture) != digest(path)):
+        elif lines[0].startswith("!") and drawn_from(picture) != digest(path):
             found.append(f"docs/{picture.name}: run python experiments/{page.stem}.py --draw")
     return found

@@ -8,15 +8,14 @@ import sys
 from collections.abc import Sequence
 
 import pandas as pd
-from common import Experiment, Task, curve, main, slug, training
-from matplotlib import pyplot as plt
+from common import Experiment, Options, Task, curve, legend, main, panels, slug, training
 from matplotlib.figure import Figure
 
 import methods
 
 SHORT = {"mnist": (5, 2), "fmnist": (5, 2), "cifar": (6, 5)}   # rounds, local epochs
 LONG = dict.fromkeys(SHORT, (100, 1))
-METHODS: dict[str, dict[str, object]] = {
+METHODS: dict[str, Options] = {
     "rve_pfl": {"method": "rve_pfl", "aggregation": "mean"},
     "nbafl": {"method": "nbafl"},
     "nbafl_prox": {"method": "nbafl_prox"},
@@ -27,7 +26,7 @@ METHODS: dict[str, dict[str, object]] = {
 }
 
 
-def options_of(label: dict[str, object], dataset: str, partition: str) -> dict[str, object]:
+def options_of(label: Options, dataset: str, partition: str) -> Options:
     """Return the options of a labelled method; a data set NAME10k is trained with the defaults of NAME."""
     row, name = methods.METHODS[str(label["method"])], dataset.removesuffix("10k")
     tuned = {option.name: row.default(option, name, partition) for option in row.by_dataset.get(name, {})}
@@ -36,29 +35,24 @@ def options_of(label: dict[str, object], dataset: str, partition: str) -> dict[s
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
     """Return the runs: short ones of every seed first, then long ones."""
-    return [task(dataset, scale, name, seed) for scales in (SHORT, LONG) for seed in seeds
-            for dataset, scale in scales.items() for name in METHODS]
-
-
-def task(dataset: str, scale: tuple[int, int], name: str, seed: int) -> Task:
-    """Return one run."""
-    rounds, epochs = scale
-    options = {**options_of(METHODS[name], dataset, "shards"), "seed": seed, "rounds": rounds, "local_ep": epochs}
-    run = f"headline-{dataset}-{rounds}x{epochs}-{slug(name)}-seed{seed}"
-    key: dict[str, object] = {"dataset": dataset, "rounds": rounds, "local_ep": epochs, "method": name}
-    return Task(run, key, seed, (training(run, options),))
-
-
-def last(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of each run's last round."""
-    return rows[rows["round"] == rows.groupby("command")["round"].transform("max")]
+    found = []
+    for scales in (SHORT, LONG):
+        for seed in seeds:
+            for dataset, (rounds, epochs) in scales.items():
+                for name, label in METHODS.items():
+                    run = f"headline-{dataset}-{rounds}x{epochs}-{slug(name)}-seed{seed}"
+                    options = {**options_of(label, dataset, "shards"), "seed": seed, "rounds": rounds,
+                               "local_ep": epochs}
+                    key = {"dataset": dataset, "rounds": rounds, "local_ep": epochs, "method": name}
+                    found.append(Task(run, key, seed, (training(run, options),)))
+    return found
 
 
 def side_by_side(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Return a row for each setting and seed, with a column for each method and ``METHOD, trained``."""
-    wide = {"": "deployed", ", trained": "trained"}
-    parts = [last(rows).pivot_table(index=[*keys, "seed"], columns="method", values=value, sort=False)
-             .add_suffix(suffix) for suffix, value in wide.items()]
+    """Return a row for each setting and seed after the last round: columns METHOD and ``METHOD, trained``."""
+    rows = rows[rows["round"] == rows.groupby("command")["round"].transform("max")]
+    parts = [rows.pivot_table(index=[*keys, "seed"], columns="method", values=value, sort=False).add_suffix(suffix)
+             for suffix, value in (("", "deployed"), (", trained", "trained"))]
     return pd.concat(parts, axis=1).reset_index()
 
 
@@ -70,23 +64,16 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
 
 def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
     """Draw deployed accuracy over rounds, a panel per setting and a line per method, means over seeds."""
-    panels = list(rows.groupby([*by], sort=False))
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 2.6 * down + 0.6), layout="constrained",
-                                squeeze=False)
-    lines = {}
-    for panel, (key, part) in zip(axes.flat, panels, strict=False):
+    settings = list(rows.groupby([*by], sort=False))
+    figure, axes = panels(len(settings))
+    for panel, (key, part) in zip(axes, settings, strict=True):
         for i, method in enumerate(dict.fromkeys(rows["method"])):
-            own = part[part["method"] == method].groupby("round")["deployed"].mean()
-            if len(own):
-                lines[method], = panel.plot(own.index, own, ".-", color=f"C{i}")
+            means = part[part["method"] == method].groupby("round")["deployed"].mean()
+            if len(means):
+                panel.plot(means.index, means, ".-", color=f"C{i}", label=method)
         panel.set(title=", ".join(map(str, key)), xlabel="round")
-        panel.grid(alpha=0.3)
-    for panel in axes.flat[len(panels):]:
-        panel.axis("off")
-    axes[0, 0].set_ylabel("deployed accuracy")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    axes[0].set_ylabel("deployed accuracy")
+    legend(figure, 4)
     return figure
 
 

@@ -9,15 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
-from common import Experiment, Task, flags, main, slug, training
-from matplotlib import pyplot as plt
+from common import Experiment, Options, Task, flags, main, panels, slug, training
 from matplotlib.figure import Figure
 
 from attack.attacks import ATTACKS
 from attack.verdict import FOREIGN, WORST, read_attack
 
 SCALE = {"dataset": "mnist10k", "partition": "shards", "rounds": 5, "local_ep": 2, "local_bs": 64}
-METHODS: dict[str, dict[str, object]] = {
+METHODS: dict[str, Options] = {
     "fedavg": {"method": "fedavg"},
     "nbafl": {"method": "nbafl"},
     "rve_pfl": {"method": "rve_pfl", "aggregation": "mean"},
@@ -25,18 +24,19 @@ METHODS: dict[str, dict[str, object]] = {
                              "prior_apart": 0.25, "head_lr": 1},
 }
 COMMON = {"restarts": 1, "iterations": 80, "train_epochs": 4, "public": "mnist", "public_images": 4000}
-PIXELS: list[dict[str, object]] = [   # of methods without an encoder
+PIXELS: list[Options] = [   # of methods without an encoder
     {"adversary": "curious_server", "attack": "analytic cosine_tv", "clients": "0 1 2"},
     {"adversary": "prediction_api", "attack": "score_decoder", "clients": "0 1 2"}]
-LATENTS: list[dict[str, object]] = [
+LATENTS: list[Options] = [
     {"adversary": "stolen_model", "attack": "reidentification", "observe": "z z8 mu", "clients": "0 1 2"},
     {"adversary": "stolen_model", "attack": "latent_decoder", "observe": "mu", "clients": "0 1 2"},
     {"adversary": "curious_server", "attack": "analytic", "clients": "0 1 2"},
     {"adversary": "prediction_api", "attack": "score_decoder", "clients": 0}]
 MEASURES = {"identified": "identified", "class_rank": "rank", "ssim": "ssim"}
-SHOWN = [("fedavg", "analytic", ""), ("nbafl", "analytic", ""), ("rve_pfl", "reidentification", "z"),
-         ("rve_pfl, class prior", "reidentification", "z"), ("rve_pfl, class prior", "reidentification", "z8"),
-         ("rve_pfl, class prior", "reidentification", "mu")]
+SHOWN = [("fedavg", "analytic", "", "all"), ("nbafl", "analytic", "", "all"),
+         ("rve_pfl", "reidentification", "z", "all"),
+         *(("rve_pfl, class prior", "reidentification", observed, "all") for observed in ("z", "z8", "mu")),
+         ("rve_pfl, class prior", "reidentification", "z", "worst 2 %")]
 
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
@@ -78,17 +78,13 @@ def attack_rows(key: dict, part: pd.DataFrame) -> Iterator[dict]:
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the attacks that the table and the picture show, in their order."""
     rows = rows.assign(observed=rows["observed"].astype(object).fillna(""))
-    parts = [rows[(rows["method"] == method) & (rows["attack"] == attack) & (rows["observed"] == observed)
-                  & (rows["images"] == "all")] for method, attack, observed in SHOWN]
-    prior, attack, observed = SHOWN[3]
-    worst = rows[(rows["method"] == prior) & (rows["attack"] == attack) & (rows["observed"] == observed)
-                 & (rows["images"] != "all")]
-    return pd.concat([*parts, worst])
+    by = rows.set_index(["method", "attack", "observed", "images"], drop=False).sort_index()
+    return pd.concat([by.loc[[key]] for key in SHOWN if key in by.index]).reset_index(drop=True)
 
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw the identified share of every attack beside its control, a dot for each seed."""
-    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    figure, (axes,) = panels(1, size=(7.5, 3))
     names = []
     for i, (key, part) in enumerate(tabulate(rows).groupby([*KEYS], sort=False)):
         method, attack, observed, images = key

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from common import Experiment, Task, flags, main, slug, training
-from matplotlib import pyplot as plt
+from common import Experiment, Options, Task, flags, legend, main, panels, slug, training
 from matplotlib.figure import Figure
 
 SCALE = {"dataset": "mnist10k", "rounds": 5, "local_ep": 2, "local_bs": 64, "save_rounds": 1}
-SETTINGS: dict[str, dict[str, object]] = {
+SETTINGS: dict[str, Options] = {
     "fedavg, iid": {"method": "fedavg", "partition": "iid"},
     "fedavg, shards": {"method": "fedavg", "partition": "shards"},
     "rve_pfl, iid": {"method": "rve_pfl", "partition": "iid"},
@@ -54,7 +53,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     """Draw the AUC of every attack, a dot per client and seed."""
     names = [name for name in SETTINGS if name in set(rows["setting"])]
     attacks = list(dict.fromkeys(zip(rows["adversary"], rows["attack"], strict=True)))
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, (axes,) = panels(1, size=(7, 3))
     for i, (adversary, attack) in enumerate(attacks):
         part = rows[(rows["adversary"] == adversary) & (rows["attack"] == attack)]
         places = [names.index(name) + 0.12 * (i - len(attacks) / 2) for name in part["setting"]]
@@ -62,7 +61,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     axes.axhline(0.5, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
     axes.set_ylabel("AUC")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    legend(figure)
     return figure
 
 

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 
 import pandas as pd
-from common import Experiment, Task, curve, main, slug, training
+from common import Experiment, Options, Task, curve, main, slug, training
 from headline import METHODS, VALUES, curves, options_of, side_by_side
 
 SCALES = {"mnist10k": (5, 2), "fmnist10k": (5, 2), "cifar10k": (8, 5)}   # rounds, local epochs
 PARTITIONS = ("iid", "dirichlet", "shards")
-VARIANTS: dict[str, dict[str, object]] = {
+VARIANTS: dict[str, Options] = {
     "rve_pfl, class prior": {"method": "rve_pfl", "aggregation": "mean", "head_lr": 1, "prior": "class",
                              "kl_weight": 0.1},
     "rve_pfl_trunk": {"method": "rve_pfl_trunk", "head_lr": 1},
@@ -19,12 +19,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     "rve_pfl_trunk, class prior": {"method": "rve_pfl_trunk", "head_lr": 1, "prior": "class", "kl_weight": 1e-2},
 }
 RELEASED = {"local_bs": 32, "augment": "none", "lr": 1e-3}   # until a network has memorised its images
-PROTOCOLS: dict[str, dict[str, object]] = {   # with --resplit, test images have been trained on
+PROTOCOLS: dict[str, Options] = {   # with --resplit, test images have been trained on
     f"{name}, {protocol}": {**METHODS[name], **RELEASED, **more} for name in ("rve_pfl", "nbafl")
     for protocol, more in (("resplit", {"resplit": True}), ("held out", {}))}
 
 
-def task(dataset: str, partition: str, name: str, label: dict[str, object], seed: int) -> Task:
+def task(dataset: str, partition: str, name: str, label: Options, seed: int) -> Task:
     """Return one run."""
     rounds, epochs = SCALES[dataset]
     options = {"seed": seed, "rounds": rounds, "local_ep": epochs, "local_bs": 64,

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from common import Experiment, Task, curve, flags, main, slug, training
+from common import Experiment, Options, Task, curve, flags, legend, main, panels, slug, training
 from headline import options_of
 from leakage import measure as attacks_of
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 CLASS = {"prior": "class", "head_lr": 1}
-SETTINGS: dict[str, dict[str, object]] = {
+SETTINGS: dict[str, Options] = {
     "default prior, beta 1e-5": {},
     "class prior, beta 1, apart 0.25": {**CLASS, "kl_weight": 1, "prior_apart": 0.25},
     "class prior, beta 1": {**CLASS, "kl_weight": 1},
@@ -70,9 +69,8 @@ def draw(rows: pd.DataFrame) -> Figure:
     attacked = "identified_z" in rows and rows["identified_z"].notna().all()
     x, label = ("identified_z", "share identified from one z") if attacked else ("kl_nats", "KL, nats per image")
     datasets = list(dict.fromkeys(rows["dataset"]))
-    figure, axes = plt.subplots(1, len(datasets), figsize=(1.5 + 3.2 * len(datasets), 3.6), layout="constrained",
-                                squeeze=False)
-    for panel, dataset in zip(axes[0], datasets, strict=True):
+    figure, axes = panels(len(datasets), size=(3.7, 3))
+    for panel, dataset in zip(axes, datasets, strict=True):
         part = rows[rows["dataset"] == dataset]
         for i, name in enumerate(SETTINGS):
             own = part[part["setting"] == name]
@@ -82,9 +80,8 @@ def draw(rows: pd.DataFrame) -> Figure:
         low, high = panel.get_ylim()
         panel.set_ylim(min(low, (low + high) / 2 - 0.03), max(high, (low + high) / 2 + 0.03))
         panel.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("deployed accuracy")
-    lines = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    axes[0].set_ylabel("deployed accuracy")
+    legend(figure)
     return figure
 
 

@@ -1,27 +1,26 @@
 """Compare the aggregation rules under malicious clients with the oracle, to which these clients upload nothing.
 
-    python experiments/robustness.py --constant TRUST_DECAY 0.5 ...    one run of RVE-PFL.py, that constant of
+    python experiments/robustness.py --constant TRUST_DECAY 0.5 ...    a run of RVE-PFL.py with one constant of
                                                                        server/threat_aware.py halved
 
 ``models`` trains FedAvg's whole models. ``heads`` trains the heads of RVE-PFL behind encoders that a clean run has
 trained and that stay as they are, so that no private encoder makes up for a bad head; the clean runs stay under
 saved_models/robustness-encoders-* (0.8 GB each).
 """
-import importlib.util
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import ROOT, Experiment, Task, main, training
-from matplotlib import pyplot as plt
+from common import ROOT, Experiment, Options, Task, main, panels, training
 from matplotlib.figure import Figure
 
 from server import threat_aware
 
 DATA = {"dataset": "mnist10k", "local_ep": 1}
-SCOPES: dict[str, dict[str, object]] = {"models": {"method": "fedavg", "rounds": 5, "local_bs": 32},
+SCOPES: dict[str, Options] = {"models": {"method": "fedavg", "rounds": 5, "local_bs": 32},
                                         "heads": {"method": "rve_pfl", "rounds": 3, "local_bs": 64}}
 PARTITIONS = ("shards", "iid", "dirichlet")
 FRACTIONS = (0.3, 0.1, 0.2, 0.4)   # of malicious clients
@@ -46,7 +45,7 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
 def task(scope: str, partition: str, seed: int, fraction: float, behaviour: str, rule: str) -> Task:
     """Return one run, preceded by that of its encoders where it trains heads alone."""
     run = f"robustness-{scope}-{partition}-{fraction:g}-{behaviour}-{rule}-seed{seed}"
-    options = {**DATA, **SCOPES[scope], "partition": partition, "seed": seed, "aggregation": rule}
+    options: Options = {**DATA, **SCOPES[scope], "partition": partition, "seed": seed, "aggregation": rule}
     before = []
     if scope == "heads":
         encoders = f"robustness-encoders-{partition}-seed{seed}"
@@ -54,7 +53,7 @@ def task(scope: str, partition: str, seed: int, fraction: float, behaviour: str,
         before, options = [training(encoders, clean)], {**options, "encoders_from": encoders}
     if fraction:
         options |= {"malicious_frac": fraction, "malicious_behaviour": behaviour}
-    key: dict[str, object] = dict(zip(KEYS, (scope, partition, fraction, behaviour, rule), strict=True))
+    key = dict(zip(KEYS, (scope, partition, fraction, behaviour, rule), strict=True))
     return Task(run, key, seed, (*before, training(run, options)))
 
 
@@ -97,9 +96,8 @@ def draw(rows: pd.DataFrame) -> Figure:
     """Draw a heat map per scope: points lost to the oracle, the worst partition, by behaviour and rule."""
     tried = losses(rows[rows["fraction"] == 0.3]) if len(rows) else rows
     scopes = [scope for scope in SCOPES if scope in set(tried["scope"])] or ["models"]
-    figure, axes = plt.subplots(1, len(scopes), figsize=(1 + 5 * len(scopes), 4.4), layout="constrained",
-                                squeeze=False)
-    for panel, scope in zip(axes[0], scopes, strict=True):
+    figure, axes = panels(len(scopes), size=(5.5, 3.8))
+    for panel, scope in zip(axes, scopes, strict=True):
         means = tried[tried["scope"] == scope].groupby(["behaviour", "rule", "partition"])["lost"].mean()
         table = means.groupby(["behaviour", "rule"]).max().unstack()
         image = panel.imshow(table, cmap="Reds", vmin=0, vmax=60, aspect="auto")
@@ -112,13 +110,17 @@ def draw(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def with_constant(name: str, factor: float, argv: Sequence[str]) -> int:
+def with_constant(argv: list[str]) -> int:
     """Run RVE-PFL.py with a constant of the threat-aware rule multiplied by a factor."""
-    spec = importlib.util.spec_from_file_location("driver", ROOT / "RVE-PFL.py")
-    driver = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(driver)
-    setattr(threat_aware, name, factor * getattr(threat_aware, name))
-    return driver.main(list(argv))
+    try:
+        setattr(threat_aware, argv[0], getattr(threat_aware, argv[0]) * float(argv[1]))
+    except (AttributeError, IndexError, TypeError, ValueError):
+        print("robustness.py: error: --constant needs the name of a number in server/threat_aware.py and a factor",
+              file=sys.stderr)
+        return 2
+    sys.argv = ["RVE-PFL.py", *argv[2:]]
+    runpy.run_path(str(ROOT / "RVE-PFL.py"), run_name="__main__")
+    return 0
 
 
 EXPERIMENT = Experiment(
@@ -130,5 +132,5 @@ EXPERIMENT = Experiment(
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--constant"]:
-        sys.exit(with_constant(sys.argv[2], float(sys.argv[3]), sys.argv[4:]))
+        sys.exit(with_constant(sys.argv[2:]))
     sys.exit(main(EXPERIMENT))
