@@ -31,7 +31,6 @@ import pandas as pd  # noqa: E402, after the path
 import torch  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from PIL import Image  # noqa: E402
 
 from parsing import Parser  # noqa: E402
 from runs.plots import plt  # noqa: E402
@@ -82,6 +81,7 @@ class Experiment:
         values: columns whose means over seeds the table shows, with headings and formats.
         draw: draws the rows of these settings.
         spread: the column of ``values`` whose 95 % interval the table shows.
+        inspect: returns rows about the run that ``--run`` names, which go to results/RUN/NAME.csv.
     """
 
     name: str
@@ -93,7 +93,8 @@ class Experiment:
     keys: dict[str, str]
     values: dict[str, tuple[str, str]]
     draw: Callable[[pd.DataFrame], Figure]
-    spread: str = ""
+    spread: str
+    inspect: Callable[[str], list[dict]] | None = None
 
 
 def flags(options: Options) -> str:
@@ -116,20 +117,17 @@ def curve(folder: Path) -> list[dict]:
     rounds = pd.read_csv(folder / "rounds.csv")
     rows = []
     for number, part in rounds[rounds["split"] != "train"].groupby("round"):
-        stages = part.set_index("stage")
         row: dict[str, Any] = {"round": number}
-        for stage in ("deployed", "trained"):
-            if stage in stages.index:
-                accuracy, worst = stages.loc[stage, ["accuracy", "accuracy_worst"]]
-                row |= {stage: accuracy, f"{stage}_worst": worst}
-        rows.append({**row, "kl_nats": stages.loc["deployed", "kl_nats"], "seconds": part["seconds"].iloc[0]})
+        for stage, values in part.set_index("stage").sort_index().iterrows():
+            row |= {str(stage): values["accuracy"], f"{stage}_worst": values["accuracy_worst"]}
+        deployed = part[part["stage"] == "deployed"].iloc[0]
+        rows.append({**row, "kl_nats": deployed["kl_nats"], "seconds": deployed["seconds"]})
     return rows
 
 
-def panels(count: int, across: int = 3, size: tuple[float, float] = (3.2, 2.9), **more: Any) -> tuple[
-        Figure, list[Axes]]:
-    """Return a figure, and its panels of ``size`` inches in rows of at most ``across``."""
-    columns, rows = min(across, count), -(-count // across)
+def panels(count: int, size: tuple[float, float] = (3.2, 2.9), **more: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure, and its panels of ``size`` inches in rows of at most three."""
+    columns, rows = min(3, count), -(-count // 3)
     figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.6), squeeze=False,
                                 layout="constrained", **more)
     for panel in axes.flat[count:]:
@@ -137,10 +135,22 @@ def panels(count: int, across: int = 3, size: tuple[float, float] = (3.2, 2.9), 
     return figure, list(axes.flat[:count])
 
 
-def legend(figure: Figure, columns: int = 3) -> None:
+def legend(figure: Figure) -> None:
     """Put one legend for all panels below them."""
     lines = {str(line.get_label()): line for panel in figure.axes for line in panel.get_legend_handles_labels()[0]}
-    figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=3, fontsize=8)
+
+
+def dots(rows: pd.DataFrame, keys: Sequence[str], values: Sequence[str], **axes: Any) -> Figure:
+    """Draw columns of the table's rows, a dot for each seed; keywords are properties of the axes."""
+    names = rows[[*keys]].astype(str).agg(", ".join, axis=1)
+    figure, (panel,) = panels(1, (7.5, 0.8 + 0.3 * names.nunique()))
+    for name in values:
+        panel.plot(rows[name], names, "o", alpha=0.7, label=name.replace("_", " "))
+    panel.invert_yaxis()
+    panel.set(**axes)
+    legend(figure)
+    return figure
 
 
 def commit() -> str:
@@ -155,7 +165,7 @@ def commit() -> str:
     return head[:12] + (" with edits" if edits else "")
 
 
-def provenance(task: Task, folder: Path, made_by: str) -> dict[str, Any]:
+def provenance(task: Task, folder: Path, made_by: str) -> Options:
     """Return the columns that say how a row was made."""
     config, cpu = folder / "config.json", torch.device("cpu")
     facts = json.loads(config.read_text()) if config.exists() else {
@@ -213,8 +223,7 @@ class Queue:
         made_by, folder = commit(), ROOT / "results" / task.run
         if not all(self.call(task, command) for command in task.commands):
             return
-        rows = self.experiment.measure(folder)
-        facts = provenance(task, folder, made_by)
+        rows, facts = self.experiment.measure(folder), provenance(task, folder, made_by)
         with self.lock:
             add(self.path, [{**task.key, **row, **facts} for row in rows])
         for made in (folder, ROOT / "saved_models" / task.run):
@@ -283,43 +292,30 @@ def table(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
 
 
 def results(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
-    """Return what stands between the markers of a page."""
+    """Return what stands between the markers of a page; a digest of the rows says what the picture shows."""
     lines = table(experiment, rows := whole(experiment, rows)) if len(rows) else []
     if len(lines) < 3:
         return ["The table is still to be filled: no setting has been run with all three seeds."]
-    return [f"![{experiment.question}]({experiment.name}.png)", "", *lines, "",
+    digest = hashlib.sha256(rows.to_csv().encode()).hexdigest()[:16]
+    return [f"![{experiment.question}]({experiment.name}.png)", f"<!-- drawn from {digest} -->", "", *lines, "",
             f"Means over seeds {', '.join(map(str, SEEDS))}, {rows['precision'].iloc[0]}; every row, with its "
             f"command: [{experiment.name}.csv](../results/reference/{experiment.name}.csv)."]
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a CSV, which its picture carries."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def drawn_from(picture: Path) -> str:
-    """Return the SHA-256 of the CSV that a picture was drawn from; "" without one."""
-    if not picture.exists():
-        return ""
-    with Image.open(picture) as image:
-        return image.info.get("Description", "")
-
-
 def draw(experiment: Experiment, out: Path) -> None:
     """Draw the picture, and fill in the page if ``out`` is the reference folder; print the table elsewhere."""
-    path = out / f"{experiment.name}.csv"
-    rows, committed = read(path), out.resolve() == REFERENCE
+    rows, committed = read(out / f"{experiment.name}.csv"), out.resolve() == REFERENCE
     lines = results(experiment, rows)
     if lines[0].startswith("!"):
         picture = (PAGES if committed else out) / f"{experiment.name}.png"
-        figure, facts = experiment.draw(whole(experiment, rows)), {"Description": digest(path)}
-        write_whole(picture, lambda file: figure.savefig(file, format="png", dpi=110, metadata=facts))
-    if committed:
-        page = PAGES / f"{experiment.name}.md"
-        text = filled(page.read_text(encoding="utf-8"), page, lines)
-        write_whole(page, lambda file: file.write(text.encode()))
-    else:
+        figure = experiment.draw(whole(experiment, rows))
+        write_whole(picture, lambda file: figure.savefig(file, format="png", dpi=110))
+    if not committed:
         print("\n".join(lines))
+        return
+    page = PAGES / f"{experiment.name}.md"
+    text = filled(page.read_text(encoding="utf-8"), page, lines)
+    write_whole(page, lambda file: file.write(text.encode()))
 
 
 def filled(text: str, page: Path, lines: Sequence[str]) -> str:
@@ -341,6 +337,8 @@ def arguments(experiment: Experiment, argv: list[str] | None) -> argparse.Namesp
                         help="runs at a time, one thread each")
     parser.add_argument("--match", default="", help="only runs whose name contains this")
     parser.add_argument("--out", type=Path, default=REFERENCE, help="folder of the CSV")
+    if experiment.inspect:
+        parser.add_argument("--run", help="measure this run alone")
     return parser.parse(argv)
 
 
@@ -351,6 +349,10 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
     try:
         if args.draw:
             draw(experiment, args.out)
+            return 0
+        if experiment.inspect and args.run:
+            rows, path = experiment.inspect(args.run), ROOT / "results" / args.run / f"{experiment.name}.csv"
+            write_whole(path, lambda file: pd.DataFrame(rows).to_csv(file, index=False))
             return 0
         tasks = [task for task in experiment.tasks(args.seeds) if args.match in task.run]
         if not tasks:
@@ -377,13 +379,8 @@ def outdated() -> list[str]:
     """Return a line for each page whose table or picture is not what its CSV gives."""
     found = []
     for page in sorted(PAGES.glob("*.md")):
-        path, picture = REFERENCE / f"{page.stem}.csv", page.with_suffix(".png")
-        text = page.read_text(encoding="utf-8")
-        if START not in text:
-            continue
-        lines = results(importlib.import_module(page.stem).EXPERIMENT, read(path))
-        if filled(text, page, lines) != text:
-            found.append(f"docs/{page.name}: run python experiments/{page.stem}.py --draw")
-        elif lines[0].startswith("!") and drawn_from(picture) != digest(path):
-            found.append(f"docs/{picture.name}: run python experiments/{page.stem}.py --draw")
+        if START in (text := page.read_text(encoding="utf-8")):
+            lines = results(importlib.import_module(page.stem).EXPERIMENT, read(REFERENCE / f"{page.stem}.csv"))
+            if filled(text, page, lines) != text:
+                found.append(f"docs/{page.name}: run python experiments/{page.stem}.py --draw")
     return found

@@ -6,6 +6,8 @@ round of fine-tuning. Needs data/mnist.npz, fmnist.npz and cifar.npz.
 """
 import sys
 from collections.abc import Sequence
+from itertools import product
+from typing import Any
 
 import pandas as pd
 from common import Experiment, Options, Task, curve, legend, main, panels, slug, training
@@ -33,19 +35,24 @@ def options_of(label: Options, dataset: str, partition: str) -> Options:
     return {"dataset": dataset, "partition": partition, **tuned, **label}
 
 
+def grid(name: str, scales: dict[str, tuple[int, int]], partitions: Sequence[str], labels: dict[str, Options],
+         seeds: Sequence[int], **more: Any) -> list[Task]:
+    """Return a run for each seed, data set (with rounds and local epochs), partition and labelled method."""
+    found = []
+    for seed, (dataset, (rounds, epochs)), partition in product(seeds, scales.items(), partitions):
+        for method, label in labels.items():
+            run = f"{name}-{dataset}-{partition}-{slug(method)}-seed{seed}"
+            options = {"seed": seed, "rounds": rounds, "local_ep": epochs, **more,
+                       **options_of(label, dataset, partition)}
+            key = {"dataset": dataset, "partition": partition, "clients": 10, "rounds": rounds, "method": method}
+            found.append(Task(run, key, seed, (training(run, options),)))
+    return found
+
+
 def tasks(seeds: Sequence[int]) -> list[Task]:
     """Return the runs: short ones of every seed first, then long ones."""
-    found = []
-    for scales in (SHORT, LONG):
-        for seed in seeds:
-            for dataset, (rounds, epochs) in scales.items():
-                for name, label in METHODS.items():
-                    run = f"headline-{dataset}-{rounds}x{epochs}-{slug(name)}-seed{seed}"
-                    options = {**options_of(label, dataset, "shards"), "seed": seed, "rounds": rounds,
-                               "local_ep": epochs}
-                    key = {"dataset": dataset, "rounds": rounds, "local_ep": epochs, "method": name}
-                    found.append(Task(run, key, seed, (training(run, options),)))
-    return found
+    return [task for name, scales in (("headline", SHORT), ("headline-long", LONG))
+            for task in grid(name, scales, ["shards"], METHODS, seeds)]
 
 
 def side_by_side(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
@@ -73,7 +80,7 @@ def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
                 panel.plot(means.index, means, ".-", color=f"C{i}", label=method)
         panel.set(title=", ".join(map(str, key)), xlabel="round")
     axes[0].set_ylabel("deployed accuracy")
-    legend(figure, 4)
+    legend(figure)
     return figure
 
 
@@ -84,7 +91,7 @@ VALUES = {"rve_pfl": ("RVE-PFL", "{:.3f}"), "nbafl": ("NbAFL", "{:.3f}"),
           "local": ("alone", "{:.3f}")}
 EXPERIMENT = Experiment(
     name="headline", question="How accurate are the methods with two classes per client?",
-    tasks=tasks, measure=curve, settings=["dataset", "rounds", "local_ep", "method"], tabulate=tabulate, keys=KEYS,
+    tasks=tasks, measure=curve, settings=["dataset", "rounds", "method"], tabulate=tabulate, keys=KEYS,
     values=VALUES, spread="rve_pfl", draw=lambda rows: curves(rows, ["dataset", "rounds"]))
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
-from common import Experiment, Options, Task, flags, main, panels, slug, training
-from matplotlib.figure import Figure
+from common import Experiment, Options, Task, dots, flags, main, slug, training
 
 from attack.attacks import ATTACKS
 from attack.verdict import FOREIGN, WORST, read_attack
@@ -82,29 +81,13 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([by.loc[[key]] for key in SHOWN if key in by.index]).reset_index(drop=True)
 
 
-def draw(rows: pd.DataFrame) -> Figure:
-    """Draw the identified share of every attack beside its control, a dot for each seed."""
-    figure, (axes,) = panels(1, size=(7.5, 3))
-    names = []
-    for i, (key, part) in enumerate(tabulate(rows).groupby([*KEYS], sort=False)):
-        method, attack, observed, images = key
-        names.append(f"{method}\n{attack} {observed}" + ("" if images == "all" else f"\n{images}"))
-        axes.plot([i] * len(part), part["identified"], "o", color="C3", label="attack" if not i else "")
-        axes.plot([i] * len(part), part["control_identified"], "_", color="grey", markersize=14,
-                  label="control: another image of the class" if not i else "")
-    axes.set(ylabel="share of images identified", ylim=(-0.03, 1.03))
-    axes.set_xticks(range(len(names)), names, fontsize=7)
-    axes.legend(fontsize=8)
-    axes.grid(axis="y", alpha=0.3)
-    return figure
-
-
 KEYS = {"method": "method", "attack": "attack", "observed": "observes", "images": "images"}
 EXPERIMENT = Experiment(
     name="leakage",
     question="How many of a client's training images do attackers identify?",
     tasks=tasks, measure=measure, settings=["method", "adversary", "attack", "observed", "images"],
-    tabulate=tabulate, keys=KEYS, draw=draw, spread="identified",
+    tabulate=tabulate, keys=KEYS, spread="identified",
+    draw=lambda rows: dots(tabulate(rows), [*KEYS], ["identified", "control_identified"], xlabel="share"),
     values={"identified": ("identified", "{:.3f}"), "control_identified": ("control", "{:.3f}"),
             "rank": ("rank in class", "{:.0f}"), "class_size": ("images of the class", "{:.0f}")})
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from common import Experiment, Options, Task, flags, legend, main, panels, slug, training
-from matplotlib.figure import Figure
+from common import Experiment, Options, Task, dots, flags, main, slug, training
 
 SCALE = {"dataset": "mnist10k", "rounds": 5, "local_ep": 2, "local_bs": 64, "save_rounds": 1}
 SETTINGS: dict[str, Options] = {
@@ -49,26 +48,11 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(wide, axis=1).reset_index()
 
 
-def draw(rows: pd.DataFrame) -> Figure:
-    """Draw the AUC of every attack, a dot per client and seed."""
-    names = [name for name in SETTINGS if name in set(rows["setting"])]
-    attacks = list(dict.fromkeys(zip(rows["adversary"], rows["attack"], strict=True)))
-    figure, (axes,) = panels(1, size=(7, 3))
-    for i, (adversary, attack) in enumerate(attacks):
-        part = rows[(rows["adversary"] == adversary) & (rows["attack"] == attack)]
-        places = [names.index(name) + 0.12 * (i - len(attacks) / 2) for name in part["setting"]]
-        axes.plot(places, part["auc"], ".", color=f"C{i}", label=f"{adversary}, {attack}")
-    axes.axhline(0.5, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
-    axes.set_ylabel("AUC")
-    legend(figure)
-    return figure
-
-
 EXPERIMENT = Experiment(
     name="member_inference", question="Can an attacker tell training images from held-out ones?",
     tasks=tasks, measure=measure, settings=["setting", "adversary", "attack", "client"], tabulate=tabulate,
-    keys={"setting": "setting"}, draw=draw, spread="loss",
+    keys={"setting": "setting"}, spread="loss",
+    draw=lambda rows: dots(tabulate(rows), ["setting"], [*SHOWN], xlabel="AUC"),
     values={"loss": ("AUC, loss, stolen model", "{:.3f}"), "fedmia": ("AUC, FedMIA, server", "{:.3f}")})
 
 if __name__ == "__main__":

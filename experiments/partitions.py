@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 import pandas as pd
-from common import Experiment, Options, Task, curve, main, slug, training
-from headline import METHODS, VALUES, curves, options_of, side_by_side
+from common import Experiment, Options, Task, curve, main
+from headline import METHODS, VALUES, curves, grid, side_by_side
 
 SCALES = {"mnist10k": (5, 2), "fmnist10k": (5, 2), "cifar10k": (8, 5)}   # rounds, local epochs
 PARTITIONS = ("iid", "dirichlet", "shards")
@@ -24,22 +24,10 @@ PROTOCOLS: dict[str, Options] = {   # with --resplit, test images have been trai
     for protocol, more in (("resplit", {"resplit": True}), ("held out", {}))}
 
 
-def task(dataset: str, partition: str, name: str, label: Options, seed: int) -> Task:
-    """Return one run."""
-    rounds, epochs = SCALES[dataset]
-    options = {"seed": seed, "rounds": rounds, "local_ep": epochs, "local_bs": 64,
-               **options_of(label, dataset, partition)}
-    run = f"partitions-{dataset}-{partition}-{slug(name)}-seed{seed}"
-    return Task(run, {"dataset": dataset, "partition": partition, "clients": 10, "method": name}, seed,
-                (training(run, options),))
-
-
 def tasks(seeds: Sequence[int]) -> list[Task]:
     """Return the runs, seed after seed; those of the released protocol last."""
-    grid = [task(dataset, partition, name, label, seed) for seed in seeds for dataset in SCALES
-            for partition in PARTITIONS for name, label in {**METHODS, **VARIANTS}.items()]
-    return grid + [task("cifar10k", "shards", name, label, seed) for seed in seeds
-                   for name, label in PROTOCOLS.items()]
+    return [*grid("partitions", SCALES, PARTITIONS, {**METHODS, **VARIANTS}, seeds, local_bs=64),
+            *grid("partitions", {"cifar10k": SCALES["cifar10k"]}, ["shards"], PROTOCOLS, seeds, local_bs=64)]
 
 
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:

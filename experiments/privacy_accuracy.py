@@ -68,19 +68,14 @@ def draw(rows: pd.DataFrame) -> Figure:
     rows = tabulate(rows)
     attacked = "identified_z" in rows and rows["identified_z"].notna().all()
     x, label = ("identified_z", "share identified from one z") if attacked else ("kl_nats", "KL, nats per image")
-    datasets = list(dict.fromkeys(rows["dataset"]))
-    figure, axes = panels(len(datasets), size=(3.7, 3))
-    for panel, dataset in zip(axes, datasets, strict=True):
-        part = rows[rows["dataset"] == dataset]
+    datasets = list(rows.groupby("dataset", sort=False))
+    figure, axes = panels(len(datasets), (3.7, 3), sharey=True)
+    for panel, (dataset, part) in zip(axes, datasets, strict=True):
         for i, name in enumerate(SETTINGS):
             own = part[part["setting"] == name]
             if len(own):
-                panel.plot(own[x], own["deployed"], "o" if "class" in name else "s", color=f"C{i}", label=name)
-        panel.set(xlabel=label, title=dataset, xscale="linear" if attacked else "log")
-        low, high = panel.get_ylim()
-        panel.set_ylim(min(low, (low + high) / 2 - 0.03), max(high, (low + high) / 2 + 0.03))
-        panel.grid(alpha=0.3)
-    axes[0].set_ylabel("deployed accuracy")
+                panel.plot(own[x], own["deployed"], "o", color=f"C{i}", label=name)
+        panel.set(xlabel=label, title=dataset, xscale="linear" if attacked else "log", ylabel="deployed accuracy")
     legend(figure)
     return figure
 

@@ -1,6 +1,6 @@
 """Measure what a curious server reads off a client's real update: images and classes.
 
-    python experiments/real_updates.py --run NAME       one finished run's updates, into results/NAME/updates.csv
+    python experiments/real_updates.py --run NAME   one finished run, into results/NAME/real_updates.csv
 
 A client that owns N images of one of a run's clients trains on them with the project's own Trainer, dropout
 included, and uploads. The server knows what it sent, the upload, N and the options. It treats all of Adam's steps
@@ -13,17 +13,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import ROOT, Experiment, Task, main, panels, slug, training
-from matplotlib.figure import Figure
+from common import ROOT, Experiment, Task, dots, main, slug, training
 from torch import Tensor
 
 from attack import gradients, newton, scoring, uploads
 from attack.target import Target, as_floats, open_target
 from methods import METHODS
-from parsing import Parser
 from server.base import State
 from update import ClientState, Trainer, Training
-from utils import InputError, error_line, rng, seed_torch
+from utils import InputError, rng, seed_torch
 
 SETTINGS = {"fedavg, iid": "iid", "fedavg, shards": "shards"}
 CASES = [(images, epochs) for epochs in (1, 5) for images in (1, 4, 8, 16)]
@@ -106,24 +104,13 @@ def class_rows(target: Target, round: int) -> list[dict]:
     return [{"kind": "classes", "auc": np.mean(aucs), "exact": np.mean(exact)}] if aucs else []
 
 
-def read_updates(argv: list[str]) -> int:
-    """Read the updates of a finished run of fedavg and return the exit status."""
-    parser = Parser("real_updates.py", "Read images and classes off the updates of one finished run.")
-    parser.add_argument("--run", required=True, help="name of a finished run of fedavg with Adam")
-    for name, folder in (("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")):
-        parser.add_argument(f"--{name}", type=Path, default=ROOT / folder)
-    args = parser.parse(argv)
-    try:
-        target = open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
-        if (target.options["method"], target.options["optimizer"]) != ("fedavg", "adam"):
-            raise InputError(f"--run {args.run}: is no run of fedavg with Adam")
-        round = target.latest_round()
-        rows = class_rows(target, round) + [image_row(target, round, *case) for case in CASES]
-        pd.DataFrame(rows).to_csv(args.results_dir / args.run / "updates.csv", index=False)
-    except (InputError, OSError) as error:
-        print(error_line("real_updates.py", error), file=sys.stderr)
-        return 2
-    return 0
+def read_updates(run: str) -> list[dict]:
+    """Return the rows about the updates of a finished run of fedavg."""
+    target = open_target(run, *(ROOT / folder for folder in ("results", "saved_models", "data")))
+    if (target.options["method"], target.options["optimizer"]) != ("fedavg", "adam"):
+        raise InputError(f"--run {run}: is no run of fedavg with Adam")
+    round = target.latest_round()
+    return class_rows(target, round) + [image_row(target, round, *case) for case in CASES]
 
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
@@ -136,8 +123,8 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
 
 
 def measure(folder: Path) -> list[dict]:
-    """Return the rows of updates.csv."""
-    return pd.read_csv(folder / "updates.csv").to_dict("records")
+    """Return the rows of ``read_updates``."""
+    return pd.read_csv(folder / "real_updates.csv").to_dict("records")
 
 
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
@@ -146,27 +133,14 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(images=rows["images"].astype(int))
 
 
-def draw(rows: pd.DataFrame) -> Figure:
-    """Draw the identified share over the number of images, a line per number of epochs: means over seeds."""
-    figure, axes = panels(len(SETTINGS), sharey=True)
-    for panel, name in zip(axes, SETTINGS, strict=True):
-        own = rows[(rows["setting"] == name) & (rows["kind"] == "images")]
-        for epochs, part in own.groupby("epochs"):
-            means = part.groupby("images")[["identified", "control_identified"]].mean()
-            line, = panel.plot(means.index, means["identified"], "o-", label=f"{epochs:.0f} epochs")
-            panel.plot(means.index, means["control_identified"], ":", color=line.get_color())
-        panel.set(title=name, xlabel="images in the update", xscale="log")
-    axes[0].set_ylabel("share of images identified")
-    axes[0].legend(fontsize=8)
-    return figure
-
-
+KEYS = {"setting": "method, partition", "images": "images"}
 EXPERIMENT = Experiment(
     name="real_updates", question="How many images does a server read off a client's real update?",
-    tasks=tasks, measure=measure, settings=["setting", "kind", "images", "epochs"], tabulate=tabulate,
-    keys={"setting": "method, partition", "images": "images"}, draw=draw, spread="identified",
+    tasks=tasks, measure=measure, inspect=read_updates, settings=["setting", "kind", "images", "epochs"],
+    tabulate=tabulate, keys=KEYS, spread="identified",
+    draw=lambda rows: dots(tabulate(rows), [*KEYS], ["identified", "control_identified"], xlabel="share"),
     values={"identified": ("identified", "{:.2f}"), "control_identified": ("control", "{:.2f}"),
             "psnr": ("PSNR, dB", "{:.1f}"), "control_psnr": ("control, dB", "{:.1f}")})
 
 if __name__ == "__main__":
-    sys.exit(read_updates(sys.argv[1:]) if "--run" in sys.argv else main(EXPERIMENT))
+    sys.exit(main(EXPERIMENT))

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from common import ROOT, Experiment, Options, Task, main, panels, training
 from matplotlib.figure import Figure
@@ -94,17 +93,15 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw a heat map per scope: points lost to the oracle, the worst partition, by behaviour and rule."""
-    tried = losses(rows[rows["fraction"] == 0.3]) if len(rows) else rows
-    scopes = [scope for scope in SCOPES if scope in set(tried["scope"])] or ["models"]
-    figure, axes = panels(len(scopes), size=(5.5, 3.8))
-    for panel, scope in zip(axes, scopes, strict=True):
-        means = tried[tried["scope"] == scope].groupby(["behaviour", "rule", "partition"])["lost"].mean()
-        table = means.groupby(["behaviour", "rule"]).max().unstack()
+    tried = losses(rows[rows["fraction"].isin([0.3])])
+    scopes = list(tried.groupby("scope", sort=False))
+    figure, axes = panels(len(scopes), (5.5, 3.8))
+    for panel, (scope, part) in zip(axes, scopes, strict=True):
+        means = part.groupby(["behaviour", "rule", "partition"])["lost"].mean()
+        table = means.groupby(level=[0, 1]).max().unstack()
         image = panel.imshow(table, cmap="Reds", vmin=0, vmax=60, aspect="auto")
         panel.set_xticks(range(table.shape[1]), table.columns, rotation=45, ha="right", fontsize=8)
         panel.set_yticks(range(table.shape[0]), table.index, fontsize=8)
-        for (y, x), value in np.ndenumerate(table.to_numpy(float)):
-            panel.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
         panel.set_title(scope)
     figure.colorbar(image, ax=axes, label="points lost to the oracle")
     return figure

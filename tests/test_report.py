@@ -1,17 +1,53 @@
-"""report.py: means over seeds, commands that make the runs again, and folders that are no finished runs."""
-import dataclasses
+"""report.py: means over seeds, commands, what attackers find, and folders that are no finished runs."""
 import json
 import os
 import re
 import shlex
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, _load
 
+from attack import verdict
 from options import args_parser
-from reporting import images, page, summary
+from reporting import leakage, page, summary
+
+# adversary, attack, round -> SSIM or evaluator right of the attack and its control, rank in the class, identified
+EARLY = {("stolen_model", "latent_decoder", 1): (0.9, 0.3, 40, 2)}
+LAST = {   # latent_search has the higher SSIM, but is no better on another image
+    ("stolen_model", "latent_search", 2): (0.7, 0.7, 50, 0),
+    ("stolen_model", "latent_decoder", 2): (0.6, 0.55, 20, 6),
+    ("stolen_model", "mi_face", 2): (0.5, 0.25, 1, 0),
+    ("stolen_model", "margin", 2): (0.75, 0.0, 1, 0),
+    ("prediction_api", "score_decoder", 2): (0.2, 0.3, 50, 1)}
+BLIND = dict.fromkeys(LAST, (0.2, 0.2, 50, 0))
+SCRIPT = "<script>alert(1)</script>"
+
+
+def lines(attacks, count=8):
+    """Return attack.csv: ``count`` images or classes of each attack; the last images are identified."""
+    rows = []
+    for (adversary, attack, round), (own, other, rank, identified) in attacks.items():
+        drawn = attack in ("mi_face", "margin")
+        for control in ("", *(("grey", "noise") if drawn else ("foreign", "class_mean"))):
+            score = {"": own, "foreign": other, "noise": other, "class_mean": 0.99}.get(control, 0.0)
+            for i in range(count):
+                rows.append({**dict.fromkeys(verdict.ATTACK_COLUMNS, 0.5), "adversary": adversary,
+                             "attack": attack, "round": round, "client": 0, "label": i, "image": i, "restart": 0,
+                             "control": control, "observed": "", "ssim": score,
+                             "evaluator_correct": int(i < count * score),
+                             "class_rank": 50 if control else rank, "class_size": 100, "guess": 0.002,
+                             "identified": int(not control and i >= count - identified),
+                             "kl_nats": np.nan if drawn else float(i)})
+    return pd.DataFrame(rows, columns=verdict.ATTACK_COLUMNS)
+
+
+def attacked(folder, attacks, count=8):
+    """Leave in a folder what an attack leaves."""
+    lines(attacks, count).to_csv(folder / "attack.csv", index=False)
+    shutil.copy(folder / "curves.png", folder / "attack_stolen_model_latent_decoder_round2_client0.png")
 
 
 @pytest.fixture(scope="module")
@@ -21,87 +57,94 @@ def report():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, make_place):
-    """Two seeds of rve_pfl, fedavg with unusual options, a run under --resplit, and four that are none."""
+    """Two seeds of rve_pfl, another beta, fedavg with unusual options, a run under --resplit; and no runs."""
     place = make_place(tmp_path_factory.mktemp("report"))
     unusual = ("--method", "fedavg", "--lr_decay", 0, "--partition", "dirichlet", "--alpha", 0.3, "--unequal")
-    for i, flags in enumerate((("--seed", 1), ("--seed", 2), ("--resplit",), unusual)):
-        assert place.main("--rounds", 2, "--run_name", f"run{i}", *flags) == 0
+    for name, *flags in (("one",), ("two", "--seed", 2), ("beta", "--kl_weight", 0.01), ("calm", *unusual),
+                         ("resplit", "--resplit")):
+        assert place.main("--rounds", 2, "--run_name", name, *flags) == 0
     folder = place.folder / "results"
-    done = next(folder.iterdir())
-    for name in ("damaged", "half <b>", "strange", "emptied", "newer"):
+    for name, attacks in (("one", {**EARLY, **LAST}), ("two", BLIND), ("beta", LAST)):
+        attacked(folder / name, attacks)
+    for name in ("half <b>", "strange", "newer"):
         (folder / name).mkdir()
-    (folder / "damaged" / "config.json").write_text("{")
     (folder / "strange" / "notes.txt").write_text("mine")
-    config = json.loads((done / "config.json").read_text())
-    (folder / "emptied" / "config.json").write_text(json.dumps(config))
-    (folder / "emptied" / "rounds.csv").write_text("round\n1\n")
+    config = json.loads((folder / "one" / "config.json").read_text())
     (folder / "newer" / "config.json").write_text(json.dumps(
         {**config, "options": {**config["options"], "method": "quantum"}}))
     (folder / "half <b>" / "config.json").write_text(json.dumps({**config, "status": "unfinished"}))
     (folder / "half <b>" / "rounds.csv").write_text("".join(
-        (done / "rounds.csv").read_text().splitlines(keepends=True)[:4]))
+        (folder / "one" / "rounds.csv").read_text().splitlines(keepends=True)[:4]))
     return folder
 
 
-def test_means_over_seeds(report, runs, capsys):
+def glance(folder):
+    """Return the first table of a page, row by row: cells without tags."""
+    text = (folder / "report.html").read_text()
+    table = text[text.index("<tbody>"):text.index("</tbody>")]
+    return [[" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in row.split("<td>")[1:]]
+            for row in table.split("<tr>")[1:]]
+
+
+def test_the_table_and_the_page(report, runs, capsys):
     assert report.main(["--results_dir", str(runs)]) == 0
-    said = capsys.readouterr().out
-    table = pd.read_csv(runs / "summary.csv")
-    assert len(table) == 3 * 2 and "4 runs" in said and said.count("left out") == 5
-    row = table[(table["seeds"] == "1 2") & (table["stage"] == "deployed")].iloc[0]
-    last = [pd.read_csv(run / "rounds.csv").query("stage == 'deployed' and round == 2").iloc[0]
-            for run in runs.iterdir() if (run / "rounds.csv").exists()
-            and json.loads((run / "config.json").read_text()).get("protocol") == "held-out"
-            and json.loads((run / "config.json").read_text())["options"]["method"] == "rve_pfl"
-            and (run / "curves.png").exists()]
-    assert len(last) == 2
-    for figure in ("accuracy", "f1", "accuracy_worst", "kl_nats"):
-        values = pd.Series([r[figure] for r in last])
-        assert row[figure] == pytest.approx(values.mean(), rel=1e-4)
-        assert row[f"{figure}_std"] == pytest.approx(values.std(), rel=1e-4)
+    printed, table = capsys.readouterr().out, pd.read_csv(runs / "summary.csv")
+    assert len(table) == 4 * 2 and "5 runs" in printed and printed.count("left out") == 3
+    for name, reason in (("strange", "no config.json"), ("half <b>", "unfinished: 1 of 2"), ("newer", "quantum")):
+        assert re.search(rf"left out: {name}: .*{reason}", printed), name
+    for stage in ("deployed", "trained"):
+        row = table[(table["seeds"] == "1 2") & (table["stage"] == stage)].iloc[0]
+        last = pd.DataFrame([pd.read_csv(runs / name / "rounds.csv").query(
+            f"stage == '{stage}' and round == 2 and split == 'test'").iloc[0] for name in ("one", "two")])
+        for figure in ("accuracy", "f1", "accuracy_worst", "kl_nats"):
+            assert row[figure] == pytest.approx(last[figure].mean(), rel=1e-4)
+            assert row[f"{figure}_std"] == pytest.approx(last[figure].std(), rel=1e-4)
     assert set(table["protocol"]) == {"held-out", "resplit"}
+    text = (runs / "report.html").read_text()
+    assert "half &lt;b&gt;" in text and "half <b>" not in text and not re.search(r"https?://|<script|<link", text)
+    assert text.count("<h2") == 3 and text.count("alt='attack_stolen_model_latent_decoder") == 2
+    for source in re.findall(r"src='([^']*)", text):
+        assert source.startswith("data:image/png;base64,") or (runs / source).exists()
+    for cells in (["latent_decoder", "0.60 (0.55)", "75.0% (0.0%)", "100%", "20 (50)"], ["margin", "75% (0%)"]):
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    rows = {row[0]: row for row in glance(runs)}
+    assert sorted(rows) == ["fedavg", "rve_pfl", "rve_pfl kl_weight 0.01", "rve_pfl resplit"]
+    assert rows["fedavg"][4:] == ["not attacked"] * 4
+    assert rows["rve_pfl"][4:] == [   # in the order of ADVERSARIES
+        "not attacked", "images: leaks (1 of 2 seeds) classes: leaks (1 of 2 seeds)", "images: as a guess",
+        "not attacked"]
+    deployed = table.query("stage == 'deployed' and seeds == '1 2'")
+    assert rows["rve_pfl"][3].split()[0] == f"{deployed['accuracy'].item():.4f}"
 
 
-def test_a_seed_counts_once(report, runs):
-    found = summary.read(runs / "run0")
-    table = summary.summarise([found, found])
-    assert table["seeds"].tolist() == ["1", "1"] and table["accuracy_std"].isna().all()   # its two stages
+def test_verdicts_on_few_images_say_so(report, runs, tmp_path):
+    for name in ("one", "two"):
+        attacked(shutil.copytree(runs / name, tmp_path / name), BLIND, count=3)
+    assert report.main(["--results_dir", str(tmp_path)]) == 0
+    assert glance(tmp_path)[0][6] == "images: as a guess (few)"
+
+
+def test_a_seed_counts_once_and_a_run_that_was_attacked_first(report, runs):
+    one = summary.read(runs / "one")
+    double = summary.Finished("x", one.protocol, one.options, one.rounds)
+    for pair in ([one, double], [double, one]):
+        table = summary.summarise(pair)
+        assert table["seeds"].tolist() == ["1", "1"] and table["accuracy_std"].isna().all()   # its two stages
+        assert summary.by_setting(pair)[one.setting] == [one]
 
 
 def test_commands_make_the_same_runs(report, runs):
-    for run in runs.iterdir():
-        found = summary.read(run) if run.is_dir() else ""
-        if isinstance(found, str):
-            continue
-        words = shlex.split(summary.command(found.options))
+    for name in ("one", "two", "beta", "calm", "resplit"):
+        options = summary.read(runs / name).options
+        words = shlex.split(summary.command(options))
         assert words[:2] == ["python", "RVE-PFL.py"]
         again = json.loads(json.dumps(vars(args_parser(words[2:])), default=str))
-        ours = {"run_name", "data_dir", "results_dir", "models_dir", "device"}
-        assert {k: v for k, v in again.items() if k not in ours} == \
-            {k: v for k, v in found.options.items() if k not in ours}
-
-
-def test_options_of_bookkeeping_part_no_settings(report, runs):
-    found = summary.read(runs / "run0")
-    other = dataclasses.replace(found, options={**found.options, "rendezvous_seconds": 7.0})
-    assert found.setting == other.setting
-    assert summary.command(found.options) == summary.command(other.options)
-
-
-@pytest.mark.parametrize("name, reason", [
-    ("damaged", "config.json is damaged"), ("strange", "no config.json"), ("half <b>", "unfinished: 1 of 2"),
-    ("emptied", "rounds.csv is damaged"), ("newer", "quantum")])
-def test_what_is_no_finished_run_is_listed_with_the_reason(report, runs, name, reason):
-    assert reason in summary.read(runs / name)
-
-
-def test_the_page_stands_alone_and_escapes_names(report, runs):
-    assert report.main(["--results_dir", str(runs)]) == 0
-    text = (runs / "report.html").read_text()
-    assert "half &lt;b&gt;" in text and "half <b>" not in text
-    assert not re.search(r"https?://|<script|<link", text)
-    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r"src='([^']*)", text))
-    assert "resplit" in text and text.count("<h2") == 3   # two partitions, and what was left out
+        places = {"run_name", "data_dir", "results_dir", "models_dir", "device"}
+        assert {k: v for k, v in again.items() if k not in places} == \
+            {k: v for k, v in options.items() if k not in places}
+    one = summary.read(runs / "one")
+    other = summary.Finished("x", one.protocol, {**one.options, "rendezvous_seconds": 7.0}, one.rounds)
+    assert (one.setting, summary.command(one.options)) == (other.setting, summary.command(other.options))
 
 
 def test_an_empty_folder_and_none(report, tmp_path, capsys):
@@ -117,70 +160,83 @@ def test_an_empty_folder_and_none(report, tmp_path, capsys):
     assert capsys.readouterr().err.endswith("unknown argument --result_dir (did you mean --results_dir?)\n")
 
 
-SCRIPT = "<script>alert(1)</script>"
 CASES = {   # a run's file -> what becomes of its text, and what is then said of the run
+    "damaged": ("config.json", lambda text: "{", "config.json is damaged"),
     "number": ("config.json", lambda text: text.replace('"num_users": 2', f'"num_users": "{SCRIPT}"'),
                "--num_users"),
-    "epochs": ("config.json", lambda text: text.replace('"local_ep": 1', f'"local_ep": ["{SCRIPT}"]'),
-               "--local_ep"),
     "seed": ("config.json", lambda text: text.replace('"seed": 1', '"seed": 1e999'), "--seed inf"),
     "deep": ("config.json", lambda text: "[" * 100_000, "nested too deeply"),
     "deep option": ("config.json", lambda text: text.replace('"seed": 1', '"x": ' + "[" * 900 + "]" * 900
                                                              + ', "seed": 1'), ""),
+    "emptied": ("rounds.csv", lambda text: "round\n1\n", "rounds.csv is damaged"),
     "round": ("rounds.csv", lambda text: text.replace("\n1,", "\n1e400,"), "rounds.csv is damaged"),
     "word": ("rounds.csv", lambda text: text.replace("\n2,", "\ntwo,"), "rounds.csv is damaged"),
     "accuracy": ("rounds.csv", lambda text: text.replace(",0.", ",7e300."), "rounds.csv is damaged"),
     "bytes": ("rounds.csv", lambda text: text.replace("deployed", "d\udcff"), "rounds.csv is damaged"),
-    "picture": ("partition.png", lambda text: "no picture", "partition.png is left out"),
-    "attacked": ("attack.csv", lambda text: "\x00", "attack.csv cannot be read")}
+    "nothing": ("attack.csv", lambda text: "", "No columns"),
+    "zero": ("attack.csv", lambda text: "\x00", "attack.csv cannot be read"),
+    "column": ("attack.csv", lambda text: text.replace("class_rank", "rank"), "no column class_rank"),
+    "numbers": ("attack.csv", lambda text: text.replace(",0.6,", ",high,"), "numbers"),
+    "gaps": ("attack.csv", lambda text: text.replace(",0.6,", ",,"), "gaps"),
+    "control": ("attack.csv", lambda text: text.replace("foreign", "music"), "foreign once"),
+    "attack": ("attack.csv", lambda text: text.replace("mi_face", SCRIPT), "is unknown"),
+    "adversary": ("attack.csv", lambda text: text.replace("prediction_api", "neighbour"), "neighbour")}
 
 
 def test_no_run_stops_the_page_or_gets_into_it(report, runs, tmp_path, capsys, monkeypatch):
     for name, (file, harm, _) in CASES.items():
-        shutil.copytree(runs / "run0", tmp_path / name)
-        path = tmp_path / name / file
-        text = path.read_text() if file.endswith(("rounds.csv", ".json")) else ""
-        path.write_text(harm(text), errors="surrogateescape")
-    shutil.copytree(runs / "run1", tmp_path / "good")
+        path = shutil.copytree(runs / "one", tmp_path / name) / file
+        path.write_text(harm(path.read_text()), errors="surrogateescape")
+    shutil.copytree(runs / "two", tmp_path / "good")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").mkdir()
     os.mkdir(os.fsencode(tmp_path) + b"/latin-\xe9")
     assert report.main(["--results_dir", str(tmp_path)]) == 0
-    said, text = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    printed, text = capsys.readouterr().out, (tmp_path / "report.html").read_text()
     for name, (_, _, reason) in CASES.items():
         assert not reason or any(line.startswith(f"left out: {name}: ") and reason in line
-                                 for line in said.splitlines()), name
-    assert "<script" not in text and "folder: config.json is damaged" in said
+                                 for line in printed.splitlines()), name
+    assert "<script" not in text and "folder: config.json is damaged" in printed
     assert "2" in set(pd.read_csv(tmp_path / "summary.csv")["seeds"].astype(str).str.split().explode())
 
-    def broken(rounds, *rest, whole=summary.summarise):
-        if any(run.name == "good" for run in rounds):
+    def broken(folder, read=summary.read):
+        if folder.name == "good":
             raise RuntimeError("of a kind nobody thought of")
-        return whole(rounds, *rest)
-    monkeypatch.setattr(report, "summarise", broken)
+        return read(folder)
+    monkeypatch.setattr(report, "read", broken)
     assert report.main(["--results_dir", str(tmp_path)]) == 0
-    assert "left out: good: cannot be shown (RuntimeError: of a kind nobody" in capsys.readouterr().out
+    assert "left out: good: cannot be read (RuntimeError: of a kind nobody" in capsys.readouterr().out
 
 
 def test_cells_are_escaped_unless_they_are_html():
     grid = page._grid(["<a>"], [["<b>", page.Markup("<i>x</i>")], [3, "'\""]])
     assert "<th>&lt;a&gt;</th>" in grid and "<td>&lt;b&gt;</td><td><i>x</i></td>" in grid
     assert "<td>3</td><td>&#39;&#34;</td>" in grid
-    assert "alt='&#39;&gt;'" in images.image(b"", "'>")
 
 
-def test_pictures_that_the_page_does_not_take(runs, tmp_path, monkeypatch):
-    whole = (runs / "run0" / "partition.png").read_bytes()
-    path = tmp_path / "a.png"
-    path.write_bytes(whole)
-    assert images.png(path) == whole
-    for harmed in (b"", b"GIF89a", whole[:200], whole[:-30] + b"x" * 30):
-        path.write_bytes(harmed)
-        with pytest.raises(ValueError, match="no PNG"):
-            images.png(path)
-    with pytest.raises(ValueError, match="no plain file"):
-        images.png(tmp_path)
-    path.write_bytes(whole)
-    monkeypatch.setattr(images, "LARGEST", 100)
-    with pytest.raises(ValueError, match="100 bytes"):
-        images.png(path)
+def test_the_strongest_attack_of_the_last_round_beside_its_control():
+    rows = leakage.condense(lines({**EARLY, **LAST}))
+    by = rows.set_index(["adversary", "kind"])
+    assert len(by) == 3 and set(by["round"]) == {2}
+    assert by["word"].tolist() == ["leaks", "leaks", "as a guess"] and not by["few"].any()
+    image, drawn = by.loc[("stolen_model", "image")], by.loc[("stolen_model", "class")]
+    assert (image["attack"], image["rank_attack"]) == ("latent_decoder", "latent_decoder")
+    assert image[["score", "control_score", "rank", "control_rank", "n"]].tolist() == pytest.approx(
+        [0.6, 0.55, 20, 50, 8])
+    assert image[["identified", "control_identified", "identified_worst"]].tolist() == [0.75, 0, 1]
+    assert drawn[["attack", "score", "control_score"]].tolist() == ["margin", 0.75, 0]
+    chooser = {("stolen_model", "reidentification", 2): (0.9, 0.1, 3, 7)}
+    image, = leakage.condense(lines({**LAST, **chooser})).query(
+        "adversary == 'stolen_model' and kind == 'image'").to_dict("records")
+    assert (image["attack"], image["score"]) == ("latent_decoder", 0.6)   # one that chooses shows no picture
+    assert (image["rank_attack"], image["rank"], image["identified"]) == ("reidentification", 3, 7 / 8)
+    alone = leakage.condense(lines(chooser))
+    assert alone["score"].isna().all() and alone["rank"].tolist() == [3]
+
+
+def test_an_adversary_with_more_attacks_is_not_more_often_called_a_leak():
+    """Six images on one side, p = 1/64, leak in one attack and not where it is one of two."""
+    one = {("stolen_model", "latent_decoder", 2): (0.6, 0.5, 50, 0)}
+    words = [leakage.condense(lines(attacks, 6))["word"].tolist() for attacks in (
+        one, {**one, ("stolen_model", "latent_search", 2): (0.2, 0.2, 50, 0)})]
+    assert words == [["leaks"], ["as a guess"]]
