@@ -18,7 +18,7 @@ import datasets
 import sampling
 from engine.clients import HELD_OUT, Clients
 from engine.graphs import GraphedTrainer
-from engine.memory import in_one_line
+from engine.memory import check_size, in_one_line
 from engine.processes import PeerLost, Ranks
 from engine.signals import Interrupted, Interrupts, steady_output
 from methods import METHODS, make_server
@@ -148,6 +148,9 @@ def partition(args: Namespace, data: datasets.Dataset) -> tuple[list, list]:
 def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) -> Trainer:
     """Return the trainer of all clients: the model at its seeded start, and the data on its device."""
     method = METHODS[args.method]
+    with torch.device("meta"):   # before any memory is taken
+        meta = method.build(data.image_shape, data.num_classes, vars(args))
+    check_size(method.count(meta)["total"], args.optimizer, device)
     seed_torch(args.seed, "init")
     model = method.build(data.image_shape, data.num_classes, vars(args))
     if args.encoders_from:   # spares the backward pass; its learning rate is 0 besides

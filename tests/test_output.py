@@ -166,3 +166,9 @@ def test_the_users_own_clients_and_split(place, tiny_arrays, capsys):
             assert file[f"train_{k}"].tolist() == [i for i in range(200) if i % 4 == k]
             assert file[f"test_{k}"].tolist() == [i for i in range(200, 240) if i % 4 == k]
     assert "no array `client`" in place.refuses(capsys, "--partition", "file", "--overwrite")
+
+
+def test_a_network_too_large_for_the_memory_is_refused_before_it_is_built(place, capsys, monkeypatch):
+    monkeypatch.setattr("engine.memory.available", lambda device: 2**20)
+    line = place.refuses(capsys)
+    assert "M parameters" in line and "--method fedavg" in line and not place.results.exists()
