@@ -1,7 +1,6 @@
 """Whole runs, recomputed by other code from the files they leave: what is trained, sent, kept, evaluated and
 attacked. Each test is here because some change of one line survived all others."""
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -276,21 +275,6 @@ def attacked(ran, tiny_arrays):
     return Attacked(ran.place)
 
 
-def noted(monkeypatch):
-    """Each call of ``Evaluation.rows``: what was found, the image numbers, the label, the control, the rows."""
-    calls, rows = [], evaluation.Evaluation.rows
-
-    def noting(self, unit, outcome, control):
-        out = rows(self, unit, outcome, control)
-        assert len(outcome.images) == 1   # with --restarts 1
-        calls.append(SimpleNamespace(unit=unit, found=outcome.images[0], image=outcome.numbers[0],
-                                     labels=self.target.labels(outcome.numbers[0]), control=control, rows=out,
-                                     evaluator=self.evaluator))
-        return out
-    monkeypatch.setattr(evaluation.Evaluation, "rows", noting)
-    return calls
-
-
 def test_the_evaluator_and_the_adversaries_know_no_private_image(attacked, tiny_arrays):
     """Were the clients' training images other ones, the evaluator would be the same to the bit, and so would
     be what an adversary makes of the same observation."""
@@ -343,27 +327,32 @@ def test_public_images_are_nobodys(attacked, place, tiny_arrays):
 
 
 def test_scores_and_controls_recomputed(attacked, monkeypatch):
-    calls = noted(monkeypatch)
+    calls, rows = [], evaluation.Evaluation.rows
+
+    def noting(self, unit, outcome, control):
+        calls.append((control, outcome.images[0], outcome.numbers[0], rows(self, unit, outcome, control),
+                      self.evaluator.model.eval()))
+        return calls[-1][3]
+    monkeypatch.setattr(evaluation.Evaluation, "rows", noting)
     assert mi_attack.main(attacked.argv("rve_pfl", "--overwrite", "--adversary", "stolen_model", "--attack",
                                         "latent_search", "--clients", 1)) == 0
     train = attacked.part("rve_pfl")["train_1"]
     private, labels = attacked.pixels(train), attacked.labels
-    assert {call.control for call in calls} == {"", "foreign"}
-    for call in calls:
-        for i, row in enumerate(call.rows):
-            x, number = call.found[i], row["image"]
-            assert number in train and labels[number] == row["label"] == call.labels[i]
+    assert [control for control, *_ in calls] == ["", "foreign"]
+    _, originals, chosen, *_ = calls[0]
+    for control, images, numbers, scored, evaluator in calls:
+        for i, (x, number, row) in enumerate(zip(images, numbers, scored, strict=True)):
+            label = labels[number]
+            assert number == row["image"] == chosen[i] and number in train and label == row["label"]
             mse = (x - attacked.pixels([number])[0]).double().square().mean().item()
             assert row["mse"] == pytest.approx(max(mse, 1e-10), rel=1e-4)
             assert row["psnr"] == pytest.approx(10 * np.log10(1 / max(mse, 1e-10)), abs=1e-3)
             apart = (private - x).square().mean((1, 2, 3))   # the client's own images, and no others
             assert row["nearest_rank"] == pytest.approx(1 + (apart < mse * (1 - 1e-5)).sum().item())
-            alike = apart[labels[train] == row["label"]]
+            alike = apart[labels[train] == label]
             assert row["class_rank"] == 1 + (alike < mse * (1 - 1e-5)).sum() <= row["class_size"] == len(alike)
-            right = call.evaluator.model.eval()(x[None])[0].argmax() == row["label"]
-            assert row["evaluator_correct"] == right
-            if call.control == "foreign":   # what was made of another image of the class
-                first = next(c for c in calls if c.control == "")
-                assert number == first.image[i] and not torch.equal(x, first.found[i])
-                alike = [j for j in range(len(first.found)) if first.labels[j] == row["label"] and j != i]
-                assert not alike or any(torch.equal(x, first.found[j]) for j in alike)
+            assert row["evaluator_correct"] == (evaluator(x[None])[0].argmax() == label)
+            others = [j for j in range(len(chosen)) if labels[chosen[j]] == label and j != i]
+            if control == "foreign":   # what was made of another image of the class
+                assert not torch.equal(x, originals[i])
+                assert not others or any(torch.equal(x, originals[j]) for j in others)

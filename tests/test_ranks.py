@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from engine import processes
 from engine.processes import Ranks
 from runs.checkpoints import load_checked
 
@@ -108,18 +107,6 @@ def test_an_environment_of_no_process_is_refused(place, capsys, monkeypatch, nam
         monkeypatch.setenv(key, usual)
     monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     assert name in place.refuses(capsys) and not place.results.exists()
-
-
-@pytest.mark.parametrize("rank, waits", [(0, []), (1, [processes.LAST_WORDS])])
-def test_the_first_process_has_time_to_say_what_is_wrong(place, capsys, monkeypatch, rank, waits):
-    """torchrun stops it when another ends."""
-    slept = []
-    monkeypatch.setattr(processes.time, "sleep", slept.append)
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SystemExit):
-        place.main("--frac", 7)
-    assert slept == waits and ("--frac" in capsys.readouterr().err) == (rank == 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

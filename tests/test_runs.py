@@ -180,7 +180,6 @@ def test_results_and_checkpoints_in_one_folder(place):
     place.folder.joinpath("models").symlink_to(place.folder / "results")
     unfinish(place, 2)
     assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected
-    assert place.main(*flags, "--overwrite") == 0 and place.clients_csv() == expected
     assert {"round_1", "round_2", "config.json", ".lock"} < {p.name for p in place.results.iterdir()}
 
 
