@@ -1,6 +1,4 @@
-"""The adversaries: what each one holds of a run, may train on and may spend.
-
-Each is read from its own files and from no others:
+"""The adversaries: what each one holds of a run, from its own files alone, may train on and may spend.
 
 | adversary        | files                      | holds                                            |
 | curious_server   | shared.pt, server.pt       | the heads it received, sent, and will send next  |
@@ -8,8 +6,7 @@ Each is read from its own files and from no others:
 | prediction_api   | shared.pt, client_<k>.pt   | answers of that model, but not the model         |
 | curious_client   | shared.pt, client_<own>.pt | its own encoder, and the heads that it is sent   |
 
-A client that did not train in the round holds the head that was just aggregated, from server.pt. The head of a
-malicious client is the one that it uploaded.
+A client that did not train in the round holds the head just aggregated, a malicious one the head it uploaded.
 """
 import copy
 from argparse import Namespace
@@ -42,25 +39,16 @@ flatten = FlattenHWC()
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What an adversary has of one client in one round. A part that it does not have is None.
+    """What an adversary has of one client in one round. A part that it does not have is None."""
 
-    Attributes:
-        head: images, or latents z in their shape -> logits. None if a part of the head stays with the clients.
-        encoder: images -> z, or -> mean and log variance of z; the victim's, or a curious client's own.
-        has_encoder: True if the head's input is z, also for an adversary that has no encoder itself.
-        next_head, next_trunk: the head, and the encoder's trunk if it travels, that the server sends next.
-        query: the prediction service, images -> probabilities ``N x num_classes``.
-        known: the shared parameters of the victim's encoder, where not all of it is held.
-    """
-
-    head: nn.Module | None
-    encoder: nn.Module | None
-    has_encoder: bool
+    head: nn.Module | None      # images, or latents z in their shape -> logits
+    encoder: nn.Module | None   # images -> z or its mean and log variance; the victim's, or a curious client's own
+    has_encoder: bool           # True if the head's input is z, also for an adversary without an encoder
     image_shape: tuple[int, int, int]
-    next_head: nn.Module | None = None
-    query: Callable[[Tensor], Tensor] | None = None
-    known: State = field(default_factory=dict)
-    next_trunk: nn.Module | None = None
+    next_head: nn.Module | None = None                # that the server sends next
+    query: Callable[[Tensor], Tensor] | None = None   # images -> probabilities N x num_classes of the service
+    known: State = field(default_factory=dict)        # the shared part of an encoder that is not held
+    next_trunk: nn.Module | None = None               # of the encoder, if it travels
 
     def __post_init__(self) -> None:
         """Store weights channels last: max pooling of a large batch is then fifteen times as fast."""
@@ -101,9 +89,9 @@ def posterior_in_parts(knowledge: Knowledge, images: Tensor) -> tuple[Tensor, Te
 def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) -> Knowledge:
     """Read what an adversary, but ``prediction_api``, has of a client; ``own`` is the curious client's number."""
     shared, network = target.shared(round), target.network()
-    if adversary == "curious_server" and not shared["sent"]:
-        raise InputError(f"--adversary curious_server: --method {target.options['method']} sends it nothing")
     if adversary == "curious_server":
+        if not shared["sent"]:
+            raise InputError(f"--adversary curious_server: --method {target.options['method']} sends it nothing")
         parameters = shared["uploads"].get(client, shared["sent"]) if round else target.seeded
     elif adversary == "curious_client":   # it never sees the upload of another client
         parameters = {**shared["sent"], **target.private(round, own).parameters}
@@ -143,13 +131,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class PublicImages:
-    """Images that every adversary may train on, ``N x C x H x W`` in [0, 1], and their labels.
-
-    ``of_classes`` returns those of some classes only; it is None if they show other classes than the victim's.
-    """
+    """Images that every adversary may train on, ``N x C x H x W`` in [0, 1], and their labels."""
 
     images: Tensor
     labels: Tensor
+    # Returns those of some classes only; None if they show other classes than the victim's.
     of_classes: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def of(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,15 +180,11 @@ def public_images(target: Target, args: Namespace) -> PublicImages:
 
 
 class Adversary:
-    """One adversary of one client in one round. What it trains, it trains once and uses in all its attacks.
-
-    Args:
-        start: the network with the weights that all clients start from.
-        seed: seeds PyTorch for what several attacks use, by its name.
-    """
+    """One adversary of one client in one round. What it trains, it trains once and uses in all its attacks."""
 
     def __init__(self, knowledge: Knowledge, start: nn.Module, public: PublicImages, kl_weight: float,
                  budget: Budget, seed: Callable[[str], None] = lambda name: None) -> None:
+        # Clients start from ``start``; ``seed`` seeds PyTorch for what several attacks use, by its name.
         self.knowledge, self.start, self.public = knowledge, start, public
         self.kl_weight, self.budget, self.seed = kl_weight, budget, seed
         self.decoders: dict[tuple[int, ...], decoders.Decode] = {}   # by the classes they were trained on
@@ -245,10 +227,6 @@ class Adversary:
                                                       self.budget.epochs)
         return torch.stack([self.decoders[key](flatten(restart)) for restart in inputs])
 
-    def tv_weight(self, weight: float) -> float:
-        """Return the weight of total variation in gradient inversion; 0 for latents, which are not smooth."""
-        return 0.0 if self.knowledge.has_encoder else weight
-
     def random_inputs(self, *shape: int) -> Tensor:
         """Draw inputs of the head where the restarts of a search start, ``R x shape``."""
         noise = torch.randn(self.budget.restarts, *shape)
@@ -262,11 +240,7 @@ class Adversary:
 
 def shadow_encoder(knowledge: Knowledge, start: nn.Module, images: Tensor, labels: Tensor, epochs: int,
                    kl_weight: float, distance: Distance | None = None) -> Knowledge:
-    """Train an encoder on public images in front of the frozen head, from ``start``, as a client trains its own.
-
-    The parameters of the victim's encoder that are known stay as they are. ``distance`` is added to the loss, for
-    latents that shall be like given ones (``moment_distance``).
-    """
+    """Train an encoder on public images before the frozen head, from ``start``; ``distance`` adds to the loss."""
     start = copy.deepcopy(start)   # a later call starts from the same weights
     encoder, head = start.get_submodule("encoder").train(), held(knowledge.head)
     encoder.load_state_dict(knowledge.known, strict=False)
@@ -283,28 +257,22 @@ def shadow_encoder(knowledge: Knowledge, start: nn.Module, images: Tensor, label
             z, kl = reparameterise(mu, logvar), kl_of(start, mu, logvar, labels[part]).mean()
         value = F.cross_entropy(head(as_image(z, knowledge.image_shape)), labels[part]) + kl_weight * kl
         return value if distance is None else value + distance(z, labels[part])
-    batch = decoders.BATCH
-    if distance is not None:   # moments need many images of each class, and time
-        batch *= 2
-        epochs = max(epochs, -(-ALIGNED_STEPS // decoders.steps(images, batch)))
-    decoders.fit(trained, loss, len(images), epochs, batch)
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    return Knowledge(head, encoder.eval(), True, knowledge.image_shape)
+    if distance is None:
+        decoders.fit(trained, loss, len(images), epochs)
+    else:   # moments need many images of each class, and time
+        decoders.fit(trained, loss, len(images), epochs, 2 * decoders.BATCH, ALIGNED_STEPS)
+    return Knowledge(head, encoder.eval().requires_grad_(False), True, knowledge.image_shape)
 
 
 def kl_of(network: nn.Module, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
     """Return KL of posteriors ``N x D`` to the network's prior, ``N``; to N(0, I) if it has none of its own."""
-    kl = network.kl(mu, logvar, y) if isinstance(network, RVE) else None
-    return kl_to_standard_normal(mu, logvar) if kl is None else kl
+    if isinstance(network, RVE) and network.prior is not None:
+        return network.prior.kl(mu, logvar, y)
+    return kl_to_standard_normal(mu, logvar)
 
 
 def moment_distance(latents: Tensor, labels: Tensor) -> Distance:
-    """Return the distance from the victim's latents ``M x D`` by each class's mean, deviation and covariance.
-
-    Latents of a class have these in common whichever images they are of, so no image has to be known. It is in the
-    spirit of FORA (Xu et al. 2024, arXiv 2405.04115). A class with a single latent on either side is left out.
-    """
+    """Return the distance from latents ``M x D`` by each class's moments, after FORA (Xu et al. 2024)."""
     unit = latents.std().clamp_min(1e-12)
 
     def moments(z: Tensor) -> list[Tensor]:

@@ -1,11 +1,8 @@
-"""The table of attacks that reconstruct images or classes, ``ATTACKS``.
-
-A new attack is a function, and a row of the table that says who can run it and what it needs.
-"""
+"""The table of attacks that reconstruct images or classes, ``ATTACKS``."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +14,7 @@ from attack.observations import Victim
 from attack.target import Target
 from server.base import State
 
-Observation = TypeVar("Observation")
 Need = tuple[str, Callable[[Target, str], bool]]   # why an attack cannot be run unless (run, adversary) is true
-
 
 # What an attack may need beside the right adversary, and what is said where it is missing.
 SHARED_HEAD: Need = ("nothing travels with this method",
@@ -32,17 +27,12 @@ WHOLE_HEAD: Need = ("part of the head stays with the clients",   # of which each
 LATENTS: Need = "this method has no latents", lambda target, adversary: target.has_encoder
 SHARED_TRUNK: Need = ("no trunk of an encoder travels",
                       lambda target, adversary: "encoder.trunk.0.weight" in target.uploaded)
-NOISE: Need = "this method's encoder has no noise", lambda target, adversary: target.method.network.variational
-
-
-def lacking(needs: tuple[Need, ...], target: Target, adversary: str) -> str | None:
-    """Return the first need that a run and an adversary do not meet; None if they meet all."""
-    return next((reason for reason, met in needs if not met(target, adversary)), None)
+NOISE: Need = "needs an encoder with noise", lambda target, adversary: target.method.network.variational
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """A row of the table: who can run it, where it was published, and conditions on the run, checked in order."""
+    """A row of the table: who can run it, where it was published, and what it needs of the run, in order."""
 
     adversaries: tuple[str, ...]
     source: str
@@ -52,16 +42,11 @@ class Attack:
     unordered = False
     cheap = False
 
-    @property
-    def of_latents(self) -> bool:
-        """True if ``--observe`` says what it observes."""
-        return getattr(self, "observe", None) is latents.observe
-
     def unfit(self, target: Target, adversary: str) -> str | None:
         """Return why this adversary of this run cannot run it; None if it can."""
         if adversary not in self.adversaries:
             return "needs what this adversary does not have"
-        return lacking(self.needs, target, adversary)
+        return next((reason for reason, met in self.needs if not met(target, adversary)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,31 +58,23 @@ class ClassAttack(Attack):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructionAttack(Attack, Generic[Observation]):
-    """An attack that reconstructs single images from what is observed of them.
+class ReconstructionAttack(Attack):
+    """An attack that reconstructs single images from what is observed of them."""
 
-    Attributes:
-        solve: (adversary, observation, N) -> images ``R x N x C x H x W``, its own choice first, and labels ``N``.
-        unordered: the observation says nothing about the order of the images.
-        cheap: all of a client's images are attacked by default.
-    """
-
-    observe: Callable[[Victim, Tensor, Tensor, Budget], Observation]
-    solve: Callable[[Adversary, Observation, int], tuple[Tensor, Tensor]]
-    unordered: bool = False
-    cheap: bool = False
+    observe: Callable[[Victim, Tensor, Tensor, Budget], Any]
+    # (adversary, observation, N) -> images R x N x C x H x W, its own choice first, and labels N
+    solve: Callable[[Adversary, Any, int], tuple[Tensor, Tensor]]
+    unordered: bool = False   # True if the observation does not tell the order of the images
+    cheap: bool = False       # True if all of a client's images are attacked by default
 
 
 @dataclass(frozen=True, kw_only=True)
-class IdentificationAttack(Attack, Generic[Observation]):
-    """An attack that makes no image, but says how likely each of given candidates is the observed one.
+class IdentificationAttack(Attack):
+    """An attack that makes no image, but says how likely each candidate is the observed one."""
 
-    ``solve(adversary, observation, candidates)`` gives log-likelihoods ``N x M``, up to a constant, and labels
-    ``N``.
-    """
-
-    observe: Callable[[Victim, Tensor, Tensor, Budget], Observation]
-    solve: Callable[[Adversary, Observation, Tensor], tuple[Tensor, Tensor]]
+    observe: Callable[[Victim, Tensor, Tensor, Budget], Any]
+    # (adversary, observation, M candidates) -> log-likelihoods N x M up to a constant, and labels N
+    solve: Callable[[Adversary, Any, Tensor], tuple[Tensor, Tensor]]
     cheap: bool = False
     chooses = True
 
@@ -115,41 +92,40 @@ def decode_scores(adversary: Adversary, observed: Tensor, count: int) -> tuple[T
 
 def of_classes(solve: Callable[[Adversary, Tensor], Tensor], source: str) -> ClassAttack:
     """Return the row of an attack on classes by everybody who has a model."""
-    return ClassAttack(solve=solve, adversaries=("curious_server", "stolen_model", "curious_client"),
-                       source=source, needs=HEAD)
+    return ClassAttack(solve=solve, adversaries=(*SERVER, *STOLEN, "curious_client"), source=source, needs=HEAD)
 
 
 def of_gradients(solve: Callable[[Adversary, list[State], int], tuple[Tensor, Tensor]], source: str,
-                 *needs: Need) -> ReconstructionAttack[list[State]]:
+                 *needs: Need) -> ReconstructionAttack:
     """Return the row of an attack by the server on the gradient of each image."""
-    return ReconstructionAttack[list[State]](observe=observe.observe_gradients, solve=solve, adversaries=SERVER,
-                                             source=source, needs=(*HEAD, *needs))
+    return ReconstructionAttack(observe=observe.observe_gradients, solve=solve, adversaries=SERVER, source=source,
+                                needs=(*HEAD, *needs))
 
 
-def of_update(steps: int, source: str) -> ReconstructionAttack[list[State]]:
+def of_update(steps: int, source: str) -> ReconstructionAttack:
     """Return the row of an attack by the server on one update of several images."""
-    return ReconstructionAttack[list[State]](
+    return ReconstructionAttack(
         observe=partial(observe.observe_update, steps=steps), solve=partial(gradients.invert_update, steps=steps),
         adversaries=SERVER, source=source, needs=HEAD, unordered=True)
 
 
 def of_latents(solve: Callable[[Adversary, list[latents.Seen], int], tuple[Tensor, Tensor]], source: str,
-               cheap: bool = False) -> ReconstructionAttack[list[latents.Seen]]:
+               cheap: bool = False) -> ReconstructionAttack:
     """Return the row of an attack with the stolen model on latents."""
-    return ReconstructionAttack[list[latents.Seen]](observe=latents.observe, solve=solve, adversaries=STOLEN,
-                                                    source=source, needs=(LATENTS,), cheap=cheap)
+    return ReconstructionAttack(observe=latents.observe, solve=solve, adversaries=STOLEN, source=source,
+                                needs=(LATENTS,), cheap=cheap)
 
 
 SERVER, STOLEN = ("curious_server",), ("stolen_model",)
 HEAD = (SHARED_HEAD, OTHER_CLIENT, WHOLE_HEAD)
 # In the order in which they run. An adversary's attacks share what the first of them trained, so a new row goes
 # behind those of its adversary: before them it would change what they find.
-ATTACKS: dict[str, ClassAttack | ReconstructionAttack[Any] | IdentificationAttack[Any]] = {
-    "mi_face": of_classes(classes.attack_mi_face, "Fredrikson et al. 2015"),
-    "margin": of_classes(classes.attack_margin, "margin, total variation, restarts"),
-    "margin_mu": ClassAttack(solve=partial(classes.attack_margin, draws=0), adversaries=STOLEN,
+ATTACKS: dict[str, ClassAttack | ReconstructionAttack | IdentificationAttack] = {
+    "mi_face": of_classes(classes.mi_face, "Fredrikson et al. 2015"),
+    "margin": of_classes(classes.margin, "margin, total variation, restarts"),
+    "margin_mu": ClassAttack(solve=partial(classes.margin, draws=0), adversaries=STOLEN,
                              source="the same, through the mean of z alone", needs=(NOISE,)),
-    "gmi": of_classes(classes.attack_gmi, "after Zhang et al. 2020, arXiv 1911.07135"),
+    "gmi": of_classes(classes.gmi, "after Zhang et al. 2020, arXiv 1911.07135"),
     "dlg": of_gradients(gradients.dlg, "Zhu et al. 2019, arXiv 1906.08935"),
     "cosine_tv": of_gradients(gradients.cosine_tv, "Geiping et al. 2020, arXiv 2003.14053"),
     "analytic": of_gradients(gradients.analytic, "Phong et al. 2018, then a search"),
@@ -159,20 +135,21 @@ ATTACKS: dict[str, ClassAttack | ReconstructionAttack[Any] | IdentificationAttac
     "feature_alignment": of_gradients(
         gradients.feature_alignment,
         "gauss_newton, and a shadow encoder with the moments of its latents, after Xu et al. 2024", LATENTS),
-    "trunk_analytic": ReconstructionAttack[list[State]](
+    "trunk_analytic": ReconstructionAttack(
         observe=observe.observe_trunk, solve=gradients.trunk_analytic, adversaries=SERVER,
         source="analytic, through a trunk that is shared", needs=(SHARED_HEAD, SHARED_TRUNK)),
-    "gradient_reidentification": IdentificationAttack[list[State]](
+    "gradient_reidentification": IdentificationAttack(
         observe=observe.observe_gradients, solve=latents.gradient_reidentification, adversaries=SERVER,
         source="gauss_newton, and the candidate with the largest log q(z|x)", needs=(*HEAD, LATENTS)),
     "latent_decoder": of_latents(latents.decode, "a decoder trained on public images", True),
-    "reidentification": IdentificationAttack[list[latents.Seen]](
+    "reidentification": IdentificationAttack(
         observe=latents.observe, solve=latents.likelihood, adversaries=STOLEN,
         source="the candidate with the largest log q(z|x)", needs=(LATENTS,), cheap=True),
     "latent_generator": of_latents(latents.most_likely, "a search in a generator of public images"),
     "latent_search": of_latents(latents.search, "Mahendran and Vedaldi 2015"),
     "posterior_mean": of_latents(latents.posterior_mean, "the public images' mean, weighted by q(z|x)", True),
-    "score_decoder": ReconstructionAttack[Tensor](
-        observe=observe.observe_scores, solve=decode_scores, adversaries=("prediction_api",),
-        source="Yang et al. 2019, arXiv 1902.08552", cheap=True),
+    "score_decoder": ReconstructionAttack(
+        observe=lambda victim, x, y, budget: victim.answers(x, budget.draws, budget.top_scores),
+        solve=decode_scores, adversaries=("prediction_api",), source="Yang et al. 2019, arXiv 1902.08552",
+        cheap=True),
 }

@@ -27,21 +27,18 @@ PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
 
 
 class Command:
-    """A command that runs attacks of a table by several adversaries on clients of a trained run.
-
-    ``name`` is that of its table NAME.csv, whose first ``columns`` are those of a ``Unit``, and of the options
-    behind that, NAME.json; ``files`` matches all its files.
-    """
+    """A command that runs attacks of a table by several adversaries on clients of a trained run."""
 
     program: str
     description: str
-    name: str
-    files: str
-    columns: Sequence[str]
+    name: str                      # of its rows, NAME.csv, and of the options behind them, NAME.json
+    files: str                     # matches all its files
+    columns: Sequence[str]         # of NAME.csv
     adversaries: Collection[str]
     attacks: dict
-    draws: int
-    public_images: int
+    draws: int                     # the default of --draws
+    public_images: int             # the default of --public_images
+    options: Sequence[Option]      # that the other command does not have
     first_round = 1
 
     def __init__(self, args: Namespace) -> None:
@@ -56,11 +53,6 @@ class Command:
             self.target.require(r)
 
     # Each command defines these.
-
-    @staticmethod
-    def options() -> list[Option]:
-        """Return the options that the other command does not have."""
-        raise NotImplementedError
 
     def units(self) -> Iterator[tuple[Unit, str | None]]:
         """Yield each attack asked for, and why it cannot be run, or None."""
@@ -104,7 +96,7 @@ class Command:
                 Option("rounds", "attack the checkpoints of these rounds (the latest if not given)"
                        + "; 0 is the start" * (not cls.first_round), int, within=(cls.first_round, HUGE),
                        several=True),
-                *cls.options(),
+                *cls.options,
                 Option("draws", "draws of z that an answer of the model is averaged over", int, cls.draws,
                        within=(1, 1000)),
                 Option("scores", "how many of the largest class scores the prediction service tells", int, 3,
@@ -163,16 +155,15 @@ class Command:
 
     def planned(self) -> list[Unit]:
         """Return the attacks to run, each once; InputError if none fits."""
-        why = dict(self.units())
-        plan = [unit for unit, reason in why.items() if reason is None]
-        if not plan:
-            reasons = "; ".join(sorted({reason for reason in why.values() if reason}))
-            raise InputError(f"--run {self.args.run}: none of these attacks fits ({reasons})")
-        return plan
+        reasons = dict(self.units())
+        if plan := [unit for unit, reason in reasons.items() if reason is None]:
+            return plan
+        raise InputError(f"--run {self.args.run}: none of these attacks fits "
+                         f"({'; '.join(sorted(filter(None, set(reasons.values()))))})")
 
     def begin(self) -> tuple[str, list[dict]]:
         """Return the options that decide the rows, as JSON, and earlier rows with the same options."""
-        options = {key: value for key, value in json.loads(json.dumps(vars(self.args), default=str)).items()
+        options = {key: value for key, value in vars(self.args).items()
                    if key not in (*SCOPE_OPTIONS, *PLACE_OPTIONS)}
         text = json.dumps(options, indent=2) + "\n"
         if self.args.overwrite:

@@ -1,5 +1,6 @@
 """Models that an adversary trains on public images alone: decoders of latents or scores, and a generator."""
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,11 @@ BATCH = 128
 Decode = Callable[[Tensor], Tensor]   # codes M x D -> images M x C x H x W
 
 
-def steps(images: Tensor, batch: int = BATCH) -> int:
-    """Return the steps in an epoch of ``fit`` over ``N x C x H x W``."""
-    return -(-len(images) // batch)
-
-
-def fit(parameters: list[Tensor], loss: Callable[[Tensor], Tensor], count: int, epochs: int,
-        batch: int = BATCH) -> None:
-    """Minimise a loss of indices over ``count`` examples by Adam, with a learning rate that falls to 0."""
+def fit(parameters: list[Tensor], loss: Callable[[Tensor], Tensor], count: int, epochs: int, batch: int = BATCH,
+        least: int = 0) -> None:
+    """Minimise a loss of indices over ``count`` examples by Adam, in at least ``least`` steps."""
     optimizer = torch.optim.Adam(parameters, 1e-3)
+    epochs = max(epochs, -(-least // -(-count // batch)))
     total = epochs * -(-count // batch)
     warm = 0.1 if total != 10 else 0.11   # with 10 steps, 0.1 would make OneCycleLR divide by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, max(2, total), pct_start=warm)
@@ -28,12 +25,6 @@ def fit(parameters: list[Tensor], loss: Callable[[Tensor], Tensor], count: int, 
             loss(part).backward()
             optimizer.step()
             schedule.step()
-
-
-def shape_of(images: Tensor) -> tuple[int, int, int]:
-    """Return ``(C, H, W)`` of ``N x C x H x W``."""
-    channels, height, width = images.shape[1:]
-    return channels, height, width
 
 
 def draw(mean: Tensor, logvar: Tensor | None) -> Tensor:
@@ -49,9 +40,9 @@ def standardised(code: Tensor) -> tuple[Tensor, Tensor]:
 class Decoder(nn.Module):
     """Codes ``N x D`` -> images in [0, 1], by two hidden layers and, since encoders end linearly, a linear map."""
 
-    def __init__(self, size: int, image_shape: tuple[int, int, int], width: int = 1024) -> None:
+    def __init__(self, size: int, image_shape: Sequence[int], width: int = 1024) -> None:
         super().__init__()
-        pixels = image_shape[0] * image_shape[1] * image_shape[2]
+        pixels = math.prod(image_shape)
         self.layers = nn.Sequential(nn.Linear(size, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
                                     nn.Linear(width, pixels))
         self.linear = nn.Linear(size, pixels)
@@ -62,14 +53,10 @@ class Decoder(nn.Module):
 
 
 def decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Decode:
-    """Train a ``Decoder`` on public images for the squared error.
-
-    ``mean`` is the code of each image, ``N x D``, and ``logvar`` the log variance of its noise, drawn anew every
-    epoch, or None.
-    """
+    """Train a ``Decoder`` from codes ``N x D``, with noise of a log variance drawn anew every epoch."""
     def drawn(part: Tensor) -> Tensor:
         return draw(mean[part], None if logvar is None else logvar[part])
-    network = Decoder(mean.shape[1], shape_of(images))
+    network = Decoder(mean.shape[1], images.shape[1:])
     centre, spread = standardised(drawn(torch.arange(len(mean))))
     fit(list(network.parameters()), lambda part: (
         network((drawn(part) - centre) / spread) - images[part]).square().mean(), len(images), epochs)
@@ -78,10 +65,7 @@ def decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) ->
 
 
 def ridge(code: Tensor, images: Tensor, weights: tuple[float, ...]) -> list[Decode]:
-    """Fit ridge regressions from codes ``N x D`` to images, one for each weight (Hoerl and Kennard 1970).
-
-    With Z the standardised codes, S their covariance and X the images, a map is ``(S + weight I)^-1 Z^T X / N``.
-    """
+    """Fit ridge regressions from codes ``N x D`` to images, one for each weight (Hoerl and Kennard 1970)."""
     (centre, spread), mean = standardised(code), images.mean(0)
     standard, size = (code - centre) / spread, len(code)
     square = (standard.T @ standard / size).double()
@@ -95,10 +79,7 @@ def ridge(code: Tensor, images: Tensor, weights: tuple[float, ...]) -> list[Deco
 
 def cleaned_ridge(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int,
                   weights: tuple[float, ...] = (1e-4, 1e-2, 1.0)) -> Decode:
-    """Fit a ridge regression, then a small convolutional network that removes its errors; for exact codes.
-
-    Both also work on images that are unlike the public ones, where the hidden layers of ``decoder`` do not.
-    """
+    """Fit a ridge regression and a small network that removes its errors; also for images unlike the public."""
     code, folds = draw(mean, logvar), torch.arange(len(mean)) % 4
     tried = torch.empty(len(weights), *images.shape)   # each image by maps that were not fitted to it
     for fold in range(4):
@@ -119,10 +100,7 @@ def cleaned_ridge(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: i
 
 
 def latent_decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: int) -> Decode:
-    """Train ``decoder`` and ``cleaned_ridge``; return the one with the lower error on a tenth of the images.
-
-    Neither is trained on that tenth. Arguments are those of ``decoder``, for latents that are observed exactly.
-    """
+    """Train ``decoder`` and ``cleaned_ridge``; return the one with the lower error on a tenth kept out."""
     order = torch.randperm(len(mean))
     train, test = order[len(mean) // 10:], order[:len(mean) // 10]
     noise = None if logvar is None else logvar[train]
@@ -135,11 +113,11 @@ def latent_decoder(mean: Tensor, logvar: Tensor | None, images: Tensor, epochs: 
 class Generator(nn.Module):
     """A variational autoencoder of images (Kingma and Welling 2014), whose decoder draws new ones."""
 
-    def __init__(self, image_shape: tuple[int, int, int], size: int = 32) -> None:
+    def __init__(self, image_shape: Sequence[int], size: int = 32) -> None:
         super().__init__()
-        pixels = image_shape[0] * image_shape[1] * image_shape[2]
         self.size = size
-        self.encode = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 512), nn.ReLU(), nn.Linear(512, 2 * size))
+        self.encode = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), 512), nn.ReLU(),
+                                    nn.Linear(512, 2 * size))
         self.decode = Decoder(size, image_shape)
 
     def loss(self, x: Tensor) -> Tensor:
@@ -149,8 +127,8 @@ class Generator(nn.Module):
         return (error + kl_to_standard_normal(mu, logvar)).mean()
 
 
-def generator(images: Tensor, epochs: int) -> Generator:
-    """Train a generator on images ``N x C x H x W``."""
-    network = Generator(shape_of(images))
-    fit(list(network.parameters()), lambda part: network.loss(images[part]), len(images), epochs)
+def generator(images: Tensor, epochs: int, least: int = 0) -> Generator:
+    """Train a generator on images ``N x C x H x W``, in at least ``least`` steps."""
+    network = Generator(images.shape[1:])
+    fit(list(network.parameters()), lambda part: network.loss(images[part]), len(images), epochs, least=least)
     return network.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ from attack import scoring
 from attack.adversaries import Adversary, Budget, Knowledge, hold, public_images
 from attack.attacks import ATTACKS, ClassAttack, IdentificationAttack, ReconstructionAttack
 from attack.observations import Victim
-from attack.scoring import MAX_CANDIDATES, Ranks
+from attack.scoring import MAX_CANDIDATES, RANKS
 from attack.target import Target
 from attack.verdict import FOREIGN, Unit
 from runs.plots import drawable, plt
@@ -29,22 +29,13 @@ Observe = Callable[[np.ndarray], Any]   # numbers of N images -> what an attack 
 
 
 class Outcome(NamedTuple):
-    """The N images of an attack or a control in R restarts, of which the first is the attack's own choice.
+    """The N images of an attack or a control in R restarts, of which the first is the attack's own choice."""
 
-    ``numbers`` and ``label_match`` are ``R x N``: the true images, and whether the adversary knew their labels.
-    ``kl`` is that of the true images' posteriors, nats, ``N``; not a number where there is none.
-    """
-
-    images: Tensor
-    numbers: Tensor
-    label_match: Tensor
-    ranks: Ranks
-    kl: Tensor
-
-    def restarts(self, which: slice) -> "Outcome":
-        """Return some of the restarts."""
-        return Outcome(self.images[which], self.numbers[which], self.label_match[which],
-                       Ranks(*(values[which] for values in self.ranks)), self.kl)
+    images: Tensor        # R x N x C x H x W
+    numbers: Tensor       # R x N, of the true images
+    label_match: Tensor   # R x N, True where the adversary knew the label
+    ranks: Tensor         # 4 x R x N, RANKS
+    kl: Tensor            # N, of the true images' posteriors in nats; NaN where there is none
 
 
 class Evaluation:
@@ -59,8 +50,8 @@ class Evaluation:
         self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, args.client_lr,
                              args.scores)
         seed_torch(args.seed, "evaluator")
-        self.evaluator = scoring.evaluator(target.pixels(self.held_out), target.labels(self.held_out),
-                                           target.data.num_classes)
+        self.evaluator = scoring.Evaluator(target.pixels(self.held_out), target.labels(self.held_out),
+                                           target.data.image_shape, target.data.num_classes)
         self.adversaries: dict[tuple, Adversary] = {}   # the latest, so that it trains once only
         self.features: dict[int, tuple[Tensor, Tensor]] = {}   # of the client attacked last
 
@@ -78,18 +69,6 @@ class Evaluation:
             if not np.isin(numbers, self.train[k]).any():
                 raise InputError(f"--image_numbers: client {k} trains on none of these images")
 
-    def about(self) -> str:
-        """Return one line about the evaluator and the public images."""
-        return (f"evaluator: right on {self.evaluator.accuracy:.1%} of held-out images that it was not "
-                f"trained on; public images: {len(self.public.images)} ({self.args.public})")
-
-    def latents(self, round: int, client: int) -> dict | None:
-        """Return the client's row of attack_latents.csv; None for a method without noise."""
-        images = self.target.pixels(self.train[client])
-        noise = Victim(self.target, round, client).noise(images, self.target.labels(self.train[client]))
-        return noise and {"round": round, "client": client, **noise,
-                          "mse_bound": scoring.distortion_bound(images, noise["bound_nats"])}
-
     def adversary(self, name: str, round: int, client: int) -> Adversary:
         """Return an adversary of one client in one round. A curious client is the one that follows the victim."""
         key = (name, round, client)
@@ -102,7 +81,7 @@ class Evaluation:
             else:
                 knowledge = hold(target, name, round, client, own=(client + 1) % target.options["num_users"])
             self.adversaries = {key: Adversary(
-                knowledge, target.start(round), self.public, target.kl_weight, self.budget,
+                knowledge, target.start(round), self.public, target.options.get("kl_weight") or 0.0, self.budget,
                 lambda what: seed_torch(self.args.seed, f"{name} {what}", client, round))}
         return self.adversaries[key]
 
@@ -115,10 +94,9 @@ class Evaluation:
         """Return why an attack on a client could not be scored; None if it can."""
         attack = ATTACKS[name]
         if isinstance(attack, ClassAttack):
-            lacking = not len(self.classes(client))
-            return f"nobody held out an image of client {client}'s classes" if lacking else None
-        lacking = not len(self.paired(attack, client, 1)[0])
-        return f"no two images of a class of client {client}, one of them as a control" if lacking else None
+            return None if len(self.classes(client)) else f"nobody held out an image of client {client}'s classes"
+        return (None if len(self.paired(attack, client, 1)[0])
+                else f"no two images of a class of client {client}, one of them as a control")
 
     def order(self, client: int, round: int) -> np.ndarray:
         """Return the numbers of a client's training images in the order in which all attacks on it take them."""
@@ -164,20 +142,15 @@ class Evaluation:
 
         def outcome(images: Tensor) -> Outcome:
             nearest = [self._nearest(images[:, p], int(c), unit.client) for p, c in enumerate(labels)]
-            numbers, rank, size, guess = (torch.stack(column, 1) for column in zip(*nearest, strict=True))
+            numbers, ranks = (torch.stack(column, -1) for column in zip(*nearest, strict=True))
             victim = Victim(self.target, unit.round, unit.client)
             guessed = torch.stack([victim.answers(part, self.budget.draws, 10**9).argmax(1) for part in images])
-            return Outcome(images, numbers, guessed == labels, Ranks(rank, rank, size, guess),
-                           torch.full((len(labels),), torch.nan))
-        return {name: outcome(one) for name, one in shown.items()}
+            return Outcome(images, numbers, guessed == labels, ranks, torch.full((len(labels),), torch.nan))
+        return {name: outcome(images) for name, images in shown.items()}
 
     @torch.no_grad()
-    def _nearest(self, images: Tensor, label: int, client: int) -> tuple[Tensor, ...]:
-        """Find the client's training image of a class that is nearest to each of ``R x C x H x W``.
-
-        Returns its number, its rank among images of the client and as many held-out ones, their number, and the
-        share that is the client's.
-        """
+    def _nearest(self, images: Tensor, label: int, client: int) -> tuple[Tensor, Tensor]:
+        """Return the client's image of a class nearest to each of R, and its ``RANKS`` among held-out ones."""
         labels = self.target.data.labels
         own = self.train[client][labels[self.train[client]] == label][:MAX_CANDIDATES]
         held_out = self.held_out[labels[self.held_out] == label]
@@ -185,8 +158,9 @@ class Evaluation:
         pool = self.target.pixels(np.concatenate([own[:size], held_out[:size]]))
         nearest = scoring.distances(images, self.target.pixels(own)).argmin(1)
         is_own = (torch.arange(len(pool)) < size).expand(len(images), -1)
-        return (torch.from_numpy(own)[nearest], scoring.rank_by(scoring.distances(images, pool), is_own),
-                torch.full((len(images),), len(pool)), is_own.double().mean(1))
+        rank = scoring.rank_by(scoring.distances(images, pool), is_own).double()
+        return torch.from_numpy(own)[nearest], torch.stack([
+            rank, rank, torch.full_like(rank, len(pool)), torch.full_like(rank, size / max(len(pool), 1))])
 
     def _attack_images(self, unit: Unit, attack: ReconstructionAttack | IdentificationAttack,
                        adversary: Adversary) -> dict[str, Outcome]:
@@ -203,22 +177,24 @@ class Evaluation:
         def observe(seen: np.ndarray) -> Any:
             return attack.observe(victim, target.pixels(seen), target.labels(seen), budget)
 
-        def rank(images: Tensor) -> Ranks:
-            return Ranks.joined([pool.rank(torch.stack([
+        def rank(images: Tensor) -> Tensor:
+            return torch.cat([pool.rank(torch.stack([
                 scoring.distances(restart[pool.part], target.pixels(pool.numbers)) for restart in images]))
-                for pool in scoring.candidates(target.data.labels, order, numbers)])
+                for pool in scoring.candidates(target.data.labels, order, numbers)], 2)
+
+        def outcome(images: Tensor, guessed: Tensor, ranks: Tensor) -> Outcome:
+            return Outcome(images, torch.from_numpy(numbers).expand(len(images), -1), guessed == labels, ranks, kl)
         if isinstance(attack, IdentificationAttack):
             images, guessed, ranks = self._identify(attack, adversary, observe, numbers, partners, order)
         else:
             images, guessed = (self._solve_batches(attack, adversary, observe, numbers) if attack.unordered
                                else self._solve(attack, adversary, observe, numbers, partners))
             ranks = rank(images)
-        where = torch.from_numpy(numbers)
-        both = Outcome(images, where.expand(len(images), -1), guessed == labels, ranks, kl)
-        outcomes = {"": both.restarts(slice(-1)), FOREIGN: both.restarts(slice(-1, None))}
+        outcomes = {"": outcome(images[:-1], guessed[:-1], ranks[:, :-1]),
+                    FOREIGN: outcome(images[-1:], guessed[-1:], ranks[:, -1:])}
         if self.public.of_classes is not None:
             means = scoring.class_means(self.public.images, self.public.labels, labels)[None]
-            outcomes["class_mean"] = Outcome(means, where[None], labels[None] == labels, rank(means), kl)
+            outcomes["class_mean"] = outcome(means, labels[None], rank(means))
         return outcomes
 
     # Three ways to attack images: (attack, adversary, numbers -> what is observed of these images, numbers N, and
@@ -228,9 +204,8 @@ class Evaluation:
                partners: np.ndarray) -> tuple[Tensor, Tensor]:
         """Observe each image alone. The reconstruction of one is the foreign control of another."""
         seen = np.concatenate([numbers, np.setdiff1d(partners, numbers)])
-        place = {number: i for i, number in enumerate(seen)}
         images, guessed = attack.solve(adversary, observe(seen), len(seen))
-        images, foreign = finite(images), [place[number] for number in partners]
+        images, foreign = finite(images), (seen == partners[:, None]).argmax(1)
         return (torch.cat([images[:, :len(numbers)], images[:1, foreign]]),
                 torch.stack([*[guessed[:len(numbers)]] * len(images), guessed[foreign]]))
 
@@ -250,7 +225,7 @@ class Evaluation:
         return torch.cat(images, 1), torch.cat(guessed, 1)
 
     def _identify(self, attack: IdentificationAttack, adversary: Adversary, observe: Observe, numbers: np.ndarray,
-                  partners: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor, Ranks]:
+                  partners: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Return the likeliest candidates given an image's and its partner's observation, and their ranks."""
         chosen_images, labels, ranks = [], [], []
         for pool in scoring.candidates(self.target.data.labels, order, numbers):
@@ -261,22 +236,21 @@ class Evaluation:
             chosen_images.append(images[chosen])
             labels.append(guessed)
             ranks.append(pool.rank(-likely))
-        return torch.cat(chosen_images, 1), torch.cat(labels, 1), Ranks.joined(ranks)
+        return torch.cat(chosen_images, 1), torch.cat(labels, 1), torch.cat(ranks, 2)
 
     def rows(self, unit: Unit, outcome: Outcome, control: str) -> list[dict]:
         """Return rows of attack.csv, one for each restart and image."""
-        rows, ranks = [], outcome.ranks
+        rows = []
         for restart, images in enumerate(outcome.images):
             numbers = outcome.numbers[restart]
             true, labels = self.target.pixels(numbers), self.target.labels(numbers)
             found, features = (self.evaluator.features(part) for part in (images, true))
-            columns = {"label": labels, "image": numbers, **scoring.similarity(images, true),
+            ranks = dict(zip(RANKS, outcome.ranks[:, restart], strict=True))
+            columns = {"label": labels, "image": numbers, **scoring.similarity(images, true), **ranks,
                        "label_match": outcome.label_match[restart].int(),
                        "evaluator_correct": (self.evaluator.classes(images) == labels).int(),
-                       "nearest_rank": ranks.rank[restart], "class_rank": ranks.class_rank[restart],
                        **scoring.feature_distances(found, features, labels, *self.own_features(unit.client)),
-                       "identified": (ranks.rank[restart] == 1).int(), "guess": ranks.guess[restart],
-                       "class_size": ranks.class_size[restart], "kl_nats": outcome.kl}
+                       "identified": (ranks["nearest_rank"] == 1).int(), "kl_nats": outcome.kl}
             values = zip(*(column.tolist() for column in columns.values()), strict=True)
             rows += [{**unit._asdict(), "restart": restart, "control": control,
                       **dict(zip(columns, image, strict=True))} for image in values]

@@ -1,11 +1,9 @@
-"""Gradient inversion: from a client's gradient or update back to the input of its head.
+"""Gradient inversion: from a client's gradient or update back to the input of its head, an image or a latent.
 
-The input is an image under FedAvg and similar methods, and a latent under a method with a private encoder.
-One gradient or update is one problem. Several problems are solved as one batch, with ``vmap``.
-
-In shapes, R is the number of restarts, P of problems, and B of images behind one gradient.
+One gradient or update is one problem. Several are solved as one batch. In shapes, R is the number of restarts, P
+of problems, and B of images behind one gradient.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,40 +15,26 @@ from attack.adversaries import Adversary, flatten, held, moment_distance, poster
 from server.base import State
 
 
-def loss_of(head: nn.Module) -> Callable[[State, Tensor, Tensor], Tensor]:
-    """Return a function ``(parameters, inputs, labels) -> mean cross-entropy``; labels may be probabilities."""
-    return lambda parameters, x, y: F.cross_entropy(functional_call(head, parameters, (x,)), y)
-
-
-def parameters_of(head: nn.Module) -> State:
-    """Return the head's parameters by name, without gradients."""
-    return {name: value.detach() for name, value in head.named_parameters()}
-
-
-def gradient(head: nn.Module, x: Tensor, y: Tensor) -> State:
-    """Return the gradient of one step on inputs ``B x C x H x W`` and labels ``B``, by parameter name."""
-    return grad(loss_of(head))(parameters_of(head), x, y)
+def gradient(head: nn.Module, x: Tensor, y: Tensor, at: State | None = None) -> State:
+    """Return the gradient of the mean cross-entropy on ``B x C x H x W``; labels may be probabilities."""
+    return grad(lambda parameters: F.cross_entropy(functional_call(head, parameters, (x,)), y))(
+        head.state_dict() if at is None else at)
 
 
 def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -> State:
     """Return the sum of the gradients of one epoch of SGD in the given order, differentiable in ``x``."""
-    now = parameters_of(head)
+    now: State = head.state_dict()
     total = {name: torch.zeros_like(value) for name, value in now.items()}
     for part, labels in zip(x.split(batch), y.split(batch), strict=True):
-        slope = grad(loss_of(head))(now, part, labels)
+        slope = gradient(head, part, labels, now)
         now = {name: value - lr * slope[name] for name, value in now.items()}
         total = {name: value + slope[name] for name, value in total.items()}
     return total
 
 
 def labels_of(observed: State, count: int, steps: int = 1) -> Tensor:
-    """Return the labels behind the sum of ``steps`` gradients over ``count`` images, in ascending order.
-
-    The label of one image is the only negative entry of the last bias's gradient (iDLG, Zhao et al. 2020, arXiv
-    2001.02610). Of several, each lowers its entry by ``steps / count`` (after Wainakh et al. 2021, arXiv
-    2105.09369).
-    """
-    left, labels = observed["output.bias"].clone(), []
+    """Return the labels behind the sum of ``steps`` gradients over ``count`` images, in ascending order."""
+    left, labels = observed["output.bias"].clone(), []   # each image lowers its own (after Wainakh et al. 2021)
     for _ in range(count):
         labels.append(int(left.argmin()))
         left[labels[-1]] += steps / count
@@ -80,17 +64,12 @@ def best_first(found: Tensor, value: Tensor, restarts: int) -> tuple[Tensor, Ten
 
 
 def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: Tensor, start: Tensor,
-           iterations: int, tv: float, bounded: bool, lr: float = 0.1) -> tuple[Tensor, Tensor]:
+           iterations: int, tv: float, bounded: bool) -> tuple[Tensor, Tensor]:
     """Minimise cosine distance + total variation by signed Adam (Geiping et al. 2020, arXiv 2003.14053).
 
-    Args:
-        change: inputs ``B x C x H x W`` and labels ``B`` -> the gradient or update that they would cause.
-        observed, labels: what to match, ``P x ...`` for each parameter, and ``P x B``.
-        start: where the search starts, ``R x P x B x C x H x W``.
-        bounded: keep the inputs in [0, 1], for images; not for latents.
-
-    Returns:
-        The inputs and their objectives, ``R x P``. Each problem's best restart comes first.
+    ``change`` turns inputs ``B x C x H x W`` and labels ``B`` into the gradient or update that they would cause;
+    it is to match ``observed``, ``P x ...`` by name. Labels are ``P x B`` and starts ``R x P x B x C x H x W``.
+    Returns the inputs and their objectives ``R x P``, each problem's best restart first.
     """
     restarts = len(start)
     x = start.flatten(0, 1).clone().requires_grad_()
@@ -100,28 +79,14 @@ def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: T
     def objective(x: Tensor, y: Tensor, observed: State) -> Tensor:
         return cosine_distance(change(x, y), observed) + tv * total_variation(x).mean()
 
-    optimizer = torch.optim.Adam([x], lr)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, [round(iterations * share) for share in (0.375, 0.625, 0.875)], 0.1)
-    for _ in range(iterations):
-        value = vmap(objective)(x, y, many)
-        slope, = torch.autograd.grad(value.sum(), x)
-        x.grad = slope.sign()
-        optimizer.step()
-        schedule.step()
-        if bounded:
-            x.data.clamp_(0, 1)
-    with torch.no_grad():
-        value = vmap(objective)(x, y, many).nan_to_num(torch.inf)
-    return best_first(x.detach(), value, restarts)
+    drops = [round(iterations * share) for share in (0.375, 0.625, 0.875)]
+    value = descend(lambda: vmap(objective)(x, y, many), x, iterations, 0.1, drops=drops, bounded=bounded,
+                    signed=True)
+    return best_first(x.detach(), value.nan_to_num(torch.inf), restarts)
 
 
 def deep_leakage(head: nn.Module, observed: State, start: Tensor, iterations: int) -> tuple[Tensor, float]:
-    """Search an input and a soft label by L-BFGS: DLG (Zhu et al. 2019, arXiv 1906.08935).
-
-    Returns the input, ``1 x C x H x W``, and the squared distance of its gradient; infinite if the search
-    diverged.
-    """
+    """Search an input and a soft label by L-BFGS (DLG, Zhu et al. 2019); return the input and its error."""
     x = start.clone().requires_grad_()
     y = torch.zeros(1, len(observed["output.bias"]), requires_grad=True)
     optimizer = torch.optim.LBFGS([x, y], lr=1.0, max_iter=iterations, history_size=100,
@@ -139,20 +104,22 @@ def deep_leakage(head: nn.Module, observed: State, start: Tensor, iterations: in
     return x.detach(), final if final == final and value == value else float("inf")
 
 
-def descend(objective: Callable[[], Tensor], x: Tensor, iterations: int, lr: float, *, cosine: bool = True,
-            bounded: bool = True) -> Tensor:
-    """Minimise an objective of N independent searches over ``x`` by Adam; return its values at the end, ``N``.
+def descend(objective: Callable[[], Tensor], x: Tensor, iterations: int, lr: float, *,
+            drops: Sequence[int] | None = None, bounded: bool = True, signed: bool = False) -> Tensor:
+    """Minimise the objectives ``N`` of independent searches over ``x`` by Adam, in place; return the last ones.
 
-    ``x`` is changed in place. With ``cosine``, the learning rate falls to 0; ``bounded`` keeps x in [0, 1].
+    The learning rate falls to 0 by a cosine, or tenfold after each of the steps ``drops``. ``bounded`` keeps x in
+    [0, 1]; ``signed`` uses the gradient's signs alone.
     """
     optimizer = torch.optim.Adam([x], lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) if cosine else None
+    schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) if drops is None
+                else torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, 0.1))
     for _ in range(iterations):
-        optimizer.zero_grad()
-        objective().sum().backward()
+        x.grad, = torch.autograd.grad(objective().sum(), x)
+        if signed:
+            x.grad.sign_()
         optimizer.step()
-        if schedule is not None:
-            schedule.step()
+        schedule.step()
         if bounded:
             x.data.clamp_(0, 1)
     with torch.no_grad():
@@ -161,27 +128,16 @@ def descend(objective: Callable[[], Tensor], x: Tensor, iterations: int, lr: flo
 
 def from_features(features: Callable[[Tensor], Tensor], goal: Tensor, start: Tensor, iterations: int,
                   tv: float, bounded: bool, lr: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Search inputs ``R x P x C x H x W`` whose features are a goal ``P x D``, by Adam; returns as ``invert``.
-
-    The objective is ``|f(x) - goal|^2 / |goal|^2 + tv * TV(x)``.
-    """
-    restarts = len(start)
-    x = start.flatten(0, 1).clone().requires_grad_()
-    goal = goal.repeat(restarts, 1)
+    """Minimise ``|f(x) - goal|^2 / |goal|^2 + tv * TV(x)`` over ``R x P x C x H x W``; returns as ``invert``."""
+    x, goal = start.flatten(0, 1).clone().requires_grad_(), goal.repeat(len(start), 1)
     scale = goal.square().sum(1).clamp_min(1e-12)
 
     def objective() -> Tensor:
         return (features(x) - goal).square().sum(1) / scale + tv * total_variation(x)
-    value = descend(objective, x, iterations, lr, bounded=bounded)
-    return best_first(x.detach(), value, restarts)
+    return best_first(x.detach(), descend(objective, x, iterations, lr, bounded=bounded), len(start))
 
 
 # Attacks: (adversary, gradients of the head or its update, N) -> images R x N x C x H x W, labels N.
-
-def stacked(observed: list[State]) -> State:
-    """Return P gradients as one, whose values are ``P x ...``."""
-    return {name: torch.stack([gradient[name] for gradient in observed]) for name in observed[0]}
-
 
 def single_labels(observed: list[State]) -> Tensor:
     """Return the label behind each gradient of one image, ``N``."""
@@ -200,24 +156,29 @@ def dlg(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor
     return adversary.decode_inputs(found, labels), labels
 
 
+def matched(adversary: Adversary, change: Callable[[Tensor, Tensor], State], observed: list[State],
+            labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Run ``invert`` on what was observed of images with labels ``P x B``."""
+    knowledge = adversary.knowledge
+    start = adversary.random_inputs(*labels.shape, *knowledge.image_shape)
+    together = {name: torch.stack([update[name] for update in observed]) for name in observed[0]}
+    tv = 0.0 if knowledge.has_encoder else 1e-2   # latents are not smooth
+    inputs, _ = invert(change, together, labels, start, adversary.budget.iterations, tv, not knowledge.has_encoder)
+    return adversary.decode_inputs(inputs.flatten(1, 2), labels.flatten()), labels.flatten()
+
+
 def cosine_tv(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """Run ``invert`` on each image's gradient."""
-    head, labels = held(adversary.knowledge.next_head), single_labels(observed)
-    start = adversary.random_inputs(count, 1, *adversary.knowledge.image_shape)
-    found, _ = invert(lambda x, y: gradient(head, x, y), stacked(observed), labels[:, None], start,
-                      adversary.budget.iterations, adversary.tv_weight(1e-2), not adversary.knowledge.has_encoder)
-    return adversary.decode_inputs(found.squeeze(2), labels), labels
+    head = held(adversary.knowledge.next_head)
+    return matched(adversary, lambda x, y: gradient(head, x, y), observed, single_labels(observed)[:, None])
 
 
 def invert_update(adversary: Adversary, observed: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
     """Run ``invert`` on one update of several images, by simulating the same steps."""
-    knowledge, budget = adversary.knowledge, adversary.budget
-    head, batch = held(knowledge.next_head), -(-count // steps)
+    head, batch = held(adversary.knowledge.next_head), -(-count // steps)
     labels = labels_of(observed[0], count, min(steps, count))
-    start = adversary.random_inputs(1, count, *knowledge.image_shape)
-    found, _ = invert(lambda x, y: epoch_update(head, x, y, budget.lr, batch), stacked(observed), labels[None],
-                      start, budget.iterations, adversary.tv_weight(1e-2), not knowledge.has_encoder)
-    return adversary.decode_inputs(found.squeeze(1), labels), labels
+    return matched(adversary, lambda x, y: epoch_update(head, x, y, adversary.budget.lr, batch), observed,
+                   labels[None])
 
 
 def from_dense(layers: nn.Module, name: str, observed: list[State], start: Tensor, iterations: int, tv: float,
@@ -233,7 +194,7 @@ def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[T
     knowledge, labels = adversary.knowledge, single_labels(observed)
     found = from_dense(held(knowledge.next_head).get_submodule("features"), "features", observed,
                        adversary.random_inputs(count, *knowledge.image_shape), adversary.budget.iterations,
-                       adversary.tv_weight(1e-4), not knowledge.has_encoder)
+                       0.0 if knowledge.has_encoder else 1e-4, not knowledge.has_encoder)
     return adversary.decode_inputs(found, labels), labels
 
 

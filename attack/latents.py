@@ -1,13 +1,5 @@
 """Attacks on latents: an image's z is observed, or recovered from a gradient, and turned back into the image.
 
-``--observe`` says what an attacker with the stolen model sees of each image:
-
-| z      | one draw of z                                                                             |
-| zN     | N draws, as a prediction makes ``--eval_samples`` of them                                 |
-| rounds | one draw in each round up to the one attacked, with the encoder that the client had then  |
-| mu     | the mean of z                                                                             |
-| train  | one draw with the encoder's dropout, as in training                                       |
-
 In shapes, S is the number of draws under one encoder, N of images, D of a latent's values and M of candidates.
 """
 import math
@@ -19,7 +11,7 @@ from torch import Tensor
 from attack import decoders, gradients
 from attack.adversaries import Adversary, Budget, Knowledge, flatten, held, hold, posterior_in_parts
 from attack.observations import Victim
-from models import as_image, reparameterise
+from models import as_image
 from server.base import State
 
 OBSERVED = (r"z([2-9]|[1-9]\d{1,3})?|rounds|mu|train",
@@ -30,14 +22,11 @@ AT_ONCE = 1024      # candidates whose likelihood is computed together
 
 @dataclass(frozen=True)
 class Seen:
-    """Observed latents of N images under one encoder, ``S x N x D``.
+    """Observed latents of N images under one encoder."""
 
-    ``model`` is None for the encoder of the adversary's own round; ``noisy`` is False for the mean of z.
-    """
-
-    draws: Tensor
-    model: Knowledge | None = None
-    noisy: bool = True
+    draws: Tensor                    # S x N x D
+    model: Knowledge | None = None   # None for the encoder of the adversary's own round
+    noisy: bool = True               # False for the mean of z
 
     def posterior(self, adversary: Adversary, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return mean and log variance of a draw, ``M x D`` each, for images; the latter is None without noise."""
@@ -65,8 +54,7 @@ def observe(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[Seen]:
 def drawn(view: Knowledge, x: Tensor, draws: int) -> Tensor:
     """Draw z of images ``N x C x H x W``: ``S x N x D``."""
     mu, logvar = posterior_in_parts(view, x)
-    mu = mu.expand(draws, *mu.shape)
-    return mu if logvar is None else reparameterise(mu, logvar.expand_as(mu))
+    return decoders.draw(mu.expand(draws, *mu.shape), None if logvar is None else logvar.expand(draws, *mu.shape))
 
 
 def labels_of(adversary: Adversary, latents: list[Seen]) -> Tensor:
@@ -102,14 +90,10 @@ def search(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tenso
 
 
 def most_likely(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
-    """Search the most likely image that a generator can draw: the largest ``log q(z|G(c)) + log N(c; 0, I)``.
-
-    The generator learns public images of the classes that z shows. The search starts at the picture of ``decode``:
-    from a random code it ends far from the image.
-    """
+    """Search a generator's image with the largest ``log q(z|G(c)) + log N(c; 0, I)``, from that of ``decode``."""
     (rough,), labels = decode(adversary, latents, count)
     (images, _), budget = adversary.public.of(labels), adversary.budget
-    generator = decoders.generator(images, max(budget.epochs, -(-PRIOR_STEPS // decoders.steps(images))))
+    generator = decoders.generator(images, budget.epochs, PRIOR_STEPS)
     code = generator.encode(rough)[:, :generator.size].repeat(budget.restarts, 1)
     code[count:] += 0.5 * torch.randn_like(code[count:])   # the first restart is the decoder's own picture
     code.requires_grad_()
@@ -128,31 +112,24 @@ def most_likely(adversary: Adversary, latents: list[Seen], count: int) -> tuple[
 
 
 def likelihood(adversary: Adversary, latents: list[Seen], candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``log q(z|x)`` of M candidates up to a constant, ``N x M``, over all draws, and the labels."""
+    """Return ``log_likelihood`` and the labels."""
     return log_likelihood(adversary, latents, candidates), labels_of(adversary, latents)
 
 
 def log_likelihood(adversary: Adversary, latents: list[Seen], images: Tensor) -> Tensor:
-    """Return ``likelihood`` without the labels, ``N x M``, in double precision."""
-    return torch.cat([sum((_of_draws(seen.draws, *seen.posterior(adversary, part)) for seen in latents),
+    """Return ``log q(z|x)`` of M images over all draws up to a constant, ``N x M``, in double precision."""
+    def of_draws(draws: Tensor, mu: Tensor, logvar: Tensor | None) -> Tensor:
+        logvar = torch.zeros_like(mu) if logvar is None else logvar
+        draws, mu, logvar = draws.double(), mu.double(), logvar.double()
+        weight = (-logvar).exp()   # sum (z - mu)^2 / sigma^2, expanded so that no tensor is N x M x D
+        squares = draws.square().sum(0) @ weight.T - 2 * draws.sum(0) @ (mu * weight).T
+        return -0.5 * (squares + len(draws) * (mu.square() * weight + logvar).sum(1))
+    return torch.cat([sum((of_draws(seen.draws, *seen.posterior(adversary, part)) for seen in latents),
                           torch.zeros(())) for part in images.split(AT_ONCE)], 1)
 
 
-def _of_draws(draws: Tensor, mu: Tensor, logvar: Tensor | None) -> Tensor:
-    """Return the sum over draws ``S x N x D`` of ``log N(z; mu, sigma^2)`` up to a constant, ``N x M``."""
-    logvar = torch.zeros_like(mu) if logvar is None else logvar
-    draws, mu, logvar = draws.double(), mu.double(), logvar.double()
-    weight = (-logvar).exp()   # sum (z - mu)^2 / sigma^2, expanded so that no tensor is N x M x D
-    squares = draws.square().sum(0) @ weight.T - 2 * draws.sum(0) @ (mu * weight).T
-    return -0.5 * (squares + len(draws) * (mu.square() * weight + logvar).sum(1))
-
-
 def posterior_mean(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
-    """Average the public images, weighted by their likelihood: ``softmax(log q(z|x)) @ x``.
-
-    For images drawn from the public ones no picture has a smaller expected squared error. Without noise, as of
-    ``mu``, it is the image with the nearest latent.
-    """
+    """Average the public images by ``softmax(log q(z|x))``; without noise, take that with the nearest latent."""
     labels = labels_of(adversary, latents)
     images, _ = adversary.public.of(labels)
     logs = log_likelihood(adversary, latents, images)
@@ -164,7 +141,6 @@ def posterior_mean(adversary: Adversary, latents: list[Seen], count: int) -> tup
 
 def gradient_reidentification(adversary: Adversary, observed: list[State],
                               candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Recover latents by ``gradients.head_inputs``, and return the likelihood of candidates, ``N x M``."""
+    """Return ``log_likelihood`` of latents recovered by ``gradients.head_inputs``, and the labels."""
     latents = flatten(gradients.head_inputs(adversary, observed))
-    labels = gradients.single_labels(observed)
-    return log_likelihood(adversary, [Seen(latents[None])], candidates), labels
+    return log_likelihood(adversary, [Seen(latents[None])], candidates), gradients.single_labels(observed)

@@ -1,11 +1,7 @@
-"""Membership inference: attacks that ask of an image whether a client was trained on it, and how well they tell.
-
-An attack is given images and their labels, members and non-members mixed, and what its adversary holds. It gives
-each image a score, the higher the likelier a member. It never sees which images are members.
-"""
+"""Membership inference: attacks that score how likely a client was trained on an image, and their measures."""
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -16,13 +12,13 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from attack.adversaries import Knowledge, PublicImages, hold, posterior_in_parts, public_images, shadow_encoder
-from attack.attacks import SHARED_HEAD, WHOLE_HEAD, lacking
+from attack.attacks import NOISE, SHARED_HEAD, WHOLE_HEAD, Attack, Need
+from attack.classes import log_odds
 from attack.observations import Victim
 from attack.target import Target
 from attack.verdict import Unit
 from models import Network, as_image, reparameterise
 from sampling import sample_clients
-from server.base import State
 from update import ClientState, Diverged, Trainer, Training
 from utils import InputError, choose_precision, rng, seed_torch
 
@@ -37,11 +33,11 @@ MODELS = ("stolen_model", "prediction_api")
 
 
 class Asked(NamedTuple):
-    """The images asked about, and whether the client was trained on each, which only the measure sees."""
+    """The images asked about."""
 
     images: Tensor
     labels: Tensor
-    member: ndarray
+    member: ndarray   # True where the client was trained on it, which only the measure sees
 
 
 def asked(target: Target, client: int) -> Asked | None:
@@ -69,24 +65,19 @@ class MembershipAdversary:
 
     def references(self, images: Tensor, labels: Tensor, count: int) -> list[Network]:
         """Return models trained as the victim was, each on ``count`` of the public images."""
-        key = (count, *labels.unique().tolist())
+        key, like = (count, *labels.unique().tolist()), (self.round, self.client, self.args.train_epochs)
         if key not in self.trained:
-            self.trained[key] = [self._reference(i, images, labels, count) for i in range(self.args.references)]
+            self.trained[key] = []
+            for number in range(self.args.references):
+                draw = rng(self.args.seed, f"reference {number}", self.client, self.round)
+                chosen = torch.from_numpy(draw.permutation(len(images))[:count])
+                self.trained[key].append(train_reference(self.target, like, int(draw.integers(2**31)),
+                                                         images[chosen], labels[chosen]))
         return self.trained[key]
-
-    def _reference(self, number: int, images: Tensor, labels: Tensor, count: int) -> Network:
-        draw = rng(self.args.seed, f"reference {number}", self.client, self.round)
-        chosen = torch.from_numpy(draw.permutation(len(images))[:count])
-        return train_reference(self.target, (self.round, self.client, self.args.train_epochs),
-                               int(draw.integers(2**31)), images[chosen], labels[chosen])
 
 
 def schedule(target: Target, last: int, client: int, epochs: int | None) -> list[tuple[int, int]]:
-    """Return the rounds up to the last in which a reference trains, and the local epochs in each.
-
-    They are those in which the client trained, or all if it keeps nothing to itself; or as many as ``epochs``
-    fill.
-    """
+    """Return the rounds in which a reference trains, as the client did or ``epochs`` fill, and their epochs."""
     options, names, each = target.options, target.network().state_dict(), target.options["local_ep"]
     if epochs:
         return [(done // each + 1, min(each, epochs - done)) for done in range(0, epochs, each)]
@@ -100,11 +91,7 @@ def schedule(target: Target, last: int, client: int, epochs: int | None) -> list
 
 def train_reference(target: Target, like: tuple[int, int, int | None], seed: int, images: Tensor,
                     labels: Tensor) -> Network:
-    """Train a model alone, by the code that clients train by, from the seeded start (LiRA's shadow models).
-
-    It differs from the victim in images and draws only (Carlini et al. 2022, arXiv 2112.03570); averaging and the
-    server's noise are not repeated. ``like`` is the last round, client and epochs of ``schedule``.
-    """
+    """Train a model alone as clients train, from the seeded start; ``like`` are arguments of ``schedule``."""
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).contiguous()   # as clients store them
     network = target.start(0).to(memory_format=torch.channels_last)   # of round 0: before the full sharing rounds
     try:
@@ -135,21 +122,18 @@ def answer_of(name: str, adversary: MembershipAdversary) -> Answer:
 
 @torch.no_grad()
 def confidence(answer: Answer, images: Tensor, labels: Tensor) -> Tensor:
-    """Return ``log(p / (1 - p))`` with p the probability of the true label, float64 ``N``.
-
-    Unlike ``log p`` it tells images apart where p rounds to 1. A p that a service did not tell is the rest.
-    """
+    """Return ``log(p / (1 - p))`` of the true label, float64 ``N``; a p that is not told is the rest."""
     logs = torch.cat([answer(part) for part in images.split(PART)]).double()
     true = F.one_hot(labels, logs.shape[1]).bool()
     rest = (1 - logs.exp().sum(1, keepdim=True)).clamp_min(LEAST).log()
     logs = torch.where(true & logs.isneginf(), rest, logs).clamp_min(float(np.log(LEAST)))
-    return logs[true] - logs.masked_fill(true, -torch.inf).logsumexp(1)
+    return log_odds(logs, labels)
 
 
 # Attacks: (adversary's name, adversary, images N x C x H x W, labels N) -> scores, float64 N.
 
 def loss(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
-    """Score by the loss (Yeom et al. 2018, arXiv 1709.01604): the surer, the likelier a member."""
+    """Score by the loss: the surer, the likelier a member."""
     return confidence(answer_of(name, adversary), images, labels)
 
 
@@ -161,10 +145,9 @@ def kl(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor
 
 
 def rmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
-    """Score by RMIA, offline, with few references (Zarifzadeh et al. 2024, arXiv 2312.03262).
+    """Score by offline RMIA: the share of public z with ``p(x|victim) / p(x) >= gamma p(z|victim) / p(z)``.
 
-    A score is the share of public z for which ``p(x|victim) / p(x) >= gamma p(z|victim) / p(z)``. References have
-    not seen x, so ``p(x) = ((1 + a) p_out(x) + 1 - a) / 2`` with their mean ``p_out``.
+    References have not seen x, so ``p(x) = ((1 + a) p_out(x) + 1 - a) / 2`` with their mean ``p_out``.
     """
     args, (public, known) = adversary.args, adversary.public.of(labels)
     size = min(POPULATION, len(public) // 4)   # z, which no reference has seen
@@ -183,15 +166,11 @@ def rmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tens
 
 
 def fedmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
-    """Score by the loss under the victim's upload, standardised by the other clients' and averaged over rounds.
-
-    After FedMIA (Zhu et al. 2025, CVPR, arXiv 2402.06289): no other client has trained on x. Behind an encoder,
-    the server trains a shadow encoder with the head that it had sent.
-    """
+    """Score by the loss under the upload, standardised by other clients' and averaged over rounds."""
     scores, target = [], adversary.target
     for r in adversary.rounds:
         uploads = target.shared(r)["uploads"]   # read once: that is every client's head
-        if not comparable(uploads, adversary.client):
+        if adversary.client not in uploads or len(uploads) < 3:
             continue
         inputs = latents(shadow(adversary, r, labels), images, adversary.args.draws) if target.has_encoder else (
             images[:, None])
@@ -228,48 +207,39 @@ def shadow(adversary: MembershipAdversary, round: int, labels: Tensor) -> Knowle
     start, public = target.start(adversary.round), adversary.public.of(labels)
     seed_torch(args.seed, "shadow", adversary.client, round)
     epochs = args.train_epochs or round * target.options.get("local_ep", 1)
-    return shadow_encoder(sent, start, *public, epochs, target.kl_weight)
+    return shadow_encoder(sent, start, *public, epochs, target.options.get("kl_weight") or 0.0)
 
 
-def comparable(uploads: dict[int, State], client: int) -> bool:
-    """Return True if the client and at least two others uploaded."""
-    return client in uploads and len(uploads) > 2
-
-
-class MembershipAttack(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class MembershipAttack(Attack):
     """A row of the table; an attack that looks at ``all_rounds`` at once gives one row for them."""
 
     score: Callable[[str, MembershipAdversary, Tensor, Tensor], Tensor]
-    adversaries: tuple[str, ...]
-    source: str
     all_rounds: bool = False
 
 
+SEEDED_ENCODER: Need = ("needs references whose encoders are trained as in the run of --encoders_from",
+                        lambda target, adversary: not target.options.get("encoders_from"))
 MEMBERSHIP_ATTACKS = {
-    "loss": MembershipAttack(loss, MODELS, "Yeom et al. 2018, arXiv 1709.01604"),
-    "kl": MembershipAttack(kl, ("stolen_model",), "the KL term of the client's own loss"),
-    "rmia": MembershipAttack(rmia, MODELS, "Zarifzadeh et al. 2024, arXiv 2312.03262"),
-    "fedmia": MembershipAttack(fedmia, ("curious_server",), "after Zhu et al. 2025, arXiv 2402.06289",
-                               all_rounds=True),
+    "loss": MembershipAttack(score=loss, adversaries=MODELS, source="Yeom et al. 2018, arXiv 1709.01604"),
+    "kl": MembershipAttack(score=kl, adversaries=("stolen_model",), source="the KL term of the client's own loss",
+                           needs=(NOISE,)),
+    "rmia": MembershipAttack(score=rmia, adversaries=MODELS, source="Zarifzadeh et al. 2024, arXiv 2312.03262",
+                             needs=(SEEDED_ENCODER,)),
+    "fedmia": MembershipAttack(score=fedmia, adversaries=("curious_server",), all_rounds=True,
+                               source="after Zhu et al. 2025, arXiv 2402.06289", needs=(SHARED_HEAD, WHOLE_HEAD)),
 }
 
 
 def obstacle(target: Target, unit: Unit, rounds: list[int]) -> str | None:
     """Return why an attack cannot be run or scored; None if it can."""
     attack = MEMBERSHIP_ATTACKS[unit.attack]
-    if unit.adversary not in attack.adversaries:
-        return "needs what this adversary does not have"
+    if why := attack.unfit(target, unit.adversary):
+        return why
     if asked(target, unit.client) is None:
         return f"client {unit.client} holds out no image of a class that it trained on"
-    if unit.attack == "kl" and not target.method.network.variational:
-        return "needs an encoder with noise"
-    if unit.attack == "rmia" and target.options.get("encoders_from"):
-        return "needs references whose encoders are trained as in the run of --encoders_from"
-    if not attack.all_rounds:
-        return None
-    if why := lacking((SHARED_HEAD, WHOLE_HEAD), target, unit.adversary):
-        return why
-    if not any(comparable(target.shared(r)["uploads"], unit.client) for r in rounds):
+    uploads = [target.shared(r)["uploads"] for r in rounds] if attack.all_rounds else []
+    if attack.all_rounds and not any(unit.client in each and len(each) > 2 for each in uploads):
         return f"client {unit.client} and two others uploaded together in no round"
     return None
 
@@ -313,9 +283,8 @@ def measure(scores: ndarray, classes: ndarray, member: ndarray) -> dict[str, flo
     inside, outside = scores[member], scores[~member]
     weights, draw = class_weights(classes[member], classes[~member]), rng(0, "membership bootstrap")
     samples = list(zip(resampled(classes[member], draw), resampled(classes[~member], draw), strict=True))
-    metrics: dict[str, Callable[..., float]] = {"auc": auc}
-    for rate in FALSE_POSITIVE_RATES:
-        metrics[f"tpr_at_fpr_{rate:g}"] = partial(tpr, rate=rate)
+    metrics: dict[str, Callable[..., float]] = {
+        "auc": auc, **{f"tpr_at_fpr_{rate:g}": partial(tpr, rate=rate) for rate in FALSE_POSITIVE_RATES}}
     figures: dict[str, float] = {}
     for name, metric in metrics.items():
         drawn = [metric(inside[i], outside[j], weights[i]) for i, j in samples]

@@ -2,12 +2,9 @@
 
     python attack/membership.py --run mnist10k-shards-rve_pfl-seed1
 
-A client's training images are the members, its held-out images of the same classes the non-members. Every attack
-that fits is run by every adversary, unless options choose some. Written to results/<run>/membership.csv: a row
-for each attack by each adversary on each client after each round; membership.json has the options.
-
-An adversary reads only its own files (adversaries.py). Whatever it trains, it trains on images that no client
-owns, or on another data set (--public). After an interruption, the same command goes on where it stopped.
+A client's training images are the members, its held-out images of the same classes the non-members. Written to
+results/<run>/membership.csv: a row for each attack by each adversary on each client after each round;
+membership.json has the options.
 """
 import sys
 from argparse import Namespace
@@ -42,16 +39,14 @@ class Membership(Command):
     adversaries, attacks = ("curious_server", *MODELS), MEMBERSHIP_ATTACKS
     draws, public_images = 8, 4000
 
-    @staticmethod
-    def options() -> list[Option]:
-        return [
-            Option("references", "how many models `rmia` trains to compare with", int, 4, within=(1, 1000)),
-            Option("train_epochs", "epochs of training on public images (if not given: as many as a client has "
-                   "trained by then)", int, within=(1, HUGE)),
-            Option("scaling", "how far `rmia` trusts its references: a of its offline form", float, 0.3,
-                   within=(0, 1)),
-            Option("gamma", "`rmia` counts a public image if the ratio is so many times its own", float, 1.0,
-                   within=(1, 1000))]
+    options = (
+        Option("references", "how many models `rmia` trains to compare with", int, 4, within=(1, 1000)),
+        Option("train_epochs", "epochs of training on public images (if not given: as many as a client has "
+               "trained by then)", int, within=(1, HUGE)),
+        Option("scaling", "how far `rmia` trusts its references: a of its offline form", float, 0.3,
+               within=(0, 1)),
+        Option("gamma", "`rmia` counts a public image if the ratio is so many times its own", float, 1.0,
+               within=(1, 1000)))
 
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)

@@ -3,15 +3,8 @@
     python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
 
 Every attack that fits is run by every adversary, unless options choose some. Written to results/<run>/:
-
-- attack.csv: a row for each reconstruction and each control; attack.json has the options;
-- attack_summary.csv: their means with 95 % bootstrap intervals;
-- attack_latents.csv: how much a latent z can tell at most;
-- attack_<adversary>_<attack>_round<r>_client<k>.png: reconstructions beside the true images and controls; after
-  the attack's name what it observes, if that is not one draw of z.
-
-An adversary reads only its own files (adversaries.py). Whatever it trains, it trains on images that no client
-owns, or on another data set (--public). After an interruption, the same command goes on where it stopped.
+attack.csv, a row for each reconstruction and each control; attack.json, the options; attack_summary.csv, means and
+95 % bootstrap intervals; attack_latents.csv, how much a latent tells at most; a picture of each attack.
 """
 import sys
 from argparse import Namespace
@@ -22,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project,
 
 import pandas as pd
 
+from attack import latents
 from attack.adversaries import ADVERSARIES
 from attack.attacks import ATTACKS
 from attack.command import Command
 from attack.evaluation import CLIENT_LR, FEW_IMAGES, Evaluation
-from attack.latents import OBSERVED
 from attack.observations import Victim
 from attack.verdict import ATTACK_COLUMNS, WORST, Unit, judge, summarise, worst_identified
 from engine.signals import steady_output
@@ -39,7 +32,8 @@ SHOWN = {"ssim": ("SSIM", "{:.2f}"), "class_rank": ("rank in its class", "{:.0f}
          "nearest_rank": ("rank", "{:.0f}"), "psnr": ("PSNR", "{:.1f} dB"),
          "evaluator_correct": ("evaluator right", "{:.0%}")}
 PICTURED = ("ssim", "psnr")   # say nothing of an attack that makes no image
-LATENT_COLUMNS = ["round", "client", "kl_nats", "sigma", "snr_db", "mse_bound", "bound_nats"]
+CHEAP = ", ".join(name for name, attack in ATTACKS.items() if attack.cheap)
+LATENT_COLUMNS = ["round", "client", "kl_nats", "sigma", "snr_db", "bound_nats"]
 
 
 class MiAttack(Command):
@@ -51,22 +45,19 @@ class MiAttack(Command):
     adversaries, attacks = ADVERSARIES, ATTACKS
     draws, public_images, first_round = 32, 10_000, 0
 
-    @staticmethod
-    def options() -> list[Option]:
-        cheap = ", ".join(name for name, row in ATTACKS.items() if row.cheap)
-        return [
-            Option("observe", "what attacks on latents see of an image: z is one draw, zN are N draws, as z8; "
-                   "rounds is one draw in each round so far, with that round's encoder; mu is the mean of z; "
-                   "train is one draw with the encoder's dropout", default=["z"], pattern=OBSERVED, several=True),
-            Option("images", "how many of a client's training images are attacked at most (if not given: all, "
-                   f"where an attack is cheap: {cheap}; {FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
-            Option("image_numbers", "the numbers in the data set of the training images to attack, in place of "
-                   "--images", int, within=(0, HUGE), several=True),
-            Option("restarts", "how often a search starts anew", int, 3, within=(1, 1000)),
-            Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),
-            Option("client_lr", "size of the client's SGD steps whose upload the curious server observes; where "
-                   "uploads are noised, a longer step shows more", float, CLIENT_LR, within=(1e-6, 10)),
-            Option("train_epochs", "epochs of training on public images", int, 20, within=(1, HUGE))]
+    options = (
+        Option("observe", "what attacks on latents see of an image: z is one draw, zN are N draws, as z8; rounds "
+               "is one draw in each round so far, with that round's encoder; mu is the mean of z; train is one "
+               "draw with the encoder's dropout", default=["z"], pattern=latents.OBSERVED, several=True),
+        Option("images", "how many of a client's training images are attacked at most (if not given: all, where "
+               f"an attack is cheap: {CHEAP}; {FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
+        Option("image_numbers", "the numbers in the data set of the training images to attack, in place of "
+               "--images", int, within=(0, HUGE), several=True),
+        Option("restarts", "how often a search starts anew", int, 3, within=(1, 1000)),
+        Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),
+        Option("client_lr", "size of the client's SGD steps whose upload the curious server observes; where "
+               "uploads are noised, a longer step shows more", float, CLIENT_LR, within=(1e-6, 10)),
+        Option("train_epochs", "epochs of training on public images", int, 20, within=(1, HUGE)))
 
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)
@@ -77,7 +68,8 @@ class MiAttack(Command):
                for k in self.args.clients for who in self.args.adversary for name in self.args.attack}
         for r in self.rounds:
             for (k, who, name), reason in why.items():
-                for observed in self.args.observe if ATTACKS[name].of_latents else [""]:
+                of_latents = getattr(ATTACKS[name], "observe", None) is latents.observe
+                for observed in self.args.observe if of_latents else [""]:
                     yield Unit(who, name, r, k, observed), reason
 
     def prepare(self, plan: list[Unit]) -> None:
@@ -94,20 +86,24 @@ class MiAttack(Command):
         return self.evaluation.attack(unit)
 
     def finish(self, rows: list[dict]) -> list[str]:
-        results = self.target.results
         # From the rounded figures of the file, as if all attacks had been run by several commands.
-        self.write(results / "attack_summary.csv", summarise(self.read(self.path("csv"), ATTACK_COLUMNS)), 5)
-        path, pairs = results / "attack_latents.csv", [(r, k) for r in self.rounds for k in self.args.clients]
-        new = [row for r, k in dict.fromkeys(pairs) if (row := self.evaluation.latents(r, k))]
+        target, new = self.target, []
+        path = target.results / "attack_latents.csv"
+        self.write(path.with_name("attack_summary.csv"), summarise(self.read(self.path("csv"), ATTACK_COLUMNS)), 5)
+        for r, k in dict.fromkeys((r, k) for r in self.rounds for k in self.args.clients):
+            own = self.evaluation.train[k]
+            if noise := Victim(target, r, k).noise(target.pixels(own), target.labels(own)):
+                new.append({"round": r, "client": k, **noise})
         if new:
             before = self.read(path, LATENT_COLUMNS) if path.exists() else []
             table = pd.DataFrame([*before, *new], columns=LATENT_COLUMNS)
             table = table.drop_duplicates(["round", "client"], keep="last").sort_values(["round", "client"])
             self.write(path, table, 5)
-        return [self.evaluation.about(), *(
+        evaluator, public = self.evaluation.evaluator, self.evaluation.public
+        return [f"evaluator: right on {evaluator.accuracy:.1%} of held-out images that it was not trained on; "
+                f"public images: {len(public.images)} ({self.args.public})", *(
             f"round {row['round']} client {row['client']}: z tells at most {row['bound_nats']:.0f} nats about an "
-            f"image (sigma {row['sigma']:.3f}, SNR {row['snr_db']:.1f} dB). For Gaussian images, no attack on z "
-            f"could have a mean squared error below {row['mse_bound']:.2g}" for row in new)]
+            f"image (sigma {row['sigma']:.3f}, SNR {row['snr_db']:.1f} dB)" for row in new)]
 
     @staticmethod
     def describe(unit: Unit, rows: list[dict]) -> str:

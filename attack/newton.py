@@ -1,10 +1,8 @@
 """Recovery of the head's input from one image's gradient by Gauss-Newton, exact where it converges.
 
-The input of the head's first dense layer, and the loss's derivative with respect to it, follow from the gradient
-without error (``dense_input``). Both are functions of the head's input x through the convolutions f: f(x) itself,
-and the gradient of the last convolution's weights, which also says which pixel each max pool chose. Together they
-are some twenty thousand equations for the 784 unknowns of MNIST. The search starts at a ridge regression from f(x)
-to x, fitted to inputs that the adversary draws itself. Searches that got stuck are shaken and repeated.
+The gradient gives the input f(x) of the first dense layer, and that of the last convolution's weights says which
+pixel each max pool chose: some twenty thousand equations for the 784 unknowns of MNIST. The search starts at a
+ridge regression from f(x) to x, fitted to random inputs. Searches that got stuck are shaken and repeated.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +22,7 @@ POWER = 30                  # iterations towards a first singular vector
 
 
 def dense_input(observed: State, layer: str) -> Tensor:
-    """Return a dense layer's input for one image (Phong et al., IEEE TIFS 2018), exact without noise.
-
-    With a 1 appended to the input, ``[dL/dW, dL/db]`` has rank 1. Its first singular vectors average noise out.
-    """
+    """Return a dense layer's input for one image, by the first singular vectors (Phong et al., IEEE TIFS 2018)."""
     weight, bias = observed[f"{layer}.weight"].double(), observed[f"{layer}.bias"].double()
     whole, units = torch.cat([weight, bias[:, None]], 1), bias
     for _ in range(POWER):
@@ -45,10 +40,7 @@ def before_dense(layers: nn.Module) -> tuple[nn.Sequential, int]:
 
 def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, int], hops: int,
                copies: int) -> Tensor:
-    """Return the inputs of a head behind P gradients of one image each; they are not clamped.
-
-    Those not yet found are shaken ``hops`` times, ``copies`` of each at a time, and searched again.
-    """
+    """Return a head's inputs behind P gradients of one image each, after ``hops`` shakes of ``copies`` at most."""
     problem = problem_of(head, observed)
     with torch.no_grad():
         found = ridge_start(problem.before, problem.features, shape)
@@ -72,16 +64,13 @@ def head_input(head: nn.Module, observed: list[State], shape: tuple[int, int, in
 
 @dataclass(frozen=True)
 class Problem:
-    """P inputs to be found, from the dense layer's inputs ``P x D`` and gradients of a convolution ``P x W``.
+    """The equations for P inputs."""
 
-    ``before`` are the layers before the dense one; ``slope`` is the loss's derivative by the features.
-    """
-
-    before: nn.Sequential
-    convolution: str
-    features: Tensor
-    slope: Tensor
-    routed: Tensor
+    before: nn.Sequential   # the layers before the dense one
+    convolution: str        # the name of the last one's weights
+    features: Tensor        # P x D, the dense layer's inputs
+    slope: Tensor           # P x D, the loss's derivative by them
+    routed: Tensor          # P x W, the gradient of the convolution
 
     def residuals(self, which: Tensor, with_routed: bool) -> Callable[[Tensor], Tensor]:
         """Return a function of inputs for N problems, ``N x C x H x W -> N x E``, 0 where an input is right."""

@@ -1,8 +1,6 @@
 """What an adversary observes of the attacked client: an upload, latents, or the answer to an image.
 
-``Victim`` plays the client from ``client_<k>.pt``, and hands over only what is observed. An upload observed at a
-checkpoint is that of the next training step, from the head just aggregated, which the server sends next. The
-server knows this head, so it matches the gradient on exactly these weights.
+An upload observed at a checkpoint is that of the next training step, from the head that the server sends next.
 """
 import torch
 from torch import Tensor
@@ -47,17 +45,13 @@ class Victim:
 
     @torch.no_grad()
     def noise(self, x: Tensor, y: Tensor) -> dict[str, float] | None:
-        """Return how much of images the noise on z leaves; None for a method without noise.
-
-        ``bound_nats`` is an upper bound on what one z tells about an image: the KL, and with a class prior also
-        the entropy of the labels. The rest are means: KL, deviation, and variance of mu over that of the noise, in
-        dB.
-        """
+        """Return means of KL and sigma, the SNR of z, and a bound on what z tells; None without noise."""
         kl, network = self.kl(x, y), self.network(self.own)
         if kl is None:
             return None
         mu, logvar = posterior_in_parts(self.stolen(), x)
         assert logvar is not None and isinstance(network, RVE)
+        # The bound is the KL, and with a class prior also the entropy of the labels.
         labels = 0.0 if network.prior is None else torch.special.entr(y.bincount() / len(y)).sum().item()
         return {"kl_nats": kl.mean().item(), "sigma": (0.5 * logvar).exp().mean().item(),
                 "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item(),
@@ -74,10 +68,7 @@ class Victim:
                inputs: list[Tensor] | None = None) -> State:
         """Return what the server makes of the upload that a client's next steps cause: the sum of their gradients.
 
-        The client takes SGD steps on its whole objective: the cross-entropy, the KL term, the method's own loss
-        and the replay of class priors. There is no dropout and no augmentation: the best case for the adversary.
-        Where the method protects uploads, what is observed is ``sent - lr * sum`` as ``Server.receive`` lets it
-        through, with noise of its own. The head's inputs are appended to ``inputs``, for scoring alone.
+        Steps are of SGD, without dropout. The head's inputs are appended to ``inputs``, for scoring alone.
         """
         total = self._steps(x, y, lr, batch or len(x), inputs)
         if not self.target.method.protects:
@@ -114,13 +105,9 @@ class Victim:
 
 
 def of_upload(sent: State, arrived: State, lr: float, clipped: bool) -> State:
-    """Return the sum of gradients behind an upload, ``(sent - arrived / s) / lr``, in single precision.
-
-    A clipped upload was scaled by s. Most parameters hardly move in a step, so s is the median of ``arrived /
-    sent``, weighted by ``|sent|``: the least absolute deviation.
-    """
+    """Return the sum of gradients behind an upload, ``(sent - arrived / s) / lr``, with s its clip's scale."""
     scale = 1.0
-    if clipped:
+    if clipped:   # s is the weighted median of arrived / sent: most parameters hardly move in a step
         before, after = (torch.cat([state[name].flatten() for name in sent]) for state in (sent, arrived))
         ratio, order = (after / before).nan_to_num(0.0).sort()
         weight = before.abs()[order].cumsum(0)
@@ -149,8 +136,3 @@ def observe_update(victim: Victim, x: Tensor, y: Tensor, budget: Budget, steps: 
 def part_of(update: State, prefix: str) -> State:
     """Return the values whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in update.items() if name.startswith(prefix)}
-
-
-def observe_scores(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> Tensor:
-    """Observe the prediction service's answers, ``N x num_classes``."""
-    return victim.answers(x, budget.draws, budget.top_scores)

@@ -1,7 +1,4 @@
-"""Scores of reconstructions: similarity, ranks among candidates, an evaluator, and the least possible error.
-
-The control of an attack on images is the attack itself on the observation of another image of the same class: the
-foreign control. It has everything that an attack can know of a class, and nothing of the image.
+"""Scores of reconstructions: similarity, ranks among candidates, and an evaluator.
 
 Images are ``N x C x H x W`` in [0, 1], so the data range of PSNR and SSIM is 1.
 """
@@ -13,11 +10,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from attack.decoders import fit, shape_of
+from attack.decoders import fit
 from models import CNN
 
 SMALLEST_MSE = 1e-10   # what is less counts as this, so that PSNR is at most 100 dB
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5   # side and standard deviation, pixels
+RANKS = ("nearest_rank", "class_rank", "class_size", "guess")   # the last two: candidates of the class, 1 / all
 MAX_CANDIDATES = 500   # images of the client, among which a true image is ranked
 PART = 250             # images that are ranked at a time
 
@@ -29,11 +27,7 @@ def similarity(found: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 def ssim(found: Tensor, truth: Tensor) -> Tensor:
-    """Return the structural similarity of each image and its true one, ``N`` (Wang et al. 2004, IEEE TIP 13(4)).
-
-    It is scikit-image's ``structural_similarity(gaussian_weights=True, use_sample_covariance=False)``: windows of
-    11 x 11 pixels that lie within the image. In smaller images the window is the largest odd square that fits.
-    """
+    """Return the structural similarity of images and true ones, ``N`` (Wang et al. 2004), as scikit-image's."""
     side = min(SSIM_WINDOW, (min(found.shape[2:]) + 1) // 2 * 2 - 1)
     line = (-0.5 * ((torch.arange(side, dtype=torch.double) - side // 2) / SSIM_SIGMA).square()).exp()
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
@@ -59,11 +53,7 @@ def in_order_of(truth: Tensor, found: Tensor) -> Tensor:
 
 
 def rank_by(distance: Tensor, is_true: Tensor, among: Tensor | None = None) -> Tensor:
-    """Return the rank of the true image when a pool is sorted by distance ``N x M``, from 1.
-
-    A distance that is not a number comes last, and the true image comes behind others at the same distance. Of
-    several true images, the nearest counts. Only images of the pool that are ``among`` count.
-    """
+    """Return the rank of the nearest true image ``among`` a pool by distances ``N x M``, behind ties."""
     among = torch.ones_like(is_true) if among is None else among
     distance = distance.nan_to_num(torch.inf)
     nearest = distance.masked_fill(~is_true, torch.inf).min(1, keepdim=True).values
@@ -72,12 +62,10 @@ def rank_by(distance: Tensor, is_true: Tensor, among: Tensor | None = None) -> T
 
 def paired(labels: np.ndarray, order: np.ndarray, spare: np.ndarray, count: int | None,
            batch: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the images to attack, and for each the image of its class whose observation is its foreign control.
+    """Return the numbers of up to ``count`` images of ``order`` to attack, and of their foreign controls.
 
-    Up to ``count`` of the first images of ``order`` are attacked. Each is paired with the next attacked image of
-    its class, in a circle; the only attacked image of its class with the class's next image of ``order`` or
-    ``spare``. A batch is paired with a second batch with the same labels. An image whose class has too few images
-    is not attacked. Returns the numbers of the images and of their partners, empty if no class has two.
+    That is the next attacked image of the class, in a circle, or the next of ``order`` and ``spare``; for a batch,
+    a second one with the same labels. Images of classes that have too few are not attacked.
     """
     line = np.concatenate([order, spare]).astype(int)
     of_class = {c: line[labels[line] == c] for c in np.unique(labels[line])}
@@ -92,42 +80,21 @@ def paired(labels: np.ndarray, order: np.ndarray, spare: np.ndarray, count: int 
     return numbers, partners
 
 
-class Ranks(NamedTuple):
-    """The places of true images, from 1, among candidates sorted by distance, each ``R x N``.
-
-    ``class_rank`` and ``class_size`` are of the image's class; ``guess`` is how often a guess has rank 1.
-    """
-
-    rank: Tensor
-    class_rank: Tensor
-    class_size: Tensor
-    guess: Tensor
-
-    @staticmethod
-    def joined(parts: "list[Ranks]") -> "Ranks":
-        """Return the ranks of consecutive images as one."""
-        return Ranks(*(torch.cat(values, 1) for values in zip(*parts, strict=True)))
-
-
 class Candidates(NamedTuple):
-    """The images of the client among which some true images, ``part`` of those attacked, are ranked.
-
-    ``is_true``, ``among`` and ``alike`` are bool ``P x M``: the true image, its candidates, and those of its
-    class.
-    """
+    """The images of the client among which ``part`` of the attacked images are ranked."""
 
     part: slice
-    numbers: Tensor
-    is_true: Tensor
-    among: Tensor
-    alike: Tensor
+    numbers: Tensor   # M
+    is_true: Tensor   # bool P x M: the image itself
+    among: Tensor     # its candidates
+    alike: Tensor     # those of its class
 
-    def rank(self, distance: Tensor) -> Ranks:
-        """Rank true images by any distance of the candidates, ``R x P x M``."""
+    def rank(self, distance: Tensor) -> Tensor:
+        """Return ``RANKS`` of the true images by any distance of the candidates ``R x P x M``: ``4 x R x P``."""
         rank, class_rank = (torch.stack([rank_by(restart, self.is_true, among) for restart in distance])
                             for among in (self.among, self.alike))
-        class_size, size = (among.sum(1).expand_as(rank) for among in (self.alike, self.among))
-        return Ranks(rank, class_rank, class_size, 1 / size.double())
+        class_size, size = (among.sum(1).double().expand_as(rank) for among in (self.alike, self.among))
+        return torch.stack([rank, class_rank, class_size, 1 / size])
 
 
 def candidates(labels: np.ndarray, order: np.ndarray, numbers: np.ndarray) -> Iterator[Candidates]:
@@ -148,10 +115,7 @@ def candidates(labels: np.ndarray, order: np.ndarray, numbers: np.ndarray) -> It
 
 def feature_distances(found: Tensor, truth: Tensor, labels: Tensor, own: Tensor,
                       own_labels: Tensor) -> dict[str, Tensor]:
-    """Return distances in an evaluator's features from the true images, and from the nearest of the label.
-
-    The latter is that of Zhang et al. 2020 (arXiv 1911.07135), over the victim's training images ``own``.
-    """
+    """Return distances in features from the true images, and the nearest own of the label (Zhang et al. 2020)."""
     other = own_labels[None, :] != labels[:, None]
     distance = torch.cdist(found, own, compute_mode="donot_use_mm_for_euclid_dist")   # by products, 0 is not found
     nearest = distance.masked_fill(other, torch.inf).min(1).values
@@ -159,11 +123,17 @@ def feature_distances(found: Tensor, truth: Tensor, labels: Tensor, own: Tensor,
             "knn_distance": nearest.masked_fill(nearest == torch.inf, torch.nan)}
 
 
-class Evaluator(NamedTuple):
-    """A classifier trained on images that no client trained on; ``accuracy`` is on others of these."""
+class Evaluator:
+    """A classifier trained on nine tenths of images that no client trained on; ``accuracy`` is on the rest."""
 
-    model: CNN
-    accuracy: float
+    def __init__(self, images: Tensor, labels: Tensor, shape: tuple[int, int, int], num_classes: int) -> None:
+        model, cut = CNN(shape, num_classes), len(images) - len(images) // 10
+        order = torch.randperm(len(images))
+        train, test = order[:cut], order[cut:]
+        fit(list(model.parameters()), lambda part: torch.nn.functional.cross_entropy(
+            model(images[train[part]])[0], labels[train[part]]), cut, 12, batch=64)
+        self.model = model.eval()
+        self.accuracy = (self.classes(images[test]) == labels[test]).double().mean().item()
 
     @torch.no_grad()
     def classes(self, images: Tensor) -> Tensor:
@@ -176,38 +146,8 @@ class Evaluator(NamedTuple):
         return torch.cat([self.model.classifier.features(part) for part in images.split(256)])
 
 
-def evaluator(images: Tensor, labels: Tensor, num_classes: int, epochs: int = 12) -> Evaluator:
-    """Train an evaluator on nine tenths of held-out images, and test it on the rest."""
-    model, cut = CNN(shape_of(images), num_classes), len(images) - len(images) // 10
-    order = torch.randperm(len(images))
-    train, test = order[:cut], order[cut:]
-    fit(list(model.parameters()), lambda part: torch.nn.functional.cross_entropy(
-        model(images[train[part]])[0], labels[train[part]]), cut, epochs, batch=64)
-    right = Evaluator(model.eval(), 0.0).classes(images[test]) == labels[test]
-    return Evaluator(model, right.double().mean().item())
-
-
 def class_means(public: Tensor, public_labels: Tensor, labels: Tensor) -> Tensor:
     """Return the mean public image of each label, ``N x C x H x W``; of all public images where none has it."""
     means = {c: (public[public_labels == c] if (public_labels == c).any() else public).mean(0)
              for c in labels.unique().tolist()}
     return torch.stack([means[c] for c in labels.tolist()])
-
-
-def distortion_bound(images: Tensor, nats: float) -> float:
-    """Return the least mean squared error per pixel for an adversary who knows ``nats`` about an image.
-
-    By reverse water-filling (Cover and Thomas, 10.3.3), for Gaussian images with the covariance of the given ones.
-    If an encoder has overflowed, ``nats`` is NaN and the bound 0.
-    """
-    flat = images.flatten(1).double()
-    variances = torch.linalg.svdvals(flat - flat.mean(0)).square() / max(len(flat) - 1, 1)
-    variances = variances[variances > 1e-12]
-    if not len(variances) or nats != nats:   # one image, or all the same: no variance
-        return 0.0
-    low, high = 1e-15, float(variances.max())
-    for _ in range(200):   # bisection for the water level at which the rate is ``nats``
-        level = (low * high) ** 0.5
-        rate = 0.5 * (variances / level).log().clamp_min(0).sum()
-        low, high = (low, level) if rate < nats else (level, high)
-    return float(torch.minimum(variances, torch.tensor(level)).sum() / flat.shape[1])

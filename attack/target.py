@@ -1,7 +1,6 @@
 """A run under attack: its options, data and checkpoints.
 
-Round 0 is the start, before the first round. It has no files: its weights are drawn from the run's seed again, and
-every adversary knows all of them.
+Round 0 is the start. It has no files: its weights are drawn from the run's seed, and every adversary knows them.
 """
 import copy
 from dataclasses import dataclass
@@ -29,13 +28,13 @@ def as_floats(images: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class Target:
-    """A run under attack; ``start_digest`` is the fingerprint of its first weights, or "" if unknown."""
+    """A run under attack."""
 
     results: Path
     models: Path
     options: dict
     data: datasets.Dataset
-    start_digest: str = ""
+    start_digest: str = ""   # the fingerprint of its first weights, if known
 
     @property
     def method(self) -> Method:
@@ -46,11 +45,6 @@ class Target:
     def has_encoder(self) -> bool:
         """True if an encoder stands before the head, so that the head's input is a latent z."""
         return self.method.network.has_encoder
-
-    @property
-    def kl_weight(self) -> float:
-        """The weight of the KL term in a client's loss."""
-        return self.options.get("kl_weight") or 0.0
 
     def pixels(self, numbers: np.ndarray | Tensor) -> Tensor:
         """Return the images of these numbers, ``N x C x H x W`` in [0, 1]."""
@@ -165,10 +159,7 @@ class Target:
         return read_client(self.file(round, f"client_{client}.pt"), private, shared)
 
     def own_head(self, round: int, client: int, private: ClientState) -> State:
-        """Return the head that the client trained in this round, before its upload was clipped or noised.
-
-        A client that did not train has the head just aggregated.
-        """
+        """Return the head that the client trained, before clip and noise; if it did not train, the aggregated."""
         uploads = self.shared(round)["uploads"]
         return private.trained_shared or uploads[client] if client in uploads else self.sent_next(round)
 

@@ -1,15 +1,9 @@
-"""What a real upload says by itself: its client's classes, the gradients behind Adam's steps, and separate images.
-
-An image pulls the last layer's bias and weights up in its own class and down in all others. So a class that a
-client does not have is only ever pulled down (after Wainakh et al. 2021, arXiv 2105.09369).
-
-A step of Adam is the learning rate times ``g / (|g| + eps)``. The distance from the full step is about
-``eps / |g|``, and float32 keeps enough of it to give g back, where g is small enough.
+"""Read a client's classes, the gradients behind Adam's steps, and separate images off one upload.
 
 The gradient of a dense layer's weights is ``sum_i d_i f_i^T``, with f_i the layer's input for image i and a 1
-appended. Its row space holds every f_i. Inputs behind a ReLU are never negative and often exactly 0, and mixtures
-rarely are. So an f_i is often a corner of {v in the row space : v >= 0, last entry 1}, which linear programs find.
-SPEAR (Dimitrov et al. 2024, arXiv 2403.03945) separates images by zeros of d_i instead.
+appended. Behind a ReLU, inputs are never negative and often 0, which mixtures rarely are. So f_i is often a corner
+of {v in the row space : v >= 0, last entry 1}, which linear programs find. SPEAR (Dimitrov et al. 2024, arXiv
+2403.03945) separates images by zeros of d_i instead.
 """
 import time
 from collections.abc import Mapping
@@ -29,7 +23,7 @@ SHARPEN = (0.006, 0.0047, 0.0036, 0.0028, 0.0022, 0.0017, 0.0013, 0.001)   # wha
 
 
 def class_scores(sent: State, upload: State) -> Tensor:
-    """Score how strongly an update speaks for each class: the last bias's and weights' updates, scaled."""
+    """Score how an update speaks for each class: an image raises its own (after Wainakh et al. 2021)."""
     bias = upload[BIAS] - sent[BIAS]
     weight = (upload[WEIGHT] - sent[WEIGHT]).sum(1)
     return torch.stack([part / part.abs().max().clamp_min(1e-30) for part in (bias, weight)]).sum(0)
@@ -50,10 +44,7 @@ def rates(options: Mapping[str, Any], epochs: int, images: int, batch: int, done
 
 
 def adam_gradient(sent: Tensor, upload: Tensor, rate: float, eps: float = 1e-7) -> tuple[Tensor, Tensor]:
-    """Return the gradient behind one step of Adam in double precision, and its largest relative error.
-
-    Several steps may be taken as one with the sum of their rates. Where the error is near 1, nothing is known.
-    """
+    """Return g behind ``rate * g / (|g| + eps)``, of one or more steps, and its largest relative error."""
     change = sent.double() - upload.double()
     moved = change.abs()
     left = (rate - moved).clamp_min(1e-9 * rate)
@@ -62,11 +53,12 @@ def adam_gradient(sent: Tensor, upload: Tensor, rate: float, eps: float = 1e-7) 
     return change.sign() * eps * moved / left, (spacing.double() / 2 + 2e-7 * rate) / left
 
 
+
+
 def dense_inputs(gradient: Tensor, error: Tensor, count: int, seconds: float) -> Tensor:
     """Return at most ``count`` inputs of a dense layer behind one gradient of several images, ``N x D``.
 
-    ``gradient`` is that of its weights, with that of the biases as last column: ``K x (D + 1)``, double; ``error``
-    is its relative error. The search ends after ``seconds``.
+    ``gradient`` is double, ``K x (D + 1)``, with the biases' as last column; ``error`` is its relative error.
     """
     alive, used = (gradient != 0).any(1), (gradient != 0).any(0)
     used[-1] = True
@@ -75,14 +67,11 @@ def dense_inputs(gradient: Tensor, error: Tensor, count: int, seconds: float) ->
         return torch.zeros(0, gradient.shape[1] - 1)
     # Rows of one length each: an image that moves few units, and those little, is seen as well as the others.
     size = ((rows.square() * known).sum(1) / known.sum(1).clamp_min(1)).sqrt()
-    rows, known = rows[size > 0] / size[size > 0, None], known[size > 0]
-    basis = row_space(rows, known, min(count, len(rows)))
-    corners = Corners(basis)
-    corners.search(seconds)
-    found = torch.zeros(len(corners.found), gradient.shape[1], dtype=torch.double)
-    if len(found):
-        found[:, used] = torch.stack(corners.best()) @ basis
-    return found[:count, :-1].clamp_min(0).float()
+    basis = row_space(rows[size > 0] / size[size > 0, None], known[size > 0], count)
+    values = corners(basis, seconds)
+    inputs = torch.zeros(len(values), gradient.shape[1], dtype=torch.double)
+    inputs[:, used] = values
+    return inputs[:count, :-1].clamp_min(0).float()
 
 
 def row_space(rows: Tensor, known: Tensor, rank: int, rounds: int = 30) -> Tensor:
@@ -94,61 +83,50 @@ def row_space(rows: Tensor, known: Tensor, rank: int, rounds: int = 30) -> Tenso
     return v[:rank]
 
 
-class Corners:
-    """Corners of {q : q basis >= 0, last entry of q basis = 1}, and how many entries of ``q basis`` are 0."""
+def corners(basis: Tensor, seconds: float) -> Tensor:
+    """Return corners, ``N x D``, those with most zeros first: an image has more of them than a corner needs."""
+    rank, end, extra, tries = len(basis), time.monotonic() + seconds, 0, 0
+    random = np.random.default_rng(0)
+    points: list[Tensor] = []   # coordinates in the basis
+    values: list[Tensor] = []
+    while extra < 2 * rank and tries < 4 * rank + 8 and time.monotonic() < end:
+        extra, tries = extra + (len(points) >= rank), tries + 1
+        direction = random.standard_normal(rank)
+        if 0 < len(points) < rank:   # a direction in which the known corners are all at 0
+            span = np.linalg.qr(torch.stack(points).numpy().T)[0]
+            direction -= span @ (span.T @ direction)
+        for corner in (farthest(basis, direction), farthest(basis, -direction)):
+            tried = [] if corner is None else [sharpened(basis, corner), corner]
+            point = next((q for q in tried if clearly_negative(q @ basis) <= 0.02), None)
+            if point is None:
+                continue
+            value = point @ basis
+            if all(torch.cosine_similarity(value, other, dim=0) <= 0.995 for other in values):
+                points.append(point)
+                values.append(value)
+    zeros = [int((value.abs() < 0.02 * value.abs().mean()).sum()) for value in values]
+    return torch.stack([values[i] for i in np.argsort(zeros)[::-1]]) if values else basis[:0]
 
-    def __init__(self, basis: Tensor, seed: int = 0) -> None:
-        self.basis, self.random = basis, np.random.default_rng(seed)
-        self.found: list[Tensor] = []
-        self.zeros: list[int] = []
 
-    def search(self, seconds: float) -> None:
-        """Solve linear programs until as many corners are found as there are dimensions, and some more."""
-        rank, end, extra, tries = len(self.basis), time.monotonic() + seconds, 0, 0
-        while extra < 2 * rank and tries < 4 * rank + 8 and time.monotonic() < end:
-            extra, tries = extra + (len(self.found) >= rank), tries + 1
-            direction = self.direction()
-            for sign in (1, -1):
-                if (corner := self.corner(sign * direction)) is not None and not self.add(self.sharpened(corner)):
-                    self.add(corner)
+def clearly_negative(value: Tensor) -> float:
+    """Return the share of clearly negative entries, of which a corner has next to none; 1 if any overflowed."""
+    return float((value < -0.04 * value.abs().mean()).double().mean()) if value.isfinite().all() else 1.0
 
-    def direction(self) -> np.ndarray:
-        """Draw a direction; while corners are missing, one in which those found all are at 0."""
-        drawn = self.random.standard_normal(len(self.basis))
-        if 0 < len(self.found) < len(self.basis):
-            span = np.linalg.qr(torch.stack(self.found).numpy().T)[0]
-            drawn -= span @ (span.T @ drawn)
-        return drawn
 
-    def corner(self, direction: np.ndarray) -> Tensor | None:
-        """Return the corner that lies farthest in a direction; None if there is none."""
-        basis = self.basis.numpy()
-        solved = linprog(-direction, A_ub=-basis.T, b_ub=np.full(basis.shape[1], SLACK), A_eq=basis[None, :, -1],
-                         b_eq=[1.0], bounds=(None, None), method="highs", options={"time_limit": 20.0})
-        return None if solved.status else torch.from_numpy(solved.x)
+def farthest(basis: Tensor, direction: np.ndarray) -> Tensor | None:
+    """Return the coordinates of the corner that lies farthest in a direction; None if there is none."""
+    matrix = basis.numpy()
+    solved = linprog(-direction, A_ub=-matrix.T, b_ub=np.full(matrix.shape[1], SLACK), A_eq=matrix[None, :, -1],
+                     b_eq=[1.0], bounds=(None, None), method="highs", options={"time_limit": 20.0})
+    return None if solved.status else torch.from_numpy(solved.x)
 
-    def sharpened(self, q: Tensor) -> Tensor:
-        """Remove a corner's slack by repeated least squares over the entries that are nearly 0."""
-        for small in SHARPEN:
-            weight = 1 / ((q @ self.basis).square() + small ** 2)
-            square = (self.basis * weight) @ self.basis.T
-            square += 1e-12 * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
-            q = torch.linalg.solve(square, self.basis[:, -1])
-            q = q / (q @ self.basis[:, -1])
-        return q
 
-    def add(self, q: Tensor) -> bool:
-        """Keep a corner that is new; False if it is negative somewhere, and so none."""
-        value = q @ self.basis
-        small = 0.02 * value.abs().mean()
-        if not value.isfinite().all() or (value < -2 * small).double().mean() > 0.02:
-            return False
-        if any(torch.cosine_similarity(value, other @ self.basis, dim=0) > 0.995 for other in self.found):
-            return True
-        self.found.append(q)
-        self.zeros.append(int((value.abs() < small).sum()))
-        return True
-
-    def best(self) -> list[Tensor]:
-        """Return corners by number of zeros: an image's corner has more of them than a corner must have."""
-        return [self.found[i] for i in np.argsort(self.zeros)[::-1]]
+def sharpened(basis: Tensor, q: Tensor) -> Tensor:
+    """Remove a corner's slack by repeated least squares over the entries that are nearly 0."""
+    for small in SHARPEN:
+        weight = 1 / ((q @ basis).square() + small ** 2)
+        square = (basis * weight) @ basis.T
+        square += 1e-12 * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+        q = torch.linalg.solve(square, basis[:, -1])
+        q = q / (q @ basis[:, -1])
+    return q

@@ -45,6 +45,7 @@ WORST = 0.02          # share of images with the highest KL that are shown apart
 LEAKS, GUESS = "leaks", "as a guess"
 WORDS = (LEAKS, GUESS)   # the worst for the victim first
 LOWER_IS_BETTER = ("class_rank",)
+DRAWS = 1000     # of the bootstrap
 LEVEL = 0.05     # the greatest rate at which an attack that knows nothing is called a leak
 EXACT = 12       # images up to which all signs are tried
 SIGNS = 10_000   # drawn for more images
@@ -69,23 +70,17 @@ def worst_identified(rows: pd.DataFrame) -> float:
     return known.nlargest(max(1, round(WORST * len(known))), "kl_nats")["identified"].mean()
 
 
-def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of a mean over images, by seeded draws."""
-    picks = rng(0, "bootstrap").integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
-    return float(low), float(high)
-
-
 def summarise(rows: Sequence[dict]) -> pd.DataFrame:
-    """Return means over images with 95 % intervals, of each attack's first choices and of each control."""
+    """Return means over images with 95 % bootstrap intervals, of each attack's first choices and each control."""
     table = pd.DataFrame(rows, columns=ATTACK_COLUMNS)
     table = table[(table["restart"] == 0) | (table["control"] != "")]
     summary = []
     for key, part in table.groupby(SUMMARY_KEY, sort=False):
         row: dict[str, object] = {**dict(zip(SUMMARY_KEY, key, strict=True)), "n": len(part)}
+        picks = rng(0, "bootstrap").integers(len(part), size=(DRAWS, len(part)))
         for name in METRICS:
             values = part[name].to_numpy(float)
-            low, high = interval(values)
+            low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
             row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
         summary.append({**row, "guess": part["guess"].mean(), "identified_worst": worst_identified(part)})
     return pd.DataFrame(summary)
@@ -114,14 +109,9 @@ class Verdict:
 def judge(rows: pd.DataFrame, attack: Attack, level: float = LEVEL) -> Verdict:
     """Judge an attack's first choices (restart 0) beside a control, image by image.
 
-    - An attack on images is compared by SSIM and by the rank of the true image in its class; one that chooses by
-      the rank alone. The control is what the same attack makes of another image of the class.
-    - An attack on classes is compared by the share that the evaluator recognises, with the best of its controls.
-      Real public images may be among them: the classes themselves are no secret.
-
-    The attack ``leaks`` if its advantage by any metric is significant: if, of all ways to turn the signs of the
-    differences, at most a share of ``level``, divided by the number of metrics, has as great a mean. One that
-    chooses has to be better than a guess within the class, too. Everything else is ``as a guess``.
+    An attack on images is compared by SSIM and rank in the class with what it makes of another image of the class;
+    one on classes by the share that the evaluator recognises, with its best control. It ``leaks`` if its advantage
+    is significant by a sign-flip test, Bonferroni-corrected, and a choice is better than a guess within the class.
     """
     of_class = attack.kind == "class"
     key = ["client", "label" if of_class else "image"]

@@ -127,13 +127,13 @@ def score_by_template(templates):
 def test_class_inversion_finds_the_class():
     templates = (images(4) > 0.5).float()
     score, labels = score_by_template(templates), torch.tensor([2, 0])
-    plain = classes.mi_face(score, labels, SHAPE, 500)
-    strong, value = classes.margin(score, labels, torch.rand(3, 2, *SHAPE), torch.full(SHAPE, 0.5), 200)
-    assert (score(plain).argmax(1) == labels).all() and (value[0] <= value[2]).all()
     public = (templates.repeat(80, 1, 1, 1) * (0.7 + 0.3 * torch.rand(320, 1, 1, 1))).clamp(0, 1)
-    generator = decoders.generator(public, 30)
-    drawn, _ = classes.gmi(score, labels, generator.decode, torch.randn(3, 2, generator.size), 200)
-    for pictures in (strong[0], drawn[0]):
+    adversary = Adversary(Knowledge(None, None, False, SHAPE), None, PublicImages(public, None), 0.0,
+                          Budget(restarts=3, iterations=200, epochs=30, draws=1, lr=0.1, top_scores=1))
+    adversary.score = lambda draws: score
+    assert (score(classes.mi_face(adversary, labels)[0]).argmax(1) == labels).all()
+    for attack in (classes.margin, classes.gmi):
+        pictures = attack(adversary, labels)[0]
         assert (scoring.distances(pictures, templates).argmin(1) == labels).all()
 
 

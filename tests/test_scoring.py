@@ -79,16 +79,6 @@ def test_distances_in_features_by_hand():
     assert alone["knn_distance"].tolist()[0] == 1 and alone["knn_distance"].isnan().tolist() == [False, True]
 
 
-def test_the_bound_is_reverse_water_filling():
-    """Two variances 4 and 1, by hand: at ln 2 nats only the larger is told, and to a variance of 1."""
-    x = np.array([[2.0, 1], [-2, 1], [2, -1], [-2, -1]]) * np.sqrt(3 / 4)   # unbiased variances 4 and 1
-    x = torch.tensor(x).reshape(4, 1, 1, 2)
-    for nats, bound in ((0.0, 2.5), (np.log(2), 1.0), (2 * np.log(2), 0.5)):
-        assert scoring.distortion_bound(x, nats) == pytest.approx(bound, rel=1e-6)
-    assert scoring.distortion_bound(torch.rand(1, 1, 8, 8), 5.0) == 0   # no variance
-    assert scoring.distortion_bound(torch.rand(9, 1, 8, 8), float("nan")) == 0
-
-
 @pytest.mark.parametrize("count, batch, numbers, partners", [
     (None, False, [2, 3, 0, 1, 5], [0, 4, 1, 2, 6]),   # in a circle; 4 and 6 are held out; 7 has nobody
     (2, False, [2, 3], [0, 4]),                        # alone of their classes: the client's next, a held-out one
