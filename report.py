@@ -3,8 +3,8 @@
     python report.py                    writes results/report.html and results/summary.csv
 
 A row of the table is a setting: runs that differ only in the seed. It has their means and standard deviations over
-seeds, and the command that makes one of them. The page shows the same, what attacks found, and pictures from the
-runs' folders. Folders that are left out, because a run is unfinished or damaged, say, are listed with the reason.
+seeds, and the command that makes one of them. The page also shows what attacks found. Folders that are left out,
+because a run is unfinished or damaged, say, are listed with the reason.
 """
 import sys
 from pathlib import Path

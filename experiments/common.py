@@ -48,18 +48,12 @@ GENERATED: Final = [":(exclude)results/reference", ":(exclude)docs"]   # files t
 
 @dataclass(frozen=True)
 class Task:
-    """One run of the queue.
+    """One run of the queue."""
 
-    Args:
-        run: name of its folder under results/ and saved_models/.
-        key: values of the columns that tell this run from others.
-        commands: command lines as a reader would type them, run one after the other.
-    """
-
-    run: str
-    key: Options
+    run: str   # name of its folder under results/ and saved_models/
+    key: Options   # columns that tell this run from others
     seed: int
-    commands: tuple[str, ...]
+    commands: tuple[str, ...]   # as a reader would type them, run one after the other
 
     @property
     def command(self) -> str:
@@ -69,32 +63,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One question and how it is answered.
+    """One question and how it is answered."""
 
-    Args:
-        name: of its file, page, CSV and picture.
-        tasks: returns the runs for some seeds, the most important first.
-        measure: returns rows of the CSV from the folder of a finished run, results/RUN.
-        settings: columns that tell settings apart; a setting counts if it has all seeds in one precision.
-        tabulate: returns one row for each row of the table and seed, from the rows of these settings.
-        keys: columns of those rows that name a row of the table, with their headings.
-        values: columns whose means over seeds the table shows, with headings and formats.
-        draw: draws the rows of these settings.
-        spread: the column of ``values`` whose 95 % interval the table shows.
-        inspect: returns rows about the run that ``--run`` names, which go to results/RUN/NAME.csv.
-    """
-
-    name: str
+    name: str   # of its file, page, CSV and picture
     question: str
-    tasks: Callable[[Sequence[int]], list[Task]]
-    measure: Callable[[Path], list[dict]]
-    settings: Sequence[str]
-    tabulate: Callable[[pd.DataFrame], pd.DataFrame]
-    keys: dict[str, str]
-    values: dict[str, tuple[str, str]]
-    draw: Callable[[pd.DataFrame], Figure]
-    spread: str
-    inspect: Callable[[str], list[dict]] | None = None
+    tasks: Callable[[Sequence[int]], list[Task]]   # the runs for some seeds, the most important first
+    measure: Callable[[Path], list[dict]]   # rows of the CSV from the folder of a finished run, results/RUN
+    settings: Sequence[str]   # columns that tell settings apart; one counts if it has all seeds in one precision
+    tabulate: Callable[[pd.DataFrame], pd.DataFrame]   # a row for each row of the table and seed
+    keys: dict[str, str]   # columns of those rows that name a row of the table, with their headings
+    values: dict[str, tuple[str, str]]   # columns whose means the table shows, with headings and formats
+    draw: Callable[[pd.DataFrame], Figure]   # from the rows of the settings that count
+    spread: str   # the column of ``values`` whose 95 % interval the table shows
+    inspect: Callable[[str], list[dict]] | None = None   # rows about the run that ``--run`` names
 
 
 def flags(options: Options) -> str:
@@ -281,12 +262,11 @@ def table(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
     for key, part in rows.groupby([*experiment.keys], sort=False, dropna=False):
         if part[[*values]].isna().any(axis=None):
             continue
-        cells = [str(word) for word in key]
+        cells, seeds = [str(word) for word in key], part.groupby("seed")[[*values]].mean()
         for name, (_, form) in values.items():
-            seeds = part.groupby("seed")[name].mean()
-            cells.append(form.format(seeds.mean()))
+            cells.append(form.format(seeds[name].mean()))
             if name == experiment.spread:
-                cells.append(form.format(STUDENT * seeds.std() / len(SEEDS) ** 0.5))
+                cells.append(form.format(STUDENT * seeds[name].std() / len(SEEDS) ** 0.5))
         lines.append(cells)
     return [f"| {' | '.join(cells)} |" for cells in lines]
 

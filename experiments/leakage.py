@@ -83,8 +83,7 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
 
 KEYS = {"method": "method", "attack": "attack", "observed": "observes", "images": "images"}
 EXPERIMENT = Experiment(
-    name="leakage",
-    question="How many of a client's training images do attackers identify?",
+    name="leakage", question="How many of a client's training images do attackers identify?",
     tasks=tasks, measure=measure, settings=["method", "adversary", "attack", "observed", "images"],
     tabulate=tabulate, keys=KEYS, spread="identified",
     draw=lambda rows: dots(tabulate(rows), [*KEYS], ["identified", "control_identified"], xlabel="share"),

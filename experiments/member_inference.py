@@ -4,7 +4,6 @@ Three clients of each run are attacked. An AUC of 0.5 is a guess. Needs data/mni
 """
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 from common import Experiment, Options, Task, dots, flags, main, slug, training
@@ -35,11 +34,6 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
     return found
 
 
-def measure(folder: Path) -> list[dict]:
-    """Return the rows of membership.csv: one per adversary, attack and client."""
-    return pd.read_csv(folder / "membership.csv").to_dict("records")
-
-
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the AUC of each setting under the attacks of ``SHOWN``, means over clients."""
     wide = [rows[(rows["attack"] == attack) & (rows["adversary"] == adversary)]
@@ -50,7 +44,8 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
 
 EXPERIMENT = Experiment(
     name="member_inference", question="Can an attacker tell training images from held-out ones?",
-    tasks=tasks, measure=measure, settings=["setting", "adversary", "attack", "client"], tabulate=tabulate,
+    tasks=tasks, measure=lambda folder: pd.read_csv(folder / "membership.csv").to_dict("records"),
+    settings=["setting", "adversary", "attack", "client"], tabulate=tabulate,
     keys={"setting": "setting"}, spread="loss",
     draw=lambda rows: dots(tabulate(rows), ["setting"], [*SHOWN], xlabel="AUC"),
     values={"loss": ("AUC, loss, stolen model", "{:.3f}"), "fedmia": ("AUC, FedMIA, server", "{:.3f}")})

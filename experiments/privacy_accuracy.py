@@ -5,6 +5,7 @@ images. All training images of the client are attacked.
 """
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -33,17 +34,15 @@ PARTITIONS = ("shards", "dirichlet", "iid")
 def tasks(seeds: Sequence[int]) -> list[Task]:
     """Return the runs, seed after seed and partition after partition."""
     found = []
-    for seed in seeds:
-        for partition in PARTITIONS:
-            for dataset, (rounds, epochs) in SCALES.items():
-                for name, setting in SETTINGS.items():
-                    run = f"privacy-{dataset}-{partition}-{slug(name)}-seed{seed}"
-                    options = {**options_of({"method": "rve_pfl"}, dataset, partition), "seed": seed,
-                               "rounds": rounds, "local_ep": epochs, "local_bs": 64, **setting}
-                    attack = {"run": run, "adversary": "stolen_model", "attack": "reidentification",
-                              "observe": "z z8", "public": dataset.removesuffix("10k")}
-                    found.append(Task(run, {"dataset": dataset, "partition": partition, "setting": name}, seed, (
-                        training(run, options), f"python attack/mi_attack.py {flags(attack)}")))
+    for seed, partition, dataset, name in product(seeds, PARTITIONS, SCALES, SETTINGS):
+        run = f"privacy-{dataset}-{partition}-{slug(name)}-seed{seed}"
+        rounds, epochs = SCALES[dataset]
+        options = {**options_of({"method": "rve_pfl"}, dataset, partition), "seed": seed, "rounds": rounds,
+                   "local_ep": epochs, "local_bs": 64, **SETTINGS[name]}
+        attack = {"run": run, "adversary": "stolen_model", "attack": "reidentification", "observe": "z z8",
+                  "public": dataset.removesuffix("10k")}
+        found.append(Task(run, {"dataset": dataset, "partition": partition, "setting": name}, seed, (
+            training(run, options), f"python attack/mi_attack.py {flags(attack)}")))
     return found
 
 
@@ -71,10 +70,8 @@ def draw(rows: pd.DataFrame) -> Figure:
     datasets = list(rows.groupby("dataset", sort=False))
     figure, axes = panels(len(datasets), (3.7, 3), sharey=True)
     for panel, (dataset, part) in zip(axes, datasets, strict=True):
-        for i, name in enumerate(SETTINGS):
-            own = part[part["setting"] == name]
-            if len(own):
-                panel.plot(own[x], own["deployed"], "o", color=f"C{i}", label=name)
+        for name, own in part.groupby("setting", sort=False):
+            panel.plot(own[x], own["deployed"], "o", color=f"C{[*SETTINGS].index(name)}", label=name)
         panel.set(xlabel=label, title=dataset, xscale="linear" if attacked else "log", ylabel="deployed accuracy")
     legend(figure)
     return figure

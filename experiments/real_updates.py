@@ -8,7 +8,6 @@ as one, separates the images in the dense layer's gradient, and reconstructs eac
 """
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,18 +23,13 @@ from update import ClientState, Trainer, Training
 from utils import InputError, rng, seed_torch
 
 SETTINGS = {"fedavg, iid": "iid", "fedavg, shards": "shards"}
-CASES = [(images, epochs) for epochs in (1, 5) for images in (1, 4, 8, 16)]
+CASES = (1, 4, 8, 16)   # images
 CANDIDATES = 500   # of the client's images that a true one is ranked among
 SEARCH_STEPS, SEPARATION_SECONDS = 200, 12
 
 
 def images_of(target: Target, sent: State, upload: State, shape: torch.Size, rate: float) -> Tensor:
-    """Return the images found in an update; grey for those that are missing.
-
-    Args:
-        shape: ``N x C x H x W``.
-        rate: the sum of the steps' learning rates.
-    """
+    """Return the images found in an update, ``N x C x H x W``, grey if missing; ``rate`` sums its steps' rates."""
     head = target.network().get_submodule("classifier").requires_grad_(False).eval()
     head.load_state_dict({name.removeprefix("classifier."): value for name, value in sent.items()})
     before, dense = newton.before_dense(head.get_submodule("features"))
@@ -51,21 +45,21 @@ def images_of(target: Target, sent: State, upload: State, shape: torch.Size, rat
     return images.nan_to_num(0.5).clamp(0, 1)
 
 
-def image_row(target: Target, round: int, count: int, epochs: int) -> dict:
+def image_row(target: Target, round: int, count: int) -> dict:
     """Train on ``count`` images, read the upload, and return the scores beside those of a foreign control."""
     batch = target.options["local_bs"]
     drawn = rng(1, "real uploads", 0, round).permutation(target.owned()[0][0])
     pool, labels = as_floats(target.data.images[drawn[:CANDIDATES]]), target.data.labels[drawn[:CANDIDATES]]
-    sent, done = target.shared(round)["sent"], (round - 1) * epochs * -(-count // batch)
+    sent, done = target.shared(round)["sent"], (round - 1) * -(-count // batch)
     client = Trainer(target.network().to(memory_format=torch.channels_last), METHODS["fedavg"],
                      torch.from_numpy(target.data.images), torch.from_numpy(target.data.labels).long(),
-                     target.data.num_classes, Training.from_options(target.options, torch.bfloat16, epochs=epochs))
+                     target.data.num_classes, Training.from_options(target.options, torch.bfloat16, epochs=1))
     upload = client.train(0, round, drawn[:count], sent, ClientState({}, done)).upload
     seed_torch(1, "real uploads split", 0, round)
     found = images_of(target, sent, upload, pool[:count].shape,
-                      sum(uploads.rates(target.options, epochs, count, batch, done)))
+                      sum(uploads.rates(target.options, 1, count, batch, done)))
     control = scores(found, pool, foreign(labels, count))
-    return {"kind": "images", "images": count, "epochs": epochs, **scores(found, pool, range(count)),
+    return {"kind": "images", "images": count, **scores(found, pool, range(count)),
             **{f"control_{name}": value for name, value in control.items()}}
 
 
@@ -110,7 +104,7 @@ def read_updates(run: str) -> list[dict]:
     if (target.options["method"], target.options["optimizer"]) != ("fedavg", "adam"):
         raise InputError(f"--run {run}: is no run of fedavg with Adam")
     round = target.latest_round()
-    return class_rows(target, round) + [image_row(target, round, *case) for case in CASES]
+    return class_rows(target, round) + [image_row(target, round, count) for count in CASES]
 
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
@@ -122,21 +116,17 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
             for seed in seeds for name, partition in SETTINGS.items()]
 
 
-def measure(folder: Path) -> list[dict]:
-    """Return the rows of ``read_updates``."""
-    return pd.read_csv(folder / "real_updates.csv").to_dict("records")
-
-
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return what is read off one epoch, by setting and number of images."""
-    rows = rows[(rows["kind"] == "images") & (rows["epochs"] == 1)]
+    """Return what is read off, by setting and number of images."""
+    rows = rows[rows["kind"] == "images"]
     return rows.assign(images=rows["images"].astype(int))
 
 
 KEYS = {"setting": "method, partition", "images": "images"}
 EXPERIMENT = Experiment(
     name="real_updates", question="How many images does a server read off a client's real update?",
-    tasks=tasks, measure=measure, inspect=read_updates, settings=["setting", "kind", "images", "epochs"],
+    tasks=tasks, measure=lambda folder: pd.read_csv(folder / "real_updates.csv").to_dict("records"),
+    inspect=read_updates, settings=["setting", "kind", "images"],
     tabulate=tabulate, keys=KEYS, spread="identified",
     draw=lambda rows: dots(tabulate(rows), [*KEYS], ["identified", "control_identified"], xlabel="share"),
     values={"identified": ("identified", "{:.2f}"), "control_identified": ("control", "{:.2f}"),

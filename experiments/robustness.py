@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from common import ROOT, Experiment, Options, Task, main, panels, training
-from matplotlib.figure import Figure
+from common import ROOT, Experiment, Options, Task, dots, main, training
 
 from server import threat_aware
 
@@ -91,22 +90,6 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([clean, worst], axis=1).reset_index()
 
 
-def draw(rows: pd.DataFrame) -> Figure:
-    """Draw a heat map per scope: points lost to the oracle, the worst partition, by behaviour and rule."""
-    tried = losses(rows[rows["fraction"].isin([0.3])])
-    scopes = list(tried.groupby("scope", sort=False))
-    figure, axes = panels(len(scopes), (5.5, 3.8))
-    for panel, (scope, part) in zip(axes, scopes, strict=True):
-        means = part.groupby(["behaviour", "rule", "partition"])["lost"].mean()
-        table = means.groupby(level=[0, 1]).max().unstack()
-        image = panel.imshow(table, cmap="Reds", vmin=0, vmax=60, aspect="auto")
-        panel.set_xticks(range(table.shape[1]), table.columns, rotation=45, ha="right", fontsize=8)
-        panel.set_yticks(range(table.shape[0]), table.index, fontsize=8)
-        panel.set_title(scope)
-    figure.colorbar(image, ax=axes, label="points lost to the oracle")
-    return figure
-
-
 def with_constant(argv: list[str]) -> int:
     """Run RVE-PFL.py with a constant of the threat-aware rule multiplied by a factor."""
     try:
@@ -122,7 +105,8 @@ def with_constant(argv: list[str]) -> int:
 
 EXPERIMENT = Experiment(
     name="robustness", question="Which aggregation rule withstands malicious clients?",
-    tasks=tasks, measure=measure, settings=KEYS, tabulate=tabulate, keys={"rule": "rule"}, draw=draw,
+    tasks=tasks, measure=measure, settings=KEYS, tabulate=tabulate, keys={"rule": "rule"},
+    draw=lambda rows: dots(losses(rows[rows["fraction"].isin([0.3])]), ["scope", "rule"], ["lost"]),
     spread="lost", values={
         "deployed": ("accuracy, nobody malicious", "{:.3f}"), "lost": ("points lost, worst behaviour", "{:.1f}"),
         "backdoor": ("backdoor opens", "{:.2f}")})

@@ -36,13 +36,7 @@ attack on another image of the class. <b>An attack that failed is no proof of pr
 
 
 def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> str:
-    """Return the whole report as HTML.
-
-    Args:
-        table: of ``summarise``.
-        runs: those in the table.
-        others: by name, why other folders are left out, or what of a run is.
-    """
+    """Return the report as HTML, from ``summarise``'s table, its runs, and why other folders are left out."""
     parts = [Markup("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
                     "content='width=device-width,initial-scale=1'><title>RVE-PFL runs</title><style>{}</style>"
                     "<h1>RVE-PFL runs</h1><p>{} finished runs in {} settings").format(
@@ -161,11 +155,7 @@ def _spread(row: pd.Series, name: str, digits: int) -> Markup:
 
 
 def _grid(head: list[str], rows: list, style: str = "") -> Markup:
-    """Return a table in a box that scrolls sideways; cells are text, or HTML if they are Markup.
-
-    Args:
-        style: ``text`` for cells that wrap.
-    """
+    """Return a table; cells are text, or HTML if they are Markup. With ``style`` "text" they wrap."""
     def line(cell: str, cells: list) -> Markup:
         return Markup("<tr>{}</tr>").format(Markup().join(Markup(cell).format(text) for text in cells))
     table = Markup("<div class=wide><table class='{}'><thead>{}</thead><tbody>{}</tbody></table></div>")

@@ -26,29 +26,21 @@ BOOKKEEPING_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_di
                        "eval_every"}
 BASIC = ("dataset", "method", "partition")   # they decide the defaults of other options
 NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "seed")   # options that a config.json must have
-SHARES = ["accuracy", "accuracy_worst", "f1"]   # columns of rounds.csv, from 0 to 1
 RUN_METRICS = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "f1": "macro F1",
                "kl_nats": "KL, nats"}   # columns of rounds.csv, and their names on the page
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run.
-
-    Attributes:
-        rounds: its ``rounds.csv``.
-        leaks: what attacks on it found, condensed (leakage.py).
-        pictures: names of PNG files in the run's folder.
-        unread: why attacks are left out, in words; "" if nothing is.
-    """
+    """One finished run."""
 
     name: str
     protocol: str
     options: dict
-    rounds: pd.DataFrame
-    leaks: pd.DataFrame = field(default_factory=lambda: leakage.NONE)
-    pictures: tuple[str, ...] = ()
-    unread: str = ""
+    rounds: pd.DataFrame   # rounds.csv
+    leaks: pd.DataFrame = field(default_factory=lambda: leakage.NONE)   # attack.csv, condensed (leakage.py)
+    pictures: tuple[str, ...] = ()   # names of PNG files in the run's folder
+    unread: str = ""   # why attacks are left out
 
     @property
     def setting(self) -> str:
@@ -106,7 +98,7 @@ def _rounds(path: Path, asked: int) -> pd.DataFrame:
     numbers = rounds.columns.difference(["stage", "split"])
     rounds[numbers] = rounds[numbers].apply(pd.to_numeric)
     if not (rounds["round"].between(1, asked).all() and (rounds["round"] % 1 == 0).all()
-            and rounds[SHARES].apply(lambda column: column.between(0, 1)).all(axis=None)
+            and rounds[["accuracy", "accuracy_worst", "f1"]].melt()["value"].between(0, 1).all()
             and rounds["seconds"].between(0, np.finfo(float).max).all()):
         raise ValueError("it has gaps or impossible values")
     return rounds

@@ -270,10 +270,10 @@ def test_updates_of_a_tiny_run_are_read(place, monkeypatch, capsys):
     (place.folder / "saved_models").symlink_to(place.folder / "models")
     for module in (common, real_updates):
         monkeypatch.setattr(module, "ROOT", place.folder)
-    monkeypatch.setattr(real_updates, "CASES", [(1, 1), (2, 2)])
+    monkeypatch.setattr(real_updates, "CASES", (1, 2))
     monkeypatch.setattr(real_updates, "SEARCH_STEPS", 20)
     assert common.main(real_updates.EXPERIMENT, ["--run", "fedavg"]) == 0
-    rows = real_updates.measure(place.folder / "results" / "fedavg")
+    rows = real_updates.EXPERIMENT.measure(place.folder / "results" / "fedavg")
     assert [row["kind"] for row in rows][-2:] == ["images", "images"]
     assert all(0 <= row[f"{control}identified"] <= 1 for row in rows[-2:] for control in ("", "control_"))
     assert common.main(real_updates.EXPERIMENT, ["--run", "rve_pfl"]) == 2
