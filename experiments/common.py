@@ -273,7 +273,7 @@ def table(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
 
 def results(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
     """Return what stands between the markers of a page; a digest of the rows says what the picture shows."""
-    lines = table(experiment, rows := whole(experiment, rows)) if len(rows) else []
+    lines = table(experiment, rows) if len(rows := whole(experiment, rows)) else []
     if len(lines) < 3:
         return ["The table is still to be filled: no setting has been run with all three seeds."]
     digest = hashlib.sha256(rows.to_csv().encode()).hexdigest()[:16]

@@ -86,7 +86,7 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["scope"] == "models"]
     clean = rows[rows["behaviour"] == "nobody"].groupby(["rule", "seed"], sort=False)["deployed"].mean()
     tried = losses(rows[rows["fraction"].isin([0.3])])
-    worst = tried.groupby(["rule", "seed"])[["lost", "backdoor"]].max()
+    worst = tried.reindex(columns=["rule", "seed", "lost", "backdoor"]).groupby(["rule", "seed"]).max()
     return pd.concat([clean, worst], axis=1).reset_index()
 
 

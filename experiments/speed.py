@@ -37,7 +37,6 @@ WORKLOADS = {   # method, shape of an image, batch
     "fedavg cifar, batch 10": ("fedavg", (3, 32, 32), 10),
 }
 STEPS = 6   # timed at once
-CLIENTS = (10, 100, 1000)
 REPEATS = 5
 
 
@@ -126,7 +125,7 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
              "rounds": 3}
     found = []
     for seed in seeds:
-        for name in (*WORKLOADS, *(f"{count} clients" for count in CLIENTS)):
+        for name in (*WORKLOADS, *(f"{count} clients" for count in (10, 100, 1000))):
             run = f"speed-{slug(name)}-seed{seed}"
             command = f"python experiments/speed.py --run {run}" if name in WORKLOADS else training(
                 run, {**small, "num_users": name.split()[0], "seed": seed})

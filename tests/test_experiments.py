@@ -332,7 +332,7 @@ def test_every_page_of_an_experiment_has_its_parts():
 def finished(tmp_path):
     """A run's folder by hand: two rounds, one attack with a restart, and one malicious client of two."""
     stages = [(r, stage, split, 0.1 * r + bonus) for r in (1, 2) for stage, split, bonus in (
-        ("trained", "train", 0.5), ("trained", "test", 0.2), ("deployed", "test", 0.0))]
+        ("trained", "test", 0.2), ("deployed", "test", 0.0), ("trained", "train", 0.5))]
     pd.DataFrame([{"round": r, "stage": stage, "split": split, "accuracy": value, "accuracy_worst": value / 2,
                    "kl_nats": 10 * r, "seconds": 2} for r, stage, split, value in stages]).to_csv(
         tmp_path / "rounds.csv", index=False)
