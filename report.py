@@ -14,7 +14,7 @@ from engine.signals import steady_output
 from parsing import Option, Parser
 from reporting.page import page
 from reporting.summary import Finished, one_line, read, summarise
-from utils import ROOT, InputError, printable, remove_leftovers, shown, write_whole
+from utils import ROOT, InputError, printable, shown, write_whole
 
 
 def guarded(folder: Path) -> Finished | str:
@@ -38,8 +38,6 @@ def write_report(folder: Path) -> None:
     """Write the page and the table of a folder of runs."""
     if not folder.is_dir():
         raise InputError(f"--results_dir {folder}: no such folder")
-    for name in ("report.html", "summary.csv"):
-        remove_leftovers(folder, name)
     results = {path.name: guarded(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     runs = [run for run in results.values() if isinstance(run, Finished)]
     reasons = {name: run if isinstance(run, str) else run.unread for name, run in results.items()}

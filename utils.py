@@ -169,42 +169,27 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, names: str) -> None:
-    """Delete unfinished files of killed processes, for finished names that match the pattern ``names``."""
-    for path in folder.glob(f".{names}.*.tmp"):
-        owner = path.name.split(".")[-2]
-        if owner.isdecimal() and not _lives(int(owner)):
-            path.unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    """Return whether another process has this number."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:   # somebody else's
-        return True
-    return pid != os.getpid()
-
-
 def environment(device: torch.device) -> dict:
     """Return what a result depends on besides the options: versions, commit, machine."""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
         f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "system": platform.platform(),
     }
 
 
-def _commit() -> str:
-    """Return the commit that runs, or "unknown" without git or a readable repository."""
+def commit(*paths: str) -> str:
+    """Return the commit that runs, marked if it has edits, or "unknown" without a readable repository.
+
+    Args:
+        paths: git's names of the files in which edits count; all tracked ones by default.
+    """
     git = ["git", "-C", str(ROOT)]
     try:
-        head, edits = (subprocess.run([*git, *words], capture_output=True, check=True).stdout.strip()
-                       for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno")))
+        head, edits = (subprocess.run([*git, *words], capture_output=True, check=True, text=True).stdout.strip()
+                       for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", "--", *paths)))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.decode() + (" with edits" if edits else "")
+    return head[:12] + (" with edits" if edits else "")

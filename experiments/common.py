@@ -34,7 +34,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from parsing import Parser  # noqa: E402
 from runs.plots import plt  # noqa: E402
-from utils import InputError, choose_precision, environment, error_line, write_whole  # noqa: E402
+from utils import InputError, choose_precision, commit, environment, error_line, write_whole  # noqa: E402
 
 REFERENCE: Final = ROOT / "results" / "reference"
 PAGES: Final = ROOT / "docs"
@@ -43,7 +43,7 @@ Options = dict[str, Any]   # of a command line, by name
 STUDENT: Final = 4.303   # 97.5 % quantile of Student's t with two degrees of freedom: three seeds
 PROVENANCE: Final = ["seed", "precision", "processor", "commit", "command"]
 START, END = "<!-- results -->", "<!-- end -->"
-GENERATED: Final = [":(exclude)results/reference", ":(exclude)docs"]   # files that the queue itself changes
+GENERATED: Final = [".", ":(exclude)results/reference", ":(exclude)docs"]   # files that the queue itself changes
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,6 @@ def dots(rows: pd.DataFrame, keys: Sequence[str], values: Sequence[str], **axes:
     return figure
 
 
-def commit() -> str:
-    """Return the commit of the working tree, marked if tracked files other than generated ones have edits."""
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=True, text=True).stdout
-
-    try:
-        head, edits = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno", "--", ".", *GENERATED)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head[:12] + (" with edits" if edits else "")
-
-
 def provenance(task: Task, folder: Path, made_by: str) -> Options:
     """Return the columns that say how a row was made."""
     config, cpu = folder / "config.json", torch.device("cpu")
@@ -201,7 +189,7 @@ class Queue:
 
     def make(self, task: Task) -> None:
         """Run one task, add its rows to the CSV, and delete its folders."""
-        made_by, folder = commit(), ROOT / "results" / task.run
+        made_by, folder = commit(*GENERATED), ROOT / "results" / task.run
         if not all(self.call(task, command) for command in task.commands):
             return
         rows, facts = self.experiment.measure(folder), provenance(task, folder, made_by)
@@ -341,7 +329,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
             missing = queue.missing(tasks)
             print("\n".join(f"{'missing' if task in missing else 'done   '} {task.command}" for task in tasks))
             return 0
-        if args.out.resolve() == REFERENCE and commit().endswith("with edits"):
+        if args.out.resolve() == REFERENCE and commit(*GENERATED).endswith("with edits"):
             raise InputError("the working tree has uncommitted edits; commit them, or try out with --out FOLDER")
         args.out.mkdir(parents=True, exist_ok=True)
         for ending in (signal.SIGTERM, signal.SIGHUP):

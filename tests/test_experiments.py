@@ -163,7 +163,7 @@ def tried(tmp_path, monkeypatch, tiny_arrays):
 def test_the_queue_runs_what_is_missing(tried, capsys, monkeypatch):
     experiment, task, folder = tried
     bad = common.Task("bad", {}, 3, ("python RVE-PFL.py --rounds 0 --run_name bad",))
-    monkeypatch.setattr(common, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(common, "commit", lambda *paths: "0123456789ab")
     queue = common.Queue(experiment, folder)
     assert queue.run([bad, task(1), task(2)], 2) == 1
     said = capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_rows_of_one_command_are_replaced(tmp_path):
 
 
 def test_the_command_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(common, "commit", lambda: "0123456789ab with edits")
+    monkeypatch.setattr(common, "commit", lambda *paths: "0123456789ab with edits")
     (tmp_path / "made.csv").write_text("a,b\n1,2\n")
     experiment = made(tasks=lambda seeds: [common.Task("one", {}, 1, ("python a",))])
     for argv, words in ((["--workers", "0"], "--workers"), (["--seeds", "x"], "--seeds"), (["--lsit"], "--lsit"),
