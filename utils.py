@@ -46,13 +46,6 @@ def error_line(program: str, error: Exception | str, hint: str = "") -> str:
     return shortened(re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: shortened(word[0]), line), 10 * LONGEST_WORD)
 
 
-def plain_file(path: Path) -> Path:
-    """Return the path; raise ValueError if it is no regular file, since reading a pipe would block."""
-    if path.exists() and not path.is_file():
-        raise ValueError("no plain file")
-    return path
-
-
 def rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> np.random.Generator:
     """Return the generator of one draw, independent of all others, so that their order does not matter."""
     digest = hashlib.blake2b(purpose.encode(), digest_size=4).digest()
@@ -110,18 +103,11 @@ def choose_device(name: str, turn: int = 0) -> torch.device:
     return device
 
 
-def fast_bf16(device: torch.device) -> bool:
-    """Return whether the chip multiplies bfloat16 natively; emulated, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
-
-
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of convolutions and matrix products for ``auto``, ``fp32`` or ``bf16``."""
-    if name == "bf16" or (name == "auto" and fast_bf16(device)):
-        return torch.bfloat16
-    return torch.float32
+    """Return the dtype of matrix products for ``fp32``, ``bf16`` or ``auto``: bf16 if the chip is fast at it."""
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
 
 
 def keep_freed_memory() -> None:

@@ -18,7 +18,7 @@ from runs import configs
 from runs.checkpoints import checked_state, load_checked, read_client, read_shared, same_memory
 from server.base import Server, State
 from update import ClientState
-from utils import InputError, fingerprint, plain_file, seed_torch
+from utils import InputError, fingerprint, seed_torch
 
 
 def as_floats(images: np.ndarray) -> Tensor:
@@ -167,7 +167,7 @@ class Target:
         """Return the numbers of each client's training and test images in the data set, for scoring alone."""
         path = self.results / "partition.npz"
         try:
-            with np.load(plain_file(path), allow_pickle=False) as file:
+            with np.load(path, allow_pickle=False) as file:
                 train, test = ([file[f"{half}_{k}"] for k in range(self.options["num_users"])]
                                for half in ("train", "test"))
         except KeyError as error:

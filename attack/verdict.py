@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from attack.attacks import Attack
-from runs.csvs import read_csv
 from utils import rng
 
 
@@ -54,7 +53,7 @@ SIGNS = 10_000   # drawn for more images
 def read_attack(path: Path, columns: Sequence[str] = ATTACK_COLUMNS) -> pd.DataFrame:
     """Read ``attack.csv`` or a table with other columns; ValueError if it is not what the command writes."""
     texts = [name for name in columns if name in TEXTS]
-    rows = read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(texts, str))
+    rows = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(texts, str))
     if missing := [name for name in columns if name not in rows]:
         raise ValueError(f"no column {missing[0]}; attack the run again")
     rows = rows[list(columns)]

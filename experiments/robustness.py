@@ -1,21 +1,15 @@
 """Compare the aggregation rules under malicious clients with the oracle, to which these clients upload nothing.
 
-    python experiments/robustness.py --constant TRUST_DECAY 0.5 ...    a run of RVE-PFL.py with one constant of
-                                                                       server/threat_aware.py halved
-
 ``models`` trains FedAvg's whole models. ``heads`` trains the heads of RVE-PFL behind encoders that a clean run has
 trained and that stay as they are, so that no private encoder makes up for a bad head; the clean runs stay under
 saved_models/robustness-encoders-* (0.8 GB each).
 """
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from common import ROOT, Experiment, Options, Task, dots, main, training
-
-from server import threat_aware
+from common import Experiment, Options, Task, dots, main, training
 
 DATA = {"dataset": "mnist10k", "local_ep": 1}
 SCOPES: dict[str, Options] = {"models": {"method": "fedavg", "rounds": 5, "local_bs": 32},
@@ -90,19 +84,6 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([clean, worst], axis=1).reset_index()
 
 
-def with_constant(argv: list[str]) -> int:
-    """Run RVE-PFL.py with a constant of the threat-aware rule multiplied by a factor."""
-    try:
-        setattr(threat_aware, argv[0], getattr(threat_aware, argv[0]) * float(argv[1]))
-    except (AttributeError, IndexError, TypeError, ValueError):
-        print("robustness.py: error: --constant needs the name of a number in server/threat_aware.py and a factor",
-              file=sys.stderr)
-        return 2
-    sys.argv = ["RVE-PFL.py", *argv[2:]]
-    runpy.run_path(str(ROOT / "RVE-PFL.py"), run_name="__main__")
-    return 0
-
-
 EXPERIMENT = Experiment(
     name="robustness", question="Which aggregation rule withstands malicious clients?",
     tasks=tasks, measure=measure, settings=KEYS, tabulate=tabulate, keys={"rule": "rule"},
@@ -112,6 +93,4 @@ EXPERIMENT = Experiment(
         "backdoor": ("backdoor opens", "{:.2f}")})
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--constant"]:
-        sys.exit(with_constant(sys.argv[2:]))
     sys.exit(main(EXPERIMENT))

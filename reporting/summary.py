@@ -16,7 +16,6 @@ from options import args_parser, make_parser
 from reporting import leakage
 from runs import configs
 from runs.configs import EVALUATION_SPLIT
-from runs.csvs import read_csv
 from runs.run import csv_columns
 from utils import InputError, shown
 
@@ -92,7 +91,7 @@ def read(folder: Path) -> Finished:
 
 def _rounds(path: Path, asked: int) -> pd.DataFrame:
     """Read ``rounds.csv`` of a run of ``asked`` rounds; an error if it is not what a run writes."""
-    rounds = read_csv(path)
+    rounds = pd.read_csv(path)
     if list(rounds.columns) != csv_columns()["rounds.csv"]:
         raise ValueError("its columns are not those of a run")
     numbers = rounds.columns.difference(["stage", "split"])

@@ -19,7 +19,7 @@ import torch
 from runs import configs
 from server.base import State, is_finite
 from update import ClientState
-from utils import InputError, plain_file, write_whole
+from utils import InputError, write_whole
 
 MEMORY = 2 * 2**30    # bytes of client states kept in memory; the rest waits in files
 SMALL = 2**16         # bytes: a smaller state is kept on the heap
@@ -34,7 +34,7 @@ def load_checked(path: Path) -> dict[str, Any]:
     """
     try:
         with warnings.catch_warnings(action="ignore"):   # of old pickles, which are refused below
-            content = torch.load(plain_file(path), map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ValueError("no dictionary")
         return content

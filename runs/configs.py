@@ -7,7 +7,7 @@ from pathlib import Path
 
 from methods import METHODS
 from options import of_rows, stored_fault
-from utils import InputError, plain_file, shown, write_whole
+from utils import InputError, shown, write_whole
 
 # Protocol -> the split of images that is evaluated, by its name in CSVs and plots.
 EVALUATION_SPLIT = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
@@ -23,7 +23,7 @@ def write(folder: Path, config: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a file with one JSON object; OSError if it cannot be read, ValueError if it holds something else."""
     try:
-        content = json.loads(plain_file(path).read_bytes())
+        content = json.loads(path.read_bytes())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(content, dict):

@@ -3,16 +3,8 @@ import csv
 import io
 import os
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-
-from utils import InputError, plain_file, write_whole
-
-
-def read_csv(path: Path, **options: Any) -> pd.DataFrame:
-    """Return ``pandas.read_csv``; OSError if it cannot be read, ValueError if it is no table or no plain file."""
-    return pd.read_csv(plain_file(path), **options)
+from utils import InputError, write_whole
 
 
 def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from engine.signals import Interrupted, held
 from methods import METHODS
 from metrics import METRICS, over_clients
 from runs import checkpoints, configs, folders, plots, resume
-from runs.csvs import append_csv, cut_csv, read_csv
+from runs.csvs import append_csv, cut_csv
 from server.base import Aggregated, Round, Server, State, is_finite
 from server.malicious import MaliciousClients
 from server.robust import RULES
@@ -198,8 +199,8 @@ class Run:
         self.save()
         if self.ranks.first:
             folders.remove(self.models / ".private")
-            plots.plot_curves(self.results / "curves.png", read_csv(self.results / "rounds.csv"), self._title())
-            server = read_csv(self.results / "server.csv")
+            plots.plot_curves(self.results / "curves.png", pd.read_csv(self.results / "rounds.csv"), self._title())
+            server = pd.read_csv(self.results / "server.csv")
             if server["trust"].notna().any():
                 plots.plot_trust(self.results / "trust.png", server, self._title())
             self.config["status"] = "finished"
@@ -207,7 +208,7 @@ class Run:
 
     def table(self) -> str:
         """Return the metrics of the last round, and where the files are, as text."""
-        last = read_csv(self.results / "rounds.csv")
+        last = pd.read_csv(self.results / "rounds.csv")
         last = last[(last["round"] == last["round"].max()) & (last["split"] == self.evaluation_split)]
         shown = last[["stage", "accuracy", "accuracy_std", "accuracy_worst", "f1", "kl_nats"]]
         everybody = self.options["frac"] == 1 and not self.options["malicious_frac"]

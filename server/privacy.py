@@ -180,11 +180,6 @@ class AdaptiveClientDP(ClientDP):
         return aggregated
 
 
-def default_delta(clients: int) -> float:
-    """Return the delta of client-level DP if none is given: below one in the number of clients."""
-    return min(0.1, clients**-1.1)
-
-
 def epsilon_of(z: float, options: Mapping[str, Any]) -> float:
     """Return the epsilon of a run at noise multiplier ``z``, for its ``frac``, ``rounds`` and ``delta``."""
     return _epsilon(z, options["frac"], options["rounds"], options["delta"])

@@ -44,7 +44,7 @@ def parse(command):
     if script in PARSERS:
         return PARSERS[script]().parse(argv)
     name = script.removeprefix("experiments/").removesuffix(".py")
-    if name not in EXPERIMENTS or "--constant" in argv:
+    if name not in EXPERIMENTS:
         return None
     return common.arguments(EXPERIMENTS[name], argv)
 
@@ -226,8 +226,6 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
         assert common.main(experiment, ["--list", "--out", str(folder)]) == 0
         assert capsys.readouterr().out.split() == [word, "python", "a"]
     assert common.main(experiment, ["--out", str(tmp_path / "new")]) == 0
-    for words in (["NOTHING", "0.5"], ["TRUST_DECAY"], ["TRUST_DECAY", "x"]):
-        assert robustness.with_constant(words) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_leakage_rows_by_hand():

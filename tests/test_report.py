@@ -193,7 +193,7 @@ def test_no_run_stops_the_page_or_gets_into_it(report, runs, tmp_path, capsys, m
     for name, (_, _, reason) in CASES.items():
         assert not reason or any(line.startswith(f"left out: {name}: ") and reason in line
                                  for line in printed.splitlines()), name
-    assert "<script" not in text and "folder: config.json is damaged" in printed
+    assert "<script" not in text and "folder: config.json cannot be read" in printed
     assert "2" in set(pd.read_csv(tmp_path / "summary.csv")["seeds"].astype(str).str.split().explode())
 
     def broken(folder, read=summary.read):
