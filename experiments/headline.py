@@ -86,8 +86,8 @@ def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
 
 KEYS = {"dataset": "data set", "rounds": "rounds"}
 VALUES = {"rve_pfl": ("RVE-PFL", "{:.3f}"), "nbafl": ("NbAFL", "{:.3f}"),
-          "nbafl_prox": ("NbAFL, proximal", "{:.3f}"), "nbafl, trained": ("NbAFL, fine-tuned", "{:.3f}"),
-          "fedavg": ("FedAvg", "{:.3f}"), "fedavg, trained": ("FedAvg, fine-tuned", "{:.3f}"),
+          "nbafl_prox": ("NbAFL, proximal", "{:.3f}"), "nbafl, trained": ("NbAFL, trained", "{:.3f}"),
+          "fedavg": ("FedAvg", "{:.3f}"), "fedavg, trained": ("FedAvg, trained", "{:.3f}"),
           "local": ("alone", "{:.3f}")}
 EXPERIMENT = Experiment(
     name="headline", question="How accurate are the methods with two classes per client?",
