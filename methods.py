@@ -30,7 +30,7 @@ EVAL_SAMPLES = Option("eval_samples", "draws of z averaged in a prediction", int
 AGGREGATION = Option("aggregation", "how uploads become the next head: " + ", ".join(
     f"{name} ({rule.about})" for name, rule in RULES.items()), unread="mean", choices=RULES, group="server")
 ENCODERS_FROM = Option("encoders_from", "use the encoders of a finished RUN of the same clients and train only "
-                       "the heads, so that no encoder makes up for a bad head", metavar="RUN", group="server")
+                       "the heads: no encoder compensates for a bad head", metavar="RUN", group="server")
 KL_WEIGHT = Option("kl_weight", "weight of the KL term, summed over z [beta]", float, unread=0.0,
                    within=(0, 1e6), group="privacy")
 KL_WARMUP = Option("kl_warmup", "rounds over which beta rises from 0", int, unread=0, within=(0, HUGE),
@@ -47,13 +47,13 @@ EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; of th
                  within=(TINY, 1e6), group="privacy")
 DELTA = Option("delta", "[delta]; with client-level DP clients^-1.1 by default", float, within=(TINY, 0.5),
                group="privacy")
-CLIP = Option("clip", "clipping norm: with NbAFL of the uploaded parameters [C] (the median of the first round's "
-              "norms by default); with client-level DP of the update, if adaptive at the start", float,
+CLIP = Option("clip", "clipping norm: of NbAFL's uploaded parameters [C] (the median of the first round's norms by "
+              "default); with client-level DP of the update, if adaptive at the start", float,
               within=(TINY, 1e9), group="privacy")
 EXPOSURES = Option("exposures", "NbAFL's number of exposures of an upload [L]", int, within=(1, HUGE),
                    group="privacy")
 NOISE_MULTIPLIER = Option("noise_multiplier", "noise of client-level DP in units of the clip, instead of "
-                          "--epsilon [z]", float, within=(1e-3, 1e6), group="privacy")
+                          "--epsilon", float, within=(1e-3, 1e6), group="privacy")
 LOSS_WEIGHT = Option("loss_weight", "weight of the loss against the inner attacker [lambda]", float,
                      within=(0, 1e6), group="privacy")
 PROX = Option("prox", "weight of the proximal term, half the squared distance to the parameters sent [mu]", float,

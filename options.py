@@ -162,7 +162,7 @@ def read_by(option: Option, table: dict) -> str:
 
 def make_parser() -> Parser:
     """Return the parser of all options, by group."""
-    parser = Parser("RVE-PFL.py", "Train RVE-PFL, or a method it is compared with, over simulated clients.")
+    parser = Parser("RVE-PFL.py", "Train a method over simulated clients. Symbols in brackets are the papers'.")
     for heading in ("data", "federated", "model", "server", "privacy", "run"):
         parser.heading(heading)
     for option in COMMON:

@@ -1,4 +1,4 @@
-"""Attack a trained run, and say of each attack whether it leaks or is as a guess.
+"""Attack a trained run, and report of each attack whether it beats guessing.
 
     python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
 
@@ -40,7 +40,7 @@ class MiAttack(Command):
     """Attacks that reconstruct images and classes."""
 
     program, name = "mi_attack.py", "attack"
-    description = "Attack a trained run, and say of each attack whether it leaks or is as a guess."
+    description = "Attack a trained run, and report of each attack whether it beats guessing."
     files, columns = folders.OF_ATTACKS, ATTACK_COLUMNS
     adversaries, attacks = ADVERSARIES, ATTACKS
     draws, public_images, first_round = 32, 10_000, 0
@@ -56,7 +56,7 @@ class MiAttack(Command):
         Option("restarts", "how often a search starts anew", int, 3, within=(1, 1000)),
         Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),
         Option("client_lr", "size of the client's SGD steps whose upload the curious server observes; where "
-               "uploads are noised, a longer step shows more", float, CLIENT_LR, within=(1e-6, 10)),
+               "uploads have noise, longer steps leak more", float, CLIENT_LR, within=(1e-6, 10)),
         Option("train_epochs", "epochs of training on public images", int, 20, within=(1, HUGE)))
 
     def __init__(self, args: Namespace) -> None:

@@ -120,7 +120,7 @@ BEHAVIOURS = {
                             whole_head=True),
     "adaptive": Behaviour("the most harmful of four forgeries, each tuned", forge=model_poisoning.adaptive),
     "passive": Behaviour("honest, but curious"),
-    "oracle": Behaviour("upload nothing: the oracle that rules are compared with", uploads=False),
+    "oracle": Behaviour("upload nothing: the reference for the rules", uploads=False),
     "min_max": Behaviour("as far off as honest updates are apart, tuned",
                          forge=partial(within_reach, reach=min_max_reach)),
     "min_sum": Behaviour("the same by sums of distances, tuned", forge=partial(within_reach, reach=min_sum_reach)),
