@@ -47,7 +47,7 @@ EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; of th
                  within=(TINY, 1e6), group="privacy")
 DELTA = Option("delta", "[delta]; with client-level DP clients^-1.1 by default", float, within=(TINY, 0.5),
                group="privacy")
-CLIP = Option("clip", "clipping norm: of NbAFL's uploaded parameters [C] (the median of the first round's norms by "
+CLIP = Option("clip", "clipping norm: of NbAFL's uploaded parameters [C] (median of the first round's norms by "
               "default); with client-level DP of the update, if adaptive at the start", float,
               within=(TINY, 1e9), group="privacy")
 EXPOSURES = Option("exposures", "NbAFL's number of exposures of an upload [L]", int, within=(1, HUGE),
