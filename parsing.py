@@ -23,13 +23,12 @@ TINY, HUGE = 1e-12, 10**9   # bounds of options without natural ones
 # Names of our options in other programs -> ours, which are suggested.
 SYNONYMS = {
     "learning_rate": "lr", "eta": "lr", "batch_size": "local_bs", "bs": "local_bs",
-    "local_epochs": "local_ep", "epochs": "train_epochs", "comm_round": "rounds",
-    "clients": "num_users", "num_clients": "num_users",
-    "n_clients": "num_users", "users": "num_users", "fraction": "frac", "participation": "frac",
-    "beta": "kl_weight", "max_grad_norm": "clip", "frac_malicious": "malicious_frac", "iid": "partition",
-    "non_iid": "partition", "algorithm": "method", "optim": "optimizer", "gpu": "device", "cuda": "device",
-    "dtype": "precision", "data": "dataset", "output_dir": "results_dir", "save_dir": "models_dir",
-    "checkpoint_dir": "models_dir", "name": "run_name", "exp_name": "run_name", "run": "run_name",
+    "local_epochs": "local_ep", "epochs": "train_epochs", "comm_round": "rounds", "clients": "num_users",
+    "num_clients": "num_users", "n_clients": "num_users", "users": "num_users", "fraction": "frac",
+    "participation": "frac", "beta": "kl_weight", "max_grad_norm": "clip", "frac_malicious": "malicious_frac",
+    "iid": "partition", "non_iid": "partition", "algorithm": "method", "optim": "optimizer", "gpu": "device",
+    "cuda": "device", "dtype": "precision", "data": "dataset", "output_dir": "results_dir", "run": "run_name",
+    "save_dir": "models_dir", "checkpoint_dir": "models_dir", "name": "run_name", "exp_name": "run_name",
 }
 ALIKE = 0.75   # least difflib ratio for a suggestion
 

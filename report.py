@@ -1,10 +1,8 @@
-"""Puts all finished runs of a results folder into one page and one table.
-
-    python report.py                    writes results/report.html and results/summary.csv
+"""Put all finished runs of a results folder on one page, report.html, and into one table, summary.csv.
 
 A row of the table is a setting: runs that differ only in the seed. It has their means and standard deviations over
-seeds, and the command that makes one of them. The page also shows what attacks found. Folders that are left out,
-because a run is unfinished or damaged, say, are listed with the reason.
+seeds, and the command that makes one of them. The page also shows what attacks found. Folders without a finished
+run are listed with the reason.
 """
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from engine.signals import steady_output
 from parsing import Option, Parser
 from reporting.page import page
 from reporting.summary import Finished, one_line, read, summarise
+from runs import folders
 from utils import ROOT, InputError, printable, shown, write_whole
 
 
@@ -38,6 +37,8 @@ def write_report(folder: Path) -> None:
     """Write the page and the table of a folder of runs."""
     if not folder.is_dir():
         raise InputError(f"--results_dir {folder}: no such folder")
+    for partial in folders.half_written(folder, r"report\.html|summary\.csv"):   # a killed process's
+        partial.unlink()
     results = {path.name: guarded(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     runs = [run for run in results.values() if isinstance(run, Finished)]
     reasons = {name: run if isinstance(run, str) else run.unread for name, run in results.items()}

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pickle
 import resource
+import tempfile
 
 import numpy as np
 import pandas as pd
@@ -69,9 +70,12 @@ def unfinished(stopped, place):
     return place
 
 
+MARK = f"{tempfile.gettempdir()}/a-checkpoint-ran-code-{os.getpid()}"
+
+
 class Bomb:
     def __reduce__(self):
-        return os.mkdir, ("/tmp/a-checkpoint-ran-code",)
+        return os.mkdir, (MARK,)
 
 
 DAMAGES = {
@@ -87,7 +91,7 @@ DAMAGES = {
 def test_a_damaged_or_foreign_checkpoint_is_refused(unfinished, capsys, name, damage):
     DAMAGES[damage](unfinished.models / "round_1" / name)
     assert "round_1" in unfinished.refuses(capsys, "--save_rounds", 1, "--resume")
-    assert not os.path.exists("/tmp/a-checkpoint-ran-code")
+    assert not os.path.exists(MARK)
 
 
 def put(path, *keys_and_value):
