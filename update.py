@@ -23,7 +23,7 @@ class Diverged(Exception):
 
 @dataclass
 class ClientState:
-    """What never leaves a client.
+    """The state that never leaves a client.
 
     Args:
         parameters: those that are not shared.
@@ -52,7 +52,7 @@ class LocalUpdate(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """How the clients of a run train and predict.
+    """Settings of training and prediction, the same for all clients of a run.
 
     Args:
         epochs: local epochs E.

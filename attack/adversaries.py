@@ -39,7 +39,7 @@ flatten = FlattenHWC()
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What an adversary has of one client in one round. A part that it does not have is None."""
+    """The parts that an adversary has of one client in one round; None for a part that it does not have."""
 
     head: nn.Module | None      # images, or latents z in their shape -> logits
     encoder: nn.Module | None   # images -> z or its mean and log variance; the victim's, or a curious client's own
@@ -118,7 +118,7 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every adversary may spend and observe, whatever the method."""
+    """Limits of every adversary, for all methods: effort, and observations of latents."""
 
     restarts: int         # of each search
     iterations: int       # of each search

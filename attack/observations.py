@@ -1,4 +1,4 @@
-"""What an adversary observes of the attacked client: an upload, latents, or the answer to an image.
+"""Observations of the attacked client: an upload, latents, or the answer to an image.
 
 An upload observed at a checkpoint is that of the next training step, from the head that the server sends next.
 """

@@ -60,7 +60,7 @@ class Target:
 
     @cached_property
     def uploaded(self) -> State:
-        """What the method's clients upload, of an untrained network."""
+        """The parameters that the method's clients upload, of an untrained network."""
         return self.method.shared_and_private(self.network().state_dict())[0]
 
     def rounds(self) -> list[int]:

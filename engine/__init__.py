@@ -1,1 +1,1 @@
-"""How training runs: stacks, CUDA graphs, processes, signals; the method is the same. Open it for speed."""
+"""Execution of training: threads, stacks, CUDA graphs, processes, signals. It changes speed, not results."""

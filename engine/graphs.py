@@ -41,7 +41,7 @@ def cuda_graph(step: Callable[[], None], device: torch.device) -> Callable[[], N
 
 @dataclass(frozen=True)
 class Static:
-    """What a captured step reads and writes, always at the same addresses."""
+    """The tensors that a captured step reads and writes, always at the same addresses."""
 
     optimizer: torch.optim.Optimizer
     batch: Tensor   # image numbers

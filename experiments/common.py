@@ -148,7 +148,7 @@ def read(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=PROVENANCE)
     try:
-        rows = pd.read_csv(path, dtype={"commit": str})
+        rows = pd.read_csv(path, dtype={"commit": str}, keep_default_na=False, na_values=[""])   # "nan" is a name
     except ValueError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if missing := [name for name in PROVENANCE if name not in rows]:

@@ -1,6 +1,7 @@
 """A tiny data set, and the driver called in this process or, for signals and limits, in one of its own."""
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,12 @@ class Place:
         popen = {"env": {**os.environ, "PYTHONUNBUFFERED": "1"}, **popen}
         return subprocess.Popen([sys.executable, str(ROOT / "RVE-PFL.py"), *self.argv(*flags)], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **popen)
+
+    def holding(self, other):
+        """Return this place with a copy of another's runs, for one test to harm."""
+        for name in ("results", "models"):
+            shutil.copytree(other.folder / name, self.folder / name)
+        return self
 
     @property
     def results(self):

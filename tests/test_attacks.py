@@ -192,7 +192,7 @@ def test_answers_average_probabilities_over_draws():
 
 @pytest.mark.parametrize("noisy", [True, False])
 def test_the_likelihood_is_that_of_normal_draws(noisy):
-    """Of two draws under each of two encoders, whose noise differs by image and by value."""
+    """Two draws under each of two encoders, whose noise differs by image and by value."""
     draws, mu, logvar = torch.randn(2, 2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
     seen = [latents.Seen(draws[i], SimpleNamespace(posterior=lambda x, i=i: (mu[i], logvar[i])), noisy)
             for i in range(2)]

@@ -210,6 +210,13 @@ def test_rows_of_one_command_are_replaced(tmp_path):
     assert rows["value"].tolist() == [2, 3] and list(rows)[-5:] == common.PROVENANCE
 
 
+def test_a_behaviour_named_nan_keeps_its_name(tmp_path):
+    for command in ("one", "two"):   # the second reads what the first wrote
+        common.add(tmp_path / "made.csv", rows_of({11: 1.0}, command=command, method="nan"))
+    assert common.read(tmp_path / "made.csv")["method"].tolist() == ["nan"] * 2
+    assert "" not in set(pd.read_csv(common.REFERENCE / "robustness.csv", keep_default_na=False)["behaviour"])
+
+
 def test_the_command_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(common, "commit", lambda *paths: "0123456789ab with edits")
     (tmp_path / "made.csv").write_text("a,b\n1,2\n")

@@ -1,4 +1,4 @@
-"""What is deleted in a run's folders and what never is, wherever a process dies; and their locks."""
+"""Files in a run's folders: deleted, kept or locked, wherever a process dies."""
 import json
 import os
 import resource

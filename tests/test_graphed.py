@@ -24,7 +24,7 @@ def on(device, client, kind=Trainer, **changes):
 
 
 def graphed(client, device=CPU):
-    """The same client with steps replayed, and what was captured and replayed; on a GPU, really."""
+    """Train the client with replayed steps; return it, and the captures and replays. On a GPU they are real."""
     captures, replays = [], []
 
     def stand_in(step, device):

@@ -149,7 +149,7 @@ def test_forgers_know_the_updates_and_what_the_server_would_make_of_them():
 
 
 def test_forgers_know_the_least_trust_in_any_of_them():
-    """Of two the lower; none in one that the server could not use."""
+    """It is the lower of two, and 0 for an upload that the server could not use."""
     class Trusts(Server):
         def trust(self, round):
             return self.options

@@ -201,7 +201,7 @@ def test_chosen_images_are_attacked_in_every_attack_and_seed(trained, capsys):
 
 
 def test_an_adversary_opens_its_own_files_only(trained):
-    """What it knows; what a victim does in front of it is computed from the victim's file, by ``Victim``."""
+    """Its knowledge alone: observations are computed from the victim's file, by ``Victim``."""
     run = trained.target("rve_pfl")
     for adversary, allowed in (("curious_server", "server.pt"), ("stolen_model", "client_0.pt"),
                                ("curious_client", "client_1.pt")):

@@ -1,4 +1,4 @@
-"""What adversaries observe: uploads as they arrive, latents in several ways, and the start of a run."""
+"""Observations of adversaries: uploads as they arrive, latents in several ways, and the start of a run."""
 import json
 
 import pytest
@@ -121,7 +121,7 @@ def test_a_class_priors_replay_is_in_what_is_observed(trained, monkeypatch):
 
 
 def test_every_attack_on_gradients_observes_an_arriving_upload(trained, monkeypatch):
-    """Of a step whose size is an option."""
+    """The size of the observed step is an option."""
     steps, update = [], observations.Victim.update
     monkeypatch.setattr(observations.Victim, "update", lambda self, x, y, lr, *more, **named: steps.append(
         lr) or update(self, x, y, lr, *more, **named))

@@ -69,7 +69,7 @@ def test_an_option_that_something_reads_is_not(line):
 @pytest.mark.parametrize("method, more", [(name, ()) for name in METHODS] + [
     (name, ("--prior", "class")) for name in readers(PRIOR, METHODS)])
 def test_stack_is_refused_where_clients_are_never_stacked(method, more, place, driver):
-    """As the engine decides it, of the trainer that the driver makes."""
+    """The engine decides it, from the trainer that the driver makes."""
     words = place.argv("--method", method, *more)
     trainer = driver.make_trainer(args_parser(words), driver.datasets.load("tiny", place.folder / "data"),
                                   driver.torch.device("cpu"))

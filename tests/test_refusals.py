@@ -1,4 +1,4 @@
-"""What must be refused, each with one line, and what must then still be whole."""
+"""Refusals in one line, and files that must be whole after them."""
 import dataclasses
 import fcntl
 import os
@@ -65,9 +65,7 @@ def stopped(tmp_path_factory, make_place):
 @pytest.fixture
 def unfinished(stopped, place):
     """The same, for one test to harm."""
-    for name in ("results", "models"):
-        checkpoint.shutil.copytree(stopped.folder / name, place.folder / name)
-    return place
+    return place.holding(stopped)
 
 
 MARK = f"{tempfile.gettempdir()}/a-checkpoint-ran-code-{os.getpid()}"
@@ -136,7 +134,7 @@ def test_bad_input_leaves_nothing_behind(place, capsys, flags, named):
 
 
 def limit_files(size):
-    """What a process calls so that none of its files passes ``size`` bytes: a full disk, for one process."""
+    """Return a function that limits the files of a process to ``size`` bytes: a full disk, for one process."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 

@@ -22,9 +22,7 @@ def once(tmp_path_factory, make_place):
 @pytest.fixture
 def finished(once, place):
     """The same, for one test to harm; its options say other folders, which may differ."""
-    for name in ("results", "models"):
-        shutil.copytree(once.folder / name, place.folder / name)
-    return place
+    return place.holding(once)
 
 
 def config_of(place):
@@ -110,7 +108,7 @@ def test_other_data_of_the_same_name_is_refused(finished, tiny_arrays, capsys, p
 
 
 def test_other_clients_or_weights_are_refused(finished, driver, capsys, monkeypatch):
-    """As by a NumPy or a PyTorch whose generator draws otherwise."""
+    """Another NumPy or PyTorch may draw otherwise."""
     with monkeypatch.context() as patch:
         partition = driver.partition
         patch.setattr(driver, "partition", lambda *given: [part[::-1] for part in partition(*given)])

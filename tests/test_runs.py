@@ -62,9 +62,7 @@ def finished(tmp_path_factory, make_place):
 @pytest.fixture
 def copy(finished, place):
     """The same, for one test to harm."""
-    for name in ("results", "models"):
-        shutil.copytree(finished.folder / name, place.folder / name)
-    return place
+    return place.holding(finished)
 
 
 def test_the_files_of_a_run(finished):
@@ -148,7 +146,7 @@ def test_kill_9_at_any_moment_then_resume_gives_the_same_bytes(place):
 
 
 def unfinish(place, round):
-    """As if a run had been killed after its last checkpoint, of this round."""
+    """Make a run look killed after its last checkpoint, of this round."""
     config = place.results / "config.json"
     config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
     shutil.rmtree(place.models / f"round_{round}")

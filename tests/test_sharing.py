@@ -104,7 +104,7 @@ def test_what_the_server_knows_of_an_encoder(shared):
 
 
 def test_images_come_out_of_a_trunks_gradient(shared):
-    """What sharing the trunk costs: one image's gradient gives the image, as with FedAvg."""
+    """One image's gradient gives the image, as with FedAvg: the price of sharing the trunk."""
     target = open_run(shared)
     numbers = rng(0, "images").permutation(target.owned()[0][0])[:4]
     x = torch.from_numpy(target.data.images[numbers]).permute(0, 3, 1, 2).float() / 255
