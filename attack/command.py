@@ -106,7 +106,7 @@ class Command:
                        default="unowned", pattern=DATA_NAME),
                 Option("public_images", "an adversary trains on at most so many of them", int, cls.public_images,
                        within=(200, HUGE)),
-                Option("seed", "decides every random draw", int, 1, within=(0, 2**31 - 1)),
+                Option("seed", "seed of every random draw", int, 1, within=(0, 2**31 - 1)),
                 Option("overwrite", "delete what earlier attacks of this command on this run found", bool, False),
                 *(Option(name, "as in RVE-PFL.py", Path, ROOT / folder) for name, folder in (
                     ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")))):

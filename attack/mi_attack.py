@@ -53,7 +53,7 @@ class MiAttack(Command):
                f"an attack is cheap: {CHEAP}; {FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
         Option("image_numbers", "the numbers in the data set of the training images to attack, in place of "
                "--images", int, within=(0, HUGE), several=True),
-        Option("restarts", "how often a search starts anew", int, 3, within=(1, 1000)),
+        Option("restarts", "number of starts of a search", int, 3, within=(1, 1000)),
         Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),
         Option("client_lr", "size of the client's SGD steps whose upload the curious server observes; where "
                "uploads have noise, longer steps leak more", float, CLIENT_LR, within=(1e-6, 10)),

@@ -128,7 +128,6 @@ def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: S
     settings, device = trainer.training, trainer.labels.device
     before = next(iter(states.values())).steps
     whole = [{**sent, **state.parameters} for state in states.values()]
-    # Some states wait in main memory, some on the GPU.
     parameters = {name: torch.stack([state[name].to(device) for state in whole]) for name in whole[0]}
     batches = -(-max(map(len, indices.values())) // settings.batch_size)
     last_epoch = deque(_steps(trainer, round, indices, parameters, before), batches)

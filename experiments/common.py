@@ -32,7 +32,7 @@ import torch  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from parsing import Parser  # noqa: E402
+from parsing import Option, Parser  # noqa: E402
 from runs.plots import plt  # noqa: E402
 from utils import InputError, choose_precision, commit, environment, error_line, write_whole  # noqa: E402
 
@@ -301,8 +301,7 @@ def arguments(experiment: Experiment, argv: list[str] | None) -> argparse.Namesp
     parser.add_argument("--list", action="store_true", help="print each command line and whether it is done")
     parser.add_argument("--draw", action="store_true", help="redraw the table and the picture; run nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--workers", type=int, choices=range(1, 65), default=1, metavar="N",
-                        help="runs at a time, one thread each")
+    parser.add(Option("workers", "runs at a time, one thread each", int, 1, within=(1, 64)))
     parser.add_argument("--match", default="", help="only runs whose name contains this")
     parser.add_argument("--out", type=Path, default=REFERENCE, help="folder of the CSV")
     if experiment.inspect:
