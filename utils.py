@@ -106,7 +106,7 @@ def choose_device(name: str, turn: int = 0) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products for ``fp32``, ``bf16`` or ``auto``: bf16 if the chip is fast at it."""
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            torch.cpu._is_avx512_bf16_supported())
+            torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
     return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
 
 

@@ -1,9 +1,9 @@
-"""Seeding: every bit of the drawn seed decides what PyTorch draws."""
+"""Seeding (every bit of the drawn seed decides what PyTorch draws) and the automatic precision."""
 import numpy as np
 import pytest
 import torch
 
-from utils import rng, seed_torch, torch_rng
+from utils import choose_precision, rng, seed_torch, torch_rng
 
 # Two seeds of a run whose 63-bit draws agree in their low 32 bits, all that a Mersenne twister's seed has.
 ALIKE = 89575, 144360
@@ -33,3 +33,10 @@ def test_a_seeded_generator_is_uniform_and_normal_and_begins_anew():
     torch.randn(3)   # half of a pair of normal numbers is left over
     seed_torch(1, "test")
     assert torch.equal(torch.randn(3), torch.randn(3, generator=torch_rng(1, "test")))
+
+
+def test_auto_precision_is_fp32_where_pytorch_is_held_to_avx2(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for capability, dtype in (("AVX2", torch.float32), ("AVX512", torch.bfloat16)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        assert choose_precision("auto", torch.device("cpu")) is dtype
