@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from engine.memory import available, size_of
+from engine.memory import main_memory, size_of
 from utils import InputError, shown, write_whole
 
 TORCHVISION = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar": "CIFAR10"}
@@ -74,8 +73,8 @@ def load(name: str, data_dir: Path) -> Dataset:
     name = canonical(name, data_dir)
     path = data_dir / f"{name}.npz"
     if not path.exists():
-        if name.removesuffix("10k") not in TORCHVISION:
-            raise InputError(_unknown(name, data_dir))
+        if fault := unknown(name, data_dir):
+            raise InputError(fault)
         if name in TORCHVISION:
             fetch(name, data_dir)
         else:
@@ -93,7 +92,10 @@ def _names_in(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.npz"))
 
 
-def _unknown(name: str, data_dir: Path) -> str:
+def unknown(name: str, data_dir: Path) -> str | None:
+    """Return why there is no data set of this (canonical) name, in one line; None if there is, or can be one."""
+    if name.removesuffix("10k") in TORCHVISION or (data_dir / f"{name}.npz").exists():
+        return None
     there, made = _names_in(data_dir), ", ".join(TORCHVISION)
     near = difflib.get_close_matches(name.lower(), dict.fromkeys([*there, *TORCHVISION]), 1)
     meant = f"did you mean {near[0]}? " if near else ""
@@ -114,7 +116,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys, size = archive.files, sum(info.file_size for info in archive.zip.infolist())
-            there = available(torch.device("cpu"))
+            there = main_memory()
             if set(keys) >= set(NEEDED) and 2 * size <= there:   # once as read, once pooled
                 return {key: archive[key] for key in wanted if key in keys}
     except MemoryError:

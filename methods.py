@@ -3,19 +3,26 @@
 A row states the network, the shared parameters, an additional loss, the server, and the options that the method
 reads, with their defaults. Everything else (update.py, RVE-PFL.py) is common to all methods.
 """
+from __future__ import annotations
+
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-import models
 from parsing import HUGE, TINY, Option
-from server.base import Server, State
-from server.privacy import AdaptiveClientDP, ClientDP, NbAFL
-from server.robust import RULES
+from server.rules import RULES
+from utils import Late
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    import losses
+    import models
+    from server import privacy
+    from server.base import Server, State
+else:
+    losses, models, privacy = Late("losses"), Late("models"), Late("server.privacy")
 
 # Options that some methods read; their defaults stand in the rows.
 LR = Option("lr", "learning rate [eta]", float, within=(TINY, 1e3), group="federated")
@@ -39,7 +46,7 @@ PRIOR = Option("prior", "prior of the KL term: normal is N(0, I), as published; 
                "class, learned with the encoder (the conditional entropy bottleneck, CEB)", unread="normal",
                choices=("normal", "class"), group="privacy")
 PRIOR_APART = Option("prior_apart", "standard deviation over classes of the means of --prior class at the start",
-                     float, unread=models.APART, within=(0, 10), group="privacy")
+                     float, unread=0.5, within=(0, 10), group="privacy")
 FULL_SHARING_ROUNDS = Option("full_sharing_rounds", "first rounds, in which the whole network is shared", int,
                              unread=0, within=(0, HUGE), group="federated")
 EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; of the whole run with client-level DP, "
@@ -60,24 +67,6 @@ PROX = Option("prox", "weight of the proximal term, half the squared distance to
               unread=0.0, within=(0, 1e3), group="federated")
 
 Values = Mapping[Option, object]
-
-
-@dataclass(frozen=True)
-class Step:
-    """The input of a method's own loss, in one training step of a client.
-
-    Args:
-        images: ``N x C x H x W`` in [0, 1].
-        output: of the network for these images.
-        sent: parameters that the client received in this round, on the device that trains.
-        options: all options of the run, by name.
-    """
-
-    model: nn.Module
-    images: Tensor
-    output: models.Output
-    sent: State
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -106,7 +95,7 @@ class Method:
     by_dataset: Mapping[str, Values] = field(default_factory=dict)
     by_partition: Mapping[str, Values] = field(default_factory=dict)
     server: type[Server] | None = None
-    loss: Callable[[Step], Tensor] | None = None
+    loss: Callable[[losses.Step], Tensor] | None = None
     poisson: bool = False
     settle: Callable[[Namespace], str | None] | None = None
 
@@ -122,7 +111,7 @@ class Method:
         """Return whether every parameter of the head is shared."""
         return bool(self.shared) and "classifier.".startswith(self.shared)
 
-    def in_round(self, number: int, options: Mapping[str, Any]) -> "Method":
+    def in_round(self, number: int, options: Mapping[str, Any]) -> Method:
         """Return the row of a round: everything is shared in the first ``full_sharing_rounds``."""
         return replace(self, shared=("",)) if number <= (options.get("full_sharing_rounds") or 0) else self
 
@@ -167,22 +156,9 @@ def client_dp_budget(args: Namespace) -> str | None:
     return None
 
 
-def inner_attacker(step: Step) -> Tensor:
-    """Return ResSFL's loss against its inner attacker, ``N``."""
-    assert isinstance(step.model, models.ResSFL) and step.output.features is not None
-    return step.model.resistance(step.images, step.output.features, step.options["loss_weight"])
-
-
-def proximal(step: Step) -> Tensor:
-    """Return ``mu / 2 ||w - w_t||^2`` over the shared parameters (Wei et al. 2020, eq. 5; Li et al. 2020)."""
-    now = dict(step.model.named_parameters())
-    apart = torch.stack([(now[name] - value).square().sum() for name, value in step.sent.items()])
-    return step.options["prox"] / 2 * apart.sum()
-
-
 TRAINING = {LR: 1e-3, AUGMENT: "none", AGGREGATION: "mean"}
 PRIVATE_ENCODER = {**TRAINING, HEAD_LR: 0.1}
-VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", PRIOR_APART: models.APART, KL_WEIGHT: 1e-5, KL_WARMUP: 0,
+VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", PRIOR_APART: 0.5, KL_WEIGHT: 1e-5, KL_WARMUP: 0,
                INIT_LOGVAR: -2.0, EVAL_SAMPLES: 8}
 NBAFL = {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}
 CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER: None}
@@ -213,25 +189,25 @@ METHODS = {
         ("classifier.features.",), {**TRAINING, LR: 3e-3}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "nbafl": Method(
         "noise before aggregation", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
-        NBAFL, CNN_ON_CIFAR, CNN_ON_MIXED, server=NbAFL),
+        NBAFL, CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.NbAFL),
     "client_dp": Method(
         "client-level DP", "McMahan et al. 2018, arXiv 1710.06963", models.CNN, HEAD, CLIENT_DP,
-        CNN_ON_CIFAR, CNN_ON_MIXED, server=ClientDP, poisson=True, settle=client_dp_budget),
+        CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.ClientDP, poisson=True, settle=client_dp_budget),
     "client_dp_adaptive": Method(
         "client-level DP, its clip following the median", "Andrew et al. 2021, arXiv 1905.03871", models.CNN,
-        HEAD, CLIENT_DP, CNN_ON_CIFAR, CNN_ON_MIXED, server=AdaptiveClientDP, poisson=True,
+        HEAD, CLIENT_DP, CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.AdaptiveClientDP, poisson=True,
         settle=client_dp_budget),
     "dropout": Method(
         "a dropout before the last layer", "Zheng 2021, arXiv 2108.11106", models.DropoutCNN, HEAD,
         TRAINING, CNN_ON_CIFAR, CNN_ON_MIXED),
     "ressfl": Method(
         "trained against an inner inverter", "after Li et al. 2022, CVPR", models.ResSFL, HEAD,
-        {**TRAINING, LOSS_WEIGHT: 0.3}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=inner_attacker),
+        {**TRAINING, LOSS_WEIGHT: 0.3}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.inner_attacker),
     "rve_pfl_trunk": Method(
         "RVE-PFL whose encoders share all but mu and logvar", "", models.RVE, (*HEAD, "encoder.trunk."),
         {**VARIATIONAL, FULL_SHARING_ROUNDS: 0}, ON_CIFAR),
     "nbafl_prox": Method(
         "NbAFL with its proximal term", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
-        {**NBAFL, PROX: 1.0}, {"cifar": {**CNN_ON_CIFAR["cifar"], PROX: 0.1}}, PROX_ON_MIXED, server=NbAFL,
-        loss=proximal),
+        {**NBAFL, PROX: 1.0}, {"cifar": {**CNN_ON_CIFAR["cifar"], PROX: 0.1}}, PROX_ON_MIXED, server=privacy.NbAFL,
+        loss=losses.proximal),
 }

@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-METRICS = ("loss", "accuracy", "precision", "recall", "f1", "kl_nats")
+from runs.csvs import METRICS
 
 
 class Tally:

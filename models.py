@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
-APART = 0.5    # standard deviation of the class priors' means at the start
 PATCH = 4      # side in pixels of the patches that make up these means
 LATENTS = 4096   # draws of z in a head at a time: 8 per image of an evaluation's batch of 512
 
@@ -201,7 +200,7 @@ class ClassPrior(nn.Module):
         apart: standard deviation over classes of each component of the means.
     """
 
-    def __init__(self, num_classes: int, image_shape: tuple[int, int, int], apart: float = APART):
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int], apart: float = 0.5):
         super().__init__()
         channels, height, width = image_shape
         coarse = torch.randn(num_classes, channels, -(-height // PATCH), -(-width // PATCH))
@@ -308,7 +307,7 @@ class RVE(Network):
     classifier: Classifier
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float,
-                 prior: str = "normal", prior_apart: float = APART):
+                 prior: str = "normal", prior_apart: float = 0.5):
         super().__init__()
         self.image_shape = image_shape
         self.encoder = VariationalEncoder(image_shape, init_logvar)

@@ -1,7 +1,7 @@
 """Every option of RVE-PFL.py: edit a default here or in a table, or pass the flag; both are checked.
 
 Options that every run reads are declared here, those of a method in methods.py, those of a rule in
-server/robust.py. The symbol in brackets is the paper's. Defaults are the paper's setting, except for errors of its
+server/rules.py. The symbol in brackets is the paper's. Defaults are the paper's setting, except for errors of its
 released code (README, deviations).
 """
 import argparse
@@ -14,10 +14,9 @@ import datasets
 import methods
 from methods import METHODS, Method
 from parsing import DATA_NAME, HUGE, NAME, TINY, Option, Parser, shown
-from server.base import round_down
-from server.malicious import BEHAVIOURS
-from server.robust import RULES, Rule
-from utils import ROOT
+from server.behaviours import BEHAVIOURS
+from server.rules import RULES, Rule
+from utils import ROOT, round_down
 
 
 def rows(table: dict) -> str:

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods import Method, Step
+from devices import seed_torch
+from losses import Step
+from methods import Method
 from metrics import Tally
 from models import Network, Output
 from server.base import State
-from utils import rng, seed_torch
+from utils import rng
 
 SHIFT = 4   # pixels, of --augment flip+shift
 

@@ -1,17 +1,21 @@
-"""Errors, seeding, device, precision, and files that are written whole."""
+"""Errors, seeded draws, digests, files that are written whole, and imports that wait until they are used."""
+from __future__ import annotations
+
 import ctypes
 import errno
 import hashlib
+import importlib
 import os
-import platform
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent   # the project's folder
 
@@ -46,68 +50,45 @@ def error_line(program: str, error: Exception | str, hint: str = "") -> str:
     return shortened(re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: shortened(word[0]), line), 10 * LONGEST_WORD)
 
 
+class Late:
+    """A module that is imported when something of it is used, since PyTorch takes seconds to import.
+
+    Its attributes can be named before that, as in a row of a table: ``Late("models").CNN`` is a ``LateName``.
+    """
+
+    def __init__(self, module: str):
+        self._module = module
+
+    def __getattr__(self, name: str) -> LateName:
+        return LateName(self._module, name)
+
+
+class LateName:
+    """A class or function of a module, which is imported when it is called or asked for an attribute."""
+
+    def __init__(self, module: str, name: str):
+        self._module, self._name = module, name
+
+    def imported(self) -> Any:
+        """Import the module and return what the name stands for."""
+        return getattr(importlib.import_module(self._module), self._name)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self.imported()(*given, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.imported(), name)
+
+
+def round_down(count: float) -> int:
+    """Return the whole clients in a share; 0.3 x 10 is 3 despite floating point."""
+    return int(count + 1e-9)
+
+
 def rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> np.random.Generator:
     """Return the generator of one draw, independent of all others, so that their order does not matter."""
     digest = hashlib.blake2b(purpose.encode(), digest_size=4).digest()
     return np.random.default_rng([seed, int.from_bytes(digest, "little"), client, round])
-
-
-def torch_rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> torch.Generator:
-    """Return ``rng`` as a PyTorch generator on the CPU."""
-    generator = torch.Generator()
-    generator.set_state(_torch_state(rng(seed, purpose, client, round))[1])
-    return generator
-
-
-def seed_torch(seed: int, purpose: str, client: int = 0, round: int = 0) -> None:
-    """Seed PyTorch's default generators, which dropout uses, for one client's work in one round."""
-    number, state = _torch_state(rng(seed, purpose, client, round))
-    torch.manual_seed(number)   # for GPUs, whose Philox uses all of it
-    torch.default_generator.set_state(state)
-
-
-def _torch_state(drawn: np.random.Generator) -> tuple[int, torch.Tensor]:
-    """Draw a seed of 63 bits, and a whole state of PyTorch's Mersenne twister, which uses 32 bits of a seed."""
-    number = int(drawn.integers(2**63))
-    state = torch.Generator().manual_seed(number).get_state()
-    words = state[24:24 + 8 * 624].view(torch.int64)   # ATen/CPUGeneratorImpl.cpp: 32 bits in each
-    words.copy_(torch.from_numpy(drawn.integers(2**32, size=624)))
-    return number, state
-
-
-def generator_of(device: torch.device) -> torch.Generator:
-    """Return PyTorch's default generator of a device."""
-    if device.type == "cpu":
-        return torch.default_generator
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-
-
-def choose_device(name: str, turn: int = 0) -> torch.device:
-    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; InputError if it does not exist.
-
-    A GPU becomes PyTorch's current device, without TF32 in convolutions. Without a number in ``name``, processes
-    take the machine's GPUs in turn.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device(name)
-    count, number = torch.cuda.device_count(), name.removeprefix("cuda").removeprefix(":")
-    index = int(number) if number else turn % max(count, 1)
-    if index >= count:
-        raise InputError(f"--device {name}: this machine has {count} CUDA devices that PyTorch can use; use "
-                         "--device cpu")
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products for ``fp32``, ``bf16`` or ``auto``: bf16 if the chip is fast at it."""
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
-    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
 
 
 def keep_freed_memory() -> None:
@@ -153,17 +134,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0]})", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def environment(device: torch.device) -> dict:
-    """Return what a result depends on besides the options: versions, commit, machine."""
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "commit": commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
-        f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "system": platform.platform(),
-    }
 
 
 def commit(*paths: str) -> str:

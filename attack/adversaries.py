@@ -28,7 +28,6 @@ from models import RVE, FlattenHWC, as_image, kl_to_standard_normal, over_draws,
 from server.base import State
 from utils import InputError, rng
 
-ADVERSARIES = ("curious_server", "stolen_model", "prediction_api", "curious_client")
 OTHER_DATA = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # suggested for --public
 MIN_PUBLIC = 200      # images; with fewer, training on them is no use
 ALIGNED_STEPS = 128   # of training, at least, before an encoder's moments are those of the victim

@@ -1,20 +1,33 @@
-"""The table of attacks that reconstruct images or classes, ``ATTACKS``."""
+"""The adversaries, and the table of attacks that reconstruct images or classes, ``ATTACKS``."""
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from utils import Late
 
-from attack import classes, decoders, gradients, latents
-from attack import observations as observe
-from attack.adversaries import Adversary, Budget, held
-from attack.observations import Victim
-from attack.target import Target
-from server.base import State
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Need = tuple[str, Callable[[Target, str], bool]]   # why an attack cannot be run unless (run, adversary) is true
+    from attack import classes, gradients, latents
+    from attack import observations as observe
+    from attack.adversaries import Adversary, Budget
+    from attack.observations import Victim
+    from attack.target import Target
+    from server.base import State
+else:
+    classes, gradients, latents, observe = (
+        Late(f"attack.{name}") for name in ("classes", "gradients", "latents", "observations"))
+
+ADVERSARIES = ("curious_server", "stolen_model", "prediction_api", "curious_client")   # adversaries.py
+FEW_IMAGES = 8   # attacked where an attack is slow, unless --images says otherwise
+# Default size of the SGD steps whose upload the curious server observes. A run's own steps are some hundred times
+# shorter, and noise hides less of a longer step: this is the best case for the adversary.
+CLIENT_LR = 0.1
+
+Need = tuple[str, Callable[["Target", str], bool]]   # why an attack cannot be run unless (run, adversary) is true
 
 # What an attack may need beside the right adversary, and what is said where it is missing.
 SHARED_HEAD: Need = ("nothing travels with this method",
@@ -79,17 +92,6 @@ class IdentificationAttack(Attack):
     chooses = True
 
 
-def decode_scores(adversary: Adversary, observed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Decode scores, by a decoder trained on the service's answers to public images."""
-    def centred(answers: Tensor) -> Tensor:
-        logs = answers.clamp_min(1e-8).log()
-        return logs - logs.mean(1, keepdim=True)
-    query, images = held(adversary.knowledge.query), adversary.public.images
-    answers = torch.cat([centred(query(part)) for part in images.split(64)])
-    decode = decoders.decoder(answers, None, images, adversary.budget.epochs)
-    return decode(centred(observed))[None], observed.argmax(1)
-
-
 def of_classes(solve: Callable[[Adversary, Tensor], Tensor], source: str) -> ClassAttack:
     """Return the row of an attack on classes by everybody who has a model."""
     return ClassAttack(solve=solve, adversaries=(*SERVER, *STOLEN, "curious_client"), source=source, needs=HEAD)
@@ -112,10 +114,11 @@ def of_update(steps: int, source: str) -> ReconstructionAttack:
 def of_latents(solve: Callable[[Adversary, list[latents.Seen], int], tuple[Tensor, Tensor]], source: str,
                cheap: bool = False) -> ReconstructionAttack:
     """Return the row of an attack with the stolen model on latents."""
-    return ReconstructionAttack(observe=latents.observe, solve=solve, adversaries=STOLEN, source=source,
+    return ReconstructionAttack(observe=observe_latents, solve=solve, adversaries=STOLEN, source=source,
                                 needs=(LATENTS,), cheap=cheap)
 
 
+observe_latents = latents.observe   # as --observe says
 SERVER, STOLEN = ("curious_server",), ("stolen_model",)
 HEAD = (SHARED_HEAD, OTHER_CLIENT, WHOLE_HEAD)
 # In the order in which they run. An adversary's attacks share what the first of them trained, so a new row goes
@@ -143,13 +146,13 @@ ATTACKS: dict[str, ClassAttack | ReconstructionAttack | IdentificationAttack] = 
         source="gauss_newton, and the candidate with the largest log q(z|x)", needs=(*HEAD, LATENTS)),
     "latent_decoder": of_latents(latents.decode, "a decoder trained on public images", True),
     "reidentification": IdentificationAttack(
-        observe=latents.observe, solve=latents.likelihood, adversaries=STOLEN,
+        observe=observe_latents, solve=latents.likelihood, adversaries=STOLEN,
         source="the candidate with the largest log q(z|x)", needs=(LATENTS,), cheap=True),
     "latent_generator": of_latents(latents.most_likely, "a search in a generator of public images"),
     "latent_search": of_latents(latents.search, "Mahendran and Vedaldi 2015"),
     "posterior_mean": of_latents(latents.posterior_mean, "the public images' mean, weighted by q(z|x)", True),
     "score_decoder": ReconstructionAttack(
         observe=lambda victim, x, y, budget: victim.answers(x, budget.draws, budget.top_scores),
-        solve=decode_scores, adversaries=("prediction_api",), source="Yang et al. 2019, arXiv 1902.08552",
+        solve=latents.decode_scores, adversaries=("prediction_api",), source="Yang et al. 2019, arXiv 1902.08552",
         cheap=True),
 }

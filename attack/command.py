@@ -1,4 +1,6 @@
 """The steps that both commands on a trained run share, from the options to the exit status."""
+from __future__ import annotations
+
 import json
 import os
 import sys
@@ -8,19 +10,25 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from tqdm import tqdm
 
 import datasets
-from attack.target import open_target
 from attack.verdict import Unit, read_attack
 from engine.memory import in_one_line
 from engine.signals import Interrupted, Interrupts, check
 from parsing import DATA_NAME, HUGE, Option, Parser
 from runs import folders
-from runs.configs import read_json
-from utils import ROOT, InputError, keep_freed_memory, printable, shown, write_whole
+from runs.configs import path_of, read_json
+from utils import ROOT, InputError, Late, keep_freed_memory, printable, shown, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from attack import target
+else:
+    pd, target = Late("pandas"), Late("attack.target")
 
 SCOPE_OPTIONS = ("adversary", "attack", "observe", "clients", "rounds")   # choose attacks, and do not change them
 PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
@@ -44,7 +52,8 @@ class Command:
     def __init__(self, args: Namespace) -> None:
         keep_freed_memory()
         args.public = datasets.canonical(args.public, args.data_dir)
-        self.args, self.target = args, open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+        self.args = args
+        self.target = target.open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
         self.rounds = args.rounds or [self.target.latest_round()]
         last = self.target.options["num_users"] - 1
         if max(args.clients) > last:
@@ -118,7 +127,7 @@ class Command:
         """Run a command line and return the exit status; what went wrong is one line on standard error."""
         args = cls.parser().parse(argv)
         try:
-            with Interrupts(), locked(args):
+            with locked(args), Interrupts():
                 cls(args).run()
             return 0
         except Interrupted:
@@ -215,11 +224,10 @@ def unit_of(row: dict) -> Unit:
 @contextmanager
 def locked(args: Namespace) -> Iterator[None]:
     """Keep training and other attacks away from the run that is attacked; InputError if one is at work."""
-    results, models = args.results_dir / args.run, args.models_dir / args.run
+    results, models = path_of(args.run, args.results_dir).parent, args.models_dir / args.run
     with ExitStack() as stack:
-        if (results / "config.json").exists():   # else it is no run, and nothing is left in it
-            folders.lock(results, stack, "--run")
-            # Nobody trains into a folder that cannot be written.
-            if models.is_dir() and not models.samefile(results) and os.access(models, os.W_OK):
-                folders.lock(models, stack, "--run")
+        folders.lock(results, stack, "--run")
+        # Nobody trains into a folder that cannot be written.
+        if models.is_dir() and not models.samefile(results) and os.access(models, os.W_OK):
+            folders.lock(models, stack, "--run")
         yield

@@ -12,19 +12,15 @@ from torch import Tensor
 
 from attack import scoring
 from attack.adversaries import Adversary, Budget, Knowledge, hold, public_images
-from attack.attacks import ATTACKS, ClassAttack, IdentificationAttack, ReconstructionAttack
+from attack.attacks import ATTACKS, FEW_IMAGES, ClassAttack, IdentificationAttack, ReconstructionAttack
 from attack.observations import Victim
 from attack.scoring import MAX_CANDIDATES, RANKS
 from attack.target import Target
 from attack.verdict import FOREIGN, Unit
-from runs.plots import drawable, plt
-from utils import InputError, rng, seed_torch, write_whole
+from devices import seed_torch
+from utils import InputError, rng, write_whole
 
-FEW_IMAGES = 8         # attacked where an attack is slow, unless --images says otherwise
 PICTURED = 10          # images in a picture
-# Default size of the SGD steps whose upload the curious server observes. A run's own steps are some hundred times
-# shorter, and noise hides less of a longer step: this is the best case for the adversary.
-CLIENT_LR = 0.1
 Observe = Callable[[np.ndarray], Any]   # numbers of N images -> what an attack observes of them
 
 
@@ -271,6 +267,8 @@ def finite(images: Tensor) -> Tensor:
 
 def save_picture(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str) -> None:
     """Save the first images of each row, ``N x C x H x W``, as one picture, a labelled column for each image."""
+    from runs.plots import drawable, plt  # slow to import
+
     count = min(PICTURED, len(labels))
     figure, axes = plt.subplots(len(rows), count, figsize=(2.2 + 0.9 * count, 0.6 + 0.95 * len(rows)),
                                 squeeze=False, layout="constrained")

@@ -14,8 +14,6 @@ from attack.observations import Victim
 from models import as_image
 from server.base import State
 
-OBSERVED = (r"z([2-9]|[1-9]\d{1,3})?|rounds|mu|train",
-            "choose from z, zN (N draws, from 2 to 9999), rounds, mu, train")
 PRIOR_STEPS = 600   # of training, at least, before a generator draws what looks like its images
 AT_ONCE = 1024      # candidates whose likelihood is computed together
 
@@ -144,3 +142,14 @@ def gradient_reidentification(adversary: Adversary, observed: list[State],
     """Return ``log_likelihood`` of latents recovered by ``gradients.head_inputs``, and the labels."""
     latents = flatten(gradients.head_inputs(adversary, observed))
     return log_likelihood(adversary, [Seen(latents[None])], candidates), gradients.single_labels(observed)
+
+
+def decode_scores(adversary: Adversary, observed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Decode scores, by a decoder trained on the service's answers to public images."""
+    def centred(answers: Tensor) -> Tensor:
+        logs = answers.clamp_min(1e-8).log()
+        return logs - logs.mean(1, keepdim=True)
+    query, images = held(adversary.knowledge.query), adversary.public.images
+    answers = torch.cat([centred(query(part)) for part in images.split(64)])
+    decode = decoders.decoder(answers, None, images, adversary.budget.epochs)
+    return decode(centred(observed))[None], observed.argmax(1)

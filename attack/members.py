@@ -1,7 +1,7 @@
 """Membership inference: attacks that score how likely a client was trained on an image, and their measures."""
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -12,24 +12,22 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from attack.adversaries import Knowledge, PublicImages, hold, posterior_in_parts, public_images, shadow_encoder
-from attack.attacks import NOISE, SHARED_HEAD, WHOLE_HEAD, Attack, Need
 from attack.classes import log_odds
 from attack.observations import Victim
 from attack.target import Target
-from attack.verdict import Unit
+from attack.verdict import FALSE_POSITIVE_RATES
+from devices import choose_precision, seed_torch
 from models import Network, as_image, reparameterise
 from sampling import sample_clients
 from update import ClientState, Diverged, Trainer, Training
-from utils import InputError, choose_precision, rng, seed_torch
+from utils import InputError, rng
 
 Answer = Callable[[Tensor], Tensor]   # images N x C x H x W -> log-probabilities N x num_classes
 NOBODY = -1         # no client's number: it uploads nothing, and ``hold`` gives the head that was sent
 POPULATION = 1000   # public images at most that RMIA compares an image with
 PART = 64           # images that a model is asked about at a time
 LEAST = 1e-300      # in place of a probability of 0
-FALSE_POSITIVE_RATES = (0.001, 0.01)
 DRAWS = 1000        # of the bootstrap
-MODELS = ("stolen_model", "prediction_api")
 
 
 class Asked(NamedTuple):
@@ -208,40 +206,6 @@ def shadow(adversary: MembershipAdversary, round: int, labels: Tensor) -> Knowle
     seed_torch(args.seed, "shadow", adversary.client, round)
     epochs = args.train_epochs or round * target.options.get("local_ep", 1)
     return shadow_encoder(sent, start, *public, epochs, target.options.get("kl_weight") or 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MembershipAttack(Attack):
-    """A row of the table; an attack that looks at ``all_rounds`` at once gives one row for them."""
-
-    score: Callable[[str, MembershipAdversary, Tensor, Tensor], Tensor]
-    all_rounds: bool = False
-
-
-SEEDED_ENCODER: Need = ("needs references whose encoders are trained as in the run of --encoders_from",
-                        lambda target, adversary: not target.options.get("encoders_from"))
-MEMBERSHIP_ATTACKS = {
-    "loss": MembershipAttack(score=loss, adversaries=MODELS, source="Yeom et al. 2018, arXiv 1709.01604"),
-    "kl": MembershipAttack(score=kl, adversaries=("stolen_model",), source="the KL term of the client's own loss",
-                           needs=(NOISE,)),
-    "rmia": MembershipAttack(score=rmia, adversaries=MODELS, source="Zarifzadeh et al. 2024, arXiv 2312.03262",
-                             needs=(SEEDED_ENCODER,)),
-    "fedmia": MembershipAttack(score=fedmia, adversaries=("curious_server",), all_rounds=True,
-                               source="after Zhu et al. 2025, arXiv 2402.06289", needs=(SHARED_HEAD, WHOLE_HEAD)),
-}
-
-
-def obstacle(target: Target, unit: Unit, rounds: list[int]) -> str | None:
-    """Return why an attack cannot be run or scored; None if it can."""
-    attack = MEMBERSHIP_ATTACKS[unit.attack]
-    if why := attack.unfit(target, unit.adversary):
-        return why
-    if asked(target, unit.client) is None:
-        return f"client {unit.client} holds out no image of a class that it trained on"
-    uploads = [target.shared(r)["uploads"] for r in rounds] if attack.all_rounds else []
-    if attack.all_rounds and not any(unit.client in each and len(each) > 2 for each in uploads):
-        return f"client {unit.client} and two others uploaded together in no round"
-    return None
 
 
 # Measures: the area under the ROC curve, and its left end. Members are weighted so that each class has the same

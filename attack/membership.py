@@ -6,27 +6,60 @@ A client's training images are the members, its held-out images of the same clas
 results/<run>/membership.csv: a row for each attack by each adversary on each client after each round;
 membership.json has the options.
 """
+from __future__ import annotations
+
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project, whatever the folder
 
-from attack import members
-from attack.adversaries import hold
+from attack.attacks import NOISE, SHARED_HEAD, WHOLE_HEAD, Attack, Need
 from attack.command import Command
-from attack.members import FALSE_POSITIVE_RATES, MEMBERSHIP_ATTACKS, MODELS, MembershipAdversary
-from attack.observations import Victim
-from attack.verdict import GUESS, LEAKS, Unit
+from attack.verdict import FALSE_POSITIVE_RATES, GUESS, LEAKS, Unit
 from engine.signals import steady_output
 from parsing import HUGE, Option
 from runs import folders
-from utils import InputError, seed_torch
+from utils import InputError, Late
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    import devices
+    from attack import adversaries, members, observations
+    from attack.target import Target
+else:
+    devices, adversaries, members, observations = (
+        Late(name) for name in ("devices", "attack.adversaries", "attack.members", "attack.observations"))
+
+MODELS = ("stolen_model", "prediction_api")
 METRICS = ("auc", *(f"tpr_at_fpr_{rate:g}" for rate in FALSE_POSITIVE_RATES))
 COLUMNS = [*Unit._fields[:4], "members", "non_members",   # no attack here observes latents
            *(name + end for name in METRICS for end in ("", "_low", "_high"))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MembershipAttack(Attack):
+    """A row of the table; an attack that looks at ``all_rounds`` at once gives one row for them."""
+
+    score: Callable[[str, members.MembershipAdversary, Tensor, Tensor], Tensor]
+    all_rounds: bool = False
+
+
+SEEDED_ENCODER: Need = ("needs references whose encoders are trained as in the run of --encoders_from",
+                        lambda target, adversary: not target.options.get("encoders_from"))
+MEMBERSHIP_ATTACKS = {
+    "loss": MembershipAttack(score=members.loss, adversaries=MODELS, source="Yeom et al. 2018, arXiv 1709.01604"),
+    "kl": MembershipAttack(score=members.kl, adversaries=("stolen_model",),
+                           source="the KL term of the client's own loss", needs=(NOISE,)),
+    "rmia": MembershipAttack(score=members.rmia, adversaries=MODELS,
+                             source="Zarifzadeh et al. 2024, arXiv 2312.03262", needs=(SEEDED_ENCODER,)),
+    "fedmia": MembershipAttack(score=members.fedmia, adversaries=("curious_server",), all_rounds=True,
+                               source="after Zhu et al. 2025, arXiv 2402.06289", needs=(SHARED_HEAD, WHOLE_HEAD)),
+}
 
 
 class Membership(Command):
@@ -51,33 +84,33 @@ class Membership(Command):
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)
         self.together = sorted(set(args.rounds or self.target.rounds()))   # the rounds that `fedmia` looks at
-        self.by_client: dict[tuple[int, int], MembershipAdversary] = {}
+        self.by_client: dict[tuple[int, int], members.MembershipAdversary] = {}
 
     def units(self) -> Iterator[tuple[Unit, str | None]]:
         args = self.args
         for unit in dict.fromkeys(
                 Unit(who, name, self.together[-1] if MEMBERSHIP_ATTACKS[name].all_rounds else r, k)
                 for r in self.rounds for k in args.clients for who in args.adversary for name in args.attack):
-            yield unit, members.obstacle(self.target, unit, self.together)
+            yield unit, obstacle(self.target, unit, self.together)
 
     def again(self, unit: Unit) -> bool:
         return MEMBERSHIP_ATTACKS[unit.attack].all_rounds   # the rounds may be others than before
 
     def prepare(self, plan: list[Unit]) -> None:
         for unit in plan:
-            adversary = self.by_client.setdefault((unit.round, unit.client), MembershipAdversary(
+            adversary = self.by_client.setdefault((unit.round, unit.client), members.MembershipAdversary(
                 self.target, self.args, self.together, unit.round, unit.client))
             if unit.attack == "rmia" or (unit.attack == "fedmia" and self.target.has_encoder):
                 adversary.public   # noqa: B018, a bad --public is refused before any work
             if unit.adversary == "prediction_api":
-                Victim(self.target, unit.round, unit.client)
+                observations.Victim(self.target, unit.round, unit.client)
             else:
-                hold(self.target, unit.adversary, unit.round, unit.client)
+                adversaries.hold(self.target, unit.adversary, unit.round, unit.client)
 
     def attack(self, unit: Unit) -> list[dict]:
         images, adversary = members.asked(self.target, unit.client), self.by_client[unit.round, unit.client]
         assert images is not None   # or it was not planned
-        seed_torch(self.args.seed, f"{unit.adversary} {unit.attack}", unit.client, unit.round)
+        devices.seed_torch(self.args.seed, f"{unit.adversary} {unit.attack}", unit.client, unit.round)
         scores = MEMBERSHIP_ATTACKS[unit.attack].score(unit.adversary, adversary, images.images, images.labels)
         if not scores.isfinite().all():   # a row would look like a guess
             raise InputError(f"{unit.adversary} {unit.attack} round {unit.round} client {unit.client}: scores "
@@ -96,6 +129,19 @@ class Membership(Command):
         rates = ", ".join(f"{shown(f'tpr_at_fpr_{rate:g}')} at FPR {rate:g}" for rate in FALSE_POSITIVE_RATES)
         return (f"{LEAKS if row['auc_low'] > 0.5 else GUESS}. AUC {shown('auc')}, TPR {rates}; "
                 f"{row['members']} members, {row['non_members']} non-members")
+
+
+def obstacle(target: Target, unit: Unit, rounds: list[int]) -> str | None:
+    """Return why an attack cannot be run or scored; None if it can."""
+    attack = MEMBERSHIP_ATTACKS[unit.attack]
+    if why := attack.unfit(target, unit.adversary):
+        return why
+    if members.asked(target, unit.client) is None:
+        return f"client {unit.client} holds out no image of a class that it trained on"
+    uploads = [target.shared(r)["uploads"] for r in rounds] if attack.all_rounds else []
+    if attack.all_rounds and not any(unit.client in each and len(each) > 2 for each in uploads):
+        return f"client {unit.client} and two others uploaded together in no round"
+    return None
 
 
 make_parser, main = Membership.parser, Membership.main

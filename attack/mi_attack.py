@@ -6,32 +6,38 @@ Every attack that fits is run by every adversary, unless options choose some. Wr
 attack.csv, a row for each reconstruction and each control; attack.json, the options; attack_summary.csv, means and
 95 % bootstrap intervals; attack_latents.csv, how much a latent tells at most; a picture of each attack.
 """
+from __future__ import annotations
+
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project, whatever the folder
 
-import pandas as pd
-
-from attack import latents
-from attack.adversaries import ADVERSARIES
-from attack.attacks import ATTACKS
+from attack.attacks import ADVERSARIES, ATTACKS, CLIENT_LR, FEW_IMAGES, observe_latents
 from attack.command import Command
-from attack.evaluation import CLIENT_LR, FEW_IMAGES, Evaluation
-from attack.observations import Victim
 from attack.verdict import ATTACK_COLUMNS, WORST, Unit, judge, summarise, worst_identified
 from engine.signals import steady_output
 from parsing import HUGE, Option
 from runs import folders
-from utils import InputError
+from utils import InputError, Late
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from attack import evaluation, observations
+else:
+    pd, evaluation, observations = Late("pandas"), Late("attack.evaluation"), Late("attack.observations")
 
 # Printed of an attack: means over its first choices.
 SHOWN = {"ssim": ("SSIM", "{:.2f}"), "class_rank": ("rank in its class", "{:.0f}"),
          "nearest_rank": ("rank", "{:.0f}"), "psnr": ("PSNR", "{:.1f} dB"),
          "evaluator_correct": ("evaluator right", "{:.0%}")}
 PICTURED = ("ssim", "psnr")   # say nothing of an attack that makes no image
+OBSERVED = (r"z([2-9]|[1-9]\d{1,3})?|rounds|mu|train",
+            "choose from z, zN (N draws, from 2 to 9999), rounds, mu, train")
 CHEAP = ", ".join(name for name, attack in ATTACKS.items() if attack.cheap)
 LATENT_COLUMNS = ["round", "client", "kl_nats", "sigma", "snr_db", "bound_nats"]
 
@@ -48,7 +54,7 @@ class MiAttack(Command):
     options = (
         Option("observe", "what attacks on latents see of an image: z is one draw, zN are N draws, as z8; rounds "
                "is one draw in each round so far, with that round's encoder; mu is the mean of z; train is one "
-               "draw with the encoder's dropout", default=["z"], pattern=latents.OBSERVED, several=True),
+               "draw with the encoder's dropout", default=["z"], pattern=OBSERVED, several=True),
         Option("images", "how many of a client's training images are attacked at most (if not given: all, where "
                f"an attack is cheap: {CHEAP}; {FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
         Option("image_numbers", "the numbers in the data set of the training images to attack, in place of "
@@ -61,14 +67,14 @@ class MiAttack(Command):
 
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)
-        self.evaluation = Evaluation(self.target, args)
+        self.evaluation = evaluation.Evaluation(self.target, args)
 
     def units(self) -> Iterator[tuple[Unit, str | None]]:
         why = {(k, who, name): ATTACKS[name].unfit(self.target, who) or self.evaluation.unscorable(name, k)
                for k in self.args.clients for who in self.args.adversary for name in self.args.attack}
         for r in self.rounds:
             for (k, who, name), reason in why.items():
-                of_latents = getattr(ATTACKS[name], "observe", None) is latents.observe
+                of_latents = getattr(ATTACKS[name], "observe", None) is observe_latents
                 for observed in self.args.observe if of_latents else [""]:
                     yield Unit(who, name, r, k, observed), reason
 
@@ -80,7 +86,7 @@ class MiAttack(Command):
                                  "attack a later round, and train with --save_rounds and every round up to it")
         for who, r, k in dict.fromkeys((unit.adversary, unit.round, unit.client) for unit in plan):
             self.evaluation.adversary(who, r, k)
-            Victim(self.target, r, k)
+            observations.Victim(self.target, r, k)
 
     def attack(self, unit: Unit) -> list[dict]:
         return self.evaluation.attack(unit)
@@ -92,7 +98,7 @@ class MiAttack(Command):
         self.write(path.with_name("attack_summary.csv"), summarise(self.read(self.path("csv"), ATTACK_COLUMNS)), 5)
         for r, k in dict.fromkeys((r, k) for r in self.rounds for k in self.args.clients):
             own = self.evaluation.train[k]
-            if noise := Victim(target, r, k).noise(target.pixels(own), target.labels(own)):
+            if noise := observations.Victim(target, r, k).noise(target.pixels(own), target.labels(own)):
                 new.append({"round": r, "client": k, **noise})
         if new:
             before = self.read(path, LATENT_COLUMNS) if path.exists() else []

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from attack.decoders import fit
@@ -48,6 +47,8 @@ def distances(found: Tensor, pool: Tensor) -> Tensor:
 
 def in_order_of(truth: Tensor, found: Tensor) -> Tensor:
     """Return ``found`` in the order that makes its squared error to ``truth`` least (Hungarian method)."""
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     rows, columns = linear_sum_assignment(distances(truth, found).numpy())
     return found[torch.from_numpy(columns[np.argsort(rows)])]
 

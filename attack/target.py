@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 import datasets
+from devices import seed_torch
 from methods import METHODS, Method, make_server
 from models import Network
 from runs import configs
 from runs.checkpoints import checked_state, load_checked, read_client, read_shared, same_memory
 from server.base import Server, State
 from update import ClientState
-from utils import InputError, fingerprint, seed_torch
+from utils import InputError, fingerprint
 
 
 def as_floats(images: np.ndarray) -> Tensor:
@@ -184,11 +185,8 @@ class Target:
 
 def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Target:
     """Read a run's ``config.json`` and its data set; InputError if there is none, or it is damaged."""
-    path = results_dir / name / "config.json"
-    if not path.exists():
-        runs = sorted(other.parent.name for other in results_dir.glob("*/config.json"))
-        raise InputError(f"--run {name}: there is no {path}; runs there: {', '.join(runs) or 'no runs'}")
-    config = configs.read(path, "dataset", "method", "num_users", "init_logvar", "seed")
+    config = configs.read(configs.path_of(name, results_dir),
+                          "dataset", "method", "num_users", "init_logvar", "seed")
     options = config["options"]
     data = datasets.load(options["dataset"], data_dir)
     return Target(results_dir / name, models_dir / name, options, data, str(config.get("start", "")))

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
 from torch import Tensor
 
 from server.base import State
@@ -115,6 +114,8 @@ def clearly_negative(value: Tensor) -> float:
 
 def farthest(basis: Tensor, direction: np.ndarray) -> Tensor | None:
     """Return the coordinates of the corner that lies farthest in a direction; None if there is none."""
+    from scipy.optimize import linprog  # slow to import
+
     matrix = basis.numpy()
     solved = linprog(-direction, A_ub=-matrix.T, b_ub=np.full(matrix.shape[1], SLACK), A_eq=matrix[None, :, -1],
                      b_eq=[1.0], bounds=(None, None), method="highs", options={"time_limit": 20.0})

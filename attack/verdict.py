@@ -1,14 +1,21 @@
 """The tables that an attack writes, and the word for it: ``leaks`` or ``as a guess``."""
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from attack.attacks import Attack
-from utils import rng
+from utils import Late, rng
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from attack.attacks import Attack
+else:
+    pd = Late("pandas")
 
 
 class Unit(NamedTuple):
@@ -41,6 +48,7 @@ ATTACK_COLUMNS = [*Unit._fields, "label", "image", "restart", "control", *METRIC
 SUMMARY_KEY = ["adversary", "attack", "round", "observed", "control"]
 FOREIGN = "foreign"   # the control of attacks on images: what the attack makes of another image of the class
 WORST = 0.02          # share of images with the highest KL that are shown apart
+FALSE_POSITIVE_RATES = (0.001, 0.01)   # of attacks on membership
 LEAKS, GUESS = "leaks", "as a guess"
 WORDS = (LEAKS, GUESS)   # the worst for the victim first
 LOWER_IS_BETTER = ("class_rank",)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from devices import generator_of
 from server.base import State
 from update import Trainer
-from utils import InputError, generator_of
+from utils import InputError
 
 WARM_UP = 3   # plain steps before a capture: libraries choose their kernels and allocate then
 WITHOUT = "use --stack 1, which trains without one"

@@ -7,26 +7,19 @@ same program; the first is also the server, and it alone writes CSVs. The upload
 shared parameters to all, in main memory over gloo, whatever device trains.
 """
 import datetime
-import io
 import os
-import sys
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
 
+from engine.signals import PeerLost
 from server.base import Aggregated, Round, Server
 from utils import InputError
 
 T = TypeVar("T")
 DAY = datetime.timedelta(days=1)   # ranks may wait long for one another; one that died is noticed at once
-LAST_WORDS = 20   # seconds that the first rank has to print that the options are wrong
-
-
-class PeerLost(Exception):
-    """Another process of this run is gone."""
 
 
 class Ranks:
@@ -40,8 +33,8 @@ class Ranks:
         local: its number among the processes on this machine.
     """
 
-    def __init__(self) -> None:
-        self.patience = 300.0
+    def __init__(self, patience: float = 300.0) -> None:
+        self.patience = patience
         self.store: dist.Store | None = None
         try:
             self.size, self.local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
@@ -50,20 +43,6 @@ class Ranks:
             raise InputError(f"RANK, WORLD_SIZE or LOCAL_RANK in the environment is wrong ({error}); start "
                              "several processes with torchrun, or one without these") from error
         self.alone, self.first = self.size == 1, self.rank == 0
-
-    @contextmanager
-    def first_voice(self) -> Iterator[None]:
-        """Show the first rank's standard error only while entered: all would print the same.
-
-        The others end LAST_WORDS seconds later, since torchrun stops all processes when one has ended.
-        """
-        try:
-            with redirect_stderr(sys.stderr if self.first else io.StringIO()):
-                yield
-        except SystemExit as stop:
-            if stop.code and not self.first:
-                time.sleep(LAST_WORDS)
-            raise
 
     def __enter__(self) -> "Ranks":
         if not self.alone:

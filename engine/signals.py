@@ -1,21 +1,28 @@
-"""Signals that wait while files are written, and a standard output that cannot fail."""
+"""Signals that wait while files are written, and standard streams: one that cannot fail, one voice of several."""
 import errno
+import io
 import os
 import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import TextIO
 
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from utils import Late, printable
 
-from utils import printable
+LAST_WORDS = 20   # seconds that the first of several processes has to print that the options are wrong
+optimizer = Late("torch.optim.optimizer")
 
 
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; the argument is the signal's number."""
+
+
+class PeerLost(Exception):
+    """Another process of this run is gone."""
 
 
 class Interrupts:
@@ -32,7 +39,7 @@ class Interrupts:
         numbers = (signal.SIGINT, signal.SIGTERM) if self.thread is threading.main_thread() else ()
         self.before = {number: signal.signal(number, self._arrived) for number in numbers}
         self.unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
-        self.step_hook = register_optimizer_step_pre_hook(lambda *_: self.check())
+        self.step_hook = optimizer.register_optimizer_step_pre_hook(lambda *_: self.check())
         self.entered.append(self)
         return self
 
@@ -124,3 +131,19 @@ def steady_output(program: str) -> Iterator[None]:
         yield
     finally:
         sys.stdout.flush()
+
+
+@contextmanager
+def first_voice() -> Iterator[None]:
+    """Show the standard error of torchrun's first process only while entered: all would print the same.
+
+    The others end LAST_WORDS seconds later, since torchrun stops all processes when one has ended.
+    """
+    first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+    try:
+        with redirect_stderr(sys.stderr if first else io.StringIO()):
+            yield
+    except SystemExit as stop:
+        if stop.code and not first:
+            time.sleep(LAST_WORDS)
+        raise

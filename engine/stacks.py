@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.overrides import TorchFunctionMode
 
+from devices import generator_of
 from metrics import Tally
 from models import Output
 from server.base import State
 from update import ClientState, Diverged, LocalUpdate, Trainer
-from utils import generator_of, rng
+from utils import rng
 
 FULL = 500   # images per step that keep a GPU busy
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from devices import torch_rng
 from server.base import State
 from update import ClientState, Diverged, LocalUpdate, Trainer
-from utils import torch_rng
 
 # The range in which threads were measured to be faster; beyond, one client at a time has all threads.
 SMALL = 4_000_000   # parameters; the steps of larger models wait for memory, and threads would wait together

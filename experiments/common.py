@@ -32,9 +32,10 @@ import torch  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from devices import choose_precision, environment  # noqa: E402
 from parsing import Option, Parser  # noqa: E402
 from runs.plots import plt  # noqa: E402
-from utils import InputError, choose_precision, commit, environment, error_line, write_whole  # noqa: E402
+from utils import InputError, commit, error_line, write_whole  # noqa: E402
 
 REFERENCE: Final = ROOT / "results" / "reference"
 PAGES: Final = ROOT / "docs"

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from attack import gradients, newton, scoring, uploads
 from attack.target import Target, as_floats, open_target
+from devices import seed_torch
 from methods import METHODS
 from server.base import State
 from update import ClientState, Trainer, Training
-from utils import InputError, rng, seed_torch
+from utils import InputError, rng
 
 SETTINGS = {"fedavg, iid": "iid", "fedavg, shards": "shards"}
 CASES = (1, 4, 8, 16)   # images

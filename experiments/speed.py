@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
 
+from devices import choose_device, choose_precision, seed_torch
 from engine.graphs import GraphedTrainer
 from methods import METHODS
 from options import args_parser
 from update import ClientState, Trainer, Training
-from utils import InputError, choose_device, choose_precision, keep_freed_memory, seed_torch
+from utils import InputError, keep_freed_memory
 
 WORKLOADS = {   # method, shape of an image, batch
     "rve_pfl mnist, batch 256": ("rve_pfl", (1, 28, 28), 256),

@@ -13,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 from common import REFERENCE, ROOT, curve, outdated, read
 
+from devices import choose_device, choose_precision
 from parsing import Parser
-from utils import InputError, choose_device, choose_precision, error_line
+from utils import InputError, error_line
 
 ACCURACY = 0.01   # deployed accuracy may differ by this much: nine of its 890 test images
 KL = 0.1          # and the mean KL by this share

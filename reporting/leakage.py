@@ -10,8 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from attack.adversaries import ADVERSARIES
-from attack.attacks import ATTACKS
+from attack.attacks import ADVERSARIES, ATTACKS
 from attack.verdict import FOREIGN, LEVEL, WORDS, Unit, Verdict, judge, read_attack, worst_identified
 from utils import shown
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pandas as pd
 from markupsafe import Markup
 
-from attack.adversaries import ADVERSARIES
+from attack.attacks import ADVERSARIES
 from attack.verdict import LEAKS, WORDS
 from reporting.summary import BASIC, RUN_METRICS, Finished, by_setting, unusual
 from runs.plots import plt

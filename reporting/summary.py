@@ -16,7 +16,7 @@ from options import args_parser, make_parser
 from reporting import leakage
 from runs import configs
 from runs.configs import EVALUATION_SPLIT
-from runs.run import csv_columns
+from runs.csvs import csv_columns
 from utils import InputError, shown
 
 # Options that do not change the result: not part of a setting, and left out of its command, but for the seed.

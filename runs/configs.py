@@ -20,6 +20,15 @@ def write(folder: Path, config: dict) -> None:
     write_whole(folder / "config.json", lambda file: file.write(text.encode()))
 
 
+def path_of(name: str, results_dir: Path) -> Path:
+    """Return the path of the ``config.json`` of ``--run``; InputError if there is none."""
+    path = results_dir / name / "config.json"
+    if not path.exists():
+        runs = sorted(other.parent.name for other in results_dir.glob("*/config.json"))
+        raise InputError(f"--run {name}: there is no {path}; runs there: {', '.join(runs) or 'no runs'}")
+    return path
+
+
 def read_json(path: Path) -> dict:
     """Read a file with one JSON object; OSError if it cannot be read, ValueError if it holds something else."""
     try:

@@ -1,10 +1,27 @@
-"""CSVs that only grow by whole rows, and are cut back to a checkpoint."""
+"""The columns of a run's CSVs, which only grow by whole rows, and are cut back to a checkpoint."""
 import csv
 import io
 import os
 from pathlib import Path
 
+from server.rules import RULES
 from utils import InputError, write_whole
+
+METRICS = ("loss", "accuracy", "precision", "recall", "f1", "kl_nats")   # of a client's model
+
+
+def csv_columns(backdoor: bool = False) -> dict[str, list[str]]:
+    """Return the columns of each CSV; ``server.csv`` has those of every rule, empty where another rule ran.
+
+    Args:
+        backdoor: whether ``clients.csv`` has the success of the malicious clients' backdoor.
+    """
+    of_rules = dict.fromkeys(name for rule in RULES.values() for name in rule.columns)
+    return {
+        "clients.csv": ["round", "client", "stage", "split", "n", *METRICS, *["backdoor"] * backdoor],
+        "rounds.csv": ["round", "stage", "split", "loss", "accuracy", "accuracy_std", "accuracy_worst",
+                       *METRICS[2:], "seconds"],
+        "server.csv": ["round", "client", "n", *of_rules, "weight", "malicious"]}
 
 
 def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:

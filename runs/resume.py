@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 from methods import METHODS
 from options import COMMON, args_parser, idle, make_parser
+from parsing import Parser
 from runs import configs, folders
 from utils import InputError, shown
 
@@ -24,13 +25,21 @@ DECISIVE = ("precision", "device", "torch", "numpy", "commit")
 def arguments(argv: list[str]) -> Namespace:
     """Parse a command line; with ``--run_name`` and ``--resume``, other options may come from ``config.json``.
 
-    Exits with status 2 and one line on a mistake.
+    Exits with status 2 and one line on a mistake, or if there is no such data set.
     """
     parser = make_parser()
     given = parser.parse(argv)
     path = given.results_dir / str(given.run_name) / "config.json"
-    if not (given.resume and given.run_name and path.exists()):
-        return args_parser(argv)
+    if given.resume and given.run_name and path.exists():
+        set_stored(parser, argv, path)
+    args = args_parser(argv, parser)
+    if fault := datasets.unknown(args.dataset, args.data_dir):
+        parser.error(fault)
+    return args
+
+
+def set_stored(parser: Parser, argv: list[str], path: Path) -> None:
+    """Make the options of a ``config.json`` the parser's defaults; exits if the command line contradicts them."""
     try:
         stored = configs.completed(configs.read(path, *(option.name for option in COMMON))["options"])
     except InputError as error:
@@ -40,9 +49,8 @@ def arguments(argv: list[str]) -> Namespace:
     parser.set_defaults(**stored)
     now = parser.parse(argv)
     now.dataset = datasets.canonical(now.dataset, now.data_dir)
-    if fault := difference(given.run_name, stored, {name: getattr(now, name) for name in stored}):
+    if fault := difference(now.run_name, stored, {name: getattr(now, name) for name in stored}):
         parser.error(fault)
-    return args_parser(argv, parser)
 
 
 def difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

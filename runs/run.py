@@ -4,16 +4,17 @@
 A CSV only ever grows by whole rounds, and a checkpoint remembers how long each was. Resuming cuts the CSVs to
 that length and computes the later rounds again, on a CPU to the same bytes.
 """
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -21,28 +22,20 @@ import datasets
 from engine.processes import Ranks
 from engine.signals import Interrupted, held
 from methods import METHODS
-from metrics import METRICS, over_clients
-from runs import checkpoints, configs, folders, plots, resume
-from runs.csvs import append_csv, cut_csv
+from metrics import over_clients
+from runs import checkpoints, configs, folders, resume
+from runs.csvs import append_csv, csv_columns, cut_csv
 from server.base import Aggregated, Round, Server, State, is_finite
 from server.malicious import MaliciousClients
-from server.robust import RULES
 from update import ClientState
-from utils import InputError, printable, write_whole
+from utils import InputError, Late, printable, write_whole
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-def csv_columns(backdoor: bool = False) -> dict[str, list[str]]:
-    """Return the columns of each CSV; ``server.csv`` has those of every rule, empty where another rule ran.
-
-    Args:
-        backdoor: whether ``clients.csv`` has the success of the malicious clients' backdoor.
-    """
-    of_rules = dict.fromkeys(name for rule in RULES.values() for name in rule.columns)
-    return {
-        "clients.csv": ["round", "client", "stage", "split", "n", *METRICS, *["backdoor"] * backdoor],
-        "rounds.csv": ["round", "stage", "split", "loss", "accuracy", "accuracy_std", "accuracy_worst",
-                       *METRICS[2:], "seconds"],
-        "server.csv": ["round", "client", "n", *of_rules, "weight", "malicious"]}
+    from runs import plots
+else:   # they take two seconds: after the first round
+    pd, plots = Late("pandas"), Late("runs.plots")
 
 
 @dataclass
@@ -58,7 +51,7 @@ class Progress:
 
 @contextmanager
 def open_run(config: dict, start: tuple[State, State], server: Server, malicious: MaliciousClients,
-             ranks: Ranks) -> Iterator["Run"]:
+             ranks: Ranks) -> Iterator[Run]:
     """Take a run's folders, locked as long as the block lasts, or the process; arguments as of ``Run``."""
     with ExitStack() as locks:
         run = Run(config, start, server, malicious, ranks, locks)
@@ -104,6 +97,7 @@ class Run:
         self.states = checkpoints.ClientStore(self.models / ".private", ClientState(start[1]))
         if not self.finished:
             self._restore(earlier)
+        self.undrawn: tuple[np.ndarray, np.ndarray] | None = None   # arguments of ``_draw_inputs``
         self.saved_round, self.saved_at, self.warned = self.progress.round, time.monotonic(), False
         # It moves with every client, so that the time left is known within a round. No bar without a terminal.
         self.bar = tqdm(initial=self.progress.round, total=self.options["rounds"], unit="round",
@@ -120,7 +114,7 @@ class Run:
         self.bar.write(line, file=sys.stderr)
 
     def write_inputs(self, data: datasets.Dataset, owned: list[np.ndarray], splits: list) -> None:
-        """Write ``partition.npz`` (who trains and who is evaluated on which image), and pictures of it."""
+        """Write ``partition.npz`` (who trains and who is evaluated on which image); its pictures follow later."""
         arrays: dict[str, Any]   # of integers
         if self.config["protocol"] == "resplit":   # drawn anew every round: only the owner is fixed
             arrays = {f"owned_{k}": indices for k, indices in enumerate(owned)}
@@ -129,11 +123,15 @@ class Run:
                       for split, indices in zip(("train", self.evaluation_split), pair, strict=True)}
         write_whole(self.results / "partition.npz", lambda file: np.savez_compressed(file, **arrays))
         counts = np.stack([np.bincount(data.labels[indices], minlength=data.num_classes) for indices in owned])
+        self.undrawn = counts, data.images[:8]
+
+    def _draw_inputs(self, counts: np.ndarray, images: np.ndarray) -> None:
+        """Draw the classes of each client and, if there is one, the backdoor's trigger on a few images."""
         plots.plot_partition(self.results / "partition.png", counts, self._title())
         if (trigger := self.malicious.behaviour.trigger) is not None:
-            images = data.images[:8]
             plots.plot_triggered(self.results / "backdoor.png", images, trigger(torch.from_numpy(images)).numpy(),
                                  self._title())
+        self.undrawn = None
 
     @held()
     def record(self, round: Round, aggregated: Aggregated, clients: list[dict], seconds: float) -> None:
@@ -156,6 +154,8 @@ class Run:
                 configs.write(self.results, self.config)
             progress.csv_bytes = {name: append_csv(self.results / name, self.columns[name], added)
                                   for name, added in rows.items()}
+        if self.undrawn is not None:
+            self._draw_inputs(*self.undrawn)
         self.bar.n = number   # exact again after the sum of the clients' shares
         if held_out := [row for row in rows["rounds.csv"] if row["split"] == self.evaluation_split]:
             stages = ", ".join(f"{row['stage']} {row['accuracy']:.4f} (worst decile {row['accuracy_worst']:.4f})"
@@ -199,6 +199,8 @@ class Run:
         self.save()
         if self.ranks.first:
             folders.remove(self.models / ".private")
+            if self.undrawn is not None:   # all rounds were done before
+                self._draw_inputs(*self.undrawn)
             plots.plot_curves(self.results / "curves.png", pd.read_csv(self.results / "rounds.csv"), self._title())
             server = pd.read_csv(self.results / "server.csv")
             if server["trust"].notna().any():

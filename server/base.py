@@ -56,11 +56,6 @@ def median(values: Tensor) -> Tensor:
     return values.quantile(0.5)
 
 
-def round_down(count: float) -> int:
-    """Return the whole clients in a share; 0.3 x 10 is 3 despite floating point."""
-    return int(count + 1e-9)
-
-
 @dataclass(frozen=True)
 class Round:
     """One round as it reaches the server.

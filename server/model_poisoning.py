@@ -4,7 +4,7 @@
 """
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -137,6 +137,10 @@ def within_reach(view: ForgerView, reach: Callable[[Tensor, Tensor], float]) -> 
         for direction in deviations for share in SHARES))
 
 
+min_max = partial(within_reach, reach=min_max_reach)
+min_sum = partial(within_reach, reach=min_sum_reach)
+
+
 def byzfl_tuned(view: ForgerView, attack: str) -> Tensor:
     """Let byzfl tune the factor of an attack under the server in use (Allouah et al. 2023, arXiv 2302.01772)."""
     import byzfl  # slow to import
@@ -146,6 +150,10 @@ def byzfl_tuned(view: ForgerView, attack: str) -> Tensor:
         return view.aggregate(vectors[len(vectors) - malicious:])
     search = getattr(byzfl, attack)(agg=aggregate, pre_agg_list=[], f=malicious, evals=12)
     return view.same(search(honest if len(honest) > 1 else honest.repeat(2, 1)))
+
+
+optimal_alie = partial(byzfl_tuned, attack="Optimal_ALittleIsEnough")
+optimal_ipm = partial(byzfl_tuned, attack="Optimal_InnerProductManipulation")
 
 
 def mpaf(view: ForgerView) -> Tensor:

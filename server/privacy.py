@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from devices import torch_rng
 from server.base import Aggregated, Round, Server, State, Weighting, is_finite
-from utils import InputError, rng, torch_rng
+from utils import InputError, rng
 
 SPACING = 0.05   # discretisation of privacy losses, as a share of their scale frac / z
 MAX_NOISE_MULTIPLIER = 1e6

@@ -1,21 +1,19 @@
-"""RULES: how uploads become the next head, one row per rule; and the published robust rules, mostly from byzfl.
+"""The published robust rules, mostly from byzfl; rules.py has their rows.
 
 A robust rule maps the updates ``head_k - head``, ``K x P``, and the number f of clients that may be malicious to
 the update ``P`` of the next head. It gives no weight to a single client: that column of ``server.csv`` is empty.
 """
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parsing import Option
+from devices import torch_rng
 from server import base
-from server.base import Round, Server, State, Weighting, moved, round_down, updates_of
-from server.threat_aware import ThreatAware, filtered
-from utils import torch_rng
+from server.base import Round, Server, State, Weighting, moved, updates_of
+from server.threat_aware import filtered
+from utils import round_down
 
 CHUNK = 2**16   # coordinates at a time in coordinate-wise rules: byzfl's need several copies of their input
 
@@ -35,7 +33,11 @@ def by_columns(rule: RobustRule) -> RobustRule:
     return lambda updates, f: torch.cat([rule(part, f) for part in updates.split(CHUNK, dim=1)])
 
 
+median = by_columns(of_byzfl("Median", takes_f=False))
 trimmed_mean = by_columns(of_byzfl("TrMean"))
+krum = of_byzfl("Krum")
+multi_krum = of_byzfl("MultiKrum")
+geometric_median = of_byzfl("GeometricMedian", takes_f=False, nu=1e-6, T=20)
 
 
 def centered_clipping(updates: Tensor, f: int) -> Tensor:
@@ -105,55 +107,3 @@ class NormClipping(Robust):
         clip, size = base.median(updates.norm(dim=1)), updates.shape[1]
         noise = torch.randn(size, generator=torch_rng(self.options["seed"], "clip_noise", round=round.number))
         return super().update(round, updates) + self.options["clip_noise"] * clip / size**0.5 * noise
-
-
-TOLERATE = Option("tolerate", "share of the uploads that the rule assumes may be malicious", float,
-                  unread=0.3, within=(0, 0.5), group="server")
-CLIP_NOISE = Option("clip_noise", "norm of the noise as a share of the clipping norm", float, within=(0, 100),
-                    group="server")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One row.
-
-    Args:
-        about: a few words for ``--help``.
-        server: makes the server of a run from its options and the size of the smallest local data set.
-        reads: the options that the rule reads, with their defaults.
-        columns: its columns of ``server.csv`` (``Weighting.columns``).
-    """
-
-    about: str
-    server: Callable[..., Server]
-    reads: Mapping[Option, object] = field(default_factory=dict)
-    columns: tuple[str, ...] = ()
-
-
-def robust_server(rule: RobustRule) -> Callable[..., Server]:
-    """Return the server of a robust rule ``(updates K x P, f) -> update P``."""
-    return partial(Robust, rule=rule)
-
-
-RULES = {
-    "threat_aware": Rule("weights that follow the threat model", ThreatAware,
-                         columns=("norm_ratio", "cosine", "max_cosine", "trust")),
-    "mean": Rule("by data size", Server),
-    # Yin et al. 2018, arXiv 1803.01498.
-    "median": Rule("coordinate-wise", robust_server(by_columns(of_byzfl("Median", takes_f=False)))),
-    "trimmed_mean": Rule("coordinate-wise, without the largest and the smallest",
-                         robust_server(trimmed_mean), {TOLERATE: 0.3}),
-    # Blanchard et al. 2017; byzfl's takes n - f - 1 neighbours, they take n - f - 2.
-    "krum": Rule("the upload nearest to its neighbours", robust_server(of_byzfl("Krum")), {TOLERATE: 0.3}),
-    # Weiszfeld's iteration (Pillutla et al. 2022, arXiv 1912.13445).
-    "geometric_median": Rule("least sum of distances", robust_server(
-        of_byzfl("GeometricMedian", takes_f=False, nu=1e-6, T=20))),
-    "centered_clipping": Rule("updates clipped around a centre", robust_server(centered_clipping)),
-    "nnm_trimmed_mean": Rule("trimmed mean of means of nearest neighbours", robust_server(nnm_trimmed_mean),
-                             {TOLERATE: 0.3}),
-    "multi_krum": Rule("mean of the uploads nearest to their neighbours", robust_server(of_byzfl("MultiKrum")),
-                       {TOLERATE: 0.3}),
-    "caf": Rule("a mean filtered along the widest direction", robust_server(caf), {TOLERATE: 0.3}),
-    "norm_clipping": Rule("a mean of clipped updates, with noise", partial(NormClipping, rule=clipped_mean),
-                          {CLIP_NOISE: 0.05}),
-}

@@ -7,9 +7,9 @@ from torch import nn
 
 from attack import adversaries, attacks, classes, decoders, gradients, latents, newton, scoring, uploads
 from attack.adversaries import Adversary, Budget, Knowledge, PublicImages
+from devices import seed_torch
 from methods import METHODS
 from models import Classifier, VariationalEncoder, as_image
-from utils import seed_torch
 
 SHAPE = (1, 8, 8)
 

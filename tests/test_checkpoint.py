@@ -8,7 +8,7 @@ from methods import METHODS
 from options import args_parser, make_parser
 from runs import checkpoints, configs
 from runs.checkpoints import ClientStore
-from server.robust import RULES
+from server.rules import RULES
 from update import ClientState
 from utils import InputError
 

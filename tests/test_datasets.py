@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, tiny_arrays, load, monkey
     (tmp_path / "mnist.npz").write_bytes(b"PK\x03\x04 and no more")   # only a download can be made again
     with pytest.raises(InputError, match="damaged.*downloads it again"):
         datasets.load("mnist", tmp_path)
-    monkeypatch.setattr(datasets, "available", lambda device: 20_000)
+    monkeypatch.setattr(datasets, "main_memory", lambda: 20_000)
     with pytest.raises(InputError, match="need twice that.*20 kB of memory"):
         datasets.load("x", tmp_path)
 

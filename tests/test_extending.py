@@ -1,4 +1,5 @@
 """docs/extending.md: its code blocks add rows to the tables, and these rows train and attack."""
+import importlib
 import re
 
 import numpy as np
@@ -12,8 +13,8 @@ from attack.attacks import ATTACKS
 from methods import METHODS
 from parsing import Option
 from server.base import Server, Weighting
-from server.malicious import BEHAVIOURS
-from server.robust import RULES, Rule
+from server.behaviours import BEHAVIOURS
+from server.rules import RULES, Rule
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.S)
 TABLES = (METHODS, RULES, BEHAVIOURS, ATTACKS)
@@ -22,11 +23,16 @@ TABLES = (METHODS, RULES, BEHAVIOURS, ATTACKS)
 @pytest.fixture
 def extended():
     """The page's rows in the tables, for one test; each must be new."""
-    before, names = [dict(table) for table in TABLES], {}
-    for block in BLOCKS:
-        exec(compile(block, "docs/extending.md", "exec"), names)
+    before, added = [dict(table) for table in TABLES], {}
+    for block in BLOCKS:   # as if appended to the file in its first line
+        file = vars(importlib.import_module(re.match(r"# (.*)\.py\n", block)[1].replace("/", ".")))
+        names = set(file)
+        exec(compile(block, "docs/extending.md", "exec"), file)
+        added |= {name: (file, file[name]) for name in file.keys() - names}
     assert [len(table) for table in TABLES] == [len(table) + 1 for table in before]
-    yield names
+    yield {name: value for name, (_, value) in added.items()}
+    for name, (file, _) in added.items():
+        del file[name]
     for table, old in zip(TABLES, before, strict=True):
         table.clear()
         table.update(old)

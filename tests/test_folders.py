@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 
-from runs import folders
+from devices import environment
+from runs import folders, setup
 from runs.csvs import append_csv
 from runs.run import Run
-from utils import InputError, environment
+from utils import InputError
 
 
 class Killed(BaseException):
@@ -73,7 +74,7 @@ def opened_only(driver, monkeypatch):
         raise InputError("was opened")
     monkeypatch.setattr(driver, "federate", stop)
     here = environment(torch.device("cpu"))   # which asks git
-    monkeypatch.setattr(driver, "environment", lambda device: here)
+    monkeypatch.setattr(setup, "environment", lambda device: here)
     monkeypatch.setattr(Run, "write_inputs", lambda *_: None)
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from test_update import FIRST, SECOND, equal, make, update_of, without_draws
 
+from devices import choose_device
 from engine.graphs import GraphedTrainer
 from server.malicious import MaliciousClients
 from update import Trainer
-from utils import InputError, choose_device
+from utils import InputError
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

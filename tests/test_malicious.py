@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import server_options
 
-from server import malicious
+from server import data_poisoning
 from server.base import Round, Server, updates_of
-from server.malicious import BEHAVIOURS, MaliciousClients, pair_flipped
+from server.behaviours import BEHAVIOURS
+from server.malicious import MaliciousClients
 from server.model_poisoning import ForgerView, harm, min_max_reach, min_sum_reach, trusted_most, tuned
 from server.privacy import NbAFL
-from server.robust import RULES
+from server.rules import RULES
 from update import Trainer
 
 HONEST = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])
@@ -176,15 +177,15 @@ def test_membership_is_seeded_and_only_members_claim_more_or_upload_nothing():
 
 
 def test_label_flips_and_triggers_by_hand():
-    assert pair_flipped(torch.arange(10), 10).tolist() == [0, 7, 2, 3, 4, 5, 6, 1, 8, 9]
-    assert pair_flipped(torch.arange(4), 4).tolist() == [0, 3, 2, 1]
-    assert malicious.flipped(torch.arange(4), 4).tolist() == [3, 2, 1, 0]
+    assert data_poisoning.pair_flipped(torch.arange(10), 10).tolist() == [0, 7, 2, 3, 4, 5, 6, 1, 8, 9]
+    assert data_poisoning.pair_flipped(torch.arange(4), 4).tolist() == [0, 3, 2, 1]
+    assert data_poisoning.flipped(torch.arange(4), 4).tolist() == [3, 2, 1, 0]
     images = torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
-    triggered = malicious.patch(images)
+    triggered = data_poisoning.patch(images)
     changed = (triggered != images).all(3)[0].nonzero().tolist()
     assert changed == [[y, x] for y in (4, 5, 6) for x in (4, 5, 6)] and triggered.max() == 255
     assert (images == 100).all()   # a copy
-    mixed = malicious.blend(images)
+    mixed = data_poisoning.blend(images)
     assert mixed.dtype == torch.uint8 and torch.equal(mixed[0], mixed[1])
     assert 80 <= mixed.min() <= 90 and 120 <= mixed.max() <= 131   # 0.8 of the image, 0.2 of a pattern in 0..255
 
@@ -205,7 +206,7 @@ def test_only_the_malicious_train_on_triggered_copies():
     assert len(trainer.images) == 12 and torch.equal(poisoned.images[:12], images)
     assert trained_on[bad][:3].tolist() == own[bad].tolist() and len(trained_on[bad]) == 5
     copies = trained_on[bad][3:]
-    assert torch.equal(poisoned.images[copies], malicious.patch(images[own[bad][::2]]))
+    assert torch.equal(poisoned.images[copies], data_poisoning.patch(images[own[bad][::2]]))
     assert not poisoned.labels[copies].any() and torch.equal(poisoned.labels[:12], trainer.labels)
     assert MaliciousClients("passive", 0.25, 4, seed=1).groups(trainer, own)[1] == (trainer, {bad: own[bad]})
 

@@ -117,9 +117,9 @@ def test_non_members_are_of_the_clients_classes_and_its_own(trained):
         assert (~asked.member).sum() == (labels[held] == own[0]).sum()
         np.savez(partition, **{**whole, "test_0": strange})
         assert members.asked(target, 0) is None
-        assert members.obstacle(target, membership.Unit("stolen_model", "loss", 2, 0), [2])
+        assert membership.obstacle(target, membership.Unit("stolen_model", "loss", 2, 0), [2])
     borrowed = replace(target, options=target.options | {"encoders_from": "rve_pfl"})
-    assert "--encoders_from" in members.obstacle(borrowed, membership.Unit("stolen_model", "rmia", 2, 0), [2])
+    assert "--encoders_from" in membership.obstacle(borrowed, membership.Unit("stolen_model", "rmia", 2, 0), [2])
     asked = members.asked(target, 1)
     numbers = np.concatenate([whole["train_1"], whole["test_1"]])
     assert torch.equal(asked.labels, target.labels(numbers)) and torch.equal(asked.images, target.pixels(numbers))
@@ -132,7 +132,7 @@ def test_models_answer_as_the_options_say(trained, monkeypatch):
     monkeypatch.setattr(adversaries.Knowledge, "logits", lambda held, x, draws=0: drawn.append(draws) or logits(
         held, x, draws))
     adversary, images = members.MembershipAdversary(target, args, [2], 2, 0), members.asked(target, 0).images
-    told = {name: members.answer_of(name, adversary)(images).isfinite().sum(1) for name in members.MODELS}
+    told = {name: members.answer_of(name, adversary)(images).isfinite().sum(1) for name in membership.MODELS}
     assert drawn == [3, 3] and (told["stolen_model"] == 4).all() and (told["prediction_api"] == 2).all()
 
 

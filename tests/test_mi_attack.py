@@ -349,7 +349,7 @@ def test_one_process_at_a_time_trains_or_attacks_a_run(trained, capsys, program,
 
 def test_a_run_cannot_be_trained_while_it_is_attacked(trained, monkeypatch, capsys):
     place, lines = trained.place, []
-    monkeypatch.setattr(mi_attack, "Evaluation", lambda *_: lines.extend(
+    monkeypatch.setattr(evaluation, "Evaluation", lambda *_: lines.extend(
         place.refuses(capsys, "--rounds", 1, flag) for flag in ("--overwrite", "--resume")) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trained.attack("run")

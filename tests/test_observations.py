@@ -8,7 +8,7 @@ from torch import nn
 
 from attack import adversaries, attacks, gradients, latents, mi_attack, newton, observations
 from attack.adversaries import Adversary, Budget, PublicImages
-from attack.evaluation import CLIENT_LR
+from attack.attacks import CLIENT_LR
 from methods import METHODS
 from models import ClassPrior, as_image
 from runs.checkpoints import load_checked

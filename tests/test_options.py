@@ -12,6 +12,7 @@ from attack import membership, mi_attack
 from engine.stacks import draws_of
 from methods import METHODS, PRIOR
 from options import args_parser, make_parser, readers
+from runs import setup
 
 
 def refused(line, capsys):
@@ -71,8 +72,8 @@ def test_an_option_that_something_reads_is_not(line):
 def test_stack_is_refused_where_clients_are_never_stacked(method, more, place, driver):
     """The engine decides it, from the trainer that the driver makes."""
     words = place.argv("--method", method, *more)
-    trainer = driver.make_trainer(args_parser(words), driver.datasets.load("tiny", place.folder / "data"),
-                                  driver.torch.device("cpu"))
+    trainer = setup.make_trainer(args_parser(words), setup.datasets.load("tiny", place.folder / "data"),
+                                  setup.torch.device("cpu"))
     if trainer.method.loss is None and draws_of(trainer) is not None:
         args_parser([*words, "--stack", "3"])
     else:

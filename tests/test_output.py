@@ -169,7 +169,7 @@ def test_the_users_own_clients_and_split(place, tiny_arrays, capsys):
 
 
 def test_a_network_too_large_for_the_memory_is_refused_before_it_is_built(place, capsys, monkeypatch):
-    monkeypatch.setattr("engine.memory.available", lambda device: 2**20)
+    monkeypatch.setattr("devices.memory_of", lambda device: 2**20)
     line = place.refuses(capsys)
     assert "M parameters" in line and "--method fedavg" in line and not place.results.exists()
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import server_options
 
-from methods import METHODS, Step
+from losses import Step
+from methods import METHODS
 from server.base import Round
 from server.privacy import (
     AdaptiveClientDP,

@@ -12,11 +12,13 @@ from attack import evaluation, latents, mi_attack
 from attack import target as targets
 from attack.attacks import ATTACKS
 from datasets import load
+from devices import seed_torch
 from methods import METHODS
 from options import args_parser
+from runs import setup
 from runs.checkpoints import load_checked
 from server.privacy import nbafl_sigmas
-from utils import rng, seed_torch
+from utils import rng
 
 SEED, USERS = 3, 3
 COMMON = ("--seed", SEED, "--rounds", 2, "--save_rounds", 1, "--precision", "fp32", "--num_users", USERS,
@@ -174,7 +176,7 @@ def test_held_out_images_reach_no_weight(place, tiny_arrays, flags):
     """Were the test images other ones, training, uploads and heads would be the same to the bit; so would all
     figures of a run that validates."""
     flags = ("--rounds", 2, "--num_users", 3, *flags)
-    test = np.concatenate([images for _, images in place.driver.partition(args_parser(place.argv(
+    test = np.concatenate([images for _, images in setup.partition(args_parser(place.argv(
         *(flag for flag in flags if flag != "--validate"))), load("tiny", place.folder / "data"))[1]])
     assert place.main(*flags) == 0
     before, rows = files_of(place), pd.read_csv(place.results / "clients.csv")
@@ -221,7 +223,7 @@ def test_nbafls_noise_is_for_the_smallest_client(place):
 
 def test_malicious_clients_alone_lie_and_no_mean_has_them(ran, place, driver, monkeypatch):
     """They flip labels and claim more images, and are evaluated on the true labels; means are of the honest."""
-    seen, train, evaluate = {}, driver.Trainer.train, driver.Trainer.evaluate
+    seen, train, evaluate = {}, setup.Trainer.train, setup.Trainer.evaluate
 
     def training(self, client, *rest):
         seen["trained", client] = self.labels.clone()
@@ -230,8 +232,8 @@ def test_malicious_clients_alone_lie_and_no_mean_has_them(ran, place, driver, mo
     def evaluating(self, client, *rest):
         seen["evaluated", client] = self.labels.clone()
         return evaluate(self, client, *rest)
-    monkeypatch.setattr(driver.Trainer, "train", training)
-    monkeypatch.setattr(driver.Trainer, "evaluate", evaluating)
+    monkeypatch.setattr(setup.Trainer, "train", training)
+    monkeypatch.setattr(setup.Trainer, "evaluate", evaluating)
     assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.5, "--malicious_behaviour",
                       "false_size") == 0
     server = pd.read_csv(place.results / "server.csv").set_index("client")

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from runs import checkpoints as checkpoint
+from runs import setup
 from runs.checkpoints import load_checked
-from runs.run import csv_columns
+from runs.csvs import csv_columns
 
 
 def test_an_earlier_run_is_never_lost_by_accident(place, capsys):
@@ -154,13 +155,13 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_last_one(place):
 
 
 def test_a_client_that_diverges_is_left_out_and_the_others_go_on(place, driver, capsys, monkeypatch):
-    train = driver.Trainer.train
+    train = setup.Trainer.train
 
     def broken(self, client, round, indices, sent, private):
         if (client, round) == (1, 2):
             self = dataclasses.replace(self, training=dataclasses.replace(self.training, lr=1000.0, epochs=5))
         return train(self, client, round, indices, sent, private)
-    monkeypatch.setattr(driver.Trainer, "train", broken)
+    monkeypatch.setattr(setup.Trainer, "train", broken)
     assert place.main("--aggregation", "mean") == 0
     assert "client 1, round 2" in capsys.readouterr().err
     steps = [torch.load(place.models / "round_3" / f"client_{k}.pt", weights_only=True)["steps"] for k in (0, 1)]

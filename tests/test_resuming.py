@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from runs import resume
+from runs import resume, setup
 
 FLAGS = ("--method", "fedavg", "--rounds", 2)
 
@@ -110,10 +110,10 @@ def test_other_data_of_the_same_name_is_refused(finished, tiny_arrays, capsys, p
 def test_other_clients_or_weights_are_refused(finished, driver, capsys, monkeypatch):
     """Another NumPy or PyTorch may draw otherwise."""
     with monkeypatch.context() as patch:
-        partition = driver.partition
-        patch.setattr(driver, "partition", lambda *given: [part[::-1] for part in partition(*given)])
+        partition = setup.partition
+        patch.setattr(setup, "partition", lambda *given: [part[::-1] for part in partition(*given)])
         assert "dealt to clients otherwise" in refuses_and_keeps(finished, capsys, *FLAGS, "--resume")
-    monkeypatch.setattr(driver, "fingerprint", lambda state: "other")
+    monkeypatch.setattr(setup, "fingerprint", lambda state: "other")
     assert "weights are drawn otherwise" in refuses_and_keeps(finished, capsys, *FLAGS, "--resume")
 
 
@@ -129,7 +129,7 @@ def test_each_environment_is_kept_with_its_first_round_and_warned_of(finished, d
     assert f"precision torch.{other} instead of {first['precision']}; from round 3 on" in warning
     config, second = config_of(finished), {"from_round": 3, **first, "precision": f"torch.{other}"}
     assert environment_of(config) == first and config["resumed"] == [second]
-    monkeypatch.setattr(driver, "environment", lambda device: {
+    monkeypatch.setattr(setup, "environment", lambda device: {
         name: first[name] for name in first if name not in ("processes", "precision")} | {"torch": "9.9"})
     assert finished.main(*FLAGS, "--rounds", 5, "--precision", option, "--resume") == 0
     assert f"torch 9.9 instead of {first['torch']}; from round 5 on" in capsys.readouterr().err

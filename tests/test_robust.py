@@ -5,7 +5,7 @@ from conftest import server_options
 
 from server import robust
 from server.base import Round, moved, updates_of
-from server.robust import RULES
+from server.rules import RULES
 
 ROBUST = [name for name in RULES if name not in ("threat_aware", "mean")]
 SENT = {"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "bias": torch.tensor([5.0])}

@@ -15,6 +15,7 @@ import sampling
 from engine.clients import Clients
 from methods import METHODS
 from options import args_parser
+from runs import setup
 from runs.checkpoints import load_checked
 from server.privacy import ClientDP
 from utils import rng
@@ -232,10 +233,10 @@ def clients(driver, place):
     def make(*flags):
         args = args_parser(place.argv(*flags))
         data = datasets.load("tiny", args.data_dir)
-        owned, splits = driver.partition(args, data)
-        trainer = driver.make_trainer(args, data, driver.torch.device("cpu"))
+        owned, splits = setup.partition(args, data)
+        trainer = setup.make_trainer(args, data, setup.torch.device("cpu"))
         run = SimpleNamespace(ranks=None)
-        return Clients(args, trainer, driver.MaliciousClients(None, 0, args.num_users, 1), owned, splits, run)
+        return Clients(args, trainer, setup.MaliciousClients(None, 0, args.num_users, 1), owned, splits, run)
     return make
 
 
@@ -272,7 +273,7 @@ def test_the_clients_of_a_round(clients, method, noise):
     else:
         assert set(counts) == {10}
     assert made.select(3) == sampling.sample_clients(40, 0.25, rng(1, "sample", round=3), bool(noise))
-    assert all(row.poisson == (row.server is not None and issubclass(row.server, ClientDP))
+    assert all(row.poisson == (row.server is not None and issubclass(row.server.imported(), ClientDP))
                for row in METHODS.values())
 
 

@@ -20,7 +20,7 @@ from attack.scoring import MAX_CANDIDATES, candidates, paired
 from attack.target import Target
 from attack.verdict import ATTACK_COLUMNS, FOREIGN, GUESS, LEAKS, METRICS, Unit, judge, sign_flip, worst_identified
 from datasets import Dataset
-from utils import seed_torch
+from devices import seed_torch
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,12 @@ import torch
 from sklearn.metrics import precision_recall_fscore_support
 from torch.distributions import Normal, kl_divergence
 
+from devices import seed_torch
 from methods import METHODS
-from metrics import METRICS, Tally, over_clients
+from metrics import Tally, over_clients
 from models import Output
+from runs.csvs import METRICS
 from update import ClientState, Diverged, Trainer, Training
-from utils import seed_torch
 
 
 def make(tiny_arrays, name="rve_pfl", prior="normal", **changes):

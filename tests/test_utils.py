@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils import choose_precision, rng, seed_torch, torch_rng
+from devices import choose_precision, seed_torch, torch_rng
+from utils import rng
 
 # Two seeds of a run whose 63-bit draws agree in their low 32 bits, all that a Mersenne twister's seed has.
 ALIKE = 89575, 144360

@@ -1,0 +1,41 @@
+"""Losses that a method adds to its own objective: functions ``Step`` -> loss per image ``N``, or of the batch."""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from server.base import State
+
+
+@dataclass(frozen=True)
+class Step:
+    """The input of a method's own loss, in one training step of a client.
+
+    Args:
+        images: ``N x C x H x W`` in [0, 1].
+        output: of the network for these images.
+        sent: parameters that the client received in this round, on the device that trains.
+        options: all options of the run, by name.
+    """
+
+    model: nn.Module
+    images: Tensor
+    output: models.Output
+    sent: State
+    options: Mapping[str, Any]
+
+
+def inner_attacker(step: Step) -> Tensor:
+    """Return ResSFL's loss against its inner attacker, ``N``."""
+    assert isinstance(step.model, models.ResSFL) and step.output.features is not None
+    return step.model.resistance(step.images, step.output.features, step.options["loss_weight"])
+
+
+def proximal(step: Step) -> Tensor:
+    """Return ``mu / 2 ||w - w_t||^2`` over the shared parameters (Wei et al. 2020, eq. 5; Li et al. 2020)."""
+    now = dict(step.model.named_parameters())
+    apart = torch.stack([(now[name] - value).square().sum() for name, value in step.sent.items()])
+    return step.options["prox"] / 2 * apart.sum()

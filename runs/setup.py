@@ -1,0 +1,93 @@
+"""From options to a run that is ready: data, partition, trainer, server, malicious clients and folders."""
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+import datasets
+import sampling
+from devices import check_size, choose_device, choose_precision, environment, seed_torch
+from engine.clients import HELD_OUT, Clients
+from engine.graphs import GraphedTrainer
+from engine.processes import Ranks
+from methods import METHODS, make_server
+from runs.checkpoints import finished_source, read_client
+from runs.run import Run, open_run
+from server.base import Server
+from server.malicious import MaliciousClients
+from update import ClientState, Trainer, Training
+from utils import InputError, fingerprint, keep_freed_memory, rng
+
+
+@contextmanager
+def prepared(args: Namespace, ranks: Ranks) -> Iterator[tuple[Run, Clients, MaliciousClients, Server]]:
+    """Load and partition the data, make the first model and the server, and open the run's folders."""
+    keep_freed_memory()
+    device = choose_device(args.device, ranks.local)
+    with ranks.first_before_others():
+        data = datasets.load(args.dataset, args.data_dir)
+    owned, splits = partition(args, data)
+    images, notes = sampling.described(data, owned, splits, args)
+    trainer = make_trainer(args, data, device)
+    head, private = trainer.in_round(1).shared_and_private(trainer.state())
+    protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
+    config = {
+        "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
+        "processes": ranks.size, "precision": str(trainer.training.dtype),
+        "parameters": trainer.method.count(trainer.model), "start": fingerprint(trainer.state()), "images": images}
+    server = make_server(vars(args), min(len(train) for train, _ in splits))
+    if args.encoders_from and not args.resume:   # before anything of this run is written
+        finished_source(args)
+    malicious = MaliciousClients(args.malicious_behaviour, args.malicious_frac, args.num_users, args.seed)
+    with open_run(config, (head, private), server, malicious, ranks) as run:
+        if not run.finished:
+            if ranks.first:
+                for note in notes:
+                    run.say(f"note: {note}")
+                run.write_inputs(data, owned, splits)
+            if args.encoders_from and run.progress.round == 0:
+                source = finished_source(args)
+                for k in ranks.mine(range(args.num_users)):
+                    run.states.put(k, ClientState(read_client(source / f"client_{k}.pt", private).parameters))
+                run.states.commit()
+        yield run, Clients(args, trainer, malicious, owned, splits, run), malicious, server
+
+
+def partition(args: Namespace, data: datasets.Dataset) -> tuple[list, list]:
+    """Return the images of each client, and its (training, held-out) split, as index arrays.
+
+    Raises:
+        InputError: there are too few images or classes for that many clients.
+    """
+    owned = sampling.by_client(data.clients, args.num_users) if args.partition == "file" else sampling.partition(
+        data.labels, args.num_users, args.partition, rng(args.seed, "partition"), alpha=args.alpha,
+        classes_per_client=args.classes_per_client, unequal=args.unequal,
+        min_images=int(np.ceil(args.local_bs / (1 - HELD_OUT))))   # one full batch to train on
+    splits = sampling.by_half(owned, data.train_size) if args.keep_split else sampling.split_all(
+        owned, data.labels, HELD_OUT, args.seed, "split")
+    if args.validate:
+        splits = sampling.split_all([train for train, _ in splits], data.labels, HELD_OUT, args.seed, "validation")
+        if not all(len(train) for train, _ in splits):
+            raise InputError(f"--num_users {args.num_users} --validate: a client has two images, and none is left "
+                             "to train on; use fewer clients")
+    return owned, splits
+
+
+def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) -> Trainer:
+    """Return the trainer of all clients: the model at its seeded start, and the data on its device."""
+    method = METHODS[args.method]
+    with torch.device("meta"):   # before any memory is taken
+        meta = method.build(data.image_shape, data.num_classes, vars(args))
+    check_size(method.count(meta)["total"], args.optimizer, device)
+    seed_torch(args.seed, "init")
+    model = method.build(data.image_shape, data.num_classes, vars(args))
+    if args.encoders_from:   # spares the backward pass; its learning rate is 0 besides
+        model.encoder.requires_grad_(False)
+    training = Training.from_options(vars(args), choose_precision(args.precision, device),
+                                     freezes_private=bool(args.encoders_from))
+    kind = GraphedTrainer if device.type == "cuda" and args.stack is None else Trainer
+    return kind(model.to(device).to(memory_format=torch.channels_last), method,
+                torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).to(device),
+                data.num_classes, training)
