@@ -53,7 +53,8 @@ def error_line(program: str, error: Exception | str, hint: str = "") -> str:
 class Late:
     """A module that is imported when something of it is used, since PyTorch takes seconds to import.
 
-    Its attributes can be named before that, as in a row of a table: ``Late("models").CNN`` is a ``LateName``.
+    Its classes and functions can be named before that, as in a row of a table: ``Late("models").CNN`` is a
+    ``LateName``. Constants cannot, since nobody calls them.
     """
 
     def __init__(self, module: str):

@@ -7,7 +7,10 @@
 A file of this folder declares one ``Experiment`` and passes it to ``main``. Its rows are in
 results/reference/NAME.csv, each with the command behind it; its page is docs/NAME.md, its picture docs/NAME.png.
 """
+from __future__ import annotations
+
 import argparse
+import csv
 import hashlib
 import importlib
 import json
@@ -22,20 +25,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pandas as pd  # noqa: E402, after the path
-import torch  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from parsing import Option, Parser  # noqa: E402, after the path
+from utils import InputError, Late, commit, error_line, write_whole  # noqa: E402
 
-from devices import choose_precision, environment  # noqa: E402
-from parsing import Option, Parser  # noqa: E402
-from runs.plots import plt  # noqa: E402
-from utils import InputError, commit, error_line, write_whole  # noqa: E402
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    import devices
+    from runs import plots
+else:   # --list and --help need none of them
+    pd, torch, devices, plots = Late("pandas"), Late("torch"), Late("devices"), Late("runs.plots")
 
 REFERENCE: Final = ROOT / "results" / "reference"
 PAGES: Final = ROOT / "docs"
@@ -110,8 +117,8 @@ def curve(folder: Path) -> list[dict]:
 def panels(count: int, size: tuple[float, float] = (3.2, 2.9), **more: Any) -> tuple[Figure, list[Axes]]:
     """Return a figure, and its panels of ``size`` inches in rows of at most three."""
     columns, rows = min(3, count), -(-count // 3)
-    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.6), squeeze=False,
-                                layout="constrained", **more)
+    figure, axes = plots.plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.6),
+                                      squeeze=False, layout="constrained", **more)
     for panel in axes.flat[count:]:
         panel.axis("off")
     return figure, list(axes.flat[:count])
@@ -139,7 +146,7 @@ def provenance(task: Task, folder: Path, made_by: str) -> Options:
     """Return the columns that say how a row was made."""
     config, cpu = folder / "config.json", torch.device("cpu")
     facts = json.loads(config.read_text()) if config.exists() else {
-        **environment(cpu), "precision": str(choose_precision("auto", cpu))}
+        **devices.environment(cpu), "precision": str(devices.choose_precision("auto", cpu))}
     return {"seed": task.seed, "precision": facts["precision"].removeprefix("torch."),
             "processor": facts["device"], "commit": made_by, "command": task.command}
 
@@ -175,7 +182,13 @@ class Queue:
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks of whose command the CSV has no rows."""
-        done = set(read(self.path)["command"])
+        if not self.path.exists():
+            return list(tasks)
+        with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
+            rows = csv.DictReader(file)
+            if not set(rows.fieldnames or ()) >= set(PROVENANCE):
+                read(self.path)   # says what is wrong
+            done = {row["command"] for row in rows}
         return [task for task in tasks if task.command not in done]
 
     def run(self, tasks: Sequence[Task], workers: int) -> int:

@@ -4,16 +4,19 @@ Every method aggregates by the plain mean, so that methods are compared and not 
 after the last aggregation, ``trained`` the one after a client's local training before it: for a shared model, a
 round of fine-tuning. Needs data/mnist.npz, fmnist.npz and cifar.npz.
 """
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from common import Experiment, Options, Task, curve, legend, main, panels, slug, training
-from matplotlib.figure import Figure
+from common import Experiment, Options, Task, curve, legend, main, panels, pd, slug, training
 
 import methods
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHORT = {"mnist": (5, 2), "fmnist": (5, 2), "cifar": (6, 5)}   # rounds, local epochs
 LONG = dict.fromkeys(SHORT, (100, 1))

@@ -4,12 +4,13 @@ Four methods are trained on 10,000 MNIST images with two classes per client. Thr
 the server, by an attacker with the stolen model, and by a user of the prediction service. Each attack is compared
 with itself on another image of the same class. Needs data/mnist.npz.
 """
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pandas as pd
-from common import Experiment, Options, Task, dots, flags, main, slug, training
+from common import Experiment, Options, Task, dots, flags, main, pd, slug, training
 
 from attack.attacks import ATTACKS
 from attack.verdict import FOREIGN, WORST, read_attack

@@ -2,11 +2,12 @@
 
 Three clients of each run are attacked. An AUC of 0.5 is a guess. Needs data/mnist.npz.
 """
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 
-import pandas as pd
-from common import Experiment, Options, Task, dots, flags, main, slug, training
+from common import Experiment, Options, Task, dots, flags, main, pd, slug, training
 
 SCALE = {"dataset": "mnist10k", "rounds": 5, "local_ep": 2, "local_bs": 64, "save_rounds": 1}
 SETTINGS: dict[str, Options] = {

@@ -2,11 +2,12 @@
 
 The methods are those of headline.py and variants of RVE-PFL.
 """
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 
-import pandas as pd
-from common import Experiment, Options, Task, curve, main
+from common import Experiment, Options, Task, curve, main, pd
 from headline import METHODS, VALUES, curves, grid, side_by_side
 
 SCALES = {"mnist10k": (5, 2), "fmnist10k": (5, 2), "cifar10k": (8, 5)}   # rounds, local epochs

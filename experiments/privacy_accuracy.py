@@ -3,16 +3,20 @@
 An attacker with client 0's stolen model sees one draw of z, or eight, and chooses among up to 500 of the client's
 images. All training images of the client are attacked.
 """
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-from common import Experiment, Options, Task, curve, flags, legend, main, panels, slug, training
+from common import Experiment, Options, Task, curve, flags, legend, main, panels, pd, slug, training
 from headline import options_of
 from leakage import measure as attacks_of
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CLASS = {"prior": "class", "head_lr": 1}
 SETTINGS: dict[str, Options] = {

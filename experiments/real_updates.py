@@ -6,22 +6,29 @@ A client that owns N images of one of a run's clients trains on them with the pr
 included, and uploads. The server knows what it sent, the upload, N and the options. It treats all of Adam's steps
 as one, separates the images in the dense layer's gradient, and reconstructs each.
 """
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-import torch
-from common import ROOT, Experiment, Task, dots, main, slug, training
-from torch import Tensor
+from common import ROOT, Experiment, Task, devices, dots, main, pd, slug, torch, training
 
-from attack import gradients, newton, scoring, uploads
-from attack.target import Target, as_floats, open_target
-from devices import seed_torch
 from methods import METHODS
-from server.base import State
-from update import ClientState, Trainer, Training
-from utils import InputError, rng
+from utils import InputError, Late, rng
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    import update
+    from attack import gradients, newton, scoring, uploads
+    from attack import target as attacked
+    from attack.target import Target
+    from server.base import State
+else:
+    update, attacked, gradients, newton, scoring, uploads = (Late(name) for name in (
+        "update", "attack.target", "attack.gradients", "attack.newton", "attack.scoring", "attack.uploads"))
 
 SETTINGS = {"fedavg, iid": "iid", "fedavg, shards": "shards"}
 CASES = (1, 4, 8, 16)   # images
@@ -48,15 +55,19 @@ def images_of(target: Target, sent: State, upload: State, shape: torch.Size, rat
 
 def image_row(target: Target, round: int, count: int) -> dict:
     """Train on ``count`` images, read the upload, and return the scores beside those of a foreign control."""
+    import torch  # whose dtypes are no functions
+
     batch = target.options["local_bs"]
     drawn = rng(1, "real uploads", 0, round).permutation(target.owned()[0][0])
-    pool, labels = as_floats(target.data.images[drawn[:CANDIDATES]]), target.data.labels[drawn[:CANDIDATES]]
+    pool = attacked.as_floats(target.data.images[drawn[:CANDIDATES]])
+    labels = target.data.labels[drawn[:CANDIDATES]]
     sent, done = target.shared(round)["sent"], (round - 1) * -(-count // batch)
-    client = Trainer(target.network().to(memory_format=torch.channels_last), METHODS["fedavg"],
-                     torch.from_numpy(target.data.images), torch.from_numpy(target.data.labels).long(),
-                     target.data.num_classes, Training.from_options(target.options, torch.bfloat16, epochs=1))
-    upload = client.train(0, round, drawn[:count], sent, ClientState({}, done)).upload
-    seed_torch(1, "real uploads split", 0, round)
+    client = update.Trainer(
+        target.network().to(memory_format=torch.channels_last), METHODS["fedavg"],
+        torch.from_numpy(target.data.images), torch.from_numpy(target.data.labels).long(),
+        target.data.num_classes, update.Training.from_options(target.options, torch.bfloat16, epochs=1))
+    upload = client.train(0, round, drawn[:count], sent, update.ClientState({}, done)).upload
+    devices.seed_torch(1, "real uploads split", 0, round)
     found = images_of(target, sent, upload, pool[:count].shape,
                       sum(uploads.rates(target.options, 1, count, batch, done)))
     control = scores(found, pool, foreign(labels, count))
@@ -75,7 +86,7 @@ def foreign(labels: np.ndarray, count: int) -> list[int]:
 
 def scores(found: Tensor, pool: Tensor, true: Sequence[int]) -> dict[str, float]:
     """Return the median PSNR, and the share of true images that come first among the candidates."""
-    truth, is_true = pool[list(true)], torch.zeros(len(true), len(pool), dtype=torch.bool)
+    truth, is_true = pool[list(true)], torch.zeros(len(true), len(pool)).bool()
     is_true[range(len(true)), list(true)] = True
     found = scoring.in_order_of(truth, found)
     rank = scoring.rank_by(scoring.distances(found, pool), is_true)
@@ -101,7 +112,7 @@ def class_rows(target: Target, round: int) -> list[dict]:
 
 def read_updates(run: str) -> list[dict]:
     """Return the rows about the updates of a finished run of fedavg."""
-    target = open_target(run, *(ROOT / folder for folder in ("results", "saved_models", "data")))
+    target = attacked.open_target(run, *(ROOT / folder for folder in ("results", "saved_models", "data")))
     if (target.options["method"], target.options["optimizer"]) != ("fedavg", "adam"):
         raise InputError(f"--run {run}: is no run of fedavg with Adam")
     round = target.latest_round()

@@ -4,12 +4,13 @@
 trained and that stay as they are, so that no private encoder makes up for a bad head; the clean runs stay under
 saved_models/robustness-encoders-* (0.8 GB each).
 """
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-from common import Experiment, Options, Task, dots, main, training
+from common import Experiment, Options, Task, dots, main, pd, training
 
 DATA = {"dataset": "mnist10k", "local_ep": 1}
 SCOPES: dict[str, Options] = {"models": {"method": "fedavg", "rounds": 5, "local_bs": 32},

@@ -4,16 +4,16 @@ The tables of docs/ are compared with the CSVs in results/reference/. Then ``mak
 temporary folder, and what it deployed is compared with the committed rows of this chip's precision. Processors and
 numbers of threads round differently, which the tolerances allow.
 """
+from __future__ import annotations
+
 import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import pandas as pd
-from common import REFERENCE, ROOT, curve, outdated, read
+from common import REFERENCE, ROOT, curve, devices, outdated, pd, read
 
-from devices import choose_device, choose_precision
 from parsing import Parser
 from utils import InputError, error_line
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     Parser("verify.py", "Check that this copy of the project gives the committed results.").parse(argv)
     try:
         rows = read(REFERENCE / "verify.csv")
-        precision = str(choose_precision("auto", choose_device("auto"))).removeprefix("torch.")
+        precision = str(devices.choose_precision("auto", devices.choose_device("auto"))).removeprefix("torch.")
         rows = rows[rows["precision"] == precision]
         print("training as `make run` does: one to five minutes", flush=True)
         found = outdated() + differences(train_again(rows["command"].iloc[0]), rows)
