@@ -93,8 +93,8 @@ class EncoderLayers(nn.Module):
         super().__init__()
         channels, height, width = image_shape
         self.trunk = nn.Sequential(
-            nn.Conv2d(channels, 32, 3), nn.ReLU(),   # N x 32 x H-2 x W-2
-            nn.Conv2d(32, 64, 3), nn.ReLU(),         # N x 64 x H-4 x W-4
+            nn.Conv2d(channels, 32, 3), nn.ReLU(inplace=True),   # N x 32 x H-2 x W-2
+            nn.Conv2d(32, 64, 3), nn.ReLU(inplace=True),         # N x 64 x H-4 x W-4
             FlattenHWC(),
             nn.Linear(64 * (height - 4) * (width - 4), HIDDEN),   # no activation, as released
             nn.Dropout(0.25),
@@ -136,9 +136,9 @@ class Classifier(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
         super().__init__()
         channels, height, width = self.input_shape = image_shape
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),   # N x 32 x H/2 x W/2
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),         # N x 64 x H/4 x W/4
+        self.features = nn.Sequential(   # ReLU after pooling: the same numbers, of a quarter of the pixels
+            nn.Conv2d(channels, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),   # N x 32 x H/2 x W/2
+            nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),         # N x 64 x H/4 x W/4
             FlattenHWC(),
             nn.Linear(64 * (height // 4) * (width // 4), DENSE), nn.ReLU(), nn.Dropout(0.25),
         )

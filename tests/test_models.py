@@ -75,6 +75,18 @@ def test_weights_start_glorot_uniform_and_biases_at_zero():
             assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03), name
 
 
+def test_relu_after_pooling_changes_no_number():
+    """Against the published order of layers: logits and every gradient, bit by bit."""
+    model = Classifier((1, 8, 8), 10).eval()
+    conv, pool, relu, conv2, pool2, relu2, *rest = model.features
+    published = torch.nn.Sequential(conv, relu, pool, conv2, relu2, pool2, *rest, model.output)
+    x, gradients = torch.randn(3, 1, 8, 8), []
+    for network in (model, published):
+        logits = network(x)
+        gradients.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    assert all(map(torch.equal, *gradients))
+
+
 def test_kl_is_that_of_two_normals():
     mu, logvar = torch.randn(6, 50), torch.randn(6, 50)
     expected = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(1)
