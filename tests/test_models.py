@@ -9,6 +9,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from models import (
     CNN,
     RVE,
+    Classifier,
     ClassPrior,
     DropoutCNN,
     EncoderClassifier,
