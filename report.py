@@ -11,7 +11,7 @@ from engine.memory import in_one_line
 from engine.signals import steady_output
 from parsing import Option, Parser
 from reporting.page import page
-from reporting.summary import Finished, one_line, read, summarise
+from reporting.summary import Finished, as_csv, one_line, read
 from runs import folders
 from utils import ROOT, InputError, printable, shown, write_whole
 
@@ -42,11 +42,10 @@ def write_report(folder: Path) -> None:
     results = {path.name: guarded(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     runs = [run for run in results.values() if isinstance(run, Finished)]
     reasons = {name: run if isinstance(run, str) else run.unread for name, run in results.items()}
-    reasons, table = {name: reason for name, reason in reasons.items() if reason}, summarise(runs)
-    text = page(table, runs, reasons).encode(errors="backslashreplace")   # names of folders may be no text
-    write_whole(folder / "report.html", lambda file: file.write(text))
-    write_whole(folder / "summary.csv", lambda file: table.to_csv(
-        file, index=False, float_format="%.6g", errors="backslashreplace"))
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    for name, text in (("report.html", page(runs, reasons)), ("summary.csv", as_csv(runs))):
+        content = text.encode(errors="backslashreplace")   # names of folders may be no text
+        write_whole(folder / name, lambda file, content=content: file.write(content))
     place = printable(folder)
     print(f"{len(runs)} runs in {place}/report.html and {place}/summary.csv"
           + "".join(f"\nleft out: {shown(name)}: {printable(reason)}" for name, reason in reasons.items()))

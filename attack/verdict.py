@@ -123,35 +123,41 @@ def judge(rows: pd.DataFrame, attack: Attack, level: float = LEVEL) -> Verdict:
     of_class = attack.kind == "class"
     key = ["client", "label" if of_class else "image"]
     metrics = ["evaluator_correct"] if of_class else ["class_rank"] if attack.chooses else ["ssim", "class_rank"]
-    columns = [*metrics, "class_size"]
-    own = _by_image(rows[(rows["control"] == "") & (rows["restart"] == 0)], key, columns)
-    names = sorted(set(rows["control"]) - {""}) if of_class else [FOREIGN]
-    controls = {name: _by_image(rows[rows["control"] == name], key, columns) for name in names}
-    if not len(own) or not controls or not all(table.index.equals(own.index) for table in controls.values()):
-        raise ValueError(f"an image does not have the control {' or '.join(names) or FOREIGN} once")
-    comparisons = tuple(_compare(metric, own, controls) for metric in metrics)
+    controls = sorted(set(rows["control"]) - {""}) if of_class else [FOREIGN]
+    own, *others = _by_image(rows, key, [*metrics, "class_size"], ["", *controls])
+    if not own or not others or any(other.keys() != own.keys() for other in others):
+        raise ValueError(f"an image does not have the control {' or '.join(controls) or FOREIGN} once")
+    # Control (or none), image, metric or size of the class.
+    figures = np.array([[table[image] for image in sorted(own)] for table in (own, *others)])
+    comparisons = tuple(_compare(metric, figures[0, :, i], dict(zip(controls, figures[1:, :, i], strict=True)))
+                        for i, metric in enumerate(metrics))
     level /= len(metrics)
     leaks = any(comparison.p <= level for comparison in comparisons)
     if attack.chooses:
-        leaks &= bool(own["class_rank"].mean() < (own["class_size"] + 1).mean() / 2)
+        ranks, sizes = figures[0].T
+        leaks &= bool(ranks.mean() < (sizes + 1).mean() / 2)
     return Verdict(LEAKS if leaks else GUESS, len(own), 2.0**-len(own) > level, comparisons)
 
 
-def _by_image(rows: pd.DataFrame, key: list[str], columns: list[str]) -> pd.DataFrame:
-    """Return columns of rows, indexed by client and image, or by client and label."""
-    table = rows.set_index(key)[columns].astype(float).sort_index()
-    if table.index.has_duplicates or table.isna().any(axis=None):
-        raise ValueError("an image is there twice, or the rows have gaps")
-    return table
+def _by_image(rows: pd.DataFrame, key: list[str], columns: list[str], controls: list[str]) -> list[dict]:
+    """Return columns of first choices ("") and controls, each by client and image, or by client and label."""
+    tables: dict[str, dict[tuple, np.ndarray]] = {control: {} for control in controls}
+    images = zip(*(rows[name].tolist() for name in key), strict=True)
+    for control, restart, image, values in zip(rows["control"], rows["restart"], images,
+                                               rows[columns].to_numpy(float), strict=True):
+        if control in tables and (control or restart == 0):
+            if image in tables[control] or np.isnan(values).any():
+                raise ValueError("an image is there twice, or the rows have gaps")
+            tables[control][image] = values
+    return list(tables.values())
 
 
-def _compare(metric: str, own: pd.DataFrame, controls: dict[str, pd.DataFrame]) -> Comparison:
+def _compare(metric: str, own: np.ndarray, controls: dict[str, np.ndarray]) -> Comparison:
     """Compare with the control that has the best mean."""
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    best = max(controls, key=lambda name: sign * controls[name][metric].mean())
-    advantage = sign * (own[metric] - controls[best][metric]).to_numpy()
-    return Comparison(metric, float(own[metric].mean()), best, float(controls[best][metric].mean()),
-                      sign_flip(advantage))
+    best = max(controls, key=lambda name: sign * controls[name].mean())
+    return Comparison(metric, float(own.mean()), best, float(controls[best].mean()),
+                      sign_flip(sign * (own - controls[best])))
 
 
 def sign_flip(differences: np.ndarray) -> float:

@@ -5,54 +5,58 @@ class. The strongest has the largest mean difference in SSIM; beside it stands t
 images. A *class* attack draws a class. The strongest is the one that the independent evaluator recognises
 most often.
 """
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import pandas as pd
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from attack.attacks import ADVERSARIES, ATTACKS
-from attack.verdict import FOREIGN, LEVEL, WORDS, Unit, Verdict, judge, read_attack, worst_identified
+from attack.verdict import FOREIGN, LEAKS, LEVEL, WORDS, Unit, Verdict, judge, read_attack, worst_identified
 from utils import shown
 
-COLUMNS = ["adversary", "round", "kind", "attack", "pictures", "n", "score", "control_score", "rank_attack",
-           "rank", "control_rank", "identified", "control_identified", "identified_worst", "word", "few"]
-NONE = pd.DataFrame(columns=COLUMNS)
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Of attacks on classes, and where all attacks only choose among candidates, some of a row are missing.
+MISSING = {"attack": "", "pictures": "", "score": nan, "control_score": nan, "rank_attack": "", "rank": nan,
+           "control_rank": nan, "identified": nan, "control_identified": nan, "identified_worst": nan}
 
 
-def read(folder: Path) -> pd.DataFrame:
-    """Return a run's ``attack.csv``, condensed; no rows if the run was not attacked.
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Return a run's ``attack.csv``, condensed.
 
     Raises:
         OSError, ValueError: it is not what mi_attack.py writes.
     """
-    path = folder / "attack.csv"
-    if not path.exists():
-        return NONE
-    rows = read_attack(path)
+    rows = read_attack(folder / "attack.csv")
     for column, known in (("adversary", ADVERSARIES), ("attack", ATTACKS)):
         if unknown := set(rows[column]) - set(known):
             raise ValueError(f"{column} {shown(unknown.pop())} is unknown")
-    return condense(rows)
+    condensed = condense(rows)
+    for row in condensed:
+        row["pictures"] = sorted(path.name for path in folder.glob(row["pictures"] or "no picture"))
+    return condensed
 
 
-def condense(rows: pd.DataFrame) -> pd.DataFrame:
+def condense(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Return one row for each adversary and kind of attack, of the last round that the adversary attacked.
 
     The verdict is the word that is worst for the victim. Each attack is judged at a level divided by the number of
     attacks, so that together they call a guess a leak no more often than one would.
     """
     rows = rows[rows["round"] == rows.groupby("adversary")["round"].transform("max")]
-    rows, condensed = rows.assign(kind=[ATTACKS[name].kind for name in rows["attack"]]), []
+    rows, condensed = rows.assign(kind=[ATTACKS[name].kind for name in rows["attack"]]).copy(), []
     for (adversary, round, kind), part in rows.groupby(["adversary", "round", "kind"], sort=False):
         attacks = {Unit(adversary, attack, int(round), 0, observed): attack_rows
                    for (attack, observed), attack_rows in part.groupby(["attack", "observed"], sort=False)}
         verdicts = {unit: judge(attack_rows, ATTACKS[unit.attack], LEVEL / len(attacks))
                     for unit, attack_rows in attacks.items()}
         worst = min(verdicts.values(), key=lambda verdict: (WORDS.index(verdict.word), verdict.few))
-        row = {"adversary": adversary, "round": int(round), "kind": kind, "word": worst.word, "few": worst.few,
-               "n": worst.count, **strongest(verdicts, kind)}
-        condensed.append(row | identified(attacks) if kind == "image" else row)
-    return pd.DataFrame(condensed, columns=COLUMNS)
+        condensed.append({"adversary": adversary, "round": int(round), "kind": kind, "word": worst.word,
+                          "leaks": worst.word == LEAKS, "few": worst.few, "n": worst.count, **MISSING,
+                          **strongest(verdicts, kind), **(identified(attacks) if kind == "image" else {})})
+    return condensed
 
 
 def strongest(verdicts: dict[Unit, Verdict], kind: str) -> dict[str, Any]:

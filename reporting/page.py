@@ -1,146 +1,155 @@
-"""Write the page of report.py as HTML: tables and curves, and the pictures in the runs' folders.
+"""Write the page of report.py as HTML: pictures on top, tables below.
 
 Text from files may have been written by anybody. So only ``Markup`` is taken as HTML, and it escapes every
 other text that is formatted into it, joined or added.
 """
-import base64
-import io
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import pandas as pd
 from markupsafe import Markup
 
-from attack.attacks import ADVERSARIES
-from attack.verdict import LEAKS, WORDS
-from reporting.summary import BASIC, RUN_METRICS, Finished, by_setting, unusual
-from runs.plots import plt
+from reporting import pictures
+from reporting.summary import BASIC, RUN_METRICS, Finished, by_setting, command, half_interval, mean, unusual
 
-DASH, PARTITION, HELD_OUT = Markup("&ndash;"), "partition.png", "held-out"
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:1.2rem auto;max-width:76rem;padding:0 1rem;overflow-wrap:anywhere}
-.wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.25rem .6rem;text-align:left;vertical-align:top}
-td{white-space:nowrap}thead th{border-bottom:2px solid #888}tbody tr:nth-child(even){background:#f4f6f8}
-.text td,code{white-space:normal}td code{display:block;width:24rem;user-select:all}img{max-width:100%}
-.mark{color:#a00;font-weight:600}
-"""
-HOW_TO_READ = Markup("""<details><summary>how to read this</summary>
-<p>A row is a setting: runs that differ only in the seed. Figures are means over clients on held-out images after
-the last round; &plusmn; is the standard deviation over seeds. <b>deployed</b> is the model that a method gives to
-its user; <b>trained</b> is a client's model after its local training.
+DASH, HELD_OUT, FOLDER = Markup("&ndash;"), "held-out", Path(__file__).parent
+PAGE = Markup("""<!doctype html><html lang=en><meta charset=utf-8>
+<meta name=viewport content='width=device-width,initial-scale=1'><title>RVE-PFL runs</title><style>
+{}{}</style><h1>RVE-PFL runs</h1><p>{} finished runs in {} settings. A setting is a group of runs that differ only in
+the seed.
+<div class=bar>{}<input type=search placeholder='filter tables' aria-label='filter tables' hidden></div>
+{}<script>
+{}</script>
+""")
+HOW_TO_READ = Markup("""<details><summary>How to read this</summary>
+<p>Accuracy is the mean over clients on held-out images after the last round. <b>Deployed</b> is the model that a
+method gives to its user; <b>trained</b> is a client's model after its local training. With three or more seeds,
+intervals are 95 % intervals of the mean over seeds (Student's t).
 <p>An attack <b>leaks</b> if it is better than its control, beyond chance; everything else is <b>as a guess</b>.
 "few" marks verdicts on too few images for any leak. The control of an attack on images (in brackets) is the same
 attack on another image of the class. <b>An attack that failed is no proof of privacy.</b></details>
 """)
 
 
-def page(table: pd.DataFrame, runs: list[Finished], others: dict[str, str]) -> str:
-    """Return the report as HTML, from ``summarise``'s table, its runs, and why other folders are left out."""
-    parts = [Markup("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
-                    "content='width=device-width,initial-scale=1'><title>RVE-PFL runs</title><style>{}</style>"
-                    "<h1>RVE-PFL runs</h1><p>{} finished runs in {} settings").format(
-                        Markup(STYLE), len(runs), table.index.nunique())]
-    attacked = any(len(run.leaks) for run in runs)
-    if len(table):
-        parts += [_glance(table, by_setting(runs), attacked), HOW_TO_READ]
-        for (dataset, partition), block in table.groupby(["dataset", "partition"], sort=False):
-            here = [run for run in runs if (run.options["dataset"], run.partition) == (dataset, partition)]
-            parts += [Markup("<h2>{}, {}</h2>").format(dataset, partition), _table(block),
-                      _curves(here),
-                      _partition_picture(here)]
-            parts += [_attacks(here)] if any(len(run.leaks) for run in here) else []
+def page(runs: list[Finished], others: dict[str, str]) -> str:
+    """Return the report as HTML, from the finished runs, and why other folders are left out."""
+    settings, parts, labels = by_setting(runs), [], list[str]()
+    for (dataset, partition), block in groupby(settings, key=lambda same: _place(same[0])):
+        here, block = [run for run in runs if _place(run) == (dataset, partition)], list(block)
+        labels += (names := _labels(block))
+        parts += [Markup("<h2>{}, {}</h2>").format(dataset, partition), _cards(dict(zip(names, block)), here)]
+    if settings:
+        parts += [Markup("<h2>Settings</h2>"), _table(labels, settings), HOW_TO_READ]
+    if any(run.leaks for run in runs):
+        parts += [Markup("<h2>Attacks</h2>"), _attacks(runs)]
     if others:
         parts += [Markup("<h2>Left out or incomplete</h2>"),
-                  _grid(["folder", "why"], sorted(others.items()), "text")]
-    return Markup("\n").join(parts) + "\n"
+                  _grid(["folder", "why"], [("", cells) for cells in sorted(others.items())])]
+    chips = [Markup("<button class=m{} data-method={}><svg viewBox='0 0 10 10'>{}</svg>{}</button>").format(
+        pictures.number(method), method, pictures.mark(5, 5, method), method)
+        for method in sorted({run.options["method"] for run in runs}, key=pictures.number)]
+    style, script = (Markup((FOLDER / name).read_text()) for name in ("page.css", "page.js"))
+    return PAGE.format(pictures.STYLE, style, len(runs), len(settings), Markup().join(chips),
+                       Markup("\n").join(parts), script)
 
 
-def _glance(table: pd.DataFrame, runs: dict[str, list[Finished]], attacked: bool) -> Markup:
-    """Return a row for each setting: deployed accuracy and, if any run was attacked, what leaks."""
-    adversaries = ADVERSARIES if attacked else ()
-    head = ["method", "data set", "partition", "deployed accuracy",
-            *(name.replace("_", " ").replace("api", "API") for name in adversaries)]
-    deployed, rows = table[table["stage"] == "deployed"], []
-    for _, block in deployed.groupby(["dataset", "partition"], sort=False):
-        differing = _differing({str(setting): runs[str(setting)][0].options for setting in block.index})
-        for setting, row in block.iterrows():
-            method = Markup("<b>{}</b>{} <small>{}</small>").format(
-                row["method"], _protocol(row), differing[str(setting)])
-            rows.append([method, row["dataset"], row["partition"], _spread(row, "accuracy", 4),
-                         *(_words(runs[str(setting)], name) for name in adversaries)])
-    return _grid(head, rows, "text")
+def _place(run: Finished) -> tuple[str, str]:
+    return run.options["dataset"], run.partition
 
 
-def _differing(settings: dict[str, dict]) -> dict[str, str]:
-    """Return each setting's options that are neither the default nor the same in all of them."""
-    elsewhere = (*BASIC, "seed", "resplit", "validate")   # shown in other columns, or as a mark
-    texts = {setting: [name if value is True else f"{name} {value}" for name, value in unusual(options).items()
-                       if name not in elsewhere] for setting, options in settings.items()}
-    common = set.intersection(*map(set, texts.values()))
-    return {setting: ", ".join(text for text in words if text not in common) for setting, words in texts.items()}
+def _labels(block: list[list[Finished]]) -> list[str]:
+    """Return each setting's method, and its options that are neither the default nor the same in all of them."""
+    elsewhere = (*BASIC, "seed", "resplit", "validate")
+    texts = [[name if value is True else f"{name} {value}" for name, value in unusual(same[0].options).items()
+              if name not in elsewhere] for same in block]
+    common = set.intersection(*map(set, texts))
+    # The figures of another protocol than the usual one are not comparable.
+    return [" ".join([same[0].options["method"], *[same[0].protocol] * (same[0].protocol != HELD_OUT),
+                      ", ".join(text for text in words if text not in common)]).strip()
+            for same, words in zip(block, texts, strict=True)]
+
+
+def _cards(settings: dict[str, list[Finished]], runs: list[Finished]) -> Markup:
+    """Return the pictures of one data set and partition."""
+    cards = [("Accuracy", "mark: seed; line: mean; bar: 95 % interval", pictures.accuracy(settings)),
+             ("Convergence", "a line for each run", pictures.convergence(runs))]
+    cards += [(f"Accuracy against re-identification by {adversary}", "filled: leaks; line: from the control",
+               pictures.leakage(runs, adversary))
+              for adversary in sorted({row["adversary"] for run in runs for row in run.leaks})]
+    cards += [("Classes of each client", f"in {run.name}", _picture(run, "partition.png"))
+              for run in runs if run.has_partition_picture][:1]
+    figures = [Markup("<figure><figcaption><b>{}</b> {}</figcaption>{}</figure>").format(*card)
+               for card in cards if card[2]]
+    return Markup("<div class=cards>{}</div>{}").format(Markup("\n").join(figures), _gallery(runs))
+
+
+def _gallery(runs: list[Finished]) -> Markup:
+    """Return the pictures of each run's strongest attacks."""
+    figures = [Markup("<figure class=m{} data-method={}>{}<figcaption>{}<br>{} {}: {} {}<details><summary>command"
+                      "</summary><code>{}</code></details></figcaption></figure>").format(
+        pictures.number(run.options["method"]), run.options["method"], _picture(run, name), run.name,
+        row["adversary"], row["attack"], "SSIM" if row["kind"] == "image" else "evaluator right", _score(row),
+        command(run.options)) for run in runs for row in run.leaks for name in row["pictures"]]
+    return Markup("<h3>Reconstructions by the strongest attacks</h3><div class='cards gallery'>{}</div>").format(
+        Markup("\n").join(figures)) if figures else Markup()
+
+
+def _picture(run: Finished, name: str) -> Markup:
+    """Return a picture of a run's folder as HTML, with a link to it."""
+    return Markup("<a href='{0}'><img loading=lazy alt='{1}' src='{0}'></a>").format(
+        quote(f"{run.name}/{name}"), Path(name).stem)
+
+
+def _table(labels: list[str], settings: list[list[Finished]]) -> Markup:
+    """Return a row for each setting."""
+    adversaries = sorted({row["adversary"] for same in settings for run in same for row in run.leaks})
+    rows = []
+    for label, same in zip(labels, settings, strict=True):
+        options = same[0].options
+        figures = [_spread([run.last("deployed", metric) for run in same], 1 if metric == "kl_nats" else 4)
+                   for metric in RUN_METRICS]
+        rows.append((options["method"], [
+            label, *_place(same[0]), figures[0], _spread([run.last("trained", "accuracy") for run in same], 4),
+            *figures[1:], *(_words(same, adversary) for adversary in adversaries),
+            ", ".join(str(run.options["seed"]) for run in same), options["num_users"],
+            Markup("{}&times;{}").format(options["rounds"], options["local_ep"]),
+            f"{mean([run.seconds() for run in same]):.0f}",
+            Markup("<details><summary>show</summary><code>{}</code></details>").format(command(options))]))
+    return _grid(["method", "data set", "partition", "deployed accuracy", "trained accuracy",
+                  *[*RUN_METRICS.values()][1:], *adversaries, "seeds", "clients", "rounds", "seconds", "command"], rows)
 
 
 def _words(runs: list[Finished], adversary: str) -> Markup:
     """Return what leaks to an adversary over seeds, a line for each kind of attack."""
-    rows = pd.concat([run.leaks[run.leaks["adversary"] == adversary] for run in runs])
     lines = []
     for kind, name in (("image", "images"), ("class", "classes")):
-        part = rows[rows["kind"] == kind]
-        if part.empty:
-            continue
-        word = min(part["word"], key=WORDS.index)
-        having = part[part["word"] == word]
-        remarks = [f"{len(having)} of {len(part)} seeds"] if len(having) < len(part) else []
-        remarks += ["few"] if having["few"].all() else []
-        lines.append(Markup("<small>{}:</small> <span class={}>{}</span>{}").format(
-            name, "mark" if word == LEAKS else "plain", word,
-            Markup(" <small>({})</small>").format(", ".join(remarks)) if remarks else ""))
+        rows = [row for run in runs for row in run.leaks if (row["adversary"], row["kind"]) == (adversary, kind)]
+        worst = [row for row in rows if row["leaks"]] or rows   # for the victim
+        if rows:
+            remarks = [f"{len(worst)} of {len(rows)} seeds"] * (len(worst) < len(rows))
+            remarks += ["few"] * all(row["few"] for row in worst)
+            lines.append(Markup("{}: {}{}").format(
+                name, Markup("<b class=mark>{}</b>" if worst[0]["leaks"] else "{}").format(worst[0]["word"]),
+                f" ({', '.join(remarks)})" if remarks else ""))
     return Markup("<br>").join(lines) or Markup("not attacked")
 
 
-def _protocol(row: pd.Series) -> Markup:
-    """Return a mark for a protocol whose figures are not comparable with the usual one's."""
-    return Markup() if row["protocol"] == HELD_OUT else Markup(" <b class=mark>{}</b>").format(row["protocol"])
-
-
-def _table(block: pd.DataFrame) -> Markup:
-    """Return all figures of settings of one data set and partition."""
-    rows = []
-    for _, row in block.iterrows():
-        method = Markup("{}{} <small>{} clients, {}&times;{}</small>").format(
-            row["method"], _protocol(row), row["clients"], row["rounds"], row["local_ep"])
-        figures = [_spread(row, metric, 1 if metric == "kl_nats" else 4) for metric in RUN_METRICS]
-        command = Markup("<details><summary>show</summary><code>{}</code></details>").format(row["command"])
-        rows.append([method, row["stage"], row["seeds"].replace(" ", ", "), *figures,
-                     f"{row['seconds']:.0f}", command])
-    return _grid(["method", "stage", "seeds", *RUN_METRICS.values(), "seconds", "command"], rows)
-
-
 def _attacks(runs: list[Finished]) -> Markup:
-    """Return what attacks on some runs found: a row for each run, adversary and kind of attack, and pictures."""
-    head = ["method", "adversary", "round", "kind", "verdict", "images", "strongest attack",
-            "SSIM or evaluator right (control)", "identified (control)", "of the worst 2 %",
-            "rank in class (control)"]
-    rows, pictures = [], []
-    for run in runs:
-        for row in run.leaks.to_dict("records"):
-            score = _beside(row, "score", "{:.2f}" if row["kind"] == "image" else "{:.0%}")
-            rows.append([Markup("{} <small>{}</small>").format(run.options["method"], run.name), row["adversary"],
-                         row["round"], row["kind"], row["word"] + ", few" * row["few"], row["n"],
-                         row["rank_attack"] if score == DASH else row["attack"], score,
-                         _beside(row, "identified", "{:.1%}"), _figure(row["identified_worst"], "{:.0%}"),
-                         _beside(row, "rank", "{:.0f}")])
-        images = [_picture(run, name) for name in run.pictures if name != PARTITION]
-        if images:
-            pictures.append(Markup("<details><summary>{} in pictures</summary>{}</details>").format(
-                run.name, Markup().join(images)))
-    return Markup("<h3>What attackers find</h3>{}{}").format(_grid(head, rows), Markup().join(pictures))
+    """Return a row for each attacked run, adversary and kind of attack."""
+    rows = [(run.options["method"], [
+        run.name, row["adversary"], row["round"], row["kind"], row["word"] + ", few" * row["few"], row["n"],
+        row["attack"] or row["rank_attack"], _score(row), _beside(row, "identified", "{:.1%}"),
+        _figure(row["identified_worst"], "{:.0%}"), _beside(row, "rank", "{:.0f}")])
+        for run in runs for row in run.leaks]
+    return _grid(["run", "adversary", "round", "kind", "verdict", "images", "strongest attack",
+                  "SSIM or evaluator right (control)", "identified (control)", "of the worst 2 %",
+                  "rank in class (control)"], rows)
 
 
-def _figure(value: float, form: str) -> Markup:
-    """Return a figure, or a dash for one that is missing."""
-    return DASH if value != value else Markup(form.format(value))
+def _score(row: dict[str, Any]) -> Markup:
+    """Return the strongest attack's SSIM, or how often the evaluator is right, beside its control's."""
+    return _beside(row, "score", "{:.2f}" if row["kind"] == "image" else "{:.0%}")
 
 
 def _beside(row: dict[str, Any], name: str, form: str) -> Markup:
@@ -148,46 +157,26 @@ def _beside(row: dict[str, Any], name: str, form: str) -> Markup:
     return _figure(row[name], f"{form} ({form.format(row[f'control_{name}'])})")
 
 
-def _spread(row: pd.Series, name: str, digits: int) -> Markup:
-    """Return a mean and, if there is one, a standard deviation; a dash if there is no mean."""
-    std = row[f"{name}_std"]
-    return _figure(row[name], f"{{:.{digits}f}}" + ("" if std != std else f" &plusmn; {std:.{digits}f}"))
+def _figure(value: float, form: str) -> Markup:
+    """Return a figure, or a dash for one that is missing."""
+    return DASH if value != value else Markup(form.format(value))
 
 
-def _grid(head: list[str], rows: list, style: str = "") -> Markup:
-    """Return a table; cells are text, or HTML if they are Markup. With ``style`` "text" they wrap."""
-    def line(cell: str, cells: list) -> Markup:
-        return Markup("<tr>{}</tr>").format(Markup().join(Markup(cell).format(text) for text in cells))
-    table = Markup("<div class=wide><table class='{}'><thead>{}</thead><tbody>{}</tbody></table></div>")
-    return table.format(style, line("<th>{}</th>", head), Markup().join(line("<td>{}</td>", row) for row in rows))
+def _spread(values: list[float], digits: int) -> Markup:
+    """Return a mean and its 95 % interval or, with less than three values, the values; a dash if there are none."""
+    half = half_interval(values)
+    if half == half:
+        return _figure(mean(values), f"{{:.{digits}f}} &plusmn; {half:.{digits}f}")
+    both = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else ""
+    return _figure(mean(values), f"{{:.{digits}f}}{both}")
 
 
-def _picture(run: Finished, name: str) -> Markup:
-    """Return a picture of a run's folder as HTML."""
-    return Markup("<img loading=lazy alt='{}' src='{}'>").format(Path(name).stem, quote(f"{run.name}/{name}"))
-
-
-def _curves(runs: list[Finished]) -> Markup:
-    """Draw deployed accuracy over rounds, a line for each setting: means over seeds."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    axes.set_prop_cycle(plt.cycler(linestyle=["-", "--", ":"]) * plt.rcParams["axes.prop_cycle"])
-    for same in by_setting(runs).values():
-        deployed = pd.concat([run.rounds[run.rounds["stage"] == "deployed"] for run in same])
-        mean, options = deployed.groupby("round")["accuracy"].mean(), same[0].options
-        axes.plot(mean.index, mean, marker=".",
-                  label=f"{options['method']} {options['rounds']}x{options['local_ep']}, {same[0].protocol}")
-    axes.set(xlabel="round", ylabel="deployed accuracy")
-    figure.legend(fontsize=7, ncols=3, loc="outside lower center")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-    return Markup("<img alt='deployed accuracy over rounds' src='data:image/png;base64,{}'>").format(
-        base64.b64encode(file.getvalue()).decode())
-
-
-def _partition_picture(runs: list[Finished]) -> Markup:
-    """Return the first run's picture of which client owns which classes."""
-    run = next((run for run in runs if PARTITION in run.pictures), None)
-    return Markup() if run is None else Markup(
-        "<details><summary>who owns which classes (seed {})</summary>{}</details>").format(
-            run.options["seed"], _picture(run, PARTITION))
+def _grid(head: list[str], rows: list[tuple[str, Any]]) -> Markup:
+    """Return a table; a row is a method, or nothing, and its cells: text, or HTML if they are Markup."""
+    def cells(tag: str, texts: Any) -> Markup:
+        return Markup().join(Markup(f"<{tag}>{{}}</{tag}>").format(text) for text in texts)
+    lines = [Markup("<tr class=m{} data-method={}>{}</tr>").format(
+        pictures.number(method), method, cells("td", texts)) if method else
+        Markup("<tr>{}</tr>").format(cells("td", texts)) for method, texts in rows]
+    return Markup("<div class=wide><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>").format(
+        cells("th", head), Markup("\n").join(lines))

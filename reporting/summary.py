@@ -3,14 +3,16 @@
 Runs with the same setting differ only in the seed, and in options that do not change the result, such as
 where files are kept. A setting's row has means over seeds, and the command that makes its first run.
 """
+import csv
+import io
 import json
 import shlex
+import statistics
 from dataclasses import dataclass, field
+from functools import cache, cached_property
+from math import inf, nan
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pandas as pd
 
 from options import args_parser, make_parser
 from reporting import leakage
@@ -36,30 +38,34 @@ class Finished:
     name: str
     protocol: str
     options: dict
-    rounds: pd.DataFrame   # rounds.csv
-    leaks: pd.DataFrame = field(default_factory=lambda: leakage.NONE)   # attack.csv, condensed (leakage.py)
-    pictures: tuple[str, ...] = ()   # names of PNG files in the run's folder
+    rounds: list[dict[str, Any]]   # rows of rounds.csv
+    leaks: list[dict[str, Any]] = field(default_factory=list)   # attack.csv, condensed (leakage.py)
+    has_partition_picture: bool = False
     unread: str = ""   # why attacks are left out
 
-    @property
+    @cached_property
     def setting(self) -> str:
-        """Return a text that is the same for runs that differ only in the seed."""
+        """A text that is the same for runs that differ only in the seed."""
         kept = {key: value for key, value in self.options.items() if key not in BOOKKEEPING_OPTIONS}
         return json.dumps([self.protocol, kept], sort_keys=True)
 
     @property
     def partition(self) -> str:
-        """Return the partition in words, such as `shards 2, unequal`."""
+        """The partition in words, such as `shards 2, unequal`."""
         partition = self.options["partition"]
         value = self.options.get({"shards": "classes_per_client", "dirichlet": "alpha"}.get(partition))
         unequal = ", unequal" if self.options.get("unequal") else ""
         return f"{partition}{'' if value is None else f' {value:g}'}{unequal}"
 
-    def last(self, stage: str) -> pd.DataFrame:
-        """Return the last round on held-out images: one row of ``rounds.csv``, or none."""
-        rounds = self.rounds
-        return rounds[(rounds["round"] == self.options["rounds"]) & (rounds["stage"] == stage)
-                      & (rounds["split"] == EVALUATION_SPLIT[self.protocol])]
+    def last(self, stage: str, metric: str) -> float:
+        """Return a metric after the last round on held-out images; not a number if there is none."""
+        return next((row[metric] for row in self.rounds
+                     if row["round"] == self.options["rounds"] and row["stage"] == stage
+                     and row["split"] == EVALUATION_SPLIT[self.protocol]), nan)
+
+    def seconds(self) -> float:
+        """Return how long all rounds took."""
+        return sum({row["round"]: row["seconds"] for row in self.rounds}.values())
 
 
 def read(folder: Path) -> Finished:
@@ -71,36 +77,38 @@ def read(folder: Path) -> Finished:
     options, protocol = configs.completed(config["options"]), config["protocol"]
     try:
         rounds = _rounds(folder / "rounds.csv", options["rounds"])
-    except (OSError, ValueError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
         raise InputError(f"rounds.csv is damaged ({one_line(error)})") from error
     if config["status"] != "finished":
-        reached = int(rounds["round"].max()) if len(rounds) else 0
+        reached = max((row["round"] for row in rounds), default=0)
         raise InputError(f"unfinished: {reached} of {options['rounds']} rounds; continue with --resume")
-    final = rounds[(rounds["round"] == options["rounds"]) & (rounds["stage"] == "deployed")]
-    if len(final) != 1:
+    if [row["stage"] for row in rounds if row["round"] == options["rounds"]].count("deployed") != 1:
         raise InputError(f"rounds.csv is damaged (round {options['rounds']} is missing or there more than once)")
-    leaks, unread = leakage.NONE, ""
-    try:
-        leaks = leakage.read(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        unread = f"finished, but attack.csv cannot be read ({one_line(error)})"
-    pictures = [path.name for name in ("partition.png", *leaks["pictures"].dropna())
-                for path in sorted(folder.glob(name))]
-    return Finished(folder.name, protocol, options, rounds, leaks, tuple(pictures), unread)
+    leaks, unread = list[dict](), ""
+    if (folder / "attack.csv").exists():
+        try:
+            leaks = leakage.read(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            unread = f"finished, but attack.csv cannot be read ({one_line(error)})"
+    return Finished(folder.name, protocol, options, rounds, leaks, (folder / "partition.png").exists(), unread)
 
 
-def _rounds(path: Path, asked: int) -> pd.DataFrame:
+def _rounds(path: Path, asked: int) -> list[dict[str, Any]]:
     """Read ``rounds.csv`` of a run of ``asked`` rounds; an error if it is not what a run writes."""
-    rounds = pd.read_csv(path)
-    if list(rounds.columns) != csv_columns()["rounds.csv"]:
-        raise ValueError("its columns are not those of a run")
-    numbers = rounds.columns.difference(["stage", "split"])
-    rounds[numbers] = rounds[numbers].apply(pd.to_numeric)
-    if not (rounds["round"].between(1, asked).all() and (rounds["round"] % 1 == 0).all()
-            and rounds[["accuracy", "accuracy_worst", "f1"]].melt()["value"].between(0, 1).all()
-            and rounds["seconds"].between(0, np.finfo(float).max).all()):
-        raise ValueError("it has gaps or impossible values")
-    return rounds
+    columns, rows = csv_columns()["rounds.csv"], []
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        if next(lines, None) != columns:
+            raise ValueError("its columns are not those of a run")
+        for line in lines:
+            cells = dict(zip(columns, line, strict=True))
+            texts = {name: cells.pop(name) for name in ("stage", "split")}
+            row = {name: float(cell or nan) for name, cell in cells.items()}
+            if not (1 <= row["round"] <= asked and row["round"].is_integer() and 0 <= row["seconds"] < inf
+                    and all(0 <= row[name] <= 1 for name in ("accuracy", "accuracy_worst", "f1"))):
+                raise ValueError("it has gaps or impossible values")
+            rows.append({**texts, **row, "round": int(row["round"])})
+    return rows
 
 
 def command(options: dict) -> str:
@@ -112,46 +120,86 @@ def command(options: dict) -> str:
 
 def unusual(options: dict) -> dict[str, Any]:
     """Return the options that are not the default, and the seed; without bookkeeping ones."""
-    parser = make_parser()
-    basic = [word for name in BASIC for word in (f"--{name}", options[name])]
-    usual = {**vars(args_parser(basic)), **{name: parser.get_default(name) for name in BASIC}}
     kept = {}
-    for name in parser.options:
+    for name, default in _usual(*(options[name] for name in BASIC)).items():
         value = options.get(name)
-        is_given = value is not None and value is not False and value != usual[name]
+        is_given = value is not None and value is not False and value != default
         if name == "seed" or (is_given and name not in BOOKKEEPING_OPTIONS):
             kept[name] = value
     return kept
 
 
-def by_setting(runs: list[Finished]) -> dict[str, list[Finished]]:
-    """Return runs by ``setting``, one for each seed; of several with a seed, one that was attacked."""
+@cache
+def _usual(*values: str) -> dict[str, Any]:
+    """Return the default of every option where the ``BASIC`` ones have these values."""
+    parser = make_parser()
+    words = [word for name, value in zip(BASIC, values, strict=True) for word in (f"--{name}", value)]
+    usual = vars(args_parser(words, parser))
+    return {name: parser.get_default(name) if name in BASIC else usual[name] for name in parser.options}
+
+
+def by_setting(runs: list[Finished]) -> list[list[Finished]]:
+    """Return runs by ``setting``, one for each seed; of several with a seed, one that was attacked.
+
+    Settings are in the order of summary.csv: the more accurate first among those that can be compared.
+    """
     settings: dict[str, dict[int, Finished]] = {run.setting: {} for run in runs}
     for run in sorted(runs, key=lambda run: len(run.leaks)):
         settings[run.setting][run.options["seed"]] = run
-    return {setting: [seeds[seed] for seed in sorted(seeds)] for setting, seeds in settings.items()}
+    return sorted(([seeds[seed] for seed in sorted(seeds)] for seeds in settings.values()), key=lambda same: (
+        same[0].options["dataset"], same[0].partition, same[0].protocol, same[0].options["rounds"],
+        same[0].options["local_ep"], -mean([run.last("deployed", "accuracy") for run in same])))
 
 
-def summarise(runs: list[Finished]) -> pd.DataFrame:
-    """Return summary.csv, by setting: a row for each stage, with means and deviations over seeds."""
-    rows = dict[tuple[str, str], dict]()
-    for setting, same in by_setting(runs).items():
+def mean(values: list[float]) -> float:
+    """Return the mean of the values that are numbers; not a number if none is."""
+    known = [value for value in values if value == value]
+    return statistics.fmean(known) if known else nan
+
+
+def deviation(values: list[float]) -> float:
+    """Return the standard deviation of the values that are numbers; not a number with less than two."""
+    known = [value for value in values if value == value]
+    return statistics.stdev(known) if len(known) > 1 else nan
+
+
+def half_interval(values: list[float]) -> float:
+    """Return half the width of the mean's 95 % interval, Student's t; not a number with less than three values."""
+    known = [value for value in values if value == value]
+    if len(known) < 3:
+        return nan
+    from scipy.special import stdtrit   # takes a fifth of a second
+    return deviation(known) * float(stdtrit(len(known) - 1, 0.975)) / len(known) ** 0.5
+
+
+def as_csv(runs: list[Finished]) -> str:
+    """Return the text of summary.csv."""
+    text, rows = io.StringIO(), summarise(runs)
+    writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{name: f"{value:.6g}".replace("nan", "") if isinstance(value, float) else value
+                       for name, value in row.items()} for row in rows])
+    return text.getvalue()
+
+
+def summarise(runs: list[Finished]) -> list[dict[str, Any]]:
+    """Return the rows of summary.csv: one for each setting and stage, with means and deviations over seeds."""
+    rows = []
+    for same in by_setting(runs):
         options = same[0].options
         for stage in ("deployed", "trained"):
-            last = pd.concat([run.last(stage) for run in same])
-            if last.empty:   # no client trained in the last round
+            metrics = {name: [run.last(stage, name) for run in same] for name in RUN_METRICS}
+            if all(value != value for value in metrics["accuracy"]):   # no client trained in the last round
                 continue
-            row = {"dataset": options["dataset"], "partition": same[0].partition, "method": options["method"],
-                   "protocol": same[0].protocol, "clients": options["num_users"], "rounds": options["rounds"],
-                   "local_ep": options["local_ep"], "stage": stage,
-                   "seeds": " ".join(str(run.options["seed"]) for run in same)}
-            for metric in RUN_METRICS:
-                row |= {metric: last[metric].mean(), f"{metric}_std": last[metric].std()}
-            seconds = [run.rounds.drop_duplicates("round")["seconds"].sum() for run in same]
-            rows[setting, stage] = {**row, "seconds": sum(seconds) / len(same), "command": command(options)}
-    table = pd.DataFrame([*rows.values()], index=[setting for setting, _ in rows])
-    return table.sort_values(["dataset", "partition", "protocol", "rounds", "local_ep", "stage", "accuracy"],
-                             ascending=[True] * 6 + [False]) if rows else table
+            rows.append({
+                "dataset": options["dataset"], "partition": same[0].partition, "method": options["method"],
+                "protocol": same[0].protocol, "clients": options["num_users"], "rounds": options["rounds"],
+                "local_ep": options["local_ep"], "stage": stage,
+                "seeds": " ".join(str(run.options["seed"]) for run in same),
+                **{f"{name}{suffix}": figure(values) for name, values in metrics.items()
+                   for suffix, figure in (("", mean), ("_std", deviation))},
+                "seconds": mean([run.seconds() for run in same]), "command": command(options)})
+    return rows
 
 
 def one_line(error: Exception) -> str:

@@ -1,0 +1,124 @@
+"""Draw the pictures of report.py's page as SVG, in the colours of its style sheet.
+
+A method has the same colour and mark everywhere. Every mark has a title, which a browser shows as its tooltip.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, floor
+
+from markupsafe import Markup
+
+from methods import METHODS
+from reporting.summary import Finished, half_interval, mean
+
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, ROW = 360, 260, 40, 350, 226, 30   # in pixels of a narrow screen
+STEPS = [digit * 10.0**power for power in range(-4, 9) for digit in (1, 2, 5)]   # between ticks
+COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7")   # Okabe and Ito: also for the colour-blind
+DASHES = ("none", "5 3")
+STYLE = Markup("\n".join(
+    f".m{i}{{--colour:{COLOURS[i % len(COLOURS)]};--dash:{DASHES[i // len(COLOURS) % 2]}}}"
+    for i in range(len(METHODS))))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Ticks, and the pixels from the first to the last of them."""
+
+    ticks: list[float]
+    start: int
+    end: int
+
+    def __call__(self, value: float) -> float:
+        """Return a value's pixel."""
+        low, high = self.ticks[0], self.ticks[-1]
+        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
+
+
+def scale(values: Sequence[float], start: int, end: int, least_step: float = 0.0) -> Scale:
+    """Return a scale of round ticks around values."""
+    low, high = min(values), max(values)
+    step = next(step for step in STEPS if step >= least_step and (high - low) / step <= 4)
+    first, last = floor(low / step), ceil(high / step)
+    return Scale([round(i * step, 4) for i in range(first, max(last, first + 1) + 1)], start, end)
+
+
+def mark(x: float, y: float, method: str, kind: str = "") -> Markup:
+    """Draw the mark of a method: a circle, or a square where its colour is another method's too."""
+    radius = 0 if number(method) >= len(COLOURS) else 4
+    return Markup("<rect class='{}' x={:.1f} y={:.1f} width=8 height=8 rx={} />").format(kind, x - 4, y - 4, radius)
+
+
+def number(method: str) -> int:
+    """Return the number of a method's colour and mark."""
+    return list(METHODS).index(method)
+
+
+def group(method: str, title: str, *parts: Markup) -> Markup:
+    """Group parts that have a method's colour and a tooltip."""
+    return Markup("<g class=m{} data-method={}><title>{}</title>{}</g>").format(
+        number(method), method, title, Markup().join(parts))
+
+
+def accuracy(settings: dict[str, list[Finished]]) -> Markup:
+    """Draw deployed accuracy, a row for each setting: seeds, their mean, and its 95 % interval."""
+    values = {label: [run.last("deployed", "accuracy") for run in runs] for label, runs in settings.items()}
+    spans = {label: [max(mean(seeds) - half_interval(seeds), 0), min(mean(seeds) + half_interval(seeds), 1)]
+             if len(seeds) > 2 else [] for label, seeds in values.items()}
+    bottom = ROW * len(settings) + 12
+    x = scale([*sum(values.values(), []), *sum(spans.values(), [])], 8, RIGHT - 50)
+    parts = [_grid(x, None, bottom, "deployed accuracy")]
+    for i, (label, runs) in enumerate(settings.items()):
+        y, method, middle = ROW * i + 26, runs[0].options["method"], x(mean(values[label]))
+        parts += [group(method, label, *(
+            Markup("<path class=interval d='M{},{}H{}'/>").format(x(low), y, x(high)) for low, high in
+            filter(None, [spans[label]])), Markup("<path class=mean d='M{},{}v12'/>").format(middle, y - 6),
+            Markup("<text x=8 y={}>{}</text><text class=right x={} y={}>{:.4f}</text>").format(
+                y - 10, label if len(label) < 60 else f"{label[:57]}...", RIGHT + 6, y + 4, mean(values[label]))),
+            *(group(method, f"{run.name}: {value:.4f}", mark(x(value), y, method))
+              for run, value in zip(runs, values[label], strict=True))]
+    return _svg(bottom + 34, "deployed accuracy of each setting", parts)
+
+
+def convergence(runs: list[Finished]) -> Markup:
+    """Draw deployed accuracy over rounds, a line for each run."""
+    curves = [[(row["round"], row["accuracy"]) for row in run.rounds if row["stage"] == "deployed"] for run in runs]
+    points = sum(curves, [])
+    x = scale([0, *(round for round, _ in points)], LEFT, RIGHT, least_step=1)
+    y = scale([accuracy for _, accuracy in points], BOTTOM, 8)
+    lines = [group(run.options["method"], f"{run.name}: {curve[-1][1]:.4f}", Markup("<path class=curve d='M{}h0'/>").format(
+        "L".join(f"{x(round)},{y(accuracy)}" for round, accuracy in curve)))
+        for run, curve in zip(runs, curves, strict=True)]
+    return _svg(HEIGHT, "deployed accuracy over rounds", [_grid(x, y, BOTTOM, "round"), *lines])
+
+
+def leakage(runs: list[Finished], adversary: str) -> Markup:
+    """Draw accuracy against the share of images that an adversary re-identifies: a mark for each run."""
+    found = [(run, row) for run in runs for row in run.leaks
+             if row["adversary"] == adversary and row["identified"] == row["identified"]]
+    if not found:
+        return Markup()
+    x, y = scale([0, 1], LEFT, RIGHT), scale([run.last("deployed", "accuracy") for run in runs], BOTTOM, 8)
+    parts = [_grid(x, y, BOTTOM, "share of images re-identified")]
+    for run, row in found:
+        method, height = run.options["method"], y(run.last("deployed", "accuracy"))
+        title = (f"{run.name}: {row['word']}; {row['rank_attack']} identifies {row['identified']:.1%}, "
+                 f"its control {row['control_identified']:.1%}")
+        parts.append(group(method, title, Markup("<path class=control d='M{},{}H{}'/>").format(
+            x(row["control_identified"]), height, x(row["identified"])),
+            mark(x(row["identified"]), height, method, "leaks" if row["leaks"] else "guess")))
+    return _svg(HEIGHT, f"accuracy and re-identification by {adversary}", parts)
+
+
+def _grid(x: Scale, y: Scale | None, bottom: float, label: str) -> Markup:
+    """Draw lines and numbers at the ticks, and the label of the horizontal axis."""
+    parts = [Markup("<path class=grid d='M{},8V{}'/><text class=middle x={} y={}>{:g}</text>").format(
+        x(tick), bottom, x(tick), bottom + 14, tick) for tick in x.ticks]
+    parts += [Markup("<path class=grid d='M{},{}H{}'/><text class=right x={} y={}>{:g}</text>").format(
+        LEFT, y(tick), RIGHT, LEFT - 5, y(tick) + 4, tick) for tick in (y.ticks if y else [])]
+    middle = (x.start + x.end) / 2
+    return Markup("{}<text class=middle x={} y={}>{}</text>").format(Markup().join(parts), middle, bottom + 29, label)
+
+
+def _svg(height: float, label: str, parts: list[Markup]) -> Markup:
+    return Markup("<svg viewBox='0 0 {} {}' role=img aria-label='{}'>{}</svg>").format(
+        WIDTH, height, label, Markup("\n").join(parts))
