@@ -1,8 +1,8 @@
 """Put all finished runs of a results folder on one page, report.html, and into one table, summary.csv.
 
 A row of the table is a setting: runs that differ only in the seed. It has their means and standard deviations over
-seeds, and the command that makes one of them. The page also shows what attacks found. Folders without a finished
-run are listed with the reason.
+seeds, and the command that makes one of them. The page also has pictures of accuracy, convergence and what attacks
+found. Folders without a finished run are listed with the reason.
 """
 import sys
 from pathlib import Path
@@ -43,9 +43,10 @@ def write_report(folder: Path) -> None:
     runs = [run for run in results.values() if isinstance(run, Finished)]
     reasons = {name: run if isinstance(run, str) else run.unread for name, run in results.items()}
     reasons = {name: reason for name, reason in reasons.items() if reason}
-    for name, text in (("report.html", page(runs, reasons)), ("summary.csv", as_csv(runs))):
-        content = text.encode(errors="backslashreplace")   # names of folders may be no text
-        write_whole(folder / name, lambda file, content=content: file.write(content))
+    # Names of folders may be no text.
+    html, table = (text.encode(errors="backslashreplace") for text in (page(runs, reasons), as_csv(runs)))
+    write_whole(folder / "report.html", lambda file: file.write(html))
+    write_whole(folder / "summary.csv", lambda file: file.write(table))
     place = printable(folder)
     print(f"{len(runs)} runs in {place}/report.html and {place}/summary.csv"
           + "".join(f"\nleft out: {shown(name)}: {printable(reason)}" for name, reason in reasons.items()))

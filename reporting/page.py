@@ -3,7 +3,6 @@
 Text from files may have been written by anybody. So only ``Markup`` is taken as HTML, and it escapes every
 other text that is formatted into it, joined or added.
 """
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,13 +10,12 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from reporting import pictures
-from reporting.summary import BASIC, RUN_METRICS, Finished, by_setting, command, half_interval, mean, unusual
+from reporting.summary import RUN_METRICS, Finished, by_setting, command, figures, half_interval, labels, mean
 
-DASH, HELD_OUT, FOLDER = Markup("&ndash;"), "held-out", Path(__file__).parent
+DASH, FOLDER = Markup("&ndash;"), Path(__file__).parent
 PAGE = Markup("""<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content='width=device-width,initial-scale=1'><title>RVE-PFL runs</title><style>
-{}{}</style><h1>RVE-PFL runs</h1><p>{} finished runs in {} settings. A setting is a group of runs that differ only in
-the seed.
+{}{}</style><h1>RVE-PFL runs</h1><p>{} finished runs in {} settings. Runs of a setting differ only in the seed.
 <div class=bar>{}<input type=search placeholder='filter tables' aria-label='filter tables' hidden></div>
 {}<script>
 {}</script>
@@ -34,13 +32,14 @@ attack on another image of the class. <b>An attack that failed is no proof of pr
 
 def page(runs: list[Finished], others: dict[str, str]) -> str:
     """Return the report as HTML, from the finished runs, and why other folders are left out."""
-    settings, parts, labels = by_setting(runs), [], list[str]()
-    for (dataset, partition), block in groupby(settings, key=lambda same: _place(same[0])):
-        here, block = [run for run in runs if _place(run) == (dataset, partition)], list(block)
-        labels += (names := _labels(block))
-        parts += [Markup("<h2>{}, {}</h2>").format(dataset, partition), _cards(dict(zip(names, block)), here)]
+    settings, parts, names = by_setting(runs), list[Markup](), list[str]()
+    for place in dict.fromkeys(_place(same[0]) for same in settings):
+        block = [same for same in settings if _place(same[0]) == place]
+        names += (here := labels(block))
+        parts += [Markup("<h2>{}, {}</h2>").format(*place), _cards(
+            here, block, [run for run in runs if _place(run) == place])]
     if settings:
-        parts += [Markup("<h2>Settings</h2>"), _table(labels, settings), HOW_TO_READ]
+        parts += [Markup("<h2>Settings</h2>"), _table(names, settings), HOW_TO_READ]
     if any(run.leaks for run in runs):
         parts += [Markup("<h2>Attacks</h2>"), _attacks(runs)]
     if others:
@@ -58,21 +57,9 @@ def _place(run: Finished) -> tuple[str, str]:
     return run.options["dataset"], run.partition
 
 
-def _labels(block: list[list[Finished]]) -> list[str]:
-    """Return each setting's method, and its options that are neither the default nor the same in all of them."""
-    elsewhere = (*BASIC, "seed", "resplit", "validate")
-    texts = [[name if value is True else f"{name} {value}" for name, value in unusual(same[0].options).items()
-              if name not in elsewhere] for same in block]
-    common = set.intersection(*map(set, texts))
-    # The figures of another protocol than the usual one are not comparable.
-    return [" ".join([same[0].options["method"], *[same[0].protocol] * (same[0].protocol != HELD_OUT),
-                      ", ".join(text for text in words if text not in common)]).strip()
-            for same, words in zip(block, texts, strict=True)]
-
-
-def _cards(settings: dict[str, list[Finished]], runs: list[Finished]) -> Markup:
+def _cards(names: list[str], settings: list[list[Finished]], runs: list[Finished]) -> Markup:
     """Return the pictures of one data set and partition."""
-    cards = [("Accuracy", "mark: seed; line: mean; bar: 95 % interval", pictures.accuracy(settings)),
+    cards = [("Accuracy", "mark: seed; line: mean; bar: 95 % interval", pictures.accuracy(names, settings)),
              ("Convergence", "a line for each run", pictures.convergence(runs))]
     cards += [(f"Accuracy against re-identification by {adversary}", "filled: leaks; line: from the control",
                pictures.leakage(runs, adversary))
@@ -101,23 +88,22 @@ def _picture(run: Finished, name: str) -> Markup:
         quote(f"{run.name}/{name}"), Path(name).stem)
 
 
-def _table(labels: list[str], settings: list[list[Finished]]) -> Markup:
+def _table(names: list[str], settings: list[list[Finished]]) -> Markup:
     """Return a row for each setting."""
     adversaries = sorted({row["adversary"] for same in settings for run in same for row in run.leaks})
     rows = []
-    for label, same in zip(labels, settings, strict=True):
+    for name, same in zip(names, settings, strict=True):
         options = same[0].options
-        figures = [_spread([run.last("deployed", metric) for run in same], 1 if metric == "kl_nats" else 4)
-                   for metric in RUN_METRICS]
+        deployed = [_spread(figures(same, metric), 1 if metric == "kl_nats" else 4) for metric in RUN_METRICS]
         rows.append((options["method"], [
-            label, *_place(same[0]), figures[0], _spread([run.last("trained", "accuracy") for run in same], 4),
-            *figures[1:], *(_words(same, adversary) for adversary in adversaries),
+            name, *_place(same[0]), deployed[0], _spread(figures(same, "accuracy", "trained"), 4),
+            *deployed[1:], *(_words(same, adversary) for adversary in adversaries),
             ", ".join(str(run.options["seed"]) for run in same), options["num_users"],
             Markup("{}&times;{}").format(options["rounds"], options["local_ep"]),
             f"{mean([run.seconds() for run in same]):.0f}",
             Markup("<details><summary>show</summary><code>{}</code></details>").format(command(options))]))
-    return _grid(["method", "data set", "partition", "deployed accuracy", "trained accuracy",
-                  *[*RUN_METRICS.values()][1:], *adversaries, "seeds", "clients", "rounds", "seconds", "command"], rows)
+    return _grid(["method", "data set", "partition", "deployed accuracy", "trained accuracy", *list(
+        RUN_METRICS.values())[1:], *adversaries, "seeds", "clients", "rounds", "seconds", "command"], rows)
 
 
 def _words(runs: list[Finished], adversary: str) -> Markup:
@@ -163,7 +149,7 @@ def _figure(value: float, form: str) -> Markup:
 
 
 def _spread(values: list[float], digits: int) -> Markup:
-    """Return a mean and its 95 % interval or, with less than three values, the values; a dash if there are none."""
+    """Return a mean, and its 95 % interval or, of two, the values; a dash if there are none."""
     half = half_interval(values)
     if half == half:
         return _figure(mean(values), f"{{:.{digits}f}} &plusmn; {half:.{digits}f}")

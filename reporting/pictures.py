@@ -9,11 +9,12 @@ from math import ceil, floor
 from markupsafe import Markup
 
 from methods import METHODS
-from reporting.summary import Finished, half_interval, mean
+from reporting.summary import Finished, figures, half_interval, mean
 
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, ROW = 360, 260, 40, 350, 226, 30   # in pixels of a narrow screen
 STEPS = [digit * 10.0**power for power in range(-4, 9) for digit in (1, 2, 5)]   # between ticks
-COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7")   # Okabe and Ito: also for the colour-blind
+# Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7")
 DASHES = ("none", "5 3")
 STYLE = Markup("\n".join(
     f".m{i}{{--colour:{COLOURS[i % len(COLOURS)]};--dash:{DASHES[i // len(COLOURS) % 2]}}}"
@@ -45,7 +46,8 @@ def scale(values: Sequence[float], start: int, end: int, least_step: float = 0.0
 def mark(x: float, y: float, method: str, kind: str = "") -> Markup:
     """Draw the mark of a method: a circle, or a square where its colour is another method's too."""
     radius = 0 if number(method) >= len(COLOURS) else 4
-    return Markup("<rect class='{}' x={:.1f} y={:.1f} width=8 height=8 rx={} />").format(kind, x - 4, y - 4, radius)
+    return Markup("<rect class='{}' x={:.1f} y={:.1f} width=8 height=8 rx={} />").format(
+        kind, x - 4, y - 4, radius)
 
 
 def number(method: str) -> int:
@@ -59,54 +61,56 @@ def group(method: str, title: str, *parts: Markup) -> Markup:
         number(method), method, title, Markup().join(parts))
 
 
-def accuracy(settings: dict[str, list[Finished]]) -> Markup:
+def accuracy(names: list[str], settings: list[list[Finished]]) -> Markup:
     """Draw deployed accuracy, a row for each setting: seeds, their mean, and its 95 % interval."""
-    values = {label: [run.last("deployed", "accuracy") for run in runs] for label, runs in settings.items()}
-    spans = {label: [max(mean(seeds) - half_interval(seeds), 0), min(mean(seeds) + half_interval(seeds), 1)]
-             if len(seeds) > 2 else [] for label, seeds in values.items()}
+    values = [figures(runs, "accuracy") for runs in settings]
+    spans = [(max(mean(seeds) - half, 0), min(mean(seeds) + half, 1)) if (half := half_interval(seeds)) == half
+             else (mean(seeds), mean(seeds)) for seeds in values]
     bottom = ROW * len(settings) + 12
-    x = scale([*sum(values.values(), []), *sum(spans.values(), [])], 8, RIGHT - 50)
+    x = scale([value for row in (*values, *spans) for value in row], 8, RIGHT - 50)
     parts = [_grid(x, None, bottom, "deployed accuracy")]
-    for i, (label, runs) in enumerate(settings.items()):
-        y, method, middle = ROW * i + 26, runs[0].options["method"], x(mean(values[label]))
-        parts += [group(method, label, *(
-            Markup("<path class=interval d='M{},{}H{}'/>").format(x(low), y, x(high)) for low, high in
-            filter(None, [spans[label]])), Markup("<path class=mean d='M{},{}v12'/>").format(middle, y - 6),
-            Markup("<text x=8 y={}>{}</text><text class=right x={} y={}>{:.4f}</text>").format(
-                y - 10, label if len(label) < 60 else f"{label[:57]}...", RIGHT + 6, y + 4, mean(values[label]))),
-            *(group(method, f"{run.name}: {value:.4f}", mark(x(value), y, method))
-              for run, value in zip(runs, values[label], strict=True))]
+    for i, (name, runs, seeds, (low, high)) in enumerate(zip(names, settings, values, spans, strict=True)):
+        y, method = ROW * i + 26, runs[0].options["method"]
+        parts += [group(method, name, Markup(
+            "<path class=interval d='M{},{}H{}'/><path class=mean d='M{},{}v12'/><text x=8 y={}>{}</text>"
+            "<text class=right x={} y={}>{:.4f}</text>").format(
+                x(low), y, x(high), x(mean(seeds)), y - 6, y - 10, name if len(name) < 60 else f"{name[:57]}...",
+                RIGHT + 6, y + 4, mean(seeds)))]
+        parts += [group(method, f"{run.name}: {value:.4f}", mark(x(value), y, method))
+                  for run, value in zip(runs, seeds, strict=True)]
     return _svg(bottom + 34, "deployed accuracy of each setting", parts)
 
 
 def convergence(runs: list[Finished]) -> Markup:
     """Draw deployed accuracy over rounds, a line for each run."""
-    curves = [[(row["round"], row["accuracy"]) for row in run.rounds if row["stage"] == "deployed"] for run in runs]
-    points = sum(curves, [])
-    x = scale([0, *(round for round, _ in points)], LEFT, RIGHT, least_step=1)
-    y = scale([accuracy for _, accuracy in points], BOTTOM, 8)
-    lines = [group(run.options["method"], f"{run.name}: {curve[-1][1]:.4f}", Markup("<path class=curve d='M{}h0'/>").format(
-        "L".join(f"{x(round)},{y(accuracy)}" for round, accuracy in curve)))
-        for run, curve in zip(runs, curves, strict=True)]
-    return _svg(HEIGHT, "deployed accuracy over rounds", [_grid(x, y, BOTTOM, "round"), *lines])
+    curves = [[(row["round"], row["accuracy"]) for row in run.rounds if row["stage"] == "deployed"]
+              for run in runs]
+    x = scale([0, *(run.options["rounds"] for run in runs)], LEFT, RIGHT, least_step=1)
+    y = scale([accuracy for curve in curves for _, accuracy in curve], BOTTOM, 8)
+    parts = [_grid(x, y, BOTTOM, "round")]
+    for run, curve in zip(runs, curves, strict=True):
+        line = Markup("L").join(f"{x(round)},{y(accuracy)}" for round, accuracy in curve)
+        parts.append(group(run.options["method"], f"{run.name}: {curve[-1][1]:.4f}",
+                           Markup("<path class=curve d='M{}h0'/>").format(line)))   # h0: of one point, a dot
+    return _svg(HEIGHT, "deployed accuracy over rounds", parts)
 
 
 def leakage(runs: list[Finished], adversary: str) -> Markup:
     """Draw accuracy against the share of images that an adversary re-identifies: a mark for each run."""
-    found = [(run, row) for run in runs for row in run.leaks
-             if row["adversary"] == adversary and row["identified"] == row["identified"]]
-    if not found:
-        return Markup()
-    x, y = scale([0, 1], LEFT, RIGHT), scale([run.last("deployed", "accuracy") for run in runs], BOTTOM, 8)
-    parts = [_grid(x, y, BOTTOM, "share of images re-identified")]
-    for run, row in found:
-        method, height = run.options["method"], y(run.last("deployed", "accuracy"))
-        title = (f"{run.name}: {row['word']}; {row['rank_attack']} identifies {row['identified']:.1%}, "
-                 f"its control {row['control_identified']:.1%}")
-        parts.append(group(method, title, Markup("<path class=control d='M{},{}H{}'/>").format(
-            x(row["control_identified"]), height, x(row["identified"])),
-            mark(x(row["identified"]), height, method, "leaks" if row["leaks"] else "guess")))
-    return _svg(HEIGHT, f"accuracy and re-identification by {adversary}", parts)
+    x, y = scale([0, 1], LEFT, RIGHT), scale(figures(runs, "accuracy"), BOTTOM, 8)
+    marks = []
+    for run in runs:
+        for row in run.leaks:
+            if row["adversary"] != adversary or row["identified"] != row["identified"]:
+                continue
+            method, height = run.options["method"], y(run.last("deployed", "accuracy"))
+            title = (f"{run.name}: {row['word']}; {row['rank_attack']} identifies {row['identified']:.1%}, "
+                     f"its control {row['control_identified']:.1%}")
+            marks.append(group(method, title, Markup("<path class=control d='M{},{}H{}'/>").format(
+                x(row["control_identified"]), height, x(row["identified"])),
+                mark(x(row["identified"]), height, method, "leaks" if row["leaks"] else "guess")))
+    return _svg(HEIGHT, f"accuracy and re-identification by {adversary}", [
+        _grid(x, y, BOTTOM, "share of images re-identified"), *marks]) if marks else Markup()
 
 
 def _grid(x: Scale, y: Scale | None, bottom: float, label: str) -> Markup:
@@ -114,9 +118,9 @@ def _grid(x: Scale, y: Scale | None, bottom: float, label: str) -> Markup:
     parts = [Markup("<path class=grid d='M{},8V{}'/><text class=middle x={} y={}>{:g}</text>").format(
         x(tick), bottom, x(tick), bottom + 14, tick) for tick in x.ticks]
     parts += [Markup("<path class=grid d='M{},{}H{}'/><text class=right x={} y={}>{:g}</text>").format(
-        LEFT, y(tick), RIGHT, LEFT - 5, y(tick) + 4, tick) for tick in (y.ticks if y else [])]
-    middle = (x.start + x.end) / 2
-    return Markup("{}<text class=middle x={} y={}>{}</text>").format(Markup().join(parts), middle, bottom + 29, label)
+        LEFT, y(tick), RIGHT, LEFT - 5, y(tick) + 4, tick) for tick in y.ticks] if y else []
+    return Markup("{}<text class=middle x={} y={}>{}</text>").format(
+        Markup().join(parts), (x.start + x.end) / 2, bottom + 29, label)
 
 
 def _svg(height: float, label: str, parts: list[Markup]) -> Markup:

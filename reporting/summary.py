@@ -82,7 +82,8 @@ def read(folder: Path) -> Finished:
     if config["status"] != "finished":
         reached = max((row["round"] for row in rounds), default=0)
         raise InputError(f"unfinished: {reached} of {options['rounds']} rounds; continue with --resume")
-    if [row["stage"] for row in rounds if row["round"] == options["rounds"]].count("deployed") != 1:
+    final = [(row["stage"], row["split"]) for row in rounds if row["round"] == options["rounds"]]
+    if final.count(("deployed", EVALUATION_SPLIT[protocol])) != 1:
         raise InputError(f"rounds.csv is damaged (round {options['rounds']} is missing or there more than once)")
     leaks, unread = list[dict](), ""
     if (folder / "attack.csv").exists():
@@ -148,28 +149,41 @@ def by_setting(runs: list[Finished]) -> list[list[Finished]]:
         settings[run.setting][run.options["seed"]] = run
     return sorted(([seeds[seed] for seed in sorted(seeds)] for seeds in settings.values()), key=lambda same: (
         same[0].options["dataset"], same[0].partition, same[0].protocol, same[0].options["rounds"],
-        same[0].options["local_ep"], -mean([run.last("deployed", "accuracy") for run in same])))
+        same[0].options["local_ep"], -mean(figures(same, "accuracy"))))
+
+
+def labels(settings: list[list[Finished]]) -> list[str]:
+    """Return each setting's method, and its options that are neither the default nor the same in all of them."""
+    texts = [[name if value is True else f"{name} {value}" for name, value in unusual(same[0].options).items()
+              if name not in (*BASIC, "seed", "resplit", "validate")] for same in settings]
+    common = set.intersection(*map(set, texts))
+    # The figures of another protocol than the usual one are not comparable.
+    return [" ".join([same[0].options["method"], *[same[0].protocol] * (same[0].protocol != "held-out"),
+                      ", ".join(text for text in words if text not in common)]).strip()
+            for same, words in zip(settings, texts, strict=True)]
+
+
+def figures(runs: list[Finished], metric: str, stage: str = "deployed") -> list[float]:
+    """Return ``last`` of each run that has one."""
+    return [value for run in runs if (value := run.last(stage, metric)) == value]
 
 
 def mean(values: list[float]) -> float:
-    """Return the mean of the values that are numbers; not a number if none is."""
-    known = [value for value in values if value == value]
-    return statistics.fmean(known) if known else nan
+    """Return the mean; not a number without values."""
+    return statistics.fmean(values) if values else nan
 
 
 def deviation(values: list[float]) -> float:
-    """Return the standard deviation of the values that are numbers; not a number with less than two."""
-    known = [value for value in values if value == value]
-    return statistics.stdev(known) if len(known) > 1 else nan
+    """Return the standard deviation; not a number with less than two values."""
+    return statistics.stdev(values) if len(values) > 1 else nan
 
 
 def half_interval(values: list[float]) -> float:
-    """Return half the width of the mean's 95 % interval, Student's t; not a number with less than three values."""
-    known = [value for value in values if value == value]
-    if len(known) < 3:
+    """Return half the width of the mean's 95 % interval (Student's t); not a number with less than 3 values."""
+    if len(values) < 3:
         return nan
-    from scipy.special import stdtrit   # takes a fifth of a second
-    return deviation(known) * float(stdtrit(len(known) - 1, 0.975)) / len(known) ** 0.5
+    from scipy.special import stdtrit  # takes 0.4 s
+    return deviation(values) * float(stdtrit(len(values) - 1, 0.975)) / len(values) ** 0.5
 
 
 def as_csv(runs: list[Finished]) -> str:
@@ -188,16 +202,16 @@ def summarise(runs: list[Finished]) -> list[dict[str, Any]]:
     for same in by_setting(runs):
         options = same[0].options
         for stage in ("deployed", "trained"):
-            metrics = {name: [run.last(stage, name) for run in same] for name in RUN_METRICS}
-            if all(value != value for value in metrics["accuracy"]):   # no client trained in the last round
+            metrics = {name: figures(same, name, stage) for name in RUN_METRICS}
+            if not metrics["accuracy"]:   # no client trained in the last round
                 continue
             rows.append({
                 "dataset": options["dataset"], "partition": same[0].partition, "method": options["method"],
                 "protocol": same[0].protocol, "clients": options["num_users"], "rounds": options["rounds"],
                 "local_ep": options["local_ep"], "stage": stage,
                 "seeds": " ".join(str(run.options["seed"]) for run in same),
-                **{f"{name}{suffix}": figure(values) for name, values in metrics.items()
-                   for suffix, figure in (("", mean), ("_std", deviation))},
+                **{f"{name}{suffix}": statistic(values) for name, values in metrics.items()
+                   for suffix, statistic in (("", mean), ("_std", deviation))},
                 "seconds": mean([run.seconds() for run in same]), "command": command(options)})
     return rows
 

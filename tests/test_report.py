@@ -1,4 +1,5 @@
 """report.py: means over seeds, commands, what attackers find, and folders that are no finished runs."""
+import html
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from conftest import ROOT, _load
 
 from attack import verdict
 from options import args_parser
-from reporting import leakage, page, summary
+from reporting import leakage, page, pictures, summary
 
 # adversary, attack, round -> SSIM or evaluator right of the attack and its control, rank in the class, identified
 EARLY = {("stolen_model", "latent_decoder", 1): (0.9, 0.3, 40, 2)}
@@ -78,12 +79,13 @@ def runs(tmp_path_factory, make_place):
     return folder
 
 
-def glance(folder):
-    """Return the first table of a page, row by row: cells without tags."""
+def tables(folder):
+    """Return the tables of a page, row by row: heading -> cell, without tags."""
     text = (folder / "report.html").read_text()
-    table = text[text.index("<tbody>"):text.index("</tbody>")]
-    return [[" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in row.split("<td>")[1:]]
-            for row in table.split("<tr>")[1:]]
+    parts = [[[html.unescape(" ".join(re.sub(r"<[^>]*>", " ", cell).split()))
+               for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)]
+              for row in table.split("<tr")[1:]] for table in text.split("<table>")[1:]]
+    return [[dict(zip(head, row, strict=True)) for row in rows] for head, *rows in parts]
 
 
 def test_the_table_and_the_page(report, runs, capsys):
@@ -101,36 +103,81 @@ def test_the_table_and_the_page(report, runs, capsys):
             assert row[f"{figure}_std"] == pytest.approx(last[figure].std(), rel=1e-4)
     assert set(table["protocol"]) == {"held-out", "resplit"}
     text = (runs / "report.html").read_text()
-    assert "half &lt;b&gt;" in text and "half <b>" not in text and not re.search(r"https?://|<script|<link", text)
-    assert text.count("<h2") == 3 and text.count("alt='attack_stolen_model_latent_decoder") == 2
-    for source in re.findall(r"src='([^']*)", text):
-        assert source.startswith("data:image/png;base64,") or (runs / source).exists()
-    for cells in (["latent_decoder", "0.60 (0.55)", "75.0% (0.0%)", "100%", "20 (50)"], ["margin", "75% (0%)"]):
-        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
-    rows = {row[0]: row for row in glance(runs)}
+    assert "half &lt;b&gt;" in text and "half <b>" not in text and not re.search(r"https?://|<link|src=h", text)
+    sources = re.findall(r"src='([^']*)", text)
+    assert sum("attack_stolen_model_latent_decoder" in source for source in sources) == 2
+    assert all((runs / source).exists() for source in sources) and any("partition.png" in name for name in sources)
+    settings, attacks, left_out = tables(runs)
+    rows = {row["method"]: row for row in settings}
     assert sorted(rows) == ["fedavg", "rve_pfl", "rve_pfl kl_weight 0.01", "rve_pfl resplit"]
-    assert rows["fedavg"][4:] == ["not attacked"] * 4
-    assert rows["rve_pfl"][4:] == [   # in the order of ADVERSARIES
-        "not attacked", "images: leaks (1 of 2 seeds) classes: leaks (1 of 2 seeds)", "images: as a guess",
-        "not attacked"]
+    assert rows["fedavg"]["stolen_model"] == rows["fedavg"]["prediction_api"] == "not attacked"
+    assert rows["rve_pfl"]["stolen_model"] == "images: leaks (1 of 2 seeds) classes: leaks (1 of 2 seeds)"
+    assert rows["rve_pfl"]["prediction_api"] == "images: as a guess" and "curious_server" not in rows["rve_pfl"]
     deployed = table.query("stage == 'deployed' and seeds == '1 2'")
-    assert rows["rve_pfl"][3].split()[0] == f"{deployed['accuracy'].item():.4f}"
+    assert rows["rve_pfl"]["deployed accuracy"].split()[0] == f"{deployed['accuracy'].item():.4f}"
+    image, drawn = (next(row for row in attacks if (row["run"], row["adversary"], row["kind"]) == (
+        "one", "stolen_model", kind)) for kind in ("image", "class"))
+    assert list(image.values()) == ["one", "stolen_model", "2", "image", "leaks", "8", "latent_decoder",
+                                    "0.60 (0.55)", "75.0% (0.0%)", "100%", "20 (50)"]
+    assert list(drawn.values())[4:9] == ["leaks", "8", "margin", "75% (0%)", "–"]
+    assert [row["folder"] for row in left_out] == ["half <b>", "newer", "strange"]
+
+
+def titles(svg):
+    """Return the tooltips of a picture's marks."""
+    return re.findall(r"<title>(.*?)</title>", svg)
+
+
+def test_the_pictures_show_every_run_in_its_methods_colour(runs):
+    read = [summary.read(runs / name) for name in ("one", "two", "beta", "calm")]
+    settings = summary.by_setting(read[:3])
+    svg = pictures.accuracy(summary.labels(settings), settings)
+    accuracy = {run.name: f"{run.name}: {run.last('deployed', 'accuracy'):.4f}" for run in read}
+    assert sorted(titles(svg)) == sorted([*list(accuracy.values())[:3], "rve_pfl", "rve_pfl kl_weight 0.01"])
+    assert svg.count("data-method=rve_pfl") == 5 and svg.count("<rect") == 3
+    lines = pictures.convergence(read)
+    assert titles(lines) == list(accuracy.values()) and lines.count("L") == 4   # two rounds each
+    assert f"<g class=m{pictures.number('fedavg')} data-method=fedavg><title>calm" in lines
+    marks = pictures.leakage(read, "stolen_model")
+    assert titles(marks) == [
+        "one: leaks; latent_decoder identifies 75.0%, its control 0.0%",
+        "two: as a guess; latent_search identifies 0.0%, its control 0.0%",
+        "beta: leaks; latent_decoder identifies 75.0%, its control 0.0%"]
+    assert re.findall(r"class='(\w+)' x=([0-9.]+)", marks) == [
+        ("leaks", "268.5"), ("guess", "36.0"), ("leaks", "268.5")]   # 0.75 between 40 and 350
+    assert pictures.leakage(read, "curious_server") == ""
+
+
+def test_intervals_need_three_seeds():
+    half = summary.half_interval([0.8, 0.9, 1.0])
+    assert half == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)   # Student's t, two degrees of freedom
+    assert page._spread([0.8, 0.9, 1.0], 2) == f"0.90 &plusmn; {half:.2f}"
+    assert page._spread([0.8, 0.9], 2) == "0.85 (0.80, 0.90)" and page._spread([0.8], 2) == "0.80"
+    assert page._spread([], 2) == page.DASH
+
+
+def test_scales_have_round_ticks_around_the_values():
+    for values, ticks in (([0.913, 0.977], [0.9, 0.92, 0.94, 0.96, 0.98]), ([0.5], [0.5, 0.5001]),
+                          ([0, 30], [0, 10, 20, 30])):
+        scale = pictures.scale(values, 0, 100)
+        assert scale.ticks == ticks and (scale(ticks[0]), scale(ticks[-1])) == (0, 100)
+    assert pictures.scale([0, 1], 0, 100, least_step=1).ticks == [0, 1]
 
 
 def test_verdicts_on_few_images_say_so(report, runs, tmp_path):
     for name in ("one", "two"):
         attacked(shutil.copytree(runs / name, tmp_path / name), BLIND, count=3)
     assert report.main(["--results_dir", str(tmp_path)]) == 0
-    assert glance(tmp_path)[0][6] == "images: as a guess (few)"
+    assert tables(tmp_path)[0][0]["prediction_api"] == "images: as a guess (few)"
 
 
 def test_a_seed_counts_once_and_a_run_that_was_attacked_first(report, runs):
     one = summary.read(runs / "one")
     double = summary.Finished("x", one.protocol, one.options, one.rounds)
     for pair in ([one, double], [double, one]):
-        table = summary.summarise(pair)
-        assert table["seeds"].tolist() == ["1", "1"] and table["accuracy_std"].isna().all()   # its two stages
-        assert summary.by_setting(pair)[one.setting] == [one]
+        rows = summary.summarise(pair)   # its two stages
+        assert [row["seeds"] for row in rows] == ["1", "1"] and all(np.isnan(row["accuracy_std"]) for row in rows)
+        assert summary.by_setting(pair) == [[one]]
 
 
 def test_commands_make_the_same_runs(report, runs):
@@ -169,6 +216,9 @@ CASES = {   # a run's file -> what becomes of its text, and what is then said of
     "round": ("rounds.csv", lambda text: text.replace("\n1,", "\n1e400,"), "rounds.csv is damaged"),
     "word": ("rounds.csv", lambda text: text.replace("\n2,", "\ntwo,"), "rounds.csv is damaged"),
     "accuracy": ("rounds.csv", lambda text: text.replace(",0.", ",7e300."), "rounds.csv is damaged"),
+    "split": ("rounds.csv", lambda text: text.replace("deployed,test", "deployed,train"), "rounds.csv is damaged"),
+    "short": ("rounds.csv", lambda text: text[:text.rindex(",")], "rounds.csv is damaged"),
+    "null": ("rounds.csv", lambda text: text + "\x00", "rounds.csv is damaged"),
     "bytes": ("rounds.csv", lambda text: text.replace("deployed", "d\udcff"), "rounds.csv is damaged"),
     "nothing": ("attack.csv", lambda text: "", "No columns"),
     "zero": ("attack.csv", lambda text: "\x00", "attack.csv cannot be read"),
@@ -193,7 +243,7 @@ def test_no_run_stops_the_page_or_gets_into_it(report, runs, tmp_path, capsys, m
     for name, (_, _, reason) in CASES.items():
         assert not reason or any(line.startswith(f"left out: {name}: ") and reason in line
                                  for line in printed.splitlines()), name
-    assert "<script" not in text and "folder: config.json cannot be read" in printed
+    assert text.count("<script") == 1 and SCRIPT not in text and "folder: config.json cannot be read" in printed
     assert "2" in set(pd.read_csv(tmp_path / "summary.csv")["seeds"].astype(str).str.split().explode())
 
     def broken(folder, read=summary.read):
@@ -206,14 +256,14 @@ def test_no_run_stops_the_page_or_gets_into_it(report, runs, tmp_path, capsys, m
 
 
 def test_cells_are_escaped_unless_they_are_html():
-    grid = page._grid(["<a>"], [["<b>", page.Markup("<i>x</i>")], [3, "'\""]])
+    grid = page._grid(["<a>"], [("", ["<b>", page.Markup("<i>x</i>")]), ("fedavg", [3, "'\""])])
     assert "<th>&lt;a&gt;</th>" in grid and "<td>&lt;b&gt;</td><td><i>x</i></td>" in grid
-    assert "<td>3</td><td>&#39;&#34;</td>" in grid
+    assert "data-method=fedavg><td>3</td><td>&#39;&#34;</td>" in grid
+    assert "<title>&lt;a&gt;</title>" in pictures.group("fedavg", "<a>")
 
 
 def test_the_strongest_attack_of_the_last_round_beside_its_control():
-    rows = leakage.condense(lines({**EARLY, **LAST}))
-    by = rows.set_index(["adversary", "kind"])
+    by = pd.DataFrame(leakage.condense(lines({**EARLY, **LAST}))).set_index(["adversary", "kind"])
     assert len(by) == 3 and set(by["round"]) == {2}
     assert by["word"].tolist() == ["leaks", "leaks", "as a guess"] and not by["few"].any()
     image, drawn = by.loc[("stolen_model", "image")], by.loc[("stolen_model", "class")]
@@ -223,17 +273,17 @@ def test_the_strongest_attack_of_the_last_round_beside_its_control():
     assert image[["identified", "control_identified", "identified_worst"]].tolist() == [0.75, 0, 1]
     assert drawn[["attack", "score", "control_score"]].tolist() == ["margin", 0.75, 0]
     chooser = {("stolen_model", "reidentification", 2): (0.9, 0.1, 3, 7)}
-    image, = leakage.condense(lines({**LAST, **chooser})).query(
-        "adversary == 'stolen_model' and kind == 'image'").to_dict("records")
+    image = next(row for row in leakage.condense(lines({**LAST, **chooser}))
+                 if (row["adversary"], row["kind"]) == ("stolen_model", "image"))
     assert (image["attack"], image["score"]) == ("latent_decoder", 0.6)   # one that chooses shows no picture
     assert (image["rank_attack"], image["rank"], image["identified"]) == ("reidentification", 3, 7 / 8)
-    alone = leakage.condense(lines(chooser))
-    assert alone["score"].isna().all() and alone["rank"].tolist() == [3]
+    alone, = leakage.condense(lines(chooser))
+    assert np.isnan(alone["score"]) and alone["rank"] == 3
 
 
 def test_an_adversary_with_more_attacks_is_not_more_often_called_a_leak():
     """Six images on one side, p = 1/64, leak in one attack and not where it is one of two."""
     one = {("stolen_model", "latent_decoder", 2): (0.6, 0.5, 50, 0)}
-    words = [leakage.condense(lines(attacks, 6))["word"].tolist() for attacks in (
+    words = [[row["word"] for row in leakage.condense(lines(attacks, 6))] for attacks in (
         one, {**one, ("stolen_model", "latent_search", 2): (0.2, 0.2, 50, 0)})]
     assert words == [["leaks"], ["as a guess"]]
