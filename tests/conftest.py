@@ -10,8 +10,11 @@ from pathlib import Path
 # Before PyTorch is imported: the models are tiny, and several tests run at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+
+from utils import write_whole
 
 # A shell in the background ignores Ctrl-C, and so would every program that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,11 +49,15 @@ def few_steps(monkeypatch):
         monkeypatch.setattr(f"attack.{name}", steps)
 
 
-@pytest.fixture
-def quick_pictures(monkeypatch):
-    """An attack's picture is written as what it would show, which takes no time."""
-    monkeypatch.setattr("attack.evaluation.save_picture", lambda path, rows, labels, title: path.write_text(
-        f"{labels.tolist()} {title} {[float(images.sum()) for images in rows.values()]}"))
+@pytest.fixture(scope="session", autouse=True)
+def quick_pictures():
+    """Rendering takes longer than a tiny run: pictures are composed, and written as what they would show."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runs.plots._save", lambda figure, path: (
+            write_whole(path, lambda file: file.write(b"composed")), plt.close(figure)))
+        patch.setattr("attack.evaluation.save_picture", lambda path, rows, labels, title: path.write_text(
+            f"{labels.tolist()} {title} {[float(images.sum()) for images in rows.values()]}"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def test_cosine_matching_recovers_several_images_at_once():
     seen = [gradients.gradient(head, x[i:i + 1], y[i:i + 1]) for i in range(3)]
     seen = {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
     found, _ = gradients.invert(lambda z, t: gradients.gradient(head, z, t), seen, y[:, None],
-                                torch.rand(2, 3, 1, *SHAPE), 400, 1e-6, True)
+                                torch.rand(2, 3, 1, *SHAPE), 300, 1e-6, True)
     assert (psnr(found[0, :, 0], x) > 25).all()
 
 
@@ -129,7 +129,7 @@ def test_class_inversion_finds_the_class():
     score, labels = score_by_template(templates), torch.tensor([2, 0])
     public = (templates.repeat(80, 1, 1, 1) * (0.7 + 0.3 * torch.rand(320, 1, 1, 1))).clamp(0, 1)
     adversary = Adversary(Knowledge(None, None, False, SHAPE), None, PublicImages(public, None), 0.0,
-                          Budget(restarts=3, iterations=200, epochs=30, draws=1, lr=0.1, top_scores=1))
+                          Budget(restarts=2, iterations=100, epochs=15, draws=1, lr=0.1, top_scores=1))
     adversary.score = lambda draws: score
     assert (score(classes.mi_face(adversary, labels)[0]).argmax(1) == labels).all()
     for attack in (classes.margin, classes.gmi):
@@ -146,7 +146,7 @@ def test_a_decoder_learns_to_undo_a_fixed_mixing():
 
 
 @pytest.mark.parametrize("method", ["lg_fedavg", "rve_pfl"])
-def test_a_shadow_encoder_fits_the_frozen_head(method):
+def test_a_shadow_encoder_fits_the_frozen_head(method, monkeypatch):
     """It pays for its KL by --kl_weight, as the client's own does."""
     head, start = Classifier(SHAPE, 4).eval(), METHODS[method].build(SHAPE, 4, {"init_logvar": -4.0})
     public, y = images(200) * 0.2, torch.arange(200) % 4
@@ -164,6 +164,7 @@ def test_a_shadow_encoder_fits_the_frozen_head(method):
     if method == "rve_pfl":
         assert kl[1] < 0.8 * kl[0]
         return
+    monkeypatch.setattr(adversaries, "ALIGNED_STEPS", 20)
     pulled = adversaries.shadow_encoder(Knowledge(head, None, True, SHAPE), start, public, y, 5, 1e-5,
                                         lambda latents, labels: 100 * latents.square().mean())
     assert pulled.posterior(public)[0].square().mean() < 0.1   # as a distance to observed latents would

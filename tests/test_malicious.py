@@ -232,7 +232,7 @@ def test_a_backdoor_run_has_its_column_and_picture_and_resumes(place):
              "fedavg", "--partition", "iid", "--save_rounds", 1, "--malicious_behaviour")
     assert place.main(*flags, "backdoor_patch") == 0
     table, whole = pd.read_csv(place.results / "clients.csv"), place.clients_csv()
-    assert table.columns[-1] == "backdoor" and (place.results / "backdoor.png").stat().st_size > 1000
+    assert table.columns[-1] == "backdoor" and (place.results / "backdoor.png").exists()
     bad = MaliciousClients("backdoor_patch", 0.5, 4, seed=1).members
     filled = table[table["backdoor"].notna()]
     assert set(filled["stage"]) == {"deployed"} and set(filled["client"]) == set(range(4)) - bad

@@ -21,7 +21,7 @@ SERVER = ["--adversary", "curious_server"]
 RUNS = {method: (*THREE, "--method", method, "--rounds", 2, "--save_rounds", 1)
         for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper")}
 RUNS |= {"by_heart": (*THREE, "--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--rounds", 2,
-                      "--save_rounds", 1, "--local_ep", 60),
+                      "--save_rounds", 1, "--local_ep", 20),
          "priors": (*THREE, "--prior", "class", "--kl_weight", 0.1, "--rounds", 2),
          "some": (*THREE, "--rounds", 6, "--frac", 0.6, "--local_ep", 2),
          "pair": ("--method", "fedavg", "--num_users", 2, "--rounds", 1)}
@@ -148,7 +148,7 @@ def test_public_images_are_of_the_classes_asked_about_where_they_mean_the_same(t
 
 
 def test_what_was_learnt_by_heart_leaks(trained, capsys):
-    assert trained.attack("by_heart", "--public", "other", "--train_epochs", 60, "--overwrite") == 0
+    assert trained.attack("by_heart", "--public", "other", "--train_epochs", 20, "--overwrite") == 0
     table = trained.csv("by_heart", "membership.csv")
     assert set(zip(table["adversary"], table["attack"], strict=True)) == fits("fedavg")
     assert (table["auc"] >= 0.7).all(), table["auc"]
@@ -237,12 +237,13 @@ def test_kl_by_hand(trained):
 
 
 @pytest.mark.parametrize("flags", [
-    ("rve_pfl", "--prior", "class", "--kl_weight", 0.1, "--kl_warmup", 2, "--aggregation", "mean"),
+    ("rve_pfl", "--prior", "class", "--kl_weight", 0.1, "--kl_warmup", 2, "--aggregation", "mean", "--precision",
+     "fp32"),
     pytest.param(("rve_pfl", "--head_lr", 0.5, "--lr_decay", 0.1, "--lr_warmup", 0.9, "--augment", "flip+shift"),
                  marks=pytest.mark.slow),
     pytest.param(("local", "--optimizer", "sgd", "--momentum", 0.5, "--lr", 0.01), marks=pytest.mark.slow),
     pytest.param(("ressfl", "--loss_weight", 2, "--aggregation", "mean"), marks=pytest.mark.slow),
-    ("nbafl_prox", "--prox", 5, "--rounds", 1)])   # with more rounds, of what the server's noise left
+    ("nbafl_prox", "--prox", 5, "--rounds", 1, "--precision", "bf16")])   # with more rounds, of what the server's noise left
 def test_a_reference_is_trained_as_a_client(trained, flags):
     """The only client of a run, and a reference with its images and draws, end with the same parameters."""
     name = "-".join(map(str, flags)).replace("+", "")

@@ -25,7 +25,6 @@ RUNS = {
     "class": ("--prior", "class", "--kl_weight", 1e-2),
     "rve_pfl": ("--rounds", 3, "--save_rounds", 1, 2, "--init_logvar", -9),
 }
-pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 
 @pytest.fixture(scope="module")

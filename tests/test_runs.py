@@ -15,7 +15,7 @@ import sampling
 from engine.clients import Clients
 from methods import METHODS
 from options import args_parser
-from runs import setup
+from runs import plots, setup
 from runs.checkpoints import load_checked
 from server.privacy import ClientDP
 from utils import rng
@@ -28,6 +28,7 @@ COLUMNS = {
     "server.csv": "round,client,n,norm_ratio,cosine,max_cosine,trust,weight,malicious"}
 
 
+save_rendered = plots._save   # before tests replace it
 QUICK = ("rve_pfl", "local", "nbafl", "client_dp_adaptive")
 
 
@@ -56,7 +57,9 @@ def test_each_method_from_the_command_line(place, capsys, method):
 def finished(tmp_path_factory, make_place):
     """A run of FLAGS, for tests that read its files, or copy them."""
     place = make_place(tmp_path_factory.mktemp("finished"))
-    assert place.main(*FLAGS) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_save", save_rendered)
+        assert place.main(*FLAGS) == 0
     return place
 
 
@@ -73,6 +76,7 @@ def test_the_files_of_a_run(finished):
     assert {p.name for p in finished.models.iterdir()} == {"round_2", "round_4", ".lock"}   # asked, latest
     assert {p.name for p in (finished.models / "round_4").iterdir()} == {
         "shared.pt", "server.pt", *(f"client_{k}.pt" for k in range(4))}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in finished.results.glob("*.png"))
     for name, columns in COLUMNS.items():
         assert (finished.results / name).read_text().splitlines()[0] == columns
     clients = pd.read_csv(finished.results / "clients.csv")
