@@ -183,7 +183,7 @@ def test_the_queue_runs_what_is_missing(tried, capsys, monkeypatch):
 def test_an_interrupted_run_goes_on(tried):
     """Its rounds before the interruption are not trained again: their seconds stay."""
     experiment, task, folder = tried
-    long = task(1, rounds=60)
+    long = task(1, rounds=40)
     queue = common.Queue(experiment, folder)
     thread = threading.Thread(target=queue.make, args=[long])
     thread.start()
@@ -197,7 +197,7 @@ def test_an_interrupted_run_goes_on(tried):
     before = common.curve(csv.parent)
     common.Queue(experiment, folder).make(long)
     rows = common.read(folder / "tried.csv")
-    assert len(rows) == 60 and rows["seconds"].tolist()[:3] == pytest.approx(
+    assert len(rows) == 40 and rows["seconds"].tolist()[:3] == pytest.approx(
         [row["seconds"] for row in before[:3]], rel=1e-3)
 
 

@@ -252,19 +252,18 @@ QUICK = ("oracle", "gan_poison")
 @pytest.mark.parametrize("behaviour", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
                                        for name in BEHAVIOURS])
 def test_every_behaviour_runs(place, behaviour):
-    assert place.main("--num_users", 4, "--rounds", 2, "--malicious_frac", 0.25,
+    assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.25,
                       "--malicious_behaviour", behaviour) == 0
     server = pd.read_csv(place.results / "server.csv")
-    assert server.groupby("round")["malicious"].sum().tolist() == [behaviour != "oracle"] * 2
-    clients = pd.read_csv(place.results / "clients.csv").query("round == 2 and stage == 'deployed'")
-    means = pd.read_csv(place.results / "rounds.csv").query("round == 2 and stage == 'deployed'")
+    assert server.groupby("round")["malicious"].sum().tolist() == [behaviour != "oracle"]
+    clients = pd.read_csv(place.results / "clients.csv").query("stage == 'deployed'")
+    means = pd.read_csv(place.results / "rounds.csv").query("stage == 'deployed'")
     honest = clients[~clients["client"].isin(MaliciousClients(behaviour, 0.25, 4, seed=1).members)]
     assert means["accuracy"].item() == pytest.approx(honest["accuracy"].mean())   # the malicious left out
 
 
-@pytest.mark.parametrize("rule", [name if name == "threat_aware" else pytest.param(name, marks=pytest.mark.slow)
-                                  for name in RULES])
-def test_every_rule_resumes_to_the_same_numbers(place, rule):
+@pytest.mark.parametrize("rule", ["threat_aware", pytest.param("norm_clipping", marks=pytest.mark.slow)])
+def test_a_rule_with_memory_or_draws_resumes_to_the_same_numbers(place, rule):
     flags = ("--num_users", 4, "--rounds", 3, "--aggregation", rule, "--malicious_frac", 0.25,
              "--malicious_behaviour", "label_flip", "--save_rounds", 1)
     assert place.main(*flags) == 0

@@ -243,7 +243,8 @@ def test_kl_by_hand(trained):
                  marks=pytest.mark.slow),
     pytest.param(("local", "--optimizer", "sgd", "--momentum", 0.5, "--lr", 0.01), marks=pytest.mark.slow),
     pytest.param(("ressfl", "--loss_weight", 2, "--aggregation", "mean"), marks=pytest.mark.slow),
-    ("nbafl_prox", "--prox", 5, "--rounds", 1, "--precision", "bf16")])   # with more rounds, of what the server's noise left
+    # With more rounds, of what the server's noise left.
+    ("nbafl_prox", "--prox", 5, "--rounds", 1, "--precision", "bf16")])
 def test_a_reference_is_trained_as_a_client(trained, flags):
     """The only client of a run, and a reference with its images and draws, end with the same parameters."""
     name = "-".join(map(str, flags)).replace("+", "")

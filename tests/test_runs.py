@@ -130,13 +130,13 @@ def lines(path):
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_then_resume_gives_the_same_bytes(place):
-    flags = ("--rounds", 20, "--num_users", 3, "--checkpoint_seconds", 0, "--frac", 0.7)
+    flags = ("--rounds", 15, "--num_users", 3, "--checkpoint_seconds", 0, "--frac", 0.7)
     assert place.main(*flags) == 0
     expected = place.clients_csv(), (place.results / "server.csv").read_bytes()
     rng, kills = np.random.default_rng(0), 0
     shutil.rmtree(place.results)
     shutil.rmtree(place.models)
-    for target in (1, 15, 40, 65):
+    for target in (1, 20, 50):
         process = place.start(*flags, "--resume")
         wait_for(process, lambda n=target: lines(place.results / "clients.csv") > n)
         time.sleep(rng.uniform(0, 0.05))   # anywhere in a round, a save included
@@ -144,10 +144,10 @@ def test_kill_9_at_any_moment_then_resume_gives_the_same_bytes(place):
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.communicate()
-    assert kills >= 3
+    assert kills >= 2
     assert place.main(*flags, "--resume") == 0
     assert (place.clients_csv(), (place.results / "server.csv").read_bytes()) == expected
-    assert {p.name for p in place.models.iterdir()} == {"round_20", ".lock"}
+    assert {p.name for p in place.models.iterdir()} == {"round_15", ".lock"}
 
 
 def unfinish(place, round):
