@@ -107,7 +107,7 @@ def test_an_environment_of_no_process_is_refused(place, capsys, monkeypatch, nam
 
 
 def test_the_first_process_alone_names_a_bad_option(place, capsys, monkeypatch):
-    monkeypatch.setattr("engine.processes.LAST_WORDS", 0)
+    monkeypatch.setattr("engine.signals.LAST_WORDS", 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
