@@ -19,6 +19,8 @@ from engine.memory import main_memory, size_of
 from utils import InputError, shown, write_whole
 
 TORCHVISION = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar": "CIFAR10"}
+OTHER_DATA = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # suggested for the attacks' --public
+MIN_PUBLIC = 200   # images that attackers need to train on; with fewer, training on them is no use
 ALIASES = {"fashionmnist": "fmnist", "cifar10": "cifar"}   # in lower case, without - and _
 HALVES = ("train", "val", "test")   # in the order in which they are pooled; val is optional
 NEEDED = ("train_images", "train_labels", "test_images", "test_labels")

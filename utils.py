@@ -7,8 +7,10 @@ import hashlib
 import importlib
 import os
 import re
+import shlex
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -84,6 +86,28 @@ class LateName:
 def round_down(count: float) -> int:
     """Return the whole clients in a share; 0.3 x 10 is 3 despite floating point."""
     return int(count + 1e-9)
+
+
+def nearby(path: Path) -> str:
+    """Return a path for the user: relative to the working folder if it is inside."""
+    path, here = path.absolute(), Path.cwd()
+    return printable(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def typed(script: str, options: Mapping[str, object], *names: str) -> str:
+    """Return a command of this project with some options, to be typed in the working folder."""
+    usual = {"results_dir": ROOT / "results", "models_dir": ROOT / "saved_models", "data_dir": ROOT / "data",
+             "public": "unowned"}   # left out
+    words = [word for name in names if str(options[name]) != str(usual.get(name))
+             for word in (f"--{name}", str(options[name]))]
+    return printable(shlex.join([sys.orig_argv[0], nearby(ROOT / script), *words]))
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds, such as `1 min 20 s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h " * (hours > 0) + f"{minutes} min " * (hours + minutes > 0) + f"{seconds} s"
 
 
 def rng(seed: int, purpose: str, client: int = 0, round: int = 0) -> np.random.Generator:

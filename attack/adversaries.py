@@ -28,8 +28,6 @@ from models import RVE, FlattenHWC, as_image, kl_to_standard_normal, over_draws,
 from server.base import State
 from utils import InputError, rng
 
-OTHER_DATA = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # suggested for --public
-MIN_PUBLIC = 200      # images; with fewer, training on them is no use
 ALIGNED_STEPS = 128   # of training, at least, before an encoder's moments are those of the victim
 Part = TypeVar("Part")
 Distance = Callable[[Tensor, Tensor], Tensor]   # latents N x D, labels N -> distance from those of the victim
@@ -157,12 +155,12 @@ def public_images(target: Target, args: Namespace) -> PublicImages:
         ours = {image.tobytes() for image in data.images}
         new = np.array([image.tobytes() not in ours for image in other.images])
         images, labels = other.images[new], other.labels[new]
-    if len(labels) < MIN_PUBLIC:
-        suggested = OTHER_DATA.get(target.options["dataset"], "NAME")
+    if len(labels) < datasets.MIN_PUBLIC:
+        suggested = datasets.OTHER_DATA.get(target.options["dataset"], "NAME")
         shape = " x ".join(map(str, data.image_shape))
         raise InputError(f"--public {name}: only {len(labels)} of its images belong to no client, and "
-                         f"{MIN_PUBLIC} are needed; give --public {suggested}, or the NAME of another data set of "
-                         f"{shape} images")
+                         f"{datasets.MIN_PUBLIC} are needed; give --public {suggested}, or the NAME of another "
+                         f"data set of {shape} images")
     order = rng(args.seed, "public").permutation(len(labels))
     images, known = images[order], torch.from_numpy(labels[order])
 
@@ -172,7 +170,7 @@ def public_images(target: Target, args: Namespace) -> PublicImages:
 
     def of_classes(classes: Tensor) -> tuple[Tensor, Tensor]:
         chosen = torch.isin(known, classes).nonzero().flatten()
-        return first(chosen if len(chosen) >= MIN_PUBLIC else torch.arange(len(known)))
+        return first(chosen if len(chosen) >= datasets.MIN_PUBLIC else torch.arange(len(known)))
     # NAME10k holds ten thousand of NAME's images, so its classes are the same.
     same_classes = name == "unowned" or name.removesuffix("10k") == target.options["dataset"].removesuffix("10k")
     return PublicImages(*first(torch.arange(len(known))), of_classes if same_classes else None)

@@ -121,6 +121,8 @@ def of_latents(solve: Callable[[Adversary, list[latents.Seen], int], tuple[Tenso
 observe_latents = latents.observe   # as --observe says
 SERVER, STOLEN = ("curious_server",), ("stolen_model",)
 HEAD = (SHARED_HEAD, OTHER_CLIENT, WHOLE_HEAD)
+# Those that run unless others are asked for: they tell most of what a run leaks, in little time.
+DEFAULT_ATTACKS = ("analytic", "latent_decoder", "reidentification", "score_decoder")
 # In the order in which they run. An adversary's attacks share what the first of them trained, so a new row goes
 # behind those of its adversary: before them it would change what they find.
 ATTACKS: dict[str, ClassAttack | ReconstructionAttack | IdentificationAttack] = {

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from engine.signals import Interrupted, Interrupts, check
 from parsing import DATA_NAME, HUGE, Option, Parser
 from runs import folders
 from runs.configs import path_of, read_json
-from utils import ROOT, InputError, Late, keep_freed_memory, printable, shown, write_whole
+from utils import ROOT, InputError, Late, duration, keep_freed_memory, nearby, shown, typed, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +45,10 @@ class Command:
     columns: Sequence[str]         # of NAME.csv
     adversaries: Collection[str]
     attacks: dict
+    default_attacks: Collection[str]
+    table: str                     # the format of a printed line, which ends with the seconds
+    titles: tuple[str, ...]        # its heading
+    legend: str
     draws: int                     # the default of --draws
     public_images: int             # the default of --public_images
     options: Sequence[Option]      # that the other command does not have
@@ -51,6 +56,9 @@ class Command:
 
     def __init__(self, args: Namespace) -> None:
         keep_freed_memory()
+        self.started = time.monotonic()
+        if "all" in args.attack:
+            args.attack = list(self.attacks)
         args.public = datasets.canonical(args.public, args.data_dir)
         self.args = args
         self.target = target.open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
@@ -76,8 +84,8 @@ class Command:
         raise NotImplementedError
 
     @staticmethod
-    def describe(unit: Unit, rows: list[dict]) -> str:
-        """Return an attack's result in one line."""
+    def describe(unit: Unit, rows: list[dict]) -> tuple[str, ...]:
+        """Return the cells of an attack's line but for the seconds, the verdict first."""
         raise NotImplementedError
 
     def finish(self, rows: list[dict]) -> list[str]:
@@ -99,8 +107,8 @@ class Command:
                 Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
                 Option("adversary", "the adversaries", default=list(cls.adversaries), choices=cls.adversaries,
                        several=True),
-                Option("attack", f"the attacks, as far as they fit an adversary and the method: {sources}",
-                       default=list(cls.attacks), choices=cls.attacks, several=True),
+                Option("attack", "the attacks, as far as they fit an adversary and the method, or `all` of them: "
+                       + sources, default=list(cls.default_attacks), choices=[*cls.attacks, "all"], several=True),
                 Option("clients", "numbers of the victims", int, [0], within=(0, HUGE), several=True),
                 Option("rounds", "attack the checkpoints of these rounds (the latest if not given)"
                        + "; 0 is the start" * (not cls.first_round), int, within=(cls.first_round, HUGE),
@@ -146,27 +154,37 @@ class Command:
         for path in folders.half_written(self.target.results, self.files):
             path.unlink()
         options, rows = self.begin()
-        done = {unit_of(row) for row in rows}
-        todo = [unit for unit in plan if unit not in done or self.again(unit)]
-        with tqdm(total=len(plan), initial=len(plan) - len(todo), unit="attack", disable=None) as bar:
-            for unit in todo:
-                bar.set_description(" ".join(map(str, unit)))
-                started, new = time.monotonic(), self.attack(unit)
-                if not rows:   # just before the first rows, so that a refused attack leaves no file
-                    write_whole(self.path("json"), lambda file: file.write(options.encode()))
-                rows = sorted([row for row in rows if unit_of(row) != unit] + new, key=self._place)
-                self.write(self.path("csv"), pd.DataFrame(rows, columns=self.columns))
-                bar.write(f"{unit.adversary} {unit.words} round {unit.round} client {unit.client}: "
-                          f"{self.describe(unit, new)} ({time.monotonic() - started:.0f} s)")
-                bar.update(1)
-                check()
-        print("", *self.finish(rows), f"results:     {printable(self.path('csv'))}", sep="\n")
+        with tqdm(total=len(plan), leave=False, disable=None,
+                  bar_format="attack {n_fmt} of {total_fmt}{desc} |{bar:30}| {elapsed} elapsed") as bar:
+            for (round, client), units in groupby(plan, lambda unit: unit[2:4]):
+                bar.write(f"\n{self.target.results.name}, round {round}, client {client}\n"
+                          f"{self.table.format(*self.titles, 'time').rstrip()}")
+                for unit in units:
+                    bar.set_description_str(f": {unit.adversary} {unit.words}")
+                    started, results = time.monotonic(), [row for row in rows if unit_of(row) == unit]
+                    if not results or self.again(unit):
+                        results = self.attack(unit)
+                        if not rows:   # just before the first rows, so that a refused attack leaves no file
+                            write_whole(self.path("json"), lambda file: file.write(options.encode()))
+                        rows = sorted([row for row in rows if unit_of(row) != unit] + results, key=self._place)
+                        self.write(self.path("csv"), pd.DataFrame(rows, columns=self.columns))
+                    bar.write(self.table.format(*self.describe(unit, results),
+                                                f"{time.monotonic() - started:.0f} s"))
+                    bar.update(1)
+                    check()
+        print(self.legend, "", *self.finish(rows), f"results:  {nearby(self.path('csv'))}",
+              *self.pictures(plan, rows), f"time:     {duration(time.monotonic() - self.started)}",
+              f"next:     {typed('report.py', vars(self.args), 'results_dir')}", sep="\n")
+
+    def pictures(self, plan: list[Unit], rows: list[dict]) -> list[str]:
+        """Return a line that names a picture to look at."""
+        return []
 
     def planned(self) -> list[Unit]:
         """Return the attacks to run, each once; InputError if none fits."""
         reasons = dict(self.units())
         if plan := [unit for unit, reason in reasons.items() if reason is None]:
-            return plan
+            return sorted(plan, key=lambda unit: unit[2:4])
         raise InputError(f"--run {self.args.run}: none of these attacks fits "
                          f"({'; '.join(sorted(filter(None, set(reasons.values()))))})")
 

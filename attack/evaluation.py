@@ -21,6 +21,7 @@ from devices import seed_torch
 from utils import InputError, rng, write_whole
 
 PICTURED = 10          # images in a picture
+BLANK = ("grey", "noise")   # controls of attacks on classes that a picture does not show
 Observe = Callable[[np.ndarray], Any]   # numbers of N images -> what an attack observes of them
 
 
@@ -119,18 +120,24 @@ class Evaluation:
         seed_torch(self.args.seed, f"{unit.adversary} {unit.attack}", unit.client, unit.round)
         outcomes = (self._attack_classes(unit, attack, adversary) if isinstance(attack, ClassAttack)
                     else self._attack_images(unit, attack, adversary))
+        rows = {control: self.rows(unit, outcome, control) for control, outcome in outcomes.items()}
         shown = outcomes[""].numbers[0, :PICTURED]
-        pictures = {"nearest of the client's" if attack.kind == "class" else "truth": self.target.pixels(shown),
-                    **{control or unit.attack: outcome.images[0] for control, outcome in outcomes.items()}}
-        save_picture(self.target.results / unit.picture, pictures, self.target.labels(shown),
-                     f"{self.target.results.name}: {unit.adversary}, round {unit.round}")
-        return [row for control, outcome in outcomes.items() for row in self.rows(unit, outcome, control)]
+        pictures, captions = {"nearest own" if attack.kind == "class" else "truth": self.target.pixels(shown)}, {}
+        for control in [name for name in outcomes if name not in BLANK]:
+            name = f"{control} (control)" if control else unit.words
+            pictures[name] = outcomes[control].images[0]
+            captions[name] = [f"SSIM {row['ssim']:.2f}\nrank {row['class_rank']:.0f} of {row['class_size']:.0f}"
+                              for row in rows[control][:len(shown)]]
+        save_picture(self.target.results / unit.picture, pictures, captions, self.target.labels(shown),
+                     f"{self.target.results.name}: {unit.adversary}, round {unit.round}, client {unit.client}")
+        return [row for of_control in rows.values() for row in of_control]
 
     def _attack_classes(self, unit: Unit, attack: ClassAttack, adversary: Adversary) -> dict[str, Outcome]:
         """Attack the classes of a client. Controls are what the public images show of them, and blank pictures."""
         labels, public = self.classes(unit.client), self.public
         images = finite(attack.solve(adversary, labels))
-        shown = {"": images, "grey": torch.full_like(images[:1], 0.5), "noise": torch.rand_like(images[:1])}
+        shown = {"": images, **dict(zip(BLANK, (torch.full_like(images[:1], 0.5), torch.rand_like(images[:1])),
+                                        strict=True))}
         if public.of_classes is not None:
             firsts = [int((public.labels == c).int().argmax()) for c in labels]   # in random order as they are
             shown |= {"class_mean": scoring.class_means(public.images, public.labels, labels)[None],
@@ -265,20 +272,28 @@ def finite(images: Tensor) -> Tensor:
     return images.nan_to_num(0.5, 0.5, 0.5)
 
 
-def save_picture(path: Path, rows: dict[str, Tensor], labels: Tensor, title: str) -> None:
-    """Save the first images of each row, ``N x C x H x W``, as one picture, a labelled column for each image."""
+def save_picture(path: Path, rows: dict[str, Tensor], captions: dict[str, list[str]], labels: Tensor,
+                 title: str) -> None:
+    """Save the first images of each row, ``N x C x H x W``, as one picture, a labelled column for each image.
+
+    Args:
+        captions: the texts below the images of some rows.
+    """
     from runs.plots import drawable, plt  # slow to import
 
     count = min(PICTURED, len(labels))
-    figure, axes = plt.subplots(len(rows), count, figsize=(2.2 + 0.9 * count, 0.6 + 0.95 * len(rows)),
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.6 + count, 0.6 + 1.35 * len(rows)),
                                 squeeze=False, layout="constrained")
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for i, place in enumerate(line):
             place.imshow(drawable(images[i].permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=1)
             place.set(xticks=[], yticks=[])
-            if line is axes[0]:
-                place.set_title(int(labels[i]), fontsize=8)
-        line[0].set_ylabel(name.replace("_", " "), rotation=0, ha="right", va="center", fontsize=8)
+            if name in captions:
+                place.set_xlabel(captions[name][i], fontsize=7)
+            if name == next(iter(rows)):
+                place.set_title(f"class {labels[i]}", fontsize=8)
+        line[0].set_ylabel(name.replace("_", " ").replace(" (", "\n("), rotation=0, ha="right", va="center",
+                           fontsize=8)
     figure.suptitle(title, fontsize=9)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)

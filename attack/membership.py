@@ -70,6 +70,10 @@ class Membership(Command):
                    "leaks. `fedmia` looks at all --rounds together, or at all that have a checkpoint.")
     files, columns = folders.OF_MEMBERSHIP, COLUMNS
     adversaries, attacks = ("curious_server", *MODELS), MEMBERSHIP_ATTACKS
+    default_attacks = tuple(MEMBERSHIP_ATTACKS)
+    table = "{:<10} {:<14} {:<6}" + " {:>18}" * len(METRICS) + " {:>6}"
+    titles = "verdict", "adversary", "attack", "AUC", *(f"TPR at FPR {rate:g}" for rate in FALSE_POSITIVE_RATES)
+    legend = "In brackets: 95 % intervals. An attack that guesses has an AUC of 0.5."
     draws, public_images = 8, 4000
 
     options = (
@@ -120,15 +124,11 @@ class Membership(Command):
                  **members.measure(scores.numpy(), images.labels.numpy(), images.member)}]
 
     @staticmethod
-    def describe(unit: Unit, rows: list[dict]) -> str:
-        """Return a row in words; an attack leaks if its interval of the AUC lies above a guess's."""
+    def describe(unit: Unit, rows: list[dict]) -> tuple[str, ...]:
+        """Return the cells of an attack's line; it leaks if its interval of the AUC lies above a guess's."""
         row, = rows
-
-        def shown(name: str) -> str:
-            return f"{row[name]:.2f} ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f})"
-        rates = ", ".join(f"{shown(f'tpr_at_fpr_{rate:g}')} at FPR {rate:g}" for rate in FALSE_POSITIVE_RATES)
-        return (f"{LEAKS if row['auc_low'] > 0.5 else GUESS}. AUC {shown('auc')}, TPR {rates}; "
-                f"{row['members']} members, {row['non_members']} non-members")
+        return (LEAKS if row["auc_low"] > 0.5 else GUESS, unit.adversary, unit.attack, *(
+            f"{row[name]:.2f} ({row[f'{name}_low']:.2f}-{row[f'{name}_high']:.2f})" for name in METRICS))
 
 
 def obstacle(target: Target, unit: Unit, rounds: list[int]) -> str | None:

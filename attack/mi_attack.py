@@ -2,7 +2,7 @@
 
     python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
 
-Every attack that fits is run by every adversary, unless options choose some. Written to results/<run>/:
+A few attacks that fit are run by every adversary, or with --attack all every one. Written to results/<run>/:
 attack.csv, a row for each reconstruction and each control; attack.json, the options; attack_summary.csv, means and
 95 % bootstrap intervals; attack_latents.csv, how much a latent tells at most; a picture of each attack.
 """
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project, whatever the folder
 
-from attack.attacks import ADVERSARIES, ATTACKS, CLIENT_LR, FEW_IMAGES, observe_latents
+from attack.attacks import ADVERSARIES, ATTACKS, CLIENT_LR, DEFAULT_ATTACKS, FEW_IMAGES, observe_latents
 from attack.command import Command
-from attack.verdict import ATTACK_COLUMNS, WORST, Unit, judge, summarise, worst_identified
+from attack.verdict import ATTACK_COLUMNS, FOREIGN, Unit, judge, summarise
 from engine.signals import steady_output
 from parsing import HUGE, Option
 from runs import folders
-from utils import InputError, Late
+from utils import InputError, Late, nearby
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 else:
     pd, evaluation, observations = Late("pandas"), Late("attack.evaluation"), Late("attack.observations")
 
-# Printed of an attack: means over its first choices.
-SHOWN = {"ssim": ("SSIM", "{:.2f}"), "class_rank": ("rank in its class", "{:.0f}"),
-         "nearest_rank": ("rank", "{:.0f}"), "psnr": ("PSNR", "{:.1f} dB"),
-         "evaluator_correct": ("evaluator right", "{:.0%}")}
-PICTURED = ("ssim", "psnr")   # say nothing of an attack that makes no image
 OBSERVED = (r"z([2-9]|[1-9]\d{1,3})?|rounds|mu|train",
             "choose from z, zN (N draws, from 2 to 9999), rounds, mu, train")
 CHEAP = ", ".join(name for name, attack in ATTACKS.items() if attack.cheap)
@@ -48,13 +43,17 @@ class MiAttack(Command):
     program, name = "mi_attack.py", "attack"
     description = "Attack a trained run, and report of each attack whether it beats guessing."
     files, columns = folders.OF_ATTACKS, ATTACK_COLUMNS
-    adversaries, attacks = ADVERSARIES, ATTACKS
+    adversaries, attacks, default_attacks = ADVERSARIES, ATTACKS, DEFAULT_ATTACKS
+    table = "{:<10} {:<14} {:<25} {:>16} {:>10} {:>11} {:>5}"
+    titles = "verdict", "adversary", "attack (observes)", "identified", "class rank", "SSIM"
+    legend = ("In brackets: the same attack on another image of the class. For attacks on classes: how many the\n"
+              "evaluator recognises, and in brackets how many of the best control.")
     draws, public_images, first_round = 32, 10_000, 0
 
     options = (
         Option("observe", "what attacks on latents see of an image: z is one draw, zN are N draws, as z8; rounds "
                "is one draw in each round so far, with that round's encoder; mu is the mean of z; train is one "
-               "draw with the encoder's dropout", default=["z"], pattern=OBSERVED, several=True),
+               "draw with the encoder's dropout", default=["z", "mu"], pattern=OBSERVED, several=True),
         Option("images", "how many of a client's training images are attacked at most (if not given: all, where "
                f"an attack is cheap: {CHEAP}; {FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
         Option("image_numbers", "the numbers in the data set of the training images to attack, in place of "
@@ -106,33 +105,38 @@ class MiAttack(Command):
             table = table.drop_duplicates(["round", "client"], keep="last").sort_values(["round", "client"])
             self.write(path, table, 5)
         evaluator, public = self.evaluation.evaluator, self.evaluation.public
-        return [f"evaluator: right on {evaluator.accuracy:.1%} of held-out images that it was not trained on; "
+        return [f"evaluator: right on {evaluator.accuracy:.1%} of images that it was not trained on; "
                 f"public images: {len(public.images)} ({self.args.public})", *(
-            f"round {row['round']} client {row['client']}: z tells at most {row['bound_nats']:.0f} nats about an "
+            f"round {row['round']}, client {row['client']}: z tells at most {row['bound_nats']:.0f} nats about an "
             f"image (sigma {row['sigma']:.3f}, SNR {row['snr_db']:.1f} dB)" for row in new)]
 
+    def pictures(self, plan: list[Unit], rows: list[dict]) -> list[str]:
+        """Return a line that names the picture of the attack with the largest advantage in SSIM."""
+        table, advantage = pd.DataFrame(rows, columns=ATTACK_COLUMNS), {}
+        for unit, part in table.groupby(list(Unit._fields), sort=False):
+            attack = ATTACKS[unit[1]]
+            if Unit(*unit) in plan and attack.kind == "image" and not attack.chooses:
+                comparison = judge(part, attack).comparisons[0]
+                advantage[Unit(*unit)] = comparison.score - comparison.control_score
+        best = max(advantage, key=lambda unit: advantage[unit], default=plan[0])
+        return [f"picture:  {nearby(self.target.results / best.picture)}"]
+
     @staticmethod
-    def describe(unit: Unit, rows: list[dict]) -> str:
-        """Return the verdict and the scores, those that decide beside their control's."""
+    def describe(unit: Unit, rows: list[dict]) -> tuple[str, ...]:
         table, attack = pd.DataFrame(rows, columns=ATTACK_COLUMNS), ATTACKS[unit.attack]
-        first = table[(table["restart"] == 0) & (table["control"] == "")]
         verdict = judge(table, attack)
-        compared, parts = {comparison.metric: comparison for comparison in verdict.comparisons}, []
-        for metric, (name, form) in SHOWN.items():
-            if attack.chooses and metric in PICTURED:
-                continue
-            text = f"{name} {form.format(first[metric].mean())}"
-            if beside := compared.get(metric):
-                control = beside.control.replace("_", " ")
-                text += f" ({control} {form.format(beside.control_score)}, p = {beside.p:.2g})"
-            parts.append(text)
-        if attack.kind == "image":
-            parts.append(f"identified {first['identified'].sum():.0f} of {len(first)} (a guess: "
-                         f"{first['guess'].sum():.1f})")
-            if (worst := worst_identified(first)) == worst:
-                parts.append(f"of the {WORST:.0%} with the highest KL {worst:.0%}")
-        things = {"class": ("class", "classes"), "image": ("image", "images")}[attack.kind][verdict.count > 1]
-        return f"{verdict.word}{f' (only {verdict.count} {things})' * verdict.few}. {', '.join(parts)}"
+        word = "too few" if verdict.few else verdict.word
+        name = f"{unit.attack} ({unit.observed})" if unit.observed else unit.attack
+        if attack.kind == "class":
+            best = verdict.comparisons[0]
+            right, control = round(best.score * verdict.count), round(best.control_score * verdict.count)
+            return word, unit.adversary, name, f"{right}/{verdict.count} ({control})", "-", "-"
+        first = table[table["restart"] == 0]
+        own, foreign = (first[first["control"] == control] for control in ("", FOREIGN))
+        rank, ssim = (f"{own[metric].mean():{form}} ({foreign[metric].mean():{form}})"
+                      for metric, form in (("class_rank", ".0f"), ("ssim", ".2f")))
+        identified = f"{own['identified'].sum():.0f}/{len(own)} ({foreign['identified'].sum():.0f})"
+        return word, unit.adversary, name, identified, rank, "-" if attack.chooses else ssim
 
 
 make_parser, main = MiAttack.parser, MiAttack.main

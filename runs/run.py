@@ -28,7 +28,7 @@ from runs.csvs import append_csv, csv_columns, cut_csv
 from server.base import Aggregated, Round, Server, State, is_finite
 from server.malicious import MaliciousClients
 from update import ClientState
-from utils import InputError, Late, printable, write_whole
+from utils import InputError, Late, duration, nearby, typed, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,15 +99,17 @@ class Run:
             self._restore(earlier)
         self.undrawn: tuple[np.ndarray, np.ndarray] | None = None   # arguments of ``_draw_inputs``
         self.saved_round, self.saved_at, self.warned = self.progress.round, time.monotonic(), False
+        self.started = time.monotonic()
         # It moves with every client, so that the time left is known within a round. No bar without a terminal.
-        self.bar = tqdm(initial=self.progress.round, total=self.options["rounds"], unit="round",
+        self.bar = tqdm(initial=self.progress.round, total=self.options["rounds"], leave=False,
                         disable=self.finished or not ranks.first or None,
-                        bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+                        bar_format="{desc}|{bar:30}| {elapsed} elapsed, {remaining} left")
 
-    def advance(self, round: int, client: int, selected: int, accuracy: float) -> None:
+    def advance(self, round: int, selected: int) -> None:
         """Move the bar by one of the ``selected`` clients that train in a round."""
-        self.bar.set_description(f"round {round}/{self.bar.total} client {client} accuracy {accuracy:.3f}")
         self.bar.update(1 / selected)
+        done = int((self.bar.n - round + 1) * selected + 0.5)
+        self.bar.set_description(f"round {round}/{self.bar.total}, {done} of {selected} clients ")
 
     def say(self, line: str) -> None:
         """Print a line above the bar, to standard error."""
@@ -209,7 +211,7 @@ class Run:
             configs.write(self.results, self.config)
 
     def table(self) -> str:
-        """Return the metrics of the last round, and where the files are, as text."""
+        """Return the metrics of the last round, where the files are, and what to run next, as text."""
         last = pd.read_csv(self.results / "rounds.csv")
         last = last[(last["round"] == last["round"].max()) & (last["split"] == self.evaluation_split)]
         shown = last[["stage", "accuracy", "accuracy_std", "accuracy_worst", "f1", "kl_nats"]]
@@ -217,7 +219,20 @@ class Run:
         who = f"{self.clients} clients" if everybody else "honest clients (trained: those that trained)"
         return (f"\n{self._title()}\nround {last['round'].max()}, split {self.evaluation_split}, means over "
                 f"{who}:\n{shown.to_string(index=False, na_rep='-', float_format='%.4f')}\n"
-                f"results:     {printable(self.results)}\ncheckpoints: {printable(self.models)}")
+                f"results:     {nearby(self.results)}\npicture:     {nearby(self.results / 'curves.png')}\n"
+                f"checkpoints: {nearby(self.models)}\n"
+                + f"time:        {duration(time.monotonic() - self.started)}\n" * (not self.finished)
+                + "next:        " + "\n             ".join(self._next()))
+
+    def _next(self) -> list[str]:
+        """Return the commands that attack this run, if it can be attacked, and that report it."""
+        images, attack = self.config["images"], "attack/mi_attack.py"
+        public = "unowned" if images["pooled"] - images["owned"] >= datasets.MIN_PUBLIC else (
+            datasets.OTHER_DATA.get(self.options["dataset"]))
+        if self.config["protocol"] != "held-out" or public is None:
+            return [typed("report.py", self.options, "results_dir")]
+        return [typed(attack, {**self.options, "run": self.results.name, "public": public}, "run", "public",
+                      "results_dir", "models_dir", "data_dir"), typed("report.py", self.options, "results_dir")]
 
     def _title(self) -> str:
         mark = {"resplit": ", RESPLIT: tested on images trained on", "validate": ", validation images"}

@@ -55,8 +55,9 @@ def quick_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runs.plots._save", lambda figure, path: (
             write_whole(path, lambda file: file.write(b"composed")), plt.close(figure)))
-        patch.setattr("attack.evaluation.save_picture", lambda path, rows, labels, title: path.write_text(
-            f"{labels.tolist()} {title} {[float(images.sum()) for images in rows.values()]}"))
+        patch.setattr("attack.evaluation.save_picture", lambda path, rows, captions, labels, title: (
+            path.write_text(f"{labels.tolist()} {title} {list(rows)} {captions} "
+                            f"{[float(images.sum()) for images in rows.values()]}")))
         yield
 
 

@@ -10,6 +10,7 @@ from attacked import Attacked, kept
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch.distributions import Normal, kl_divergence
 
+import datasets
 from attack import adversaries, members, membership
 from attack.target import as_floats
 from models import VariationalEncoder
@@ -142,7 +143,7 @@ def test_public_images_are_of_the_classes_asked_about_where_they_mean_the_same(t
     same, pair = replace(target, options=target.options | {"dataset": "public"}), torch.tensor([1, 3])
     for run, least, classes, count in ((target, 100, {0, 1, 2, 3}, 230), (same, 100, {1, 3}, 120),
                                        (same, 121, {0, 1, 2, 3}, 230)):
-        monkeypatch.setattr(adversaries, "MIN_PUBLIC", least)
+        monkeypatch.setattr(datasets, "MIN_PUBLIC", least)
         images, labels = adversaries.public_images(run, args).of(pair)
         assert set(labels.tolist()) == classes and len(images) == count
 
@@ -152,7 +153,7 @@ def test_what_was_learnt_by_heart_leaks(trained, capsys):
     table = trained.csv("by_heart", "membership.csv")
     assert set(zip(table["adversary"], table["attack"], strict=True)) == fits("fedavg")
     assert (table["auc"] >= 0.7).all(), table["auc"]
-    assert capsys.readouterr().out.count(": leaks. AUC ") == 5
+    assert capsys.readouterr().out.count("\nleaks ") == 5
 
 
 def test_fedmia_standardises_by_the_other_clients(trained, monkeypatch):
@@ -316,9 +317,12 @@ def test_every_attack_that_fits_leaves_a_row(trained, method, capsys):
     assert len(table) == 2 * len(fits(method)) and set(table["round"]) == {2}
     assert np.isfinite(table[membership.COLUMNS[4:]]).all(axis=None)
     assert ((table["auc_low"] <= table["auc"]) & (table["auc"] <= table["auc_high"])).all()
+    assert "rve_pfl, round 2, client 1\nverdict " in said or method != "rve_pfl"
+    assert max(map(len, said.splitlines()[:3 + len(fits(method))])) <= 100
     for row in table.itertuples():
         word = "leaks" if row.auc_low > 0.5 else "as a guess"
-        assert f"{row.adversary} {row.attack} round 2 client {row.client}: {word}. AUC " in said
+        auc = f"{row.auc:.2f} ({row.auc_low:.2f}-{row.auc_high:.2f})"
+        assert f"\n{word:<10} {row.adversary:<14} {row.attack:<6} {auc:>18} " in said
 
 
 def test_a_second_call_goes_on_and_keeps_other_rows(trained, capsys, monkeypatch):
