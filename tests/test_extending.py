@@ -72,7 +72,7 @@ def test_a_new_attack_is_scored(extended, place, tiny_arrays):
                            "--images", "2", "--public", "other", *folders]) == 0
     table = pd.read_csv(place.results / "attack.csv", keep_default_na=False)
     own = table[table["control"] == ""]
-    assert set(own["attack"]) == {"nearest_latent"} and len(own) == 2
+    assert set(own["attack"]) == {"nearest_latent"} and len(own) == 2 * 2   # from z and from mu
 
 
 def test_a_rule_with_an_option_and_a_column_of_its_own(place):
