@@ -1,4 +1,5 @@
 """One client: local training, its upload, and evaluation."""
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -17,6 +18,16 @@ from server.base import State
 from utils import rng
 
 SHIFT = 4   # pixels, of --augment flip+shift
+
+
+def uncompiled(kind: type[torch.optim.Optimizer]) -> type:
+    """Return an optimiser without the wrappers that keep PyTorch's compiler off it, which takes two seconds to
+    import and is not used here."""
+    plain = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad", "step")}
+    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(plain["step"])})
+
+
+SGD, Adam = uncompiled(torch.optim.SGD), uncompiled(torch.optim.Adam)
 
 
 class Diverged(Exception):
@@ -276,8 +287,8 @@ class Trainer:
                   for of_head, scale in scales.items()]
         groups = [group for group in groups if group["params"]]
         if settings.optimizer == "sgd":
-            return torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
-        return torch.optim.Adam(groups, settings.lr, eps=1e-7, fused=True)
+            return SGD(groups, settings.lr, settings.momentum, fused=True)
+        return Adam(groups, settings.lr, eps=1e-7, fused=True)
 
     def set_lr(self, optimizer: torch.optim.Optimizer, steps: int, done: int, images: int) -> None:
         """Set the learning rates of a client's next step, after ``steps`` in all and ``done`` in this round."""

@@ -43,6 +43,26 @@ def test_nothing_slow_is_imported_to_answer():
         f"{line}: {2 if any(word in line for word in wrong) else 0}: []" for line in LINES], done.stderr
 
 
+# Runs RVE-PFL.py up to its first training step, and prints the slow modules that are imported by then.
+STARTED = f"""
+import os, runpy, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+def stop(*_):
+    print(sorted({SLOW!r} & sys.modules.keys()), "torch._dynamo" in sys.modules, flush=True)
+    os._exit(0)
+register_optimizer_step_post_hook(stop)
+runpy.run_path("RVE-PFL.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_first_training_step_needs_pytorch_alone(place, optimizer):
+    words = [sys.executable, "-c", STARTED, *place.argv("--optimizer", optimizer)]
+    assert subprocess.check_output(words, cwd=ROOT, text=True, stderr=subprocess.DEVNULL) == "['torch'] False\n"
+
+
 def late_names(value):
     """The late names in a row, also those that a partial function holds."""
     if isinstance(value, partial):
