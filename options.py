@@ -7,6 +7,7 @@ released code (README, deviations).
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,12 @@ def make_parser() -> Parser:
     return parser
 
 
+@cache
+def shared_parser() -> Parser:
+    """Return ``make_parser``'s, made once, for users who leave it as it is."""
+    return make_parser()
+
+
 def args_parser(argv: list[str] | None = None, parser: Parser | None = None) -> argparse.Namespace:
     """Parse and check ``argv`` (the command line if None), and fill in defaults that depend on other options.
 
@@ -261,7 +268,7 @@ def misfit(args: argparse.Namespace, method: Method) -> str | None:
 
 def stored_fault(options: dict[str, object]) -> str | None:
     """Return what is wrong with the options of a ``config.json``, or None."""
-    if fault := make_parser().fault(options):
+    if fault := shared_parser().fault(options):
         return fault
     method = METHODS.get(str(options.get("method")))
     if method is None:

@@ -1,5 +1,7 @@
 """One client: local training, its upload, and evaluation."""
+import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from devices import seed_torch
+from engine.products import OneDnnProducts, mkl_is_slow
 from losses import Step
 from methods import Method
 from metrics import Tally
@@ -17,6 +20,16 @@ from server.base import State
 from utils import rng
 
 SHIFT = 4   # pixels, of --augment flip+shift
+
+
+def uncompiled(kind: type[torch.optim.Optimizer]) -> type:
+    """Return an optimiser without the wrappers that keep PyTorch's compiler off it, which takes two seconds to
+    import and is not used here."""
+    plain = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad", "step")}
+    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(plain["step"])})
+
+
+SGD, Adam = uncompiled(torch.optim.SGD), uncompiled(torch.optim.Adam)
 
 
 class Diverged(Exception):
@@ -185,7 +198,7 @@ class Trainer:
         tally = Tally()
         for batch in torch.from_numpy(indices).to(self.labels.device).split(512):
             labels = self.labels[batch]   # for the metrics alone
-            with self.autocast():
+            with self.autocast(), self.products():
                 probabilities, kl = self.model.predict(self._pixels(batch), self.training.eval_samples, labels)
             loss = F.nll_loss(probabilities.clamp_min(1e-12).log(), labels, reduction="none")
             tally.add(loss, kl, probabilities, labels)
@@ -223,11 +236,16 @@ class Trainer:
         bf16 = self.training.dtype == torch.bfloat16
         return torch.autocast(self.images.device.type, torch.bfloat16, bf16)
 
+    def products(self) -> AbstractContextManager:
+        """Return the context that takes the faster library for float32 on this chip."""
+        slow = self.training.dtype == torch.float32 and self.labels.device.type == "cpu" and mkl_is_slow()
+        return OneDnnProducts() if slow else nullcontext()
+
     def _step(self, optimizer: torch.optim.Optimizer, round: int, batch: Tensor,
               sent: State) -> tuple[Tensor, Tensor | None, Tensor]:
         """Make one step on a batch of image numbers; return loss and KL per image, and logits."""
         optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
+        with self.autocast(), self.products():
             images, labels = self.placed(batch, self.placements(len(batch))), self.labels[batch]
             output = self.model(images, labels)
             objective, loss = self.objective(images, output, labels, round, sent)
@@ -276,8 +294,8 @@ class Trainer:
                   for of_head, scale in scales.items()]
         groups = [group for group in groups if group["params"]]
         if settings.optimizer == "sgd":
-            return torch.optim.SGD(groups, settings.lr, settings.momentum, fused=True)
-        return torch.optim.Adam(groups, settings.lr, eps=1e-7, fused=True)
+            return SGD(groups, settings.lr, settings.momentum, fused=True)
+        return Adam(groups, settings.lr, eps=1e-7, fused=True)
 
     def set_lr(self, optimizer: torch.optim.Optimizer, steps: int, done: int, images: int) -> None:
         """Set the learning rates of a client's next step, after ``steps`` in all and ``done`` in this round."""

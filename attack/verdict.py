@@ -167,6 +167,7 @@ def sign_flip(differences: np.ndarray) -> float:
         sums = (1 - 2 * (np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1)) @ values
     else:
         draws = rng(0, "signs")
-        sums = np.concatenate([[values.sum()], *(draws.choice([-1.0, 1.0], (100, len(values))) @ values
-                                                 for _ in range(SIGNS // 100))])
+        kept = np.concatenate([draws.integers(2, size=(100, len(values)), dtype=bool).astype(float) @ values
+                               for _ in range(SIGNS // 100)])   # the sum of the values whose sign is kept
+        sums = np.concatenate([[values.sum()], 2 * kept - values.sum()])
     return float((sums >= values.sum() - 1e-9 * np.abs(values).sum()).mean())

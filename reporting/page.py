@@ -16,8 +16,8 @@ DASH, FOLDER = Markup("&ndash;"), Path(__file__).parent
 PAGE = Markup("""<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content='width=device-width,initial-scale=1'><title>RVE-PFL runs</title><style>
 {}{}</style><h1>RVE-PFL runs</h1><p>{} finished runs in {} settings. Runs of a setting differ only in the seed.
-<div class=bar>{}<input type=search placeholder='filter tables' aria-label='filter tables' hidden></div>
-{}<script>
+<div class=bar>{}<input type=search placeholder=filter aria-label=filter hidden></div>
+{}{}<script>
 {}</script>
 """)
 HOW_TO_READ = Markup("""<details><summary>How to read this</summary>
@@ -39,7 +39,7 @@ def page(runs: list[Finished], others: dict[str, str]) -> str:
         parts += [Markup("<h2>{}, {}</h2>").format(*place), _cards(
             here, block, [run for run in runs if _place(run) == place])]
     if settings:
-        parts += [Markup("<h2>Settings</h2>"), _table(names, settings), HOW_TO_READ]
+        parts += [Markup("<h2>Settings</h2>"), _table(names, settings)]
     if any(run.leaks for run in runs):
         parts += [Markup("<h2>Attacks</h2>"), _attacks(runs)]
     if others:
@@ -49,7 +49,7 @@ def page(runs: list[Finished], others: dict[str, str]) -> str:
         pictures.number(method), method, pictures.mark(5, 5, method), method)
         for method in sorted({run.options["method"] for run in runs}, key=pictures.number)]
     style, script = (Markup((FOLDER / name).read_text()) for name in ("page.css", "page.js"))
-    return PAGE.format(pictures.STYLE, style, len(runs), len(settings), Markup().join(chips),
+    return PAGE.format(pictures.STYLE, style, len(runs), len(settings), Markup().join(chips), HOW_TO_READ,
                        Markup("\n").join(parts), script)
 
 
@@ -61,7 +61,7 @@ def _cards(names: list[str], settings: list[list[Finished]], runs: list[Finished
     """Return the pictures of one data set and partition."""
     cards = [("Accuracy", "mark: seed; line: mean; bar: 95 % interval", pictures.accuracy(names, settings)),
              ("Convergence", "a line for each run", pictures.convergence(runs))]
-    cards += [(f"Accuracy against re-identification by {adversary}", "filled: leaks; line: from the control",
+    cards += [(f"Accuracy against re-identification by {adversary}", "filled: leaks; line: to its control",
                pictures.leakage(runs, adversary))
               for adversary in sorted({row["adversary"] for run in runs for row in run.leaks})]
     cards += [("Classes of each client", f"in {run.name}", _picture(run, "partition.png"))
@@ -72,12 +72,14 @@ def _cards(names: list[str], settings: list[list[Finished]], runs: list[Finished
 
 
 def _gallery(runs: list[Finished]) -> Markup:
-    """Return the pictures of each run's strongest attacks."""
-    figures = [Markup("<figure class=m{} data-method={}>{}<figcaption>{}<br>{} {}: {} {}<details><summary>command"
-                      "</summary><code>{}</code></details></figcaption></figure>").format(
+    """Return the pictures of each run's strongest attacks: images before classes, what leaks first."""
+    shown = sorted(((run, row) for run in runs for row in run.leaks),
+                   key=lambda pair: (pair[1]["kind"] == "class", not pair[1]["leaks"]))
+    figures = [Markup("<figure class=m{} data-method={}>{}<figcaption><b>{}</b><br>{}, {}: {}; {} {}<details>"
+                      "<summary>command</summary><code>{}</code></details></figcaption></figure>").format(
         pictures.number(run.options["method"]), run.options["method"], _picture(run, name), run.name,
-        row["adversary"], row["attack"], "SSIM" if row["kind"] == "image" else "evaluator right", _score(row),
-        command(run.options)) for run in runs for row in run.leaks for name in row["pictures"]]
+        row["adversary"], row["attack"], row["word"], "SSIM" if row["kind"] == "image" else "evaluator right",
+        _score(row), command(run.options)) for run, row in shown for name in row["pictures"]]
     return Markup("<h3>Reconstructions by the strongest attacks</h3><div class='cards gallery'>{}</div>").format(
         Markup("\n").join(figures)) if figures else Markup()
 

@@ -14,7 +14,7 @@ from math import inf, nan
 from pathlib import Path
 from typing import Any
 
-from options import args_parser, make_parser
+from options import args_parser, shared_parser
 from reporting import leakage
 from runs import configs
 from runs.configs import EVALUATION_SPLIT
@@ -133,7 +133,7 @@ def unusual(options: dict) -> dict[str, Any]:
 @cache
 def _usual(*values: str) -> dict[str, Any]:
     """Return the default of every option where the ``BASIC`` ones have these values."""
-    parser = make_parser()
+    parser = shared_parser()
     words = [word for name, value in zip(BASIC, values, strict=True) for word in (f"--{name}", value)]
     usual = vars(args_parser(words, parser))
     return {name: parser.get_default(name) if name in BASIC else usual[name] for name in parser.options}

@@ -31,12 +31,13 @@ def prepared(args: Namespace, ranks: Ranks) -> Iterator[tuple[Run, Clients, Mali
     owned, splits = partition(args, data)
     images, notes = sampling.described(data, owned, splits, args)
     trainer = make_trainer(args, data, device)
-    head, private = trainer.in_round(1).shared_and_private(trainer.state())
+    start = trainer.state()
+    head, private = trainer.in_round(1).shared_and_private(start)
     protocol = "resplit" if args.resplit else "validate" if args.validate else "held-out"
     config = {
         "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
         "processes": ranks.size, "precision": str(trainer.training.dtype),
-        "parameters": trainer.method.count(trainer.model), "start": fingerprint(trainer.state()), "images": images}
+        "parameters": trainer.method.count(trainer.model), "start": fingerprint(start), "images": images}
     server = make_server(vars(args), min(len(train) for train, _ in splits))
     if args.encoders_from and not args.resume:   # before anything of this run is written
         finished_source(args)

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from server.base import Round, Server, Weighting, moved, round_down, updates_of, weighted_mean
+from server.base import Round, Server, Weighting, moved, updates_of, weighted_mean
+from utils import round_down
 
 
 def state(*values):

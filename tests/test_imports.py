@@ -19,7 +19,7 @@ EXPERIMENTS = [f"experiments/{path.name}" for path in sorted((ROOT / "experiment
                if path.stem not in ("common", "speed")]   # speed.py is about PyTorch
 LINES = ["RVE-PFL.py --help", "RVE-PFL.py --lrate 1", "RVE-PFL.py --method local --prox 1",
          "RVE-PFL.py --dataset nothing", "attack/mi_attack.py --help", "attack/mi_attack.py --runn x",
-         "attack/membership.py --run nothing",
+         "attack/membership.py --run nothing", "report.py --help", "report.py --results_dir EMPTY",
          *(f"{path} --help" for path in EXPERIMENTS), "experiments/headline.py --list"]
 # Runs command lines in turn, and prints each with its exit status and the slow modules that are imported by then.
 WATCHED = f"""
@@ -36,11 +36,32 @@ for line in sys.argv[1:]:
 """
 
 
-def test_nothing_slow_is_imported_to_answer():
-    done = subprocess.run([sys.executable, "-c", WATCHED, *LINES], cwd=ROOT, capture_output=True, text=True)
-    wrong = ("--lrate", "--prox", "nothing", "--runn")
+def test_nothing_slow_is_imported_to_answer(tmp_path):
+    lines = [line.replace("EMPTY", str(tmp_path)) for line in LINES]
+    done = subprocess.run([sys.executable, "-c", WATCHED, *lines], cwd=ROOT, capture_output=True, text=True)
+    wrong = ("--lrate", "--prox", " nothing", "--runn")
     assert done.stdout.splitlines() == [
-        f"{line}: {2 if any(word in line for word in wrong) else 0}: []" for line in LINES], done.stderr
+        f"{line}: {2 if any(word in line for word in wrong) else 0}: []" for line in lines], done.stderr
+
+
+# Runs RVE-PFL.py up to its first training step, and prints the slow modules that are imported by then.
+STARTED = f"""
+import os, runpy, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+def stop(*_):
+    print(sorted({SLOW!r} & sys.modules.keys()), "torch._dynamo" in sys.modules, flush=True)
+    os._exit(0)
+register_optimizer_step_post_hook(stop)
+runpy.run_path("RVE-PFL.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_first_training_step_needs_pytorch_alone(place, optimizer):
+    words = [sys.executable, "-c", STARTED, *place.argv("--optimizer", optimizer)]
+    assert subprocess.check_output(words, cwd=ROOT, text=True, stderr=subprocess.DEVNULL) == "['torch'] False\n"
 
 
 def late_names(value):

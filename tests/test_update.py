@@ -7,6 +7,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch.distributions import Normal, kl_divergence
 
 from devices import seed_torch
+from engine import products
 from methods import METHODS
 from metrics import Tally, over_clients
 from models import Output
@@ -161,3 +162,34 @@ def test_bf16_computes_what_fp32_does(tiny_arrays):
     assert figures[1]["loss"] == pytest.approx(figures[0]["loss"], rel=0.01)
     assert figures[1]["kl_nats"] == pytest.approx(figures[0]["kl_nats"], rel=0.01)
     assert figures[1]["loss"] != figures[0]["loss"]   # else bf16 was not used
+
+
+def test_products_of_onednn_agree_with_pytorchs(tiny_arrays, monkeypatch):
+    """Training in float32 on AMD's chips and elsewhere: to rounding, and never in bfloat16."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    results, calls, forward = [], [], products.WideLinear.forward
+    monkeypatch.setattr(products.WideLinear, "forward", lambda *given: calls.append(1) or forward(*given))
+    monkeypatch.setattr(products, "WIDE", 500_000)   # the encoder's layer of 1024 x 512 alone
+    for slow in (False, True):
+        monkeypatch.setattr("update.mkl_is_slow", lambda slow=slow: slow)
+        client, head, private = make(tiny_arrays, optimizer="sgd")
+        update = client.train(0, 1, FIRST, head, private)
+        results.append((update, client.evaluate(0, 1, SECOND, update.upload, update.client_state)))
+        assert len(calls) == (5 if slow else 0)   # four batches of training, one of evaluation
+    (one, figures), (other, others) = results
+    for name, value in one.client_state.parameters.items():
+        assert torch.allclose(value, other.client_state.parameters[name], atol=1e-6)
+    assert figures == pytest.approx(others, rel=1e-4)
+    client, head, private = make(tiny_arrays, dtype=torch.bfloat16)
+    client.train(0, 1, FIRST, head, private)
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("maker, slow", [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_mkl_is_slow_on_chips_of_amd(tmp_path, monkeypatch, maker, slow):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {maker}\n")
+    assert products.mkl_is_slow(tmp_path / "cpuinfo") is slow
+    assert not products.mkl_is_slow(tmp_path / "nowhere")
