@@ -10,7 +10,6 @@ from pathlib import Path
 # Before PyTorch is imported: the models are tiny, and several tests run at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -52,9 +51,11 @@ def few_steps(monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def quick_pictures():
     """Rendering takes longer than a tiny run: pictures are composed, and written as what they would show."""
+    from runs import plots  # once a test runs
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runs.plots._save", lambda figure, path: (
-            write_whole(path, lambda file: file.write(b"composed")), plt.close(figure)))
+        patch.setattr(plots, "_save", lambda figure, path: (
+            write_whole(path, lambda file: file.write(b"composed")), plots.plt.close(figure)))
         patch.setattr("attack.evaluation.save_picture", lambda path, rows, captions, labels, title: (
             path.write_text(f"{labels.tolist()} {title} {list(rows)} {captions} "
                             f"{[float(images.sum()) for images in rows.values()]}")))

@@ -18,7 +18,18 @@ from attack.adversaries import Budget, PublicImages
 from attack.attacks import ATTACKS, ClassAttack, IdentificationAttack, ReconstructionAttack
 from attack.scoring import MAX_CANDIDATES, candidates, paired
 from attack.target import Target
-from attack.verdict import ATTACK_COLUMNS, FOREIGN, GUESS, LEAKS, METRICS, Unit, judge, sign_flip, worst_identified
+from attack.verdict import (
+    ATTACK_COLUMNS,
+    FOREIGN,
+    GUESS,
+    LEAKS,
+    METRICS,
+    Unit,
+    judge,
+    sign_flip,
+    summarise,
+    worst_identified,
+)
 from datasets import Dataset
 from devices import seed_torch
 
@@ -199,6 +210,13 @@ def test_the_worst_images_are_those_with_the_highest_kl():
     table.loc[99, "identified"] = 1
     assert worst_identified(table) == 0.5 and worst_identified(table.tail(10)) == 1
     assert worst_identified(table.head(10)) == 0 and np.isnan(worst_identified(table.assign(kl_nats=np.nan)))
+
+
+def test_a_summary_is_of_first_choices_and_controls():
+    table = rows({"": 0.4, FOREIGN: 0.5}, RANKS)
+    second = table[table["control"] == ""].assign(restart=1, ssim=1.0)
+    summary = summarise(pd.concat([table, second]).to_dict("records"))
+    assert summary["n"].tolist() == [8, 8] and summary["ssim"].tolist() == pytest.approx([0.4, 0.5])
 
 
 CLASSES, EACH = 10, 150   # classes; training images of the client in each of its classes
