@@ -38,7 +38,7 @@ def test_each_method_from_the_command_line(place, capsys, method):
     noise = ["--noise_multiplier", 0.1] if METHODS[method].poisson else []   # adaptive: two clients allow no more
     assert place.main("--method", method, "--rounds", 2, *noise) == 0
     out = capsys.readouterr().out
-    assert "deployed" in out and str(place.results) in out and str(place.models) in out
+    assert f"picture:     {place.results}/curves.png\n" in out and str(place.models) in out and "\ntime: " in out
     clients = pd.read_csv(place.results / "clients.csv")
     assert len(clients) == 2 * 2 * 3 and clients["accuracy"].between(0, 1).all()
     assert clients["kl_nats"].notna().all() == METHODS[method].network.variational
@@ -207,7 +207,9 @@ def test_resuming_a_finished_run_does_nothing_and_shows_its_table(copy, capsys):
     capsys.readouterr()
     assert copy.main(*FLAGS, "--resume") == 0
     assert {p.name: p.stat().st_mtime_ns for p in copy.results.iterdir() if p.name != ".lock"} == before
-    assert "means over honest clients (trained: those that trained)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "means over honest clients (trained: those that trained)" in said and "time:" not in said
+    assert said.endswith(f"report.py --results_dir {copy.folder / 'results'}\n")
 
 
 @pytest.mark.parametrize("flags", [("--method", "nbafl"), pytest.param(

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+import utils
 from devices import choose_precision, seed_torch, torch_rng
 from utils import rng
 
@@ -41,3 +42,13 @@ def test_auto_precision_is_fp32_where_pytorch_is_held_to_avx2(monkeypatch):
     for capability, dtype in (("AVX2", torch.float32), ("AVX512", torch.bfloat16)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
         assert choose_precision("auto", torch.device("cpu")) is dtype
+
+
+def test_commands_paths_and_times_are_shown_as_users_write_them(monkeypatch, tmp_path):
+    monkeypatch.chdir(utils.ROOT)
+    monkeypatch.setattr("sys.orig_argv", ["my python", "RVE-PFL.py"])
+    options = {"run": "r", "public": "unowned", "results_dir": utils.ROOT / "results", "models_dir": tmp_path}
+    assert utils.typed("attack/mi_attack.py", options, *options) == (
+        f"'my python' attack/mi_attack.py --run r --models_dir {tmp_path}")
+    assert utils.nearby(utils.ROOT / "results" / "r") == "results/r" and utils.nearby(tmp_path) == str(tmp_path)
+    assert [utils.duration(s) for s in (4.6, 80, 3700)] == ["5 s", "1 min 20 s", "1 h 1 min 40 s"]
