@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 import report
@@ -263,7 +264,7 @@ def test_losses_to_the_oracle_by_hand():
 def test_controls_of_real_updates_are_other_images_of_the_class():
     labels = np.array([0, 1, 1, 0, 1, 1])
     assert real_updates.foreign(labels, 3) == [3, 4, 5]
-    pool = real_updates.torch.rand(6, 1, 8, 8, generator=real_updates.torch.manual_seed(0))
+    pool = torch.rand(6, 1, 8, 8, generator=torch.manual_seed(0))
     own, other = (real_updates.scores(pool[:3], pool, true) for true in (range(3), [3, 4, 5]))
     assert own["identified"] == 1 and own["psnr"] > 60 and other["identified"] == 0 and other["psnr"] < 20
 
@@ -385,7 +386,7 @@ def test_classes_are_told_from_updates(monkeypatch):
     """One client of two classes, whose scores are highest; then one whose scores are lowest."""
     for scores, expected in (([3.0, 2.0, -1.0], (1, 1)), ([-3.0, -2.0, 1.0], (0, 0))):
         monkeypatch.setattr(real_updates.uploads, "class_scores",
-                            lambda sent, upload, scores=scores: real_updates.Tensor(scores))
+                            lambda sent, upload, scores=scores: torch.tensor(scores))
         target = types.SimpleNamespace(shared=lambda round: {"sent": {}, "uploads": {0: {}}},
                                        data=types.SimpleNamespace(labels=np.array([0, 1])),
                                        owned=lambda: ([np.array([0, 1])],))
