@@ -1,4 +1,5 @@
 """report.py: means over seeds, commands, what attackers find, and folders that are no finished runs."""
+import dataclasses
 import html
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT, _load
 
 from attack import verdict
+from methods import METHODS
 from options import args_parser
 from reporting import leakage, page, pictures, summary
 
@@ -146,6 +148,12 @@ def test_the_pictures_show_every_run_in_its_methods_colour(runs):
     assert re.findall(r"class='(\w+)' x=([0-9.]+)", marks) == [
         ("leaks", "268.5"), ("guess", "36.0"), ("leaks", "268.5")]   # 0.75 between 40 and 350
     assert pictures.leakage(read, "curious_server") == ""
+    styles = [line.split("{")[1] for line in pictures.STYLE.splitlines()]
+    assert len(set(styles)) == len(set(map(pictures.number, METHODS))) == len(METHODS)
+    seeds = [dataclasses.replace(read[0], rounds=[{**row, "accuracy": value} for row in read[0].rounds])
+             for value in (0.8, 0.9, 1.0)]   # an interval of 0.9 +- 0.248, at most 1; 0.6 is at 8, and 1 at 300
+    interval = re.search(r"interval d='M([0-9.]+),26H([0-9.]+)'", pictures.accuracy(["x"], [seeds]))
+    assert [float(pixel) for pixel in interval.groups()] == pytest.approx([45.7, 300], abs=0.1)
 
 
 def test_intervals_need_three_seeds():
@@ -178,6 +186,9 @@ def test_a_seed_counts_once_and_a_run_that_was_attacked_first(report, runs):
         rows = summary.summarise(pair)   # its two stages
         assert [row["seeds"] for row in rows] == ["1", "1"] and all(np.isnan(row["accuracy_std"]) for row in rows)
         assert summary.by_setting(pair) == [[one]]
+    worse = dataclasses.replace(one, options={**one.options, "lr": 0.5},
+                                rounds=[{**row, "accuracy": 0.01} for row in one.rounds])
+    assert summary.by_setting([worse, one]) == [[one], [worse]]
 
 
 def test_commands_make_the_same_runs(report, runs):
@@ -225,6 +236,7 @@ CASES = {   # a run's file -> what becomes of its text, and what is then said of
     "column": ("attack.csv", lambda text: text.replace("class_rank", "rank"), "no column class_rank"),
     "numbers": ("attack.csv", lambda text: text.replace(",0.6,", ",high,"), "numbers"),
     "gaps": ("attack.csv", lambda text: text.replace(",0.6,", ",,"), "gaps"),
+    "twice": ("attack.csv", lambda text: text + text.split("\n", 1)[1], "there twice"),
     "control": ("attack.csv", lambda text: text.replace("foreign", "music"), "foreign once"),
     "attack": ("attack.csv", lambda text: text.replace("mi_face", SCRIPT), "is unknown"),
     "adversary": ("attack.csv", lambda text: text.replace("prediction_api", "neighbour"), "neighbour")}
