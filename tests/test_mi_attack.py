@@ -184,7 +184,7 @@ def test_gradients_of_a_trained_run_give_its_images_away(trained):
     own = trained.csv("fedavg").query("control == '' and restart == 0")
     foreign = trained.csv("fedavg").query("control == 'foreign'")
     assert len(own) == 6 and (own["label_match"] == 1).all() and (own["nearest_rank"] == 1).all()
-    assert own["mse"].median() < foreign["mse"].median() / 100
+    assert own["mse"].min() < foreign["mse"].median() / 1000   # some, exactly
     assert (own["mse"].to_numpy() < foreign["mse"].to_numpy() / 2).all()
 
 
