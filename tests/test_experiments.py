@@ -298,6 +298,15 @@ def test_speed_times_both_loops(monkeypatch, tmp_path):
     assert speed.measure(tmp_path)[0] == pytest.approx(row)
 
 
+def test_the_floor_is_of_the_faster_product_and_of_the_copy(monkeypatch):
+    known = {"plain": 9.0, "tuned": 8.0, "ours": 7.0, "product": 3.0, "product_onednn": 2.0, "copy": 1.0}
+    monkeypatch.setitem(speed.WORKLOADS, "tiny", ("fedavg", (1, 8, 8), 64))
+    monkeypatch.setattr(speed, "seconds_of", lambda device, **calls: {name: known[name] for name in calls})
+    monkeypatch.setattr(speed, "work_of", lambda *_: (speed.PRODUCTS * 2 * 2048**3, 2 * 2**28))
+    row, = speed.time_step("speed-tiny-seed1")
+    assert row == pytest.approx({"plain": 9e3 / 4, "tuned": 2e3, "ours": 7e3 / 4, "floor": 3e3})   # 4 steps a call
+
+
 def test_verify_names_what_differs(monkeypatch, capsys):
     reference = pd.DataFrame({"round": [1, 2], "deployed": [0.9, 0.99], "kl_nats": [100.0, 200.0]})
     assert verify.differences(reference, reference) == []
