@@ -125,6 +125,10 @@ def test_a_loss_that_is_not_finite_names_client_round_and_cause(tiny_arrays):
     with pytest.raises(Diverged, match="client 3, round 2: .*--lr 1000"):
         client.train(3, 2, FIRST, head, private)
     assert equal(before, private.parameters)
+    trained = {name: torch.zeros_like(value) for name, value in client.state().items()}
+    trained["encoder.mu.bias"][1] = float("inf")   # one value of one parameter
+    with pytest.raises(Diverged):
+        client.local_update(3, 2, trained, 1, Tally())
 
 
 def test_figures_equal_scikit_learns():
@@ -173,7 +177,7 @@ def test_products_of_onednn_agree_with_pytorchs(tiny_arrays, monkeypatch):
     monkeypatch.setattr(products, "WIDE", 500_000)   # the encoder's layer of 1024 x 512 alone
     for slow in (False, True):
         monkeypatch.setattr("update.mkl_is_slow", lambda slow=slow: slow)
-        client, head, private = make(tiny_arrays, optimizer="sgd")
+        client, head, private = make(tiny_arrays, optimizer="sgd", lr=0.1)
         update = client.train(0, 1, FIRST, head, private)
         results.append((update, client.evaluate(0, 1, SECOND, update.upload, update.client_state)))
         assert len(calls) == (5 if slow else 0)   # four batches of training, one of evaluation
