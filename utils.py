@@ -5,6 +5,7 @@ import ctypes
 import errno
 import hashlib
 import importlib
+import logging
 import os
 import re
 import shlex
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent   # the project's folder
+# Matplotlib, which torchmetrics imports too, need not warn where it cannot keep its cache.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 MOST_SHOWN = 80      # characters of a value in a message
 LONGEST_WORD = 256   # characters of a message without a space; no file name is longer

@@ -1,16 +1,13 @@
 """The plots of a run: the classes of each client, the learning curves, and the trust of the server."""
-import logging
 from pathlib import Path
 from typing import Any
 
+# All modules import Matplotlib from here.
+import matplotlib  # noqa: E402
 import numpy as np
 import pandas as pd
 
 from utils import write_whole
-
-# All modules import Matplotlib from here; it need not warn where it cannot keep its cache.
-logging.getLogger("matplotlib").setLevel(logging.ERROR)
-import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

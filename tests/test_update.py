@@ -86,6 +86,12 @@ def test_training_learns_and_evaluation_repeats(tiny_arrays):
     assert not equal(upload, client.train(0, 2, FIRST, head, private)[0])
 
 
+def test_the_optimiser_has_the_runs_momentum(tiny_arrays):
+    client, *_ = make(tiny_arrays, optimizer="sgd", momentum=0.9)
+    groups = client.make_optimizer(dict(client.model.named_parameters())).param_groups
+    assert {group["momentum"] for group in groups} == {0.9}
+
+
 def test_evaluation_takes_kl_to_the_prior_of_each_images_label(tiny_arrays):
     client, head, private = make(tiny_arrays, prior="class")
     mu, logvar = client.model.eval().encoder(client._pixels(torch.from_numpy(SECOND)))
