@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 # All modules import Matplotlib from here.
-import matplotlib  # noqa: E402
+import matplotlib
 import numpy as np
 import pandas as pd
 

@@ -57,4 +57,4 @@ def test_updates_are_rows_in_the_heads_order():
     rows = updates_of(sent, [upload, sent])
     assert rows.tolist() == [[0.5, 0, 0, -1, 2], [0, 0, 0, 0, 0]]
     assert all(torch.equal(value, upload[name]) for name, value in moved(sent, rows[0]).items())
-    assert round_down(0.3 * 10) == 3 and round_down(2.99) == 2
+    assert round_down(0.29 * 100) == 29 and round_down(2.99) == 2
