@@ -1,7 +1,7 @@
 """Train RVE-PFL, or a method it is compared with, over simulated clients.
 
     python RVE-PFL.py                                     the paper's setting: MNIST, 100 rounds
-    python RVE-PFL.py --dataset mnist10k --rounds 2 --local_ep 1 --local_bs 64     a first look, no download
+    python RVE-PFL.py --dataset mnist10k --rounds 2 --local_ep 1 --local_bs 80     a first look, no download
 
 Writes CSVs and pictures to results/<run>/ and checkpoints to saved_models/<run>/. Options: options.py.
 """
