@@ -162,7 +162,7 @@ class Command:
                 for unit in units:
                     bar.set_description_str(f": {unit.adversary} {unit.words}")
                     started, results = time.monotonic(), [row for row in rows if unit_of(row) == unit]
-                    if not results or self.again(unit):
+                    if is_new := not results or self.again(unit):
                         results = self.attack(unit)
                         if not rows:   # just before the first rows, so that a refused attack leaves no file
                             write_whole(self.path("json"), lambda file: file.write(options.encode()))
@@ -171,7 +171,8 @@ class Command:
                     bar.write(self.table.format(*self.describe(unit, results),
                                                 f"{time.monotonic() - started:.0f} s"))
                     bar.update(1)
-                    check()
+                    if is_new:
+                        check()
         print(self.legend, "", *self.finish(rows), f"results:  {nearby(self.path('csv'))}",
               *self.pictures(plan, rows), f"time:     {duration(time.monotonic() - self.started)}",
               f"next:     {typed('report.py', vars(self.args), 'results_dir')}", sep="\n")

@@ -120,8 +120,11 @@ def test_every_attack_that_fits_leaves_rows_controls_and_a_picture(trained, few_
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_picture_is_drawn(tmp_path, channels):
     images = torch.rand(2, channels, 8, 8)
-    draw_picture(tmp_path / "x.png", {"truth": images, "analytic": images}, torch.tensor([3, 1]), "fedavg")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    pictures = []
+    for captions in ({}, {"analytic": ["SSIM 0.99\nrank 1 of 9", "SSIM 0.12\nrank 7 of 9"]}):
+        draw_picture(tmp_path / "x.png", {"truth": images, "analytic": images}, captions, torch.tensor([3, 1]), "fedavg")
+        pictures.append((tmp_path / "x.png").read_bytes())
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
 
 
 def test_latents_kl_and_bounds_stand_beside_the_attacks(trained, capsys):
