@@ -122,7 +122,7 @@ def test_a_picture_is_drawn(tmp_path, channels):
     images = torch.rand(2, channels, 8, 8)
     pictures = []
     for captions in ({}, {"analytic": ["SSIM 0.99\nrank 1 of 9", "SSIM 0.12\nrank 7 of 9"]}):
-        draw_picture(tmp_path / "x.png", {"truth": images, "analytic": images}, captions, torch.tensor([3, 1]), "run")
+        draw_picture(tmp_path / "x.png", dict.fromkeys(("truth", "analytic"), images), captions, torch.arange(2), "fedavg")
         pictures.append((tmp_path / "x.png").read_bytes())
     assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
 

@@ -337,7 +337,7 @@ def test_scores_and_controls_recomputed(attacked, monkeypatch):
         return calls[-1][3]
     monkeypatch.setattr(evaluation.Evaluation, "rows", noting)
     assert mi_attack.main(attacked.argv("rve_pfl", "--overwrite", "--adversary", "stolen_model", "--attack",
-                                        "latent_search", "--clients", 1)) == 0
+                                        "latent_search", "--observe", "z", "--clients", 1)) == 0
     train = attacked.part("rve_pfl")["train_1"]
     private, labels = attacked.pixels(train), attacked.labels
     assert [control for control, *_ in calls] == ["", "foreign"]
