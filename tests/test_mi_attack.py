@@ -122,7 +122,8 @@ def test_a_picture_is_drawn(tmp_path, channels):
     images = torch.rand(2, channels, 8, 8)
     pictures = []
     for captions in ({}, {"analytic": ["SSIM 0.99\nrank 1 of 9", "SSIM 0.12\nrank 7 of 9"]}):
-        draw_picture(tmp_path / "x.png", dict.fromkeys(("truth", "analytic"), images), captions, torch.arange(2), "fedavg")
+        rows = {"truth": images, "analytic": images}
+        draw_picture(tmp_path / "x.png", rows, captions, torch.tensor([3, 1]), "fedavg")
         pictures.append((tmp_path / "x.png").read_bytes())
     assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
 
