@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -134,6 +135,8 @@ class Command:
     def main(cls, argv: list[str] | None = None) -> int:
         """Run a command line and return the exit status; what went wrong is one line on standard error."""
         args = cls.parser().parse(argv)
+        if not sys.warnoptions:   # a library's deprecations would land between the results
+            warnings.simplefilter("ignore", FutureWarning)
         try:
             with locked(args), Interrupts():
                 cls(args).run()

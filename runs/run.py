@@ -107,9 +107,10 @@ class Run:
 
     def advance(self, round: int, selected: int) -> None:
         """Move the bar by one of the ``selected`` clients that train in a round."""
+        done = int((self.bar.n - round + 1) * selected + 1.5)
+        self.bar.set_description_str(f"round {round}/{self.bar.total}, {done} of {selected} clients ",
+                                     refresh=False)
         self.bar.update(1 / selected)
-        done = int((self.bar.n - round + 1) * selected + 0.5)
-        self.bar.set_description(f"round {round}/{self.bar.total}, {done} of {selected} clients ")
 
     def say(self, line: str) -> None:
         """Print a line above the bar, to standard error."""

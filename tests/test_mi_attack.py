@@ -3,6 +3,7 @@ import dataclasses
 import fcntl
 import sys
 import threading
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -319,6 +320,13 @@ def test_what_is_refused_changes_nothing(trained, capsys):
             np.savez(partition, **{**arrays, "train_1": wrong})
             assert "does not number images" in trained.refuses(capsys, "fedavg", "--overwrite")
     assert files(trained, "fedavg") == before
+
+
+def test_deprecations_of_libraries_are_not_printed_between_results(trained, monkeypatch):
+    monkeypatch.setattr(mi_attack.MiAttack, "run", lambda self: warnings.warn("old", FutureWarning, stacklevel=1))
+    with warnings.catch_warnings(record=True) as printed:
+        assert trained.attack("fedavg", *SERVER) == 0
+    assert not printed
 
 
 def test_damaged_rows_are_refused(trained, capsys):
