@@ -126,17 +126,16 @@ class MiAttack(Command):
         table, attack = pd.DataFrame(rows, columns=ATTACK_COLUMNS), ATTACKS[unit.attack]
         verdict = judge(table, attack)
         word = "too few" if verdict.few else verdict.word
-        name = f"{unit.attack} ({unit.observed})" if unit.observed else unit.attack
         if attack.kind == "class":
             best = verdict.comparisons[0]
             right, control = round(best.score * verdict.count), round(best.control_score * verdict.count)
-            return word, unit.adversary, name, f"{right}/{verdict.count} ({control})", "-", "-"
+            return word, unit.adversary, unit.words, f"{right}/{verdict.count} ({control})", "-", "-"
         first = table[table["restart"] == 0]
         own, foreign = (first[first["control"] == control] for control in ("", FOREIGN))
         rank, ssim = (f"{own[metric].mean():{form}} ({foreign[metric].mean():{form}})"
                       for metric, form in (("class_rank", ".0f"), ("ssim", ".2f")))
         identified = f"{own['identified'].sum():.0f}/{len(own)} ({foreign['identified'].sum():.0f})"
-        return word, unit.adversary, name, identified, rank, "-" if attack.chooses else ssim
+        return word, unit.adversary, unit.words, identified, rank, "-" if attack.chooses else ssim
 
 
 make_parser, main = MiAttack.parser, MiAttack.main

@@ -29,8 +29,8 @@ class Unit(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The attack's name, and what it observes unless that is one draw of z."""
-        return self.attack if self.observed in ("", "z") else f"{self.attack} ({self.observed})"
+        """The attack's name, and what it observes of a latent."""
+        return f"{self.attack} ({self.observed})" if self.observed else self.attack
 
     @property
     def picture(self) -> str:
