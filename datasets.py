@@ -19,7 +19,8 @@ from engine.memory import main_memory, size_of
 from utils import InputError, shown, write_whole
 
 TORCHVISION = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar": "CIFAR10"}
-OTHER_DATA = {"mnist10k": "mnist", "mnist": "fmnist", "fmnist": "mnist"}   # suggested for the attacks' --public
+OTHER_DATA = {   # suggested for the attacks' --public
+    "mnist10k": "mnist", "fmnist10k": "fmnist", "cifar10k": "cifar", "mnist": "fmnist", "fmnist": "mnist"}
 MIN_PUBLIC = 200   # images that attackers need to train on; with fewer, training on them is no use
 ALIASES = {"fashionmnist": "fmnist", "cifar10": "cifar"}   # in lower case, without - and _
 HALVES = ("train", "val", "test")   # in the order in which they are pooled; val is optional

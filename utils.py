@@ -66,7 +66,8 @@ class Late:
         self._module = module
 
     def __getattr__(self, name: str) -> LateName:
-        return LateName(self._module, name)
+        self.__dict__[name] = late = LateName(self._module, name)   # the same object each time
+        return late
 
 
 class LateName:

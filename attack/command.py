@@ -171,8 +171,11 @@ class Command:
                             write_whole(self.path("json"), lambda file: file.write(options.encode()))
                         rows = sorted([row for row in rows if unit_of(row) != unit] + results, key=self._place)
                         self.write(self.path("csv"), pd.DataFrame(rows, columns=self.columns))
-                    bar.write(self.table.format(*self.describe(unit, results),
-                                                f"{time.monotonic() - started:.0f} s"))
+                    try:
+                        cells = self.describe(unit, results)
+                    except ValueError as error:   # of rows that were read
+                        raise InputError(f"{self.path('csv')} is damaged; use --overwrite") from error
+                    bar.write(self.table.format(*cells, f"{time.monotonic() - started:.0f} s"))
                     bar.update(1)
                     if is_new:
                         check()
@@ -189,8 +192,8 @@ class Command:
         reasons = dict(self.units())
         if plan := [unit for unit, reason in reasons.items() if reason is None]:
             return sorted(plan, key=lambda unit: unit[2:4])
-        raise InputError(f"--run {self.args.run}: none of these attacks fits "
-                         f"({'; '.join(sorted(filter(None, set(reasons.values()))))})")
+        why = "; ".join(sorted(filter(None, set(reasons.values()))))
+        raise InputError(f"--run {self.args.run}: none of these attacks fits ({why}); --attack all tries each one")
 
     def begin(self) -> tuple[str, list[dict]]:
         """Return the options that decide the rows, as JSON, and earlier rows with the same options."""

@@ -2,7 +2,7 @@
 
     python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
 
-A few attacks that fit are run by every adversary, or with --attack all every one. Written to results/<run>/:
+Every adversary runs those of four attacks that fit it, or with --attack all each one. Written to results/<run>/:
 attack.csv, a row for each reconstruction and each control; attack.json, the options; attack_summary.csv, means and
 95 % bootstrap intervals; attack_latents.csv, how much a latent tells at most; a picture of each attack.
 """
@@ -114,8 +114,10 @@ class MiAttack(Command):
         """Return a line that names the picture of the attack with the largest advantage in SSIM."""
         table, advantage = pd.DataFrame(rows, columns=ATTACK_COLUMNS), {}
         for unit, part in table.groupby(list(Unit._fields), sort=False):
+            if Unit(*unit) not in plan:
+                continue
             attack = ATTACKS[unit[1]]
-            if Unit(*unit) in plan and attack.kind == "image" and not attack.chooses:
+            if attack.kind == "image" and not attack.chooses:
                 comparison = judge(part, attack).comparisons[0]
                 advantage[Unit(*unit)] = comparison.score - comparison.control_score
         best = max(advantage, key=lambda unit: advantage[unit], default=plan[0])

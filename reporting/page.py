@@ -3,6 +3,7 @@
 Text from files may have been written by anybody. So only ``Markup`` is taken as HTML, and it escapes every
 other text that is formatted into it, joined or added.
 """
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -87,7 +88,7 @@ def _gallery(runs: list[Finished]) -> Markup:
 def _picture(run: Finished, name: str) -> Markup:
     """Return a picture of a run's folder as HTML, with a link to it."""
     return Markup("<a href='{0}'><img loading=lazy alt='{1}' src='{0}'></a>").format(
-        quote(f"{run.name}/{name}"), Path(name).stem)
+        quote(os.fsencode(f"{run.name}/{name}")), Path(name).stem)
 
 
 def _table(names: list[str], settings: list[list[Finished]]) -> Markup:

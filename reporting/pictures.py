@@ -4,7 +4,7 @@ A method has the same colour and mark everywhere. Every mark has a title, which 
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, floor, isnan
 
 from markupsafe import Markup
 
@@ -101,8 +101,9 @@ def leakage(runs: list[Finished], adversary: str) -> Markup:
     marks = []
     for run in runs:
         for row in run.leaks:
-            if row["adversary"] != adversary or row["identified"] != row["identified"]:
-                continue
+            of_last = row["adversary"] == adversary and row["round"] == run.options["rounds"]
+            if not of_last or isnan(row["identified"]) or isnan(row["control_identified"]):
+                continue   # another round's accuracy would stand beside it
             method, height = run.options["method"], y(run.last("deployed", "accuracy"))
             title = (f"{run.name}: {row['word']}; {row['rank_attack']} identifies {row['identified']:.1%}, "
                      f"its control {row['control_identified']:.1%}")

@@ -157,8 +157,6 @@ class Run:
                 configs.write(self.results, self.config)
             progress.csv_bytes = {name: append_csv(self.results / name, self.columns[name], added)
                                   for name, added in rows.items()}
-        if self.undrawn is not None:
-            self._draw_inputs(*self.undrawn)
         self.bar.n = number   # exact again after the sum of the clients' shares
         if held_out := [row for row in rows["rounds.csv"] if row["split"] == self.evaluation_split]:
             stages = ", ".join(f"{row['stage']} {row['accuracy']:.4f} (worst decile {row['accuracy_worst']:.4f})"
@@ -169,6 +167,8 @@ class Run:
         due = number in self.rounds_kept or time.monotonic() - self.saved_at >= self.options["checkpoint_seconds"]
         if self.ranks.share(due):
             self.save()
+        if self.undrawn is not None:   # last, so that a full disk costs no round
+            self._draw_inputs(*self.undrawn)
 
     @held()
     def save(self) -> None:

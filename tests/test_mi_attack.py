@@ -333,9 +333,13 @@ def test_damaged_rows_are_refused(trained, capsys):
     path = trained.results("fedavg") / "attack.csv"
     assert trained.attack("fedavg", "--overwrite", *SERVER) == 0
     text = path.read_text()
-    for wrong in ("x", text.replace("0", "a"), text.replace(",2,0,", ",2.5,0,"), text.split("\n")[0] + "\n"):
+    without_controls = "".join(line for line in text.splitlines(True) if "foreign" not in line)
+    for wrong in ("x", text.replace("0", "a"), text.replace(",2,0,", ",2.5,0,"), text.split("\n")[0] + "\n",
+                  without_controls):
         path.write_text(wrong)
         assert "damaged" in trained.refuses(capsys, "fedavg", *SERVER)
+    path.write_text(text + text.split("\n", 1)[1].replace(SERVER[-1], "of_another_version"))
+    assert trained.attack("fedavg", *SERVER) == 0
     path.write_text(text)
     path.with_suffix(".json").unlink()   # rows of unknown options
     assert "--overwrite" in trained.refuses(capsys, "fedavg", *SERVER)

@@ -215,6 +215,13 @@ def test_an_empty_folder_and_none(report, tmp_path, capsys):
     assert capsys.readouterr().err.endswith("unknown argument --result_dir (did you mean --results_dir?)\n")
 
 
+def test_a_run_in_a_folder_whose_name_is_no_text(report, runs, tmp_path):
+    folder = shutil.copytree(runs / "one", tmp_path / os.fsdecode(b"latin-\xe9"))
+    (folder / "partition.png").touch()
+    assert report.main(["--results_dir", str(tmp_path)]) == 0
+    assert "latin-%E9/partition.png" in (tmp_path / "report.html").read_text()
+
+
 CASES = {   # a run's file -> what becomes of its text, and what is then said of the run
     "damaged": ("config.json", lambda text: "{", "config.json is damaged"),
     "number": ("config.json", lambda text: text.replace('"num_users": 2', f'"num_users": "{SCRIPT}"'),
