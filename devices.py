@@ -1,4 +1,4 @@
-"""What needs PyTorch: its seeded generators, the device, the precision, and whether a network fits in memory."""
+"""Helpers that need PyTorch: seeded generators, the device, the precision, and the check of memory."""
 import platform
 
 import numpy as np

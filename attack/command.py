@@ -173,7 +173,9 @@ class Command:
                         self.write(self.path("csv"), pd.DataFrame(rows, columns=self.columns))
                     try:
                         cells = self.describe(unit, results)
-                    except ValueError as error:   # of rows that were read
+                    except ValueError as error:
+                        if is_new:   # a fault of the program, not of the file
+                            raise
                         raise InputError(f"{self.path('csv')} is damaged; use --overwrite") from error
                     bar.write(self.table.format(*cells, f"{time.monotonic() - started:.0f} s"))
                     bar.update(1)

@@ -1,4 +1,4 @@
-"""Ask of a trained run's images which a client was trained on, and say of each attack whether it leaks.
+"""Tell which of a trained run's images a client was trained on, and report for each attack whether it leaks.
 
     python attack/membership.py --run mnist10k-shards-rve_pfl-seed1
 
@@ -66,7 +66,7 @@ class Membership(Command):
     """Attacks that tell training images from others."""
 
     program, name = "membership.py", "membership"
-    description = ("Tell which of a run's images a client was trained on, and say of each attack whether it "
+    description = ("Tell which of a run's images a client was trained on, and report for each attack whether it "
                    "leaks. `fedmia` looks at all --rounds together, or at all that have a checkpoint.")
     files, columns = folders.OF_MEMBERSHIP, COLUMNS
     adversaries, attacks = ("curious_server", *MODELS), MEMBERSHIP_ATTACKS

@@ -1,4 +1,4 @@
-"""Attack a trained run, and report of each attack whether it beats guessing.
+"""Attack a trained run, and report for each attack whether it beats its control.
 
     python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
 
@@ -41,7 +41,7 @@ class MiAttack(Command):
     """Attacks that reconstruct images and classes."""
 
     program, name = "mi_attack.py", "attack"
-    description = "Attack a trained run, and report of each attack whether it beats guessing."
+    description = "Attack a trained run, and report for each attack whether it beats its control."
     files, columns = folders.OF_ATTACKS, ATTACK_COLUMNS
     adversaries, attacks, default_attacks = ADVERSARIES, ATTACKS, DEFAULT_ATTACKS
     table = "{:<10} {:<14} {:<25} {:>16} {:>10} {:>11} {:>5}"

@@ -1,4 +1,4 @@
-"""What can be answered without PyTorch, pandas and the like is answered before they are imported."""
+"""Commands import PyTorch, pandas and other slow libraries only where they need them."""
 import importlib
 import subprocess
 import sys

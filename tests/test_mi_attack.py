@@ -154,7 +154,7 @@ def test_latents_kl_and_bounds_stand_beside_the_attacks(trained, capsys):
 
 
 def test_the_table_has_a_line_for_each_attack(trained, capsys):
-    """As the rows of attack.csv have it, also for attacks of an earlier call; then a picture and a command."""
+    """Its figures are those of attack.csv, also for attacks of an earlier call; a picture and a command follow."""
     flags = ("--images", 6, *STOLEN, "mi_face", "latent_decoder", "reidentification", "--observe", "z", "mu")
     assert trained.attack("run", "--overwrite", *flags[:6]) == 0
     assert "latent_decoder" not in capsys.readouterr().out
