@@ -1,4 +1,6 @@
 """Metrics of predictions: means over a client's images, and over clients."""
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,8 +22,8 @@ class Tally:
         if kl is not None:
             self.kl.append(kl.detach())
 
-    def result(self, num_classes: int) -> dict[str, float]:
-        """Return means over images.
+    def result(self, num_classes: int) -> dict[str, Any]:
+        """Return means over images; ``images`` and ``right`` count all and the rightly predicted ones by class.
 
         As in scikit-learn, precision, recall and F1 are macro averages over the classes among labels or
         predictions, and 0/0 counts as 0.
@@ -31,6 +33,8 @@ class Tally:
         predicted, labels = torch.cat(self.predicted).cpu(), torch.cat(self.labels).cpu()
         return {
             "n": len(labels),
+            "images": torch.bincount(labels, minlength=num_classes).tolist(),
+            "right": torch.bincount(labels[predicted == labels], minlength=num_classes).tolist(),
             "loss": torch.cat(self.loss).double().mean().item(),
             "accuracy": (predicted == labels).double().mean().item(),
             "precision": classification.multiclass_precision(predicted, labels, num_classes, "macro").item(),
@@ -43,7 +47,8 @@ class Tally:
 def over_clients(rows: list[dict]) -> list[dict]:
     """Return means over clients, one row per stage and split, from one row per client, stage and split.
 
-    ``accuracy_worst`` is the mean of the lowest tenth of the clients, at least one.
+    ``accuracy_worst`` is the mean of the lowest tenth of the clients, at least one. ``accuracy_images`` is the
+    share of all clients' images that are right, ``accuracy_class_<c>`` that of class c, NaN if it has no image.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
@@ -52,7 +57,11 @@ def over_clients(rows: list[dict]) -> list[dict]:
     for (stage, split), members in groups.items():
         column = {name: np.array([row[name] for row in members]) for name in METRICS}
         accuracy = np.sort(column["accuracy"])
+        right, images = (np.sum([row[name] for row in members], axis=0) for name in ("right", "images"))
+        by_class = np.where(images > 0, right / np.maximum(images, 1), np.nan)
         means.append({"stage": stage, "split": split, "accuracy_std": accuracy.std(),
                       "accuracy_worst": accuracy[:max(1, round(len(accuracy) / 10))].mean(),
+                      "accuracy_images": right.sum() / images.sum(),
+                      **{f"accuracy_class_{c}": share for c, share in enumerate(by_class)},
                       **{name: values.mean() for name, values in column.items()}})
     return means

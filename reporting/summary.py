@@ -27,8 +27,8 @@ BOOKKEEPING_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_di
                        "eval_every"}
 BASIC = ("dataset", "method", "partition")   # they decide the defaults of other options
 NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "seed")   # options that a config.json must have
-RUN_METRICS = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "f1": "macro F1",
-               "kl_nats": "KL, nats"}   # columns of rounds.csv, and their names on the page
+RUN_METRICS = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "accuracy_images": "all images",
+               "f1": "macro F1", "kl_nats": "KL, nats"}   # columns of rounds.csv, and their names on the page
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,19 @@ def read(folder: Path) -> Finished:
 
 def _rounds(path: Path, asked: int) -> list[dict[str, Any]]:
     """Read ``rounds.csv`` of a run of ``asked`` rounds; an error if it is not what a run writes."""
-    columns, rows = csv_columns()["rounds.csv"], []
+    rows = []
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.reader(file)
-        if next(lines, None) != columns:
+        columns = next(lines, [])
+        if columns != csv_columns(sum("_class_" in name for name in columns))["rounds.csv"]:
             raise ValueError("its columns are not those of a run")
         for line in lines:
             cells = dict(zip(columns, line, strict=True))
             texts = {name: cells.pop(name) for name in ("stage", "split")}
             row = {name: float(cell or nan) for name, cell in cells.items()}
+            shares = [row[name] for name in RUN_METRICS if name != "kl_nats"]
             if not (1 <= row["round"] <= asked and row["round"].is_integer() and 0 <= row["seconds"] < inf
-                    and all(0 <= row[name] <= 1 for name in ("accuracy", "accuracy_worst", "f1"))):
+                    and all(0 <= share <= 1 for share in shares)):
                 raise ValueError("it has gaps or impossible values")
             rows.append({**texts, **row, "round": int(row["round"])})
     return rows

@@ -11,7 +11,7 @@ from utils import InputError, shown, write_whole
 
 # Protocol -> the split of images that is evaluated, by its name in CSVs and plots.
 EVALUATION_SPLIT = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
-FORMAT = 1   # of config.json
+FORMAT = 2   # of config.json, and of the CSVs beside it
 
 
 def write(folder: Path, config: dict) -> None:

@@ -10,7 +10,7 @@ from utils import InputError, write_whole
 METRICS = ("loss", "accuracy", "precision", "recall", "f1", "kl_nats")   # of a client's model
 
 
-def csv_columns(backdoor: bool = False) -> dict[str, list[str]]:
+def csv_columns(num_classes: int, backdoor: bool = False) -> dict[str, list[str]]:
     """Return the columns of each CSV; ``server.csv`` has those of every rule, empty where another rule ran.
 
     Args:
@@ -20,18 +20,19 @@ def csv_columns(backdoor: bool = False) -> dict[str, list[str]]:
     return {
         "clients.csv": ["round", "client", "stage", "split", "n", *METRICS, *["backdoor"] * backdoor],
         "rounds.csv": ["round", "stage", "split", "loss", "accuracy", "accuracy_std", "accuracy_worst",
-                       *METRICS[2:], "seconds"],
+                       "accuracy_images", *(f"accuracy_class_{c}" for c in range(num_classes)), *METRICS[2:],
+                       "bytes_up", "bytes_down", "seconds"],
         "server.csv": ["round", "client", "n", *of_rules, "weight", "malicious"]}
 
 
 def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:
-    """Append rows, all of them or, on an error, none; NaN is an empty field.
+    """Append the ``columns`` of rows, all rows or, on an error, none; NaN is an empty field.
 
     Returns:
         The file's new length in bytes, for ``cut_csv``.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writerows([{key: _format(value) for key, value in row.items()} for row in rows])
     with open(path, "r+b", buffering=0) as file:
         end, data = file.seek(0, os.SEEK_END), text.getvalue().encode()

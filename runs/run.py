@@ -7,6 +7,7 @@ that length and computes the later rounds again, on a CPU to the same bytes.
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -85,7 +86,7 @@ class Run:
         self.results = Path(self.options["results_dir"]) / self.options["run_name"]
         self.models = Path(self.options["models_dir"]) / self.options["run_name"]
         self.evaluation_split = configs.EVALUATION_SPLIT[config["protocol"]]
-        self.columns = csv_columns(malicious.behaviour.trigger is not None)
+        self.columns = csv_columns(config["images"]["classes"], malicious.behaviour.trigger is not None)
         self.rounds_kept, self.clients = set(self.options["save_rounds"]), self.options["num_users"]
         earlier = None
         if ranks.first:
@@ -142,7 +143,8 @@ class Run:
         number, bad = round.number, self.malicious.members
         honest = [row for row in clients if row["client"] not in bad] or clients
         rows = {"clients.csv": clients,
-                "rounds.csv": [{"round": number, **mean, "seconds": seconds} for mean in over_clients(honest)],
+                "rounds.csv": [{"round": number, **mean, **round.traffic, "seconds": seconds}
+                               for mean in over_clients(honest)],
                 "server.csv": [{"round": number, **row, "malicious": int(row["client"] in bad)}
                                for row in aggregated.rows if round.sent]}   # nothing is sent: there is no server
         progress = Progress(number, aggregated.head, round.sent, aggregated.uploads)
@@ -215,11 +217,14 @@ class Run:
         """Return the metrics of the last round, where the files are, and what to run next, as text."""
         last = pd.read_csv(self.results / "rounds.csv")
         last = last[(last["round"] == last["round"].max()) & (last["split"] == self.evaluation_split)]
-        shown = last[["stage", "accuracy", "accuracy_std", "accuracy_worst", "f1", "kl_nats"]]
+        shown = last[["stage", "accuracy", "accuracy_std", "accuracy_worst", "accuracy_images", "f1", "kl_nats"]]
+        shown = shown.rename(columns={"accuracy_images": "images"}).to_string(
+            index=False, na_rep="-", float_format="%.4f")
+        details = _details(last[last["stage"] == "deployed"].iloc[0])
         everybody = self.options["frac"] == 1 and not self.options["malicious_frac"]
         who = f"{self.clients} clients" if everybody else "honest clients (trained: those that trained)"
         return (f"\n{self._title()}\nround {last['round'].max()}, split {self.evaluation_split}, means over "
-                f"{who}:\n{shown.to_string(index=False, na_rep='-', float_format='%.4f')}\n"
+                f"{who}; images: share of all images\n{shown}\n{details}\n"
                 f"results:     {nearby(self.results)}\npicture:     {nearby(self.results / 'curves.png')}\n"
                 f"checkpoints: {nearby(self.models)}\n"
                 + f"time:        {duration(time.monotonic() - self.started)}\n" * (not self.finished)
@@ -283,3 +288,10 @@ class Run:
         self.states.commit()
         self.server.memory.update(memory)   # uploads: in the checkpoint
         self.progress = Progress(round, content["head"], sent, csv_bytes=content["csv_bytes"])
+
+
+def _details(row: pd.Series) -> str:
+    """Return the accuracy by class and the bytes sent, as in a row of ``rounds.csv``, as text."""
+    classes = " ".join("-" if share != share else f"{share:.3f}" for share in row.filter(like="accuracy_class_"))
+    return (textwrap.fill(f"{row['stage']}, by class: {classes}", 100, subsequent_indent=" " * 20)
+            + f"\nsent:        {row['bytes_up'] / 1e6:,.1f} MB up, {row['bytes_down'] / 1e6:,.1f} MB down")

@@ -73,6 +73,13 @@ class Round:
     uploads: dict[int, State]
     sizes: dict[int, int]
 
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Return the bytes of all uploads, and of the parameters sent to every client asked: columns."""
+        up, down = ([value.nbytes for state in states for value in state.values()]
+                    for states in (self.uploads.values(), [self.sent] * len(self.sizes)))
+        return {"bytes_up": sum(up), "bytes_down": sum(down)}
+
 
 @dataclass(frozen=True)
 class Weighting:

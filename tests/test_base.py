@@ -26,6 +26,13 @@ def test_mean_weighs_by_data_size_and_reports_it():
         assert [(row["client"], row["n"], row["weight"]) for row in rows] == [(0, 30, 0.75), (3, 10, 0.25)]
 
 
+def test_bytes_of_a_round():
+    """Three clients are sent 12 bytes each; one diverges and uploads nothing. Then nothing is shared."""
+    traffic = Round(1, state(0, 0), {0: state(1, 1), 3: state(2, 2)}, dict.fromkeys((0, 2, 3), 9)).traffic
+    assert traffic == {"bytes_up": 2 * 12, "bytes_down": 3 * 12}
+    assert Round(1, {}, {0: {}, 1: {}}, {0: 9, 1: 9}).traffic == {"bytes_up": 0, "bytes_down": 0}
+
+
 def test_the_order_of_arrival_does_not_matter():
     values, sizes = {k: {"weight": torch.randn(100)} for k in range(5)}, {k: 3 + k for k in range(5)}
     forward, backward = (mean({}, uploads, sizes)[0] for uploads in (values, dict(reversed(values.items()))))

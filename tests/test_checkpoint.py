@@ -91,7 +91,7 @@ def test_each_option_is_held_against_its_declaration(write):
 
 
 @pytest.mark.parametrize("part, wrong", [
-    *(("format", number) for number in (None, 2, "1", True, [1])),
+    *(("format", number) for number in (None, configs.FORMAT + 1, "1", True, [1])),
     ("status", ["finished"]), ("protocol", {}), ("options", []), ("options", None)])
 def test_another_format_is_another_programs(write, part, wrong):
     with pytest.raises(InputError, match=f"not of this version .*{part}"):

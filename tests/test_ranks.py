@@ -40,10 +40,10 @@ def same(first, second):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, make_place):
-    """clients.csv and server.csv of one process."""
+    """clients.csv, server.csv and rounds.csv of one process."""
     place = make_place(tmp_path_factory.mktemp("alone"))
     assert place.main(*FLAGS) == 0
-    return [pd.read_csv(place.results / name) for name in ("clients.csv", "server.csv")]
+    return [pd.read_csv(place.results / name) for name in ("clients.csv", "server.csv", "rounds.csv")]
 
 
 @pytest.mark.slow
@@ -53,6 +53,9 @@ def test_the_same_numbers_as_one_process(place, alone):
     assert out.count("results:") == 1   # one process speaks for all
     same(alone[0], pd.read_csv(place.results / "clients.csv"))
     pd.testing.assert_frame_equal(alone[1], pd.read_csv(place.results / "server.csv"))
+    rounds = [rows.filter(regex="^(accuracy_images|accuracy_class|bytes)")
+              for rows in (alone[2], pd.read_csv(place.results / "rounds.csv"))]
+    pd.testing.assert_frame_equal(*rounds, check_exact=True)   # counts of images, and bytes
     assert {p.name for p in (place.models / "round_3").iterdir()} == {
         "shared.pt", "server.pt", *(f"client_{k}.pt" for k in range(5))}
     assert not (place.models / ".private").exists()

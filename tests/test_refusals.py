@@ -177,7 +177,7 @@ def test_when_every_client_diverges_the_run_stops(place, capsys):
     assert place.main("--lr", 1000, "--local_ep", 5) == 2
     err = capsys.readouterr().err
     assert "client 0, round 1" in err and "smaller --lr" in err
-    assert place.clients_csv() == (",".join(csv_columns()["clients.csv"]) + "\n").encode()
+    assert place.clients_csv() == (",".join(csv_columns(4)["clients.csv"]) + "\n").encode()
 
 
 def test_heads_are_trained_on_borrowed_encoders_of_the_same_deal(place, capsys):

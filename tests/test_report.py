@@ -100,7 +100,7 @@ def test_the_table_and_the_page(report, runs, capsys):
         row = table[(table["seeds"] == "1 2") & (table["stage"] == stage)].iloc[0]
         last = pd.DataFrame([pd.read_csv(runs / name / "rounds.csv").query(
             f"stage == '{stage}' and round == 2 and split == 'test'").iloc[0] for name in ("one", "two")])
-        for figure in ("accuracy", "f1", "accuracy_worst", "kl_nats"):
+        for figure in ("accuracy", "f1", "accuracy_worst", "accuracy_images", "kl_nats"):
             assert row[figure] == pytest.approx(last[figure].mean(), rel=1e-4)
             assert row[f"{figure}_std"] == pytest.approx(last[figure].std(), rel=1e-4)
     assert set(table["protocol"]) == {"held-out", "resplit"}

@@ -23,7 +23,8 @@ from utils import rng
 FLAGS = ("--rounds", 4, "--frac", 0.5, "--eval_every", 2, "--save_rounds", 2, "--num_users", 4)
 COLUMNS = {
     "clients.csv": "round,client,stage,split,n,loss,accuracy,precision,recall,f1,kl_nats",
-    "rounds.csv": "round,stage,split,loss,accuracy,accuracy_std,accuracy_worst,precision,recall,f1,kl_nats,"
+    "rounds.csv": "round,stage,split,loss,accuracy,accuracy_std,accuracy_worst,accuracy_images,accuracy_class_0,"
+                  "accuracy_class_1,accuracy_class_2,accuracy_class_3,precision,recall,f1,kl_nats,bytes_up,bytes_down,"
                   "seconds",
     "server.csv": "round,client,n,norm_ratio,cosine,max_cosine,trust,weight,malicious"}
 
@@ -39,6 +40,7 @@ def test_each_method_from_the_command_line(place, capsys, method):
     assert place.main("--method", method, "--rounds", 2, *noise) == 0
     out = capsys.readouterr().out
     assert f"picture:     {place.results}/curves.png\n" in out and str(place.models) in out and "\ntime: " in out
+    assert ("\nsent:        0.0 MB up, 0.0 MB down\n" in out) == (not METHODS[method].shared)
     clients = pd.read_csv(place.results / "clients.csv")
     assert len(clients) == 2 * 2 * 3 and clients["accuracy"].between(0, 1).all()
     assert clients["kl_nats"].notna().all() == METHODS[method].network.variational
@@ -88,6 +90,9 @@ def test_the_files_of_a_run(finished):
     for name in ("loss", "accuracy", "kl_nats"):
         means = clients.groupby(["round", "stage", "split"])[name].mean()
         assert means.to_dict() == pytest.approx(rounds[name].to_dict(), rel=1e-6)
+    right = (clients["n"] * clients["accuracy"]).groupby([clients[key] for key in rounds.index.names]).sum()
+    images = clients.groupby(rounds.index.names)["n"].sum()
+    assert (right / images).to_dict() == pytest.approx(rounds["accuracy_images"].to_dict(), rel=1e-6)
     server = pd.read_csv(finished.results / "server.csv")
     assert (server.groupby("round")["client"].count() == 2).all()
     weight = server.groupby("round")["weight"].sum(min_count=1)   # two of few classes may oppose each other:
@@ -95,6 +100,7 @@ def test_the_files_of_a_run(finished):
     config = json.loads((finished.results / "config.json").read_text())
     assert config["status"] == "finished" and config["options"]["frac"] == 0.5
     count = config["parameters"]
+    assert (rounds[["bytes_up", "bytes_down"]] == 2 * 4 * count["shared"]).all(axis=None)   # two clients, float32
     assert count["shared"] == count["classifier"] < count["total"] == count["encoder"] + count["classifier"]
     parts = np.load(finished.results / "partition.npz")
     assert sorted(parts.files) == sorted(f"{half}_{k}" for half in ("train", "test") for k in range(4))
@@ -209,6 +215,11 @@ def test_resuming_a_finished_run_does_nothing_and_shows_its_table(copy, capsys):
     assert {p.name: p.stat().st_mtime_ns for p in copy.results.iterdir() if p.name != ".lock"} == before
     said = capsys.readouterr().out
     assert "means over honest clients (trained: those that trained)" in said and "time:" not in said
+    row = pd.read_csv(copy.results / "rounds.csv").iloc[-1]
+    assert f" {row['accuracy_worst']:.4f}  {row['accuracy_images']:.4f} {row['f1']:.4f} " in said
+    by_class = " ".join(f"{share:.3f}" for share in row["accuracy_class_0":"accuracy_class_3"])
+    assert f"\ndeployed, by class: {by_class}\n" in said
+    assert f"\nsent:        {row['bytes_up'] / 1e6:.1f} MB up, {row['bytes_down'] / 1e6:.1f} MB down\n" in said
     assert said.endswith(f"report.py --results_dir {copy.folder / 'results'}\n")
 
 

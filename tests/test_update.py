@@ -151,13 +151,28 @@ def test_figures_equal_scikit_learns():
     assert [figures[name] for name in ("precision", "recall", "f1")] == pytest.approx(expected[:3], abs=1e-6)
     assert figures["accuracy"] == pytest.approx((labels == predicted).mean())
     assert figures["loss"] == 1 and np.isnan(figures["kl_nats"])
+    assert figures["images"] == [(labels == c).sum() for c in range(10)] and figures["images"][3] == 0
+    assert figures["right"] == [((labels == c) & (predicted == c)).sum() for c in range(10)]
+
+
+def test_accuracy_over_all_images_and_by_class_by_hand():
+    """One client is right on 2 of 3 images, the other on 1 of 2; nobody has an image of class 2."""
+    rows = []
+    for labels, predicted in (([0, 0, 1], [0, 1, 1]), ([1, 1], [2, 1])):
+        tally = Tally()
+        tally.add(torch.ones(len(labels)), None, torch.eye(3)[predicted], torch.tensor(labels))
+        rows.append({"stage": "deployed", "split": "test", **tally.result(3)})
+    mean, = over_clients(rows)
+    assert mean["accuracy"] == pytest.approx(7 / 12) and mean["accuracy_images"] == pytest.approx(3 / 5)
+    assert [mean[f"accuracy_class_{c}"] for c in range(3)] == pytest.approx([1 / 2, 2 / 3, np.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize("clients, lowest", [(1, 1), (14, 1), (15, 2), (150, 15)])
 def test_the_worst_decile_of_clients(clients, lowest):
     """Squares, so that no other number of them has the same mean; the order of rows says nothing."""
     accuracy = np.random.default_rng(0).permutation(np.arange(clients) ** 2.0)
-    rows = [{"stage": "trained", "split": "test", **dict.fromkeys(METRICS, 0), "accuracy": a} for a in accuracy]
+    rows = [{"stage": "trained", "split": "test", **dict.fromkeys(METRICS, 0), "accuracy": a, "images": [1],
+             "right": [1]} for a in accuracy]
     assert over_clients(rows)[0]["accuracy_worst"] == pytest.approx((np.arange(lowest) ** 2.0).mean())
 
 
@@ -190,7 +205,7 @@ def test_products_of_onednn_agree_with_pytorchs(tiny_arrays, monkeypatch):
     (one, figures), (other, others) = results
     for name, value in one.client_state.parameters.items():
         assert torch.allclose(value, other.client_state.parameters[name], atol=1e-6)
-    assert figures == pytest.approx(others, rel=1e-4)
+    assert [figures[name] for name in METRICS] == pytest.approx([others[name] for name in METRICS], rel=1e-4)
     client, head, private = make(tiny_arrays, dtype=torch.bfloat16)
     client.train(0, 1, FIRST, head, private)
     assert len(calls) == 5
