@@ -35,7 +35,18 @@ def inner_attacker(step: Step) -> Tensor:
 
 
 def proximal(step: Step) -> Tensor:
-    """Return ``mu / 2 ||w - w_t||^2`` over the shared parameters (Wei et al. 2020, eq. 5; Li et al. 2020)."""
+    """Return ``mu / 2 ||w - w_t||^2`` over the shared parameters (Li et al. 2020; Wei et al. 2020, eq. 5)."""
+    return half_distance(step, "classifier.")
+
+
+def ditto(step: Step) -> Tensor:
+    """Return ``lambda / 2 ||v - w_t||^2`` over the client's own parameters v (Li et al. 2021, equation 2)."""
+    return half_distance(step, "personal.")
+
+
+def half_distance(step: Step, prefix: str) -> Tensor:
+    """Return ``--prox / 2`` times the squared distance of the parameters with a prefix to those sent."""
     now = dict(step.model.named_parameters())
-    apart = torch.stack([(now[name] - value).square().sum() for name, value in step.sent.items()])
+    apart = torch.stack([(now[name.replace("classifier.", prefix, 1)] - value).square().sum()
+                         for name, value in step.sent.items()])
     return step.options["prox"] / 2 * apart.sum()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from parsing import HUGE, TINY, Option
 from server.rules import RULES
-from utils import Late
+from utils import Late, participants
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,8 +63,11 @@ NOISE_MULTIPLIER = Option("noise_multiplier", "noise of client-level DP in units
                           "--epsilon", float, within=(1e-3, 1e6), group="privacy")
 LOSS_WEIGHT = Option("loss_weight", "weight of the loss against the inner attacker [lambda]", float,
                      within=(0, 1e6), group="privacy")
-PROX = Option("prox", "weight of the proximal term, half the squared distance to the parameters sent [mu]", float,
-              unread=0.0, within=(0, 1e3), group="federated")
+PROX = Option("prox", "weight of the proximal term, half the squared distance to the parameters sent [mu; Ditto's "
+              "lambda]", float, unread=0.0, within=(0, 1e3), group="federated")
+PRIVATE_EP = Option("private_ep", "epochs that train the private parameters alone, before the local epochs, which "
+                    "then train the shared ones alone", int, within=(1, HUGE), group="federated")
+L2_WEIGHT = Option("l2_weight", "weight of the latent's norm", float, within=(0, 1e3), group="privacy")
 
 Values = Mapping[Option, object]
 
@@ -152,7 +155,7 @@ def client_dp_budget(args: Namespace) -> str | None:
     if args.epsilon is None and args.noise_multiplier is None:
         args.epsilon = 8.0
     if args.delta is None:
-        args.delta = min(0.1, args.num_users**-1.1)   # below one in the number of clients
+        args.delta = min(0.1, participants(vars(args))**-1.1)   # below one in the number of clients
     return None
 
 
@@ -184,9 +187,23 @@ METHODS = {
     "fedavg": Method(
         "everything shared", "McMahan et al. 2017, arXiv 1602.05629", models.CNN, HEAD, TRAINING,
         CNN_ON_CIFAR, CNN_ON_MIXED),
+    "local_cnn": Method(
+        "the CNN, nothing shared", "", models.CNN, (), {LR: 1e-3, AUGMENT: "none"}, CNN_ON_CIFAR, CNN_ON_MIXED),
+    "fedprox": Method(
+        "a proximal term", "Li et al. 2020, arXiv 1812.06127", models.CNN, HEAD, {**TRAINING, PROX: 0.1},
+        CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.proximal),
     "fedper": Method(
         "a private last layer", "Arivazhagan et al. 2019, arXiv 1912.00818", models.CNN,
         ("classifier.features.",), {**TRAINING, LR: 3e-3}, CNN_ON_CIFAR, CNN_ON_MIXED),
+    "fedrep": Method(
+        "a private last layer, trained before the others", "Collins et al. 2021, arXiv 2102.07078", models.CNN,
+        ("classifier.features.",), {**TRAINING, LR: 3e-3, PRIVATE_EP: 1}, CNN_ON_CIFAR, CNN_ON_MIXED),
+    "ditto": Method(
+        "beside the shared CNN a private one, held near it", "Li et al. 2021, arXiv 2012.04221", models.Ditto,
+        HEAD, {**TRAINING, PROX: 0.1}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.ditto),
+    "fedsr": Method(
+        "noisy features, held near a private class prior", "Nguyen et al. 2022, NeurIPS", models.FedSR, HEAD,
+        {**TRAINING, KL_WEIGHT: 1e-3, L2_WEIGHT: 0.01}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "nbafl": Method(
         "noise before aggregation", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
         NBAFL, CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.NbAFL),

@@ -3,6 +3,7 @@
 The layers are those that the authors released (Issa et al., IEEE TIFS 2024). Images are floats in [0, 1], shapes
 are ``N x C x H x W``. Parameters named ``encoder.*`` stay with their client, ``classifier.*`` are shared.
 """
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -26,13 +27,13 @@ class Output(NamedTuple):
         logits: ``N x num_classes``.
         kl: nats per image, ``N``; None for a network without noise.
         features: input of the method's own loss.
-        replay: the head's cross-entropy on draws of a ``ClassPrior``, in training, ``N``; else None.
+        auxiliary: a further loss of the network itself, in training, ``N``; else None.
     """
 
     logits: Tensor
     kl: Tensor | None = None
     features: Tensor | None = None
-    replay: Tensor | None = None
+    auxiliary: Tensor | None = None
 
 
 class Network(nn.Module):
@@ -41,11 +42,13 @@ class Network(nn.Module):
     Attributes:
         has_encoder: whether an ``encoder`` precedes the head.
         variational: whether the encoder is noisy, so that KL bounds the information in a latent.
+        predictor: the name of the part that predicts, on images or latents.
         options: the names of the options that the constructor takes besides shape and classes.
     """
 
     has_encoder = False
     variational = False
+    predictor = "classifier"
     options: tuple[str, ...] = ()
     classifier: nn.Module
 
@@ -233,6 +236,76 @@ class CNN(Network):
         return Output(self.classifier(x))
 
 
+class Ditto(CNN):
+    """Two CNNs: the one that is shared, and the client's own, which predicts (Li et al. 2021, arXiv 2012.04221).
+
+    Both start alike. One step trains both, since their losses have no parameter in common.
+    """
+
+    predictor = "personal"
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
+        super().__init__(image_shape, num_classes)
+        self.personal = copy.deepcopy(self.classifier)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
+        """Return the logits of the client's own CNN, and in training the cross-entropy of the shared one."""
+        logits, loss = self.personal(x), None
+        if self.training and y is not None:
+            loss = F.cross_entropy(self.classifier(x), y, reduction="none")
+        return Output(logits, auxiliary=loss)
+
+
+class NoisyClassifier(nn.Module):
+    """A CNN whose last features are noisy: ``z = mu + sigma * eps`` of DENSE numbers, and one layer behind it."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
+        super().__init__()
+        channels, height, width = self.input_shape = image_shape
+        self.features = nn.Sequential(*Classifier(image_shape, num_classes).features[:7],
+                                      nn.Linear(64 * (height // 4) * (width // 4), 2 * DENSE))   # mu and logvar
+        self.output = nn.Linear(DENSE, num_classes)
+        initialise(self)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mu and logvar of z, each ``N x DENSE``, in float32 also under autocast."""
+        mu, logvar = self.features(x).float().chunk(2, 1)
+        return mu, logvar
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``N x num_classes`` from the mean of z."""
+        return self.output(self.posterior(x)[0]).float()
+
+
+class FedSR(Network):
+    """FedSR's probabilistic network (Nguyen et al. 2022, NeurIPS), all of which is shared but its prior.
+
+    Its loss adds ``l2_weight ||z||`` and ``kl_weight KL(q(z|x) || p(z|y))``. The prior is a private
+    ``ClassPrior``, which starts as N(0, I) for each class.
+    """
+
+    options = ("l2_weight",)
+    classifier: NoisyClassifier
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, l2_weight: float):
+        super().__init__()
+        self.l2_weight = l2_weight
+        self.classifier = NoisyClassifier(image_shape, num_classes)
+        self.prior = ClassPrior(num_classes, (DENSE, 1, 1), apart=0.0)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
+        """Return logits, from one draw of z in training, and KL if the labels are given."""
+        mu, logvar = self.classifier.posterior(x)
+        z = reparameterise(mu, logvar) if self.training else mu
+        kl = None if y is None else self.prior.kl(mu, logvar, y)
+        return Output(self.classifier.output(z).float(), kl, auxiliary=self.l2_weight * z.norm(dim=1))
+
+    def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return class probabilities from the mean of z, and KL."""
+        output = self(x, y)
+        return output.logits.softmax(1), output.kl
+
+
 class DropoutCNN(CNN):
     """The CNN with one more dropout before its last layer: an inverter does not know the dropped units."""
 
@@ -324,7 +397,7 @@ class RVE(Network):
         """Return logits from one draw of z, KL, and with a ``ClassPrior`` the head's replay loss."""
         mu, logvar = self.encoder(x)
         logits = self.classifier(as_image(reparameterise(mu, logvar), self.image_shape))
-        return Output(logits, self.kl(mu, logvar, y), replay=self.replay(len(x), x.device))
+        return Output(logits, self.kl(mu, logvar, y), auxiliary=self.replay(len(x), x.device))
 
     def replay(self, count: int, device: torch.device) -> Tensor | None:
         """Return the head's cross-entropy on ``count`` draws of random classes' priors; None in evaluation.

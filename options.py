@@ -17,7 +17,7 @@ from methods import METHODS, Method
 from parsing import DATA_NAME, HUGE, NAME, TINY, Option, Parser, shown
 from server.behaviours import BEHAVIOURS
 from server.rules import RULES, Rule
-from utils import ROOT, round_down
+from utils import ROOT, participants, round_down
 
 
 def rows(table: dict) -> str:
@@ -34,6 +34,9 @@ MALICIOUS_BEHAVIOUR = Option("malicious_behaviour", f"behaviour of malicious cli
                              "(default: label_flip)", choices=BEHAVIOURS, group="server")
 MOMENTUM = Option("momentum", "momentum of --optimizer sgd (default: 0)", float, unread=0.0, within=(0, 0.9999),
                   group="federated")
+LOCAL_EP = Option("local_ep", "local epochs [E] (default: 10)", int, within=(1, HUGE), group="federated")
+NEW_EP = Option("new_ep", "local epochs of a new client with all its images; with fewer it makes as many steps "
+                "(default: 10)", int, within=(1, HUGE), group="federated")
 STACK = Option("stack", "clients trained at a time as one stacked model; 1: one after another, on a GPU without "
                "CUDA graphs (default: on a GPU as many as make 500 images per step; on a CPU, if the model is "
                "small, one client per thread)", int, within=(1, 10_000))
@@ -60,7 +63,9 @@ COMMON = [   # in the order of --help
     Option("rounds", "number of rounds [T]", int, 100, within=(1, HUGE), alias="epochs", group="federated"),
     Option("frac", "share of the clients that train in a round [C]", float, 1.0, within=(TINY, 1),
            group="federated"),
-    Option("local_ep", "local epochs [E]", int, 10, within=(1, HUGE), group="federated"),
+    LOCAL_EP,
+    Option("local_steps", "steps of local training per round, in place of --local_ep", int, within=(1, HUGE),
+           group="federated"),
     Option("local_bs", "local batch size [B]", int, 256, within=(1, HUGE), group="federated"),
     Option("optimizer", "local optimiser", default="adam", choices=("adam", "sgd"), group="federated"),
     Option("lr_decay", "the learning rate is lr / (1 + lr_decay * steps of the client)", float, 1e-3,
@@ -68,6 +73,13 @@ COMMON = [   # in the order of --help
     Option("lr_warmup", "share of a round's steps over which lr rises from 0, since a client's optimiser starts "
            "anew in each round", float, 0.2, within=(0, 1), group="federated"),
     MOMENTUM,
+    Option("finetune_ep", "after the last round, also evaluate each client's model after so many more local "
+           "epochs from the deployed one", int, within=(1, HUGE), group="federated"),
+    Option("new_clients", "share of the clients, rounded down, that take no part in the rounds: after the last "
+           "one, each trains its private part (the whole model if nothing is private) behind the final head on "
+           "10, 50 and all of its images, and for comparison the whole model alone", float, 0.0, within=(0, 1),
+           group="federated"),
+    NEW_EP,
 
     Option("method", f"method to train: {rows(METHODS)}", default="rve_pfl", choices=METHODS, group="model"),
 
@@ -118,13 +130,17 @@ NEEDS = [
     Need(CLASSES_PER_CLIENT, "partition", lambda kind: kind == "shards", 2),
     Need(ALPHA, "partition", lambda kind: kind == "dirichlet", 0.1),
     Need(UNEQUAL, "partition", lambda kind: kind != "file", harmless=False),
+    Need(LOCAL_EP, "local_steps", lambda steps: steps is None, 10),
+    Need(NEW_EP, "new_clients", bool, 10),
     Need(MALICIOUS_BEHAVIOUR, "malicious_frac", bool, "label_flip"),
     Need(MOMENTUM, "optimizer", lambda kind: kind == "sgd", 0.0, harmless=0.0),
     Need(methods.PRIOR_APART, "prior", lambda kind: kind == "class"),
     Need(methods.KL_WARMUP, "kl_weight", bool, harmless=0),
+    Need(STACK, "private_ep", lambda epochs: epochs is None, harmless=1),
     # Clients are trained one after another if the method has its own loss or replays priors.
     Need(STACK, "method", lambda name: METHODS[name].loss is None, harmless=1),
     Need(STACK, "prior", lambda kind: kind != "class", harmless=1),
+    Need(STACK, "encoders_from", lambda run: run is None, harmless=1),
     # Encoders and priors of another run are not trained.
     *(Need(option, "encoders_from", lambda run: run is None)
       for option in (methods.INIT_LOGVAR, methods.PRIOR_APART, methods.KL_WEIGHT, methods.KL_WARMUP))]
@@ -156,7 +172,7 @@ def read_by(option: Option, table: dict) -> str:
         by_value.pop(None, None)
         notes.append("default: " + ", ".join(
             f"else {value}" if len(rows) > len(names) / 2 else f"{value} with {', '.join(rows)}"
-            for value, rows in by_value.items()))
+            for value, rows in sorted(by_value.items(), key=lambda item: len(item[1]))))
     return f" ({'; '.join(notes)})" if notes else ""
 
 
@@ -242,9 +258,13 @@ def contradiction(args: argparse.Namespace) -> str | None:
     if args.full_sharing_rounds is not None and args.full_sharing_rounds >= args.rounds:
         return (f"--full_sharing_rounds {args.full_sharing_rounds}: none of --rounds {args.rounds} would be left "
                 "for the method's own rule; give fewer")
-    if args.malicious_frac and not round_down(args.malicious_frac * args.num_users):
-        return (f"--malicious_frac {args.malicious_frac:g}: of --num_users {args.num_users} that is no client; "
-                f"give {1 / args.num_users:g} or more, or leave it out")
+    for name, clients in (("new_clients", args.num_users), ("malicious_frac", participants(vars(args)))):
+        share = getattr(args, name)
+        if share and not round_down(share * clients):
+            return (f"--{name} {share:g}: of {clients} clients that is none; give {1 / clients:g} or more, or "
+                    "leave it out")
+    if not participants(vars(args)):
+        return f"--new_clients {args.new_clients:g}: no client would be left to train; give less"
     for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("resplit", "keep_split"),
                           ("full_sharing_rounds", "encoders_from")):
         if getattr(args, first) and getattr(args, second):
@@ -257,8 +277,9 @@ def misfit(args: argparse.Namespace, method: Method) -> str | None:
     if method.server is not None and args.aggregation not in (None, "mean"):
         return (f"--aggregation {args.aggregation}: weights or rules that follow the uploads break the privacy "
                 f"accounting of --method {args.method}; leave it out")
-    if not method.shared and args.malicious_frac:
-        return (f"--malicious_frac {args.malicious_frac:g}: --method {args.method} shares nothing; leave it out")
+    for name in ("malicious_frac", "new_clients"):
+        if not method.shared and getattr(args, name):
+            return f"--{name} {getattr(args, name):g}: --method {args.method} shares nothing; leave it out"
     row = BEHAVIOURS.get(args.malicious_behaviour)
     if row is not None and row.whole_head and method.shared and not method.shares_whole_head:
         return (f"--malicious_behaviour {args.malicious_behaviour}: needs the whole head, of which --method "

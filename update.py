@@ -71,6 +71,10 @@ class Training:
 
     Args:
         epochs: local epochs E.
+        local_steps: steps of a client in a round, in place of the epochs.
+        private_ep: epochs that train the private parameters alone, before those of the shared ones alone (FedRep);
+            None: all parameters train at once.
+        part: the parameters that train: ``all``, those that are ``shared``, or the ``private`` ones.
         lr_decay: learning rate ``lr / (1 + lr_decay * step)``, with the step counted over all rounds.
         lr_warmup: share of a round's steps over which the learning rate rises from 0: a new Adam's first steps are
             all as long as the learning rate, since it has no estimate of the gradients' size yet.
@@ -79,7 +83,6 @@ class Training:
         eval_samples: draws of z averaged in a prediction.
         augment: ``none``, ``flip`` or ``flip+shift`` of the training images, drawn anew each time.
         dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
-        freezes_private: do not train the private parameters.
         options: all options of the run by name.
     """
 
@@ -97,16 +100,33 @@ class Training:
     eval_samples: int
     augment: str
     dtype: torch.dtype
-    freezes_private: bool = False
+    local_steps: int | None = None
+    private_ep: int | None = None
+    part: str = "all"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], dtype: torch.dtype, **changes: Any) -> "Training":
         """Return the settings of a run's options (options.py), with ``changes``."""
         same = ("seed", "optimizer", "lr", "head_lr", "lr_decay", "lr_warmup", "momentum", "kl_weight",
-                "kl_warmup", "eval_samples", "augment")
-        return replace(cls(epochs=options["local_ep"], batch_size=options["local_bs"], dtype=dtype,
+                "kl_warmup", "eval_samples", "augment", "local_steps", "private_ep")
+        return replace(cls(epochs=options["local_ep"] or 1, batch_size=options["local_bs"], dtype=dtype,
                            options=options, **{name: options[name] for name in same}), **changes)
+
+    def steps_of(self, images: int) -> int:
+        """Return the number of a round's steps of a client with so many images."""
+        return self.local_steps or self.epochs * -(-images // self.batch_size)
+
+    def epochs_of(self, images: int) -> int:
+        """Return the number of a round's epochs of a client with so many images, rounded up."""
+        return -(-self.local_steps * self.batch_size // images) if self.local_steps else self.epochs
+
+    def phases(self) -> list["Training"]:
+        """Return the settings of the parts of a client's round, one after another."""
+        if not self.private_ep or self.part != "all":
+            return [self]
+        return [replace(self, part="private", epochs=self.private_ep, local_steps=None),
+                replace(self, part="shared")]
 
     def beta(self, round: int) -> float:
         """Return the weight of the KL term in a round."""
@@ -158,19 +178,21 @@ class Trainer:
         Raises:
             Diverged: the loss is no longer finite.
         """
-        settings, steps = self.training, client_state.steps
+        steps = client_state.steps
         self.seed("train", client, round)
         self.model.load_state_dict({**sent, **client_state.parameters})
         self.model.train()
-        optimizer, received = self.prepare(sent)
-        orders = rng(settings.seed, "order", client, round)   # the same on every device
-        for _ in range(settings.epochs):
-            tally = Tally()
-            order = torch.from_numpy(orders.permutation(indices)).to(self.labels.device)
-            for batch in order.split(settings.batch_size):
-                self.set_lr(optimizer, steps, steps - client_state.steps, len(indices))
-                tally.add(*self._step(optimizer, round, batch, received), self.labels[batch])
-                steps += 1
+        orders = rng(self.training.seed, "order", client, round)   # the same on every device
+        for phase in self.training.phases():
+            optimizer, received = self.prepare(sent, phase.part)
+            total = left = phase.steps_of(len(indices))
+            while left:   # an epoch
+                tally = Tally()
+                order = torch.from_numpy(orders.permutation(indices)).to(self.labels.device)
+                for batch in order.split(phase.batch_size)[:left]:
+                    self.set_lr(optimizer, steps, total - left, total)
+                    tally.add(*self._step(optimizer, round, batch, received), self.labels[batch])
+                    steps, left = steps + 1, left - 1
         return self.local_update(client, round, self.state(), steps, tally)
 
     def local_update(self, client: int, round: int, trained: State, steps: int, tally: Tally) -> LocalUpdate:
@@ -206,9 +228,7 @@ class Trainer:
 
     def objective(self, images: Tensor, output: Output, labels: Tensor, round: int,
                   sent: State) -> tuple[Tensor, Tensor]:
-        """Compute ``CE(head(z), y) + beta KL(q(z|x) || prior) + the method's own loss``, and the first term alone.
-
-        With one prior per class, the head's cross-entropy on draws from these priors is added.
+        """Compute ``CE(head(z), y) + beta KL(q(z|x) || prior) + auxiliary + the method's own loss``, and CE alone.
 
         Args:
             images: ``N x C x H x W``.
@@ -219,17 +239,23 @@ class Trainer:
         """
         loss = F.cross_entropy(output.logits, labels, reduction="none")
         whole = loss if output.kl is None else loss + self.training.beta(round) * output.kl
-        if output.replay is not None:
-            whole = whole + output.replay
+        if output.auxiliary is not None:
+            whole = whole + output.auxiliary
         if self.method.loss is not None:
             whole = whole + self.method.loss(Step(self.model, images, output, sent, self.training.options))
         return whole, loss
 
-    def prepare(self, sent: State) -> tuple[torch.optim.Optimizer, State]:
-        """Return a client's new optimiser, and what was sent on the training device, for the method's own loss."""
+    def prepare(self, sent: State, part: str = "all") -> tuple[torch.optim.Optimizer, State]:
+        """Freeze what does not train; return a new optimiser, and what was sent on the training device, for the
+        method's own loss."""
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        shared = self.method.shared_and_private(parameters)[0]
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(part == "all" or (part == "shared") == (name in shared))
         received = {} if self.method.loss is None else {
             name: value.to(self.labels.device) for name, value in sent.items()}
-        return self.make_optimizer(dict(self.model.named_parameters())), received
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        return self.make_optimizer(trained), received
 
     def autocast(self) -> torch.autocast:
         """Return the context that sets the precision of convolutions and matrix products."""
@@ -288,7 +314,7 @@ class Trainer:
     def make_optimizer(self, parameters: State) -> torch.optim.Optimizer:
         """Return a client's optimiser, new in every round, as in FedAvg."""
         settings = self.training
-        scales = {False: 0.0 if settings.freezes_private else 1.0, True: settings.head_lr}   # by being of the head
+        scales = {False: 1.0, True: settings.head_lr}   # by being of the head
         groups = [{"params": [value for name, value in parameters.items()
                               if name.startswith("classifier.") == of_head], "scale": scale}
                   for of_head, scale in scales.items()]
@@ -297,11 +323,10 @@ class Trainer:
             return SGD(groups, settings.lr, settings.momentum, fused=True)
         return Adam(groups, settings.lr, eps=1e-7, fused=True)
 
-    def set_lr(self, optimizer: torch.optim.Optimizer, steps: int, done: int, images: int) -> None:
-        """Set the learning rates of a client's next step, after ``steps`` in all and ``done`` in this round."""
+    def set_lr(self, optimizer: torch.optim.Optimizer, steps: int, done: int, total: int) -> None:
+        """Set the learning rates of a client's next step, after ``steps`` in all, ``done`` of ``total`` now."""
         settings = self.training
-        rising = settings.lr_warmup * settings.epochs * -(-images // settings.batch_size)   # steps
-        factor = min(1.0, (done + 1) / max(rising, 1)) / (1 + settings.lr_decay * steps)
+        factor = min(1.0, (done + 1) / max(settings.lr_warmup * total, 1)) / (1 + settings.lr_decay * steps)
         for group in optimizer.param_groups:
             rate = group["scale"] * settings.lr * factor
             if isinstance(group["lr"], Tensor):   # a captured step reads it where it is

@@ -92,6 +92,11 @@ def round_down(count: float) -> int:
     return int(count + 1e-9)
 
 
+def participants(options: Mapping[str, Any]) -> int:
+    """Return the number of clients that take part in the rounds: the first ones, without the new clients."""
+    return options["num_users"] - round_down(options["new_clients"] * options["num_users"])
+
+
 def nearby(path: Path) -> str:
     """Return a path for the user: relative to the working folder if it is inside."""
     path, here = path.absolute(), Path.cwd()

@@ -95,7 +95,8 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
     else:
         private = target.private(round, client)
         parameters = {**target.own_head(round, client, private), **private.parameters}
-    whole = all(name in parameters for name in network.state_dict() if name.startswith("classifier."))
+    head = network.predictor if adversary == "stolen_model" else "classifier"
+    whole = all(name in parameters for name in network.state_dict() if name.startswith(f"{head}."))
     network.load_state_dict(parameters, strict=False)
     network.requires_grad_(False)
     next_head = next_trunk = None
@@ -108,7 +109,7 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
     names = {name for name in network.state_dict() if name.startswith("encoder.")}
     known = {name.removeprefix("encoder."): parameters[name] for name in names if name in parameters}
     encoder = network.get_submodule("encoder") if 0 < len(known) == len(names) else None
-    return Knowledge(network.get_submodule("classifier") if whole else None, encoder, target.has_encoder,
+    return Knowledge(network.get_submodule(head) if whole else None, encoder, target.has_encoder,
                      target.data.image_shape, next_head, known={} if encoder is not None else known,
                      next_trunk=next_trunk)
 

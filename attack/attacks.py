@@ -33,7 +33,7 @@ Need = tuple[str, Callable[["Target", str], bool]]   # why an attack cannot be r
 SHARED_HEAD: Need = ("nothing travels with this method",
                      lambda target, adversary: bool(target.uploaded) or adversary == "stolen_model")
 OTHER_CLIENT: Need = ("the run has no other client",
-                      lambda target, adversary: adversary != "curious_client" or target.options["num_users"] > 1)
+                      lambda target, adversary: adversary != "curious_client" or target.clients > 1)
 WHOLE_HEAD: Need = ("part of the head stays with the clients",   # of which each client has its own copy
                     lambda target, adversary: adversary != "curious_server"
                     or "classifier.output.bias" in target.uploaded)

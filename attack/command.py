@@ -64,9 +64,9 @@ class Command:
         self.args = args
         self.target = target.open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
         self.rounds = args.rounds or [self.target.latest_round()]
-        last = self.target.options["num_users"] - 1
+        last = self.target.clients - 1
         if max(args.clients) > last:
-            raise InputError(f"--clients {max(args.clients)}: the run's clients are 0 to {last}")
+            raise InputError(f"--clients {max(args.clients)}: the clients that train in the run are 0 to {last}")
         for r in self.rounds:
             self.target.require(r)
 

@@ -76,7 +76,7 @@ class Evaluation:
                                   keep=self.budget.top_scores)
                 knowledge = Knowledge(None, None, target.has_encoder, target.data.image_shape, query=answers)
             else:
-                knowledge = hold(target, name, round, client, own=(client + 1) % target.options["num_users"])
+                knowledge = hold(target, name, round, client, own=(client + 1) % target.clients)
             self.adversaries = {key: Adversary(
                 knowledge, target.start(round), self.public, target.options.get("kl_weight") or 0.0, self.budget,
                 lambda what: seed_torch(self.args.seed, f"{name} {what}", client, round))}

@@ -76,13 +76,13 @@ class MembershipAdversary:
 
 def schedule(target: Target, last: int, client: int, epochs: int | None) -> list[tuple[int, int]]:
     """Return the rounds in which a reference trains, as the client did or ``epochs`` fill, and their epochs."""
-    options, names, each = target.options, target.network().state_dict(), target.options["local_ep"]
+    options, names, each = target.options, target.network().state_dict(), target.options["local_ep"] or 1
     if epochs:
         return [(done // each + 1, min(each, epochs - done)) for done in range(0, epochs, each)]
 
     def trains(number: int) -> bool:
         row, draw = target.row(number), rng(options["seed"], "sample", round=number)
-        chosen = sample_clients(options["num_users"], options["frac"], draw, row.poisson)
+        chosen = sample_clients(target.clients, options["frac"], draw, row.poisson)
         return client in chosen or not row.shared_and_private(names)[1]
     return [(number, each) for number in range(1, last + 1) if trains(number)]
 
@@ -99,7 +99,8 @@ def train_reference(target: Target, like: tuple[int, int, int | None], seed: int
         shared, private_part = trainer.shared_and_private(trainer.state())
         private = ClientState(private_part)
         for number, epochs in schedule(target, *like):
-            now = replace(trainer, training=replace(trainer.training, epochs=epochs))
+            steps = None if like[2] else trainer.training.local_steps
+            now = replace(trainer, training=replace(trainer.training, epochs=epochs, local_steps=steps))
             shared, private, _ = now.train(like[1], number, np.arange(len(labels)), shared, private)
     except KeyError as error:
         raise InputError(f"{target.results / 'config.json'}: it has no --{error.args[0]}") from error
@@ -204,7 +205,8 @@ def shadow(adversary: MembershipAdversary, round: int, labels: Tensor) -> Knowle
     sent = hold(target, "curious_server", round, NOBODY)
     start, public = target.start(adversary.round), adversary.public.of(labels)
     seed_torch(args.seed, "shadow", adversary.client, round)
-    epochs = args.train_epochs or round * target.options.get("local_ep", 1)
+    training = Training.from_options(target.options, torch.float32)
+    epochs = args.train_epochs or round * training.epochs_of(len(target.owned()[0][adversary.client]))
     return shadow_encoder(sent, start, *public, epochs, target.options.get("kl_weight") or 0.0)
 
 

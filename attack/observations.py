@@ -31,7 +31,7 @@ class Victim:
     def stolen(self) -> Knowledge:
         """Return the client's own model."""
         network = self.network(self.own)
-        return Knowledge(network.get_submodule("classifier"), getattr(network, "encoder", None),
+        return Knowledge(network.get_submodule(network.predictor), getattr(network, "encoder", None),
                          self.target.has_encoder, self.target.data.image_shape)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from runs import configs
 from runs.checkpoints import checked_state, load_checked, read_client, read_shared, same_memory
 from server.base import Server, State
 from update import ClientState
-from utils import InputError, fingerprint
+from utils import InputError, fingerprint, participants
 
 
 def as_floats(images: np.ndarray) -> Tensor:
@@ -41,6 +41,11 @@ class Target:
     def method(self) -> Method:
         """The run's row of METHODS."""
         return METHODS[self.options["method"]]
+
+    @property
+    def clients(self) -> int:
+        """The number of clients that take part in the rounds; new clients have higher numbers."""
+        return participants(self.options)
 
     @property
     def has_encoder(self) -> bool:
@@ -137,7 +142,7 @@ class Target:
     @cached_property
     def first_server(self) -> Server:
         """The run's server as it was before the first round."""
-        return make_server(self.options, min(map(len, self.owned()[0])))
+        return make_server(self.options, min(map(len, self.owned()[0][:self.clients])))
 
     def server(self, round: int) -> Server:
         """Return the run's server after a round; NbAFL's clip, found in round 1, it has at the start, too."""

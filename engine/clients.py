@@ -2,6 +2,7 @@
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from runs.run import Run
 from server.base import Round, State
 from server.malicious import MaliciousClients
 from update import ClientState, Diverged, LocalUpdate, Trainer
-from utils import InputError, rng
+from utils import InputError, participants, rng
 
 HELD_OUT = 0.1   # share of a client's images for testing; under --validate, of the rest for validation
 
@@ -24,14 +25,15 @@ def train_each(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sen
     """Train clients one after another, or small ones in stacks on a GPU or in threads on a CPU; equal to rounding.
 
     A method with a loss of its own, which reads the model, is always trained one client after another, and so is a
-    network with draws that ``draws_of`` does not know.
+    network with draws that ``draws_of`` does not know. Stacked clients train all their parameters at once.
 
     Args:
         indices: client -> its training images.
         state_of: client -> its state.
         stack: how many to train as one stacked model, 1 for one after another; None for the fastest.
     """
-    most = stack or stack_size(trainer.labels.device, trainer.training.batch_size)
+    plain = trainer.training.part == "all" and len(trainer.training.phases()) == 1
+    most = stack or stack_size(trainer.labels.device, trainer.training.batch_size) if plain else 1
     threads = 1 if stack else threads_for(trainer)
     if most == threads == 1 or trainer.method.loss is not None or draws_of(trainer) is None:
         for k, images in indices.items():
@@ -53,12 +55,14 @@ class Clients:
         owned: the images of each client.
         splits: the (training, held-out) images of each client.
         run: keeps the clients' states and uploads.
+        start: all parameters at the start.
     """
 
     def __init__(self, args: Namespace, trainer: Trainer, malicious: MaliciousClients, owned: list, splits: list,
-                 run: Run):
+                 run: Run, start: State):
         self.args, self.malicious, self.owned, self.splits = args, malicious, owned, splits
-        self.run, self.ranks = run, run.ranks
+        self.run, self.ranks, self.start = run, run.ranks, start
+        self.count = participants(vars(args))   # of the clients that take part; new clients have higher numbers
         self.trainer, self.full_sharing = trainer, trainer.in_round(1)
 
     def trainer_in(self, number: int) -> Trainer:
@@ -80,7 +84,7 @@ class Clients:
         """Draw the clients that train in a round."""
         draw = rng(self.args.seed, "sample", round=number)
         poisson = self.trainer_in(number).method.poisson
-        return sampling.sample_clients(self.args.num_users, self.args.frac, draw, poisson)
+        return sampling.sample_clients(self.count, self.args.frac, draw, poisson)
 
     def send(self, number: int) -> State:
         """Return the shared parameters that clients receive in a round.
@@ -132,13 +136,21 @@ class Clients:
                 yield k, outcome
 
     def evaluate(self, number: int, head: State) -> list[dict]:
-        """Evaluate every client with the new shared parameters; return rows, on the first rank."""
+        """Evaluate every client with the new shared parameters; return rows, on the first rank.
+
+        After the last round, also evaluate fine-tuned models, and new clients.
+        """
         if not self.evaluates(number):
             return []
         splits = self.splits_in(number)
-        mine = self.ranks.mine(range(self.args.num_users))
-        rows = {k: self._deployed(number, k, splits[k][1], head) for k in mine}
-        return list(self.ranks.gather(rows).values())
+        mine = self.ranks.mine(range(self.count))
+        rows = {k: [self._deployed(number, k, splits[k][1], head)] for k in mine}
+        if number == self.args.rounds:
+            for k in mine if self.args.finetune_ep else ():
+                rows[k] += self._finetuned(number, k, head)
+            for k in self.ranks.mine(range(self.count, self.args.num_users)):
+                rows[k] = self._new_client(number, k, head)
+        return list(itertools.chain(*self.ranks.gather(rows).values()))
 
     def _deployed(self, number: int, client: int, held_out: np.ndarray, head: State) -> dict:
         """Return a client's row of the stage ``deployed``; an honest one's has the success of a backdoor."""
@@ -148,6 +160,42 @@ class Clients:
         if self.malicious.behaviour.trigger is not None and client not in self.malicious.members:
             row["backdoor"] = self.malicious.backdoor(trainer, client, number, held_out, (head, state))
         return row
+
+    def _finetuned(self, number: int, client: int, head: State) -> list[dict]:
+        """Return the row of a client's model after ``--finetune_ep`` epochs from the deployed one."""
+        trainer = self.trainer_in(number)
+        training = replace(trainer.training, epochs=self.args.finetune_ep, local_steps=None)
+        return self._further(replace(trainer, training=training), number, client, "finetuned",
+                             self.splits_in(number)[client][0], head, self.run.states.get(client))
+
+    def _new_client(self, number: int, client: int, head: State) -> list[dict]:
+        """Return a new client's rows: behind the final head (``new``) and alone (``alone``), by its images."""
+        trainer, state = self.trainer_in(number), self.run.states.get(client)
+        images = self.splits_in(number)[client][0]
+        images = rng(self.args.seed, "new client", client).permutation(images)
+        epochs = replace(trainer.training, epochs=self.args.new_ep, local_steps=None, private_ep=None)
+        behind = replace(epochs, local_steps=epochs.steps_of(len(images)),
+                         part="private" if state.parameters else "all")
+        # Nothing was sent to a client on its own, so no proximal term holds it there.
+        alone = replace(behind, part="all", options={**behind.options, "prox": 0.0})
+        shared, private = trainer.method.shared_and_private(self.start)
+        rows, start = [], ClientState(private)
+        for training, name, begin in ((behind, "new", (head, state)), (alone, "alone", (shared, start))):
+            for size, chosen in (("10", images[:10]), ("50", images[:50]), ("all", images)):
+                rows += self._further(replace(trainer, training=training), number, client, f"{name}_{size}",
+                                      np.sort(chosen), *begin)
+        return rows
+
+    def _further(self, trainer: Trainer, number: int, client: int, stage: str, images: np.ndarray, shared: State,
+                 state: ClientState) -> list[dict]:
+        """Train one client after round ``number``, and return its row of a stage; the run's states stay as they
+        are."""
+        (_, outcome), = train_each(trainer, number + 1, {client: images}, shared, lambda _: state, self.args.stack)
+        if isinstance(outcome, Diverged):
+            self.run.say(f"warning: {outcome}; it has no row of stage {stage}")
+            return []
+        return [self._row(number, client, stage, self.run.evaluation_split, trainer.evaluate(
+            client, number + 1, self.splits_in(number)[client][1], outcome.upload, outcome.client_state))]
 
     @staticmethod
     def _row(number: int, client: int, stage: str, split: str, metrics: dict[str, float]) -> dict:

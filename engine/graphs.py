@@ -66,10 +66,10 @@ class GraphedTrainer(Trainer):
     # By beta: the replay, and the results that it overwrites.
     _replays: dict[float, tuple[Callable[[], None], list[Result]]] = field(default_factory=dict, init=False)
 
-    def prepare(self, sent: State) -> tuple[torch.optim.Optimizer, State]:
+    def prepare(self, sent: State, part: str = "all") -> tuple[torch.optim.Optimizer, State]:
         """Return the one optimiser, set back to its start, and what was sent, at the same addresses as before."""
         if self._static is None:
-            optimizer, received = super().prepare(sent)
+            optimizer, received = super().prepare(sent, part)
             device = self.labels.device
             for group in optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=device)

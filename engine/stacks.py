@@ -131,7 +131,8 @@ def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: S
     whole = [{**sent, **state.parameters} for state in states.values()]
     parameters = {name: torch.stack([state[name].to(device) for state in whole]) for name in whole[0]}
     batches = -(-max(map(len, indices.values())) // settings.batch_size)
-    last_epoch = deque(_steps(trainer, round, indices, parameters, before), batches)
+    total = settings.steps_of(max(map(len, indices.values())))
+    last_epoch = deque(_steps(trainer, round, indices, parameters, before, total), (total - 1) % batches + 1)
     for s, k in enumerate(indices):
         tally = Tally()
         for step in last_epoch:
@@ -140,14 +141,14 @@ def _train(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: S
             tally.add(step.loss[s][real], kl, step.output.logits[s][real], step.labels[s][real])
         trained = {name: value[s].detach().clone() for name, value in parameters.items()}
         try:
-            yield k, trainer.local_update(k, round, trained, before + settings.epochs * batches, tally)
+            yield k, trainer.local_update(k, round, trained, before + total, tally)
         except Diverged as error:
             yield k, error
 
 
 def _steps(trainer: Trainer, round: int, indices: dict[int, np.ndarray], parameters: State,
-           before: int) -> Iterator[StackedStep]:
-    """Make all steps of the local epochs; each overwrites ``parameters``, the clients' side by side.
+           before: int, total: int) -> Iterator[StackedStep]:
+    """Make ``total`` steps; each overwrites ``parameters``, the clients' side by side.
 
     Args:
         before: steps that each client has made in earlier rounds.
@@ -156,17 +157,17 @@ def _steps(trainer: Trainer, round: int, indices: dict[int, np.ndarray], paramet
     for value in parameters.values():
         value.requires_grad_()
     optimizer, done = trainer.make_optimizer(parameters), 0
-    largest = max(map(len, indices.values()))
     orders = {k: rng(settings.seed, "order", k, round) for k in indices}
     draws = ClientDraws(trainer, round, indices)
     trainer.model.train()
     gradient = vmap(grad(_objective(trainer, round), has_aux=True))   # a draw in it is an error
-    for _ in range(settings.epochs):
+    while done < total:   # an epoch
         numbers, counts = _batches({k: orders[k].permutation(images) for k, images in indices.items()},
                                    settings.batch_size)
         real = counts.sum(2).int().tolist()   # by step and client
-        for batch, counted, sizes in zip(numbers.to(device), counts.to(device), real, strict=True):   # S x B
-            trainer.set_lr(optimizer, before + done, done, largest)
+        for batch, counted, sizes in list(zip(numbers.to(device), counts.to(device), real,
+                                              strict=True))[:total - done]:   # S x B
+            trainer.set_lr(optimizer, before + done, done, total)
             placements, noise = draws.step(sizes)
             batch, counted = batch[:, :max(sizes)], counted[:, :max(sizes)]   # a last batch may be short
             images = trainer.placed(batch.flatten(), placements).unflatten(0, batch.shape)   # S x B x C x H x W

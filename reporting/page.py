@@ -102,7 +102,8 @@ def _table(names: list[str], settings: list[list[Finished]]) -> Markup:
             name, *_place(same[0]), deployed[0], _spread(figures(same, "accuracy", "trained"), 4),
             *deployed[1:], *(_words(same, adversary) for adversary in adversaries),
             ", ".join(str(run.options["seed"]) for run in same), options["num_users"],
-            Markup("{}&times;{}").format(options["rounds"], options["local_ep"]),
+            Markup("{}&times;{}").format(
+                options["rounds"], options["local_ep"] or f"{options['local_steps']} steps"),
             f"{mean([run.seconds() for run in same]):.0f}",
             Markup("<details><summary>show</summary><code>{}</code></details>").format(command(options))]))
     return _grid(["method", "data set", "partition", "deployed accuracy", "trained accuracy", *list(

@@ -15,9 +15,9 @@ WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, ROW = 360, 260, 40, 350, 226, 30   # in pixe
 STEPS = [digit * 10.0**power for power in range(-4, 9) for digit in (1, 2, 5)]   # between ticks
 # Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7")
-DASHES = ("none", "5 3")
+DASHES = ("none", "5 3", "2 2")
 STYLE = Markup("\n".join(
-    f".m{i}{{--colour:{COLOURS[i % len(COLOURS)]};--dash:{DASHES[i // len(COLOURS) % 2]}}}"
+    f".m{i}{{--colour:{COLOURS[i % len(COLOURS)]};--dash:{DASHES[i // len(COLOURS) % 3]}}}"
     for i in range(len(METHODS))))
 
 
@@ -44,10 +44,10 @@ def scale(values: Sequence[float], start: int, end: int, least_step: float = 0.0
 
 
 def mark(x: float, y: float, method: str, kind: str = "") -> Markup:
-    """Draw the mark of a method: a circle, or a square where its colour is another method's too."""
-    radius = 0 if number(method) >= len(COLOURS) else 4
-    return Markup("<rect class='{}' x={:.1f} y={:.1f} width=8 height=8 rx={} />").format(
-        kind, x - 4, y - 4, radius)
+    """Draw the mark of a method: a circle, a square or a bar, so that methods of one colour differ."""
+    width, radius = ((8, 4), (8, 0), (4, 0))[number(method) // len(COLOURS) % 3]
+    return Markup("<rect class='{}' x={:.1f} y={:.1f} width={} height=8 rx={} />").format(
+        kind, x - width / 2, y - 4, width, radius)
 
 
 def number(method: str) -> int:

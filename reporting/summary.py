@@ -203,7 +203,7 @@ def summarise(runs: list[Finished]) -> list[dict[str, Any]]:
     rows = []
     for same in by_setting(runs):
         options = same[0].options
-        for stage in ("deployed", "trained"):
+        for stage in dict.fromkeys(("deployed", "trained", *(row["stage"] for run in same for row in run.rounds))):
             metrics = {name: figures(same, name, stage) for name in RUN_METRICS}
             if not metrics["accuracy"]:   # no client trained in the last round
                 continue

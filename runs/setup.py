@@ -18,7 +18,7 @@ from runs.run import Run, open_run
 from server.base import Server
 from server.malicious import MaliciousClients
 from update import ClientState, Trainer, Training
-from utils import InputError, fingerprint, keep_freed_memory, rng
+from utils import InputError, fingerprint, keep_freed_memory, participants, rng
 
 
 @contextmanager
@@ -38,10 +38,11 @@ def prepared(args: Namespace, ranks: Ranks) -> Iterator[tuple[Run, Clients, Mali
         "status": "unfinished", "protocol": protocol, "options": vars(args), **environment(device),
         "processes": ranks.size, "precision": str(trainer.training.dtype),
         "parameters": trainer.method.count(trainer.model), "start": fingerprint(start), "images": images}
-    server = make_server(vars(args), min(len(train) for train, _ in splits))
+    clients = participants(vars(args))
+    server = make_server(vars(args), min(len(train) for train, _ in splits[:clients]))
     if args.encoders_from and not args.resume:   # before anything of this run is written
         finished_source(args)
-    malicious = MaliciousClients(args.malicious_behaviour, args.malicious_frac, args.num_users, args.seed)
+    malicious = MaliciousClients(args.malicious_behaviour, args.malicious_frac, clients, args.seed)
     with open_run(config, (head, private), server, malicious, ranks) as run:
         if not run.finished:
             if ranks.first:
@@ -53,7 +54,7 @@ def prepared(args: Namespace, ranks: Ranks) -> Iterator[tuple[Run, Clients, Mali
                 for k in ranks.mine(range(args.num_users)):
                     run.states.put(k, ClientState(read_client(source / f"client_{k}.pt", private).parameters))
                 run.states.commit()
-        yield run, Clients(args, trainer, malicious, owned, splits, run), malicious, server
+        yield run, Clients(args, trainer, malicious, owned, splits, run, start), malicious, server
 
 
 def partition(args: Namespace, data: datasets.Dataset) -> tuple[list, list]:
@@ -84,11 +85,10 @@ def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) 
     check_size(method.count(meta)["total"], args.optimizer, device)
     seed_torch(args.seed, "init")
     model = method.build(data.image_shape, data.num_classes, vars(args))
-    if args.encoders_from:   # spares the backward pass; its learning rate is 0 besides
-        model.encoder.requires_grad_(False)
     training = Training.from_options(vars(args), choose_precision(args.precision, device),
-                                     freezes_private=bool(args.encoders_from))
-    kind = GraphedTrainer if device.type == "cuda" and args.stack is None else Trainer
+                                     part="shared" if args.encoders_from else "all")
+    # A graph is captured once, so it can't change what trains within a round.
+    kind = GraphedTrainer if device.type == "cuda" and args.stack is None and not args.private_ep else Trainer
     return kind(model.to(device).to(memory_format=torch.channels_last), method,
                 torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).to(device),
                 data.num_classes, training)

@@ -53,7 +53,7 @@ def invented_inputs(trainer: Trainer, client: int, number: int, images: int, hea
     for optimizer, wanted, steps in (
             (torch.optim.Adam([x], 0.1), labels, 20),
             (torch.optim.Adam(state.values(), trainer.training.lr), (labels + 1) % trainer.num_classes,
-             4 * trainer.training.epochs)):
+             4 * trainer.training.epochs_of(images))):
         for _ in range(steps):
             optimizer.zero_grad()
             F.cross_entropy(functional_call(network, state, (x,)), wanted).backward()

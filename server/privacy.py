@@ -12,7 +12,7 @@ import torch
 
 from devices import torch_rng
 from server.base import Aggregated, Round, Server, State, Weighting, is_finite
-from utils import InputError, rng
+from utils import InputError, participants, rng
 
 SPACING = 0.05   # discretisation of privacy losses, as a share of their scale frac / z
 MAX_NOISE_MULTIPLIER = 1e6
@@ -48,7 +48,7 @@ def nbafl_sigmas(options: Mapping[str, Any], clip: float, smallest: int) -> tupl
     sqrt(T^2 - L^2 N) / (m N eps)`` where ``T > L sqrt(N)``, else 0 (theorem 1). C is the clip, m the smallest
     local data set, L the exposures, T the rounds and N the clients.
     """
-    epsilon, exposures, clients = options["epsilon"], options["exposures"], options["num_users"]
+    epsilon, exposures, clients = options["epsilon"], options["exposures"], participants(options)
     c = math.sqrt(2 * math.log(1.25 / options["delta"]))
     uplink = c * exposures * (2 * clip / smallest) / epsilon
     excess = options["rounds"]**2 - exposures**2 * clients
@@ -119,7 +119,7 @@ class ClientDP(Server):
 
     def __init__(self, options: Mapping[str, Any], smallest: int = 1):
         super().__init__(options, smallest)
-        self.expected = options["frac"] * options["num_users"]   # m
+        self.expected = options["frac"] * participants(options)   # m
         self.z = options["noise_multiplier"] or calibrated(options)
         self.sum_multiplier = self.z   # noise of the sum, in units of the clipping norm
         self.memory["clip"] = options["clip"]

@@ -30,8 +30,9 @@ def _load(name, path):
 
 def server_options(**changes):
     """Options of a run, as a server reads them; `seed=...` and so on change single ones."""
-    return {"seed": 1, "num_users": 1, "frac": 1.0, "rounds": 1, "epsilon": None, "delta": None, "clip": None,
-            "exposures": None, "noise_multiplier": None, "tolerate": 0.3, "clip_noise": 0.05, **changes}
+    return {"seed": 1, "num_users": 1, "new_clients": 0.0, "frac": 1.0, "rounds": 1, "epsilon": None,
+            "delta": None, "clip": None, "exposures": None, "noise_multiplier": None, "tolerate": 0.3,
+            "clip_noise": 0.05, **changes}
 
 
 @pytest.fixture(scope="session")

@@ -176,8 +176,8 @@ def test_the_head_rehearses_every_class_in_training_alone():
     torch.manual_seed(0)
     model = RVE((1, 8, 8), 4, -2.0, "class")
     x, y = torch.rand(64, 1, 8, 8), torch.zeros(64, dtype=torch.int64)
-    assert model.eval()(x, y).replay is None and RVE((1, 8, 8), 4, -2.0).train()(x).replay is None
-    replay = model.train()(x, y).replay
+    assert model.eval()(x, y).auxiliary is None and RVE((1, 8, 8), 4, -2.0).train()(x).auxiliary is None
+    replay = model.train()(x, y).auxiliary
     assert replay.shape == (64,)
     replay.mean().backward()
     assert model.prior.mu.grad is None and model.encoder.mu.weight.grad is None

@@ -34,9 +34,10 @@ def refused(line, capsys):
     ("--run_name ..", "--run_name"), ("--resume --overwrite", "--resume"), ("--resplit --validate", "--resplit"),
     ("--full_sharing_rounds 5 --rounds 5", "--full_sharing_rounds"), ("--num_user 3", "--num_users"),
     ("extra", "extra"), ("--malicious_frac 2", "between"), ("--malicious_behaviour nun", "choose from"),
-    ("--malicious_frac 0.05", "of --num_users 10 that is no client"),
+    ("--malicious_frac 0.05", "of 10 clients that is none"),
     ("--method nbafl --aggregation threat_aware", "accounting"),
-    ("--method local --malicious_frac 0.2", "shares nothing"),
+    ("--method local --malicious_frac 0.2", "shares nothing"), ("--method local_cnn --new_clients 0.2", "nothing"),
+    ("--new_clients 0.05", "of 10 clients that is none"), ("--new_clients 1", "no client would be left"),
     ("--method fedper --malicious_frac 0.5 --malicious_behaviour gan_poison", "whole head")])
 def test_a_bad_option_is_one_line_and_status_2(line, named, capsys):
     assert named in refused(line, capsys)
@@ -49,6 +50,8 @@ def test_a_bad_option_is_one_line_and_status_2(line, named, capsys):
     ("--malicious_behaviour passive", "--malicious_frac 0"), ("--clip_noise 0.1", "--aggregation threat_aware"),
     ("--aggregation median --tolerate 0.1", "--aggregation median"), ("--method nbafl --prox 1", "--method nbafl"),
     ("--encoders_from a --kl_weight 1", "--encoders_from a"), ("--epsilon 3", "--method rve_pfl"),
+    ("--local_ep 2 --local_steps 5", "--local_steps 5"), ("--new_ep 3", "--new_clients 0"),
+    ("--private_ep 2", "--method rve_pfl"), ("--method fedrep --stack 2", "--private_ep 1"),
     ("--unequal --partition file", "--partition file"), ("--method local --aggregation mean", "--method local")])
 def test_an_option_that_nothing_reads_is_refused_with_the_reason(line, setting, capsys):
     answer = refused(line, capsys)
@@ -74,7 +77,7 @@ def test_stack_is_refused_where_clients_are_never_stacked(method, more, place, d
     words = place.argv("--method", method, *more)
     trainer = setup.make_trainer(args_parser(words), setup.datasets.load("tiny", place.folder / "data"),
                                   setup.torch.device("cpu"))
-    if trainer.method.loss is None and draws_of(trainer) is not None:
+    if trainer.method.loss is None and draws_of(trainer) and len(trainer.training.phases()) == 1:
         args_parser([*words, "--stack", "3"])
     else:
         with pytest.raises(SystemExit, match="2"):
@@ -134,8 +137,9 @@ def test_defaults_are_the_papers_and_depend_on_data_set_partition_and_method():
 
 def test_help_states_the_readers_of_an_option_and_its_default():
     text = " ".join(make_parser().format_help().split())
-    assert "[beta] (rve_pfl, local, rve_pfl_trunk; default: 1e-05)" in text and "None" not in text
-    assert "(all but local; default: threat_aware with rve_pfl, else mean)" in text
+    assert "[beta] (rve_pfl, local, fedsr, rve_pfl_trunk; default: 0.001 with fedsr, else 1e-05)" in text
+    assert "None" not in text
+    assert "(all but local, local_cnn; default: threat_aware with rve_pfl, else mean)" in text
     assert "(nbafl, nbafl_prox; default: 1)" in text and "CEB" in text
 
 

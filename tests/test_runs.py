@@ -253,7 +253,7 @@ def clients(driver, place):
         owned, splits = setup.partition(args, data)
         trainer = setup.make_trainer(args, data, setup.torch.device("cpu"))
         run = SimpleNamespace(ranks=None)
-        return Clients(args, trainer, setup.MaliciousClients(None, 0, args.num_users, 1), owned, splits, run)
+        return Clients(args, trainer, setup.MaliciousClients(None, 0, args.num_users, 1), owned, splits, run, {})
     return make
 
 
@@ -299,6 +299,6 @@ def test_rounds_of_full_sharing_and_of_evaluation(clients):
     assert [made.trainer_in(number).method.shared for number in (1, 2, 3)] == [("",), ("",), ("classifier.",)]
     assert [number for number in range(1, 6) if made.evaluates(number)] == [2, 4, 5]
     borrowed = clients("--encoders_from", "other").trainer
+    optimizer, _ = borrowed.prepare({}, borrowed.training.part)
     assert not any(value.requires_grad for value in borrowed.model.encoder.parameters())
-    optimizer = borrowed.make_optimizer(dict(borrowed.model.named_parameters()))
-    assert [group["scale"] for group in optimizer.param_groups] == [0.0, 0.1]
+    assert [group["scale"] for group in optimizer.param_groups] == [0.1]

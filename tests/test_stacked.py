@@ -148,7 +148,7 @@ def test_stacks_are_for_gpus():
 
 @pytest.mark.parametrize("most", [1, 8])
 def test_frozen_encoders_stay_also_in_a_stack(tiny_arrays, most):
-    client, head, private = make(tiny_arrays, freezes_private=True)
+    client, head, private = make(tiny_arrays, part="shared")
     for trained in outcomes(client, most, head, private).values():
         assert equal(trained.client_state.parameters, private.parameters) and not equal(trained.upload, head)
 

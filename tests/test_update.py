@@ -18,7 +18,8 @@ from update import ClientState, Diverged, Trainer, Training
 def make(tiny_arrays, name="rve_pfl", prior="normal", **changes):
     method = METHODS[name]
     seed_torch(1, "init")
-    model = method.build((1, 8, 8), 4, {"init_logvar": -4.0, "prior": prior})
+    model = method.build((1, 8, 8), 4, {**{option.name: value for option, value in method.reads.items()},
+                                        "init_logvar": -4.0, "prior": prior})
     settings = {"seed": 1, "epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "head_lr": 1.0,
                 "lr_decay": 1e-3, "lr_warmup": 0.0, "momentum": 0.0, "kl_weight": 1e-5, "kl_warmup": 0,
                 "eval_samples": 4, "augment": "none", "dtype": torch.float32, **changes}
@@ -67,7 +68,7 @@ def test_the_objective_is_cross_entropy_and_beta_times_kl_and_the_rehearsal(tiny
     images, labels = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 3])
     logits, kl, replay = torch.randn(3, 4), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])
     for output, more in ((Output(logits), 0), (Output(logits, kl), 0.1 * kl),
-                         (Output(logits, kl, replay=replay), 0.1 * kl + replay)):
+                         (Output(logits, kl, auxiliary=replay), 0.1 * kl + replay)):
         whole, loss = client.objective(images, output, labels, 1, {})
         assert torch.allclose(loss, -logits.log_softmax(1)[torch.arange(3), labels])
         assert torch.allclose(whole, loss + more)

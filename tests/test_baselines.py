@@ -1,0 +1,174 @@
+"""The baselines' local training, fine-tuning, local steps, and new clients: each against training by hand."""
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from test_update import FIRST, equal, make, update_of, without_draws
+
+from engine.clients import train_each
+from losses import Step
+from models import ClassPrior
+from runs.checkpoints import load_checked
+from update import ClientState
+
+
+def with_prox(client, weight):
+    return replace(client, training=replace(client.training, options={"prox": weight}))
+
+
+def test_fedprox_without_its_term_is_fedavg_and_with_it_stays_nearer(tiny_arrays):
+    plain, head, private = make(tiny_arrays, "fedavg", epochs=2)
+    expected = plain.train(0, 1, FIRST, head, private)
+    client, *_ = make(tiny_arrays, "fedprox", epochs=2)
+    lengths = []
+    for weight in (0.0, 1.0, 100.0):
+        trained = with_prox(client, weight).train(0, 1, FIRST, head, private)
+        lengths.append(update_of(trained, head, private).norm())
+        same = all(torch.allclose(trained.upload[name], value) for name, value in expected.upload.items())
+        assert same == (weight == 0)
+    assert lengths[0] > 1.1 * lengths[1] > 1.2 * lengths[2]
+
+
+def test_fedrep_trains_the_private_layer_and_then_the_others(tiny_arrays, monkeypatch):
+    client, head, private = make(tiny_arrays, "fedrep", private_ep=2)
+    trained, seen = [], type(client)._step
+
+    def step(self, *arguments):
+        result = seen(self, *arguments)
+        parameters = self.model.named_parameters()
+        trained.append({name.split(".")[1] for name, value in parameters if value.requires_grad})
+        return result
+    monkeypatch.setattr(type(client), "_step", step)
+    result = client.train(0, 1, FIRST, head, private)
+    assert trained == 8 * [{"output"}] + 4 * [{"features"}]   # of 100 images in batches of 32
+    assert result.client_state.steps == 12
+    assert not equal(result.client_state.parameters, private.parameters) and not equal(result.upload, head)
+    alone = replace(client, training=replace(client.training, epochs=2, private_ep=None, part="private"))
+    first = alone.train(0, 1, FIRST, head, private)   # the same two epochs
+    assert equal(first.client_state.parameters, result.client_state.parameters) and equal(first.upload, head)
+
+
+def test_ditto_without_its_term_is_fedavg_beside_a_cnn_alone(tiny_arrays):
+    client, head, private = make(tiny_arrays, "ditto", epochs=2)
+    fedavg, shared, nothing = make(tiny_arrays, "fedavg", epochs=2)
+    assert equal(shared, head) and set(private.parameters) == {
+        name.replace("classifier", "personal") for name in head}   # both start alike
+    expected = without_draws(fedavg).train(0, 1, FIRST, shared, nothing).upload
+    without = with_prox(without_draws(client), 0.0).train(0, 1, FIRST, head, private)
+    near = with_prox(without_draws(client), 1e3).train(0, 1, FIRST, head, private)
+    for name, value in expected.items():
+        own = name.replace("classifier", "personal")
+        for trained in (without.upload[name], without.client_state.parameters[own], near.upload[name]):
+            torch.testing.assert_close(trained, value, atol=1e-6, rtol=1e-4)
+
+    def moved(trained):
+        kept = trained.client_state.parameters
+        return sum((kept[name] - value).square().sum() for name, value in private.parameters.items())
+    assert moved(near) < 0.2 * moved(without)
+
+
+def test_ditto_predicts_with_its_own_cnn(tiny_arrays):
+    client, head, private = make(tiny_arrays, "ditto")
+    broken = {name: torch.zeros_like(value) for name, value in head.items()}
+    losses = [client.evaluate(0, 1, FIRST, shared, private)["loss"] for shared in (broken, head)]
+    assert losses[0] == losses[1] != client.evaluate(0, 1, FIRST, head, ClientState(
+        {name: torch.zeros_like(value) for name, value in private.parameters.items()}))["loss"]
+
+
+def test_fedsrs_loss_is_its_three_terms(tiny_arrays):
+    client, *_ = make(tiny_arrays, "fedsr", kl_weight=0.5)
+    images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+    model = client.model.train()
+    torch.manual_seed(3)
+    whole, loss = client.objective(images, model(images, labels), labels, 1, {})
+    torch.manual_seed(3)
+    mu, logvar = model.classifier.posterior(images)
+    z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+    by_hand = F.cross_entropy(model.classifier.output(z), labels, reduction="none")
+    sigma = (0.5 * logvar).exp()   # the prior starts as N(0, I) of every class
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mu, sigma), torch.distributions.Normal(0, 1))
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(whole, by_hand + 0.5 * kl.sum(1) + 0.01 * z.square().sum(1).sqrt())
+    torch.testing.assert_close(model.eval().predict(images)[0], model.classifier.output(mu).softmax(1))
+    assert isinstance(model.prior, ClassPrior) and not model.prior.mu.any()
+
+
+@pytest.mark.parametrize("most", [1, 4])   # clients in a stack
+@pytest.mark.parametrize("epochs, steps", [(2, 8), (1, 3), (2, 6)])
+def test_local_steps_are_the_first_steps_of_the_epochs(tiny_arrays, epochs, steps, most):
+    client, head, private = make(tiny_arrays, "fedavg", epochs=epochs, lr_warmup=0.0)
+    counted = replace(client, training=replace(client.training, local_steps=steps))
+    everyone = {0: FIRST, 1: FIRST}
+    few = dict(train_each(counted, 1, everyone, head, lambda _: private, most))
+    assert few[0].client_state.steps == steps and few[0].metrics["n"] == {8: 100, 3: 96, 6: 64}[steps]
+    whole = dict(train_each(client, 1, everyone, head, lambda _: private, most))
+    assert all(torch.allclose(few[0].upload[name], value, atol=1e-6) == (steps == 8)
+               for name, value in whole[0].upload.items() if "output.weight" in name)
+
+
+def stages(place, number):
+    rows = pd.read_csv(place.results / "clients.csv")
+    return {stage: part.set_index("client") for stage, part in rows[(rows["round"] == number)
+                                                                   & (rows["split"] == "test")].groupby("stage")}
+
+
+@pytest.mark.parametrize("method", ["rve_pfl", "fedrep"])
+def test_fine_tuning_changes_nothing_but_its_own_rows(place, method, driver):
+    flags = ("--method", method, "--rounds", 2, "--aggregation", "mean")
+    assert place.main(*flags) == 0
+    plain, head = place.clients_csv().decode(), load_checked(place.models / "round_2" / "server.pt")["head"]
+    assert place.main(*flags, "--overwrite", "--finetune_ep", 3) == 0
+    lines = place.clients_csv().decode().splitlines(keepends=True)
+    assert "".join(line for line in lines if ",finetuned," not in line) == plain
+    assert equal(load_checked(place.models / "round_2" / "server.pt")["head"], head)
+    assert "finetuned" not in stages(place, 1) and set(stages(place, 2)["finetuned"].index) == {0, 1}
+    assert (stages(place, 2)["finetuned"]["loss"] < stages(place, 2)["deployed"]["loss"]).all()
+
+
+@pytest.mark.parametrize("method", ["rve_pfl", "fedavg", "ditto"])
+def test_new_clients_train_behind_the_final_head_and_alone(place, method, monkeypatch):
+    from engine import clients
+
+    seen, train = [], clients.train_each
+
+    def noted(trainer, round, indices, sent, state_of, stack):
+        for k, outcome in train(trainer, round, indices, sent, state_of, stack):
+            seen.append((k, round, trainer.training.part, len(indices[k]), sent, state_of(k), outcome))
+            yield k, outcome
+    monkeypatch.setattr(clients, "train_each", noted)
+    assert place.main("--method", method, "--num_users", 4, "--new_clients", 0.5, "--rounds", 2, "--new_ep", 2,
+                      "--local_bs", 8, "--save_rounds", 1) == 0
+    final = load_checked(place.models / "round_2" / "server.pt")["head"]
+    assert set(load_checked(place.models / "round_1" / "shared.pt")["uploads"]) == {0, 1}
+    first = load_checked(place.models / "round_1" / "shared.pt")["sent"]
+    kinds = {f"{kind}_{size}" for kind in ("new", "alone") for size in ("10", "50", "all")}
+    rows = stages(place, 2)
+    assert set(rows) == kinds | {"trained", "deployed"} and set(rows["deployed"].index) == {0, 1}
+    assert all(set(rows[kind].index) == {2, 3} for kind in kinds)
+    later = [entry for entry in seen if entry[0] >= 2]
+    assert len(later) == 12 and {entry[1] for entry in later} == {3}
+    for behind, alone in zip([*later[:3], *later[6:9]], [*later[3:6], *later[9:]], strict=True):
+        (_, _, part, size, sent, state, outcome), (*_, alone_size, start, own, by_itself) = behind, alone
+        assert equal(sent, final) and equal(start, first) and size == alone_size
+        assert part == ("all" if method == "fedavg" else "private")
+        assert equal(outcome.upload, sent) == (method != "fedavg")   # the shared part is frozen
+        assert equal(own.parameters, state.parameters)   # the private parameters' common start
+        assert outcome.client_state.steps == by_itself.client_state.steps == 2 * -(-later[2][3] // 8)
+    assert [entry[3] for entry in later[:3]] == [10, min(50, later[2][3]), later[2][3]]
+
+
+def test_the_step_of_a_loss_has_what_was_sent(tiny_arrays):
+    from losses import ditto, proximal
+
+    client, head, private = make(tiny_arrays, "ditto")
+    client.model.load_state_dict({**head, **private.parameters})
+    sent = {name: value + 0.1 for name, value in head.items()}
+    step = Step(client.model, torch.empty(0), None, sent, {"prox": 2.0})
+    count = sum(value.numel() for value in head.values())
+    loss = ditto(step).detach()
+    assert float(loss) == pytest.approx(0.01 * count, rel=1e-3) == float(proximal(step).detach())
+    with torch.no_grad():
+        client.model.personal.output.bias += 0.1
+        assert ditto(step) < loss == proximal(step)
