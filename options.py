@@ -29,6 +29,8 @@ CLASSES_PER_CLIENT = Option("classes_per_client", "classes per client, with --pa
                             within=(1, HUGE), group="data")
 ALPHA = Option("alpha", "concentration of --partition dirichlet, small is heterogeneous (default: 0.1)", float,
                within=(1e-4, 1e6), group="data")
+TEST_SHARE = Option("test_share", "share of each client's images that is held out for testing (default: 0.1)",
+                    float, unread=0.1, within=(0.01, 0.9), group="data")
 UNEQUAL = Option("unequal", "clients of different sizes (log-normal, sigma 0.5)", bool, False, group="data")
 MALICIOUS_BEHAVIOUR = Option("malicious_behaviour", f"behaviour of malicious clients: {rows(BEHAVIOURS)} "
                              "(default: label_flip)", choices=BEHAVIOURS, group="server")
@@ -41,6 +43,11 @@ STACK = Option("stack", "clients trained at a time as one stacked model; 1: one 
                "CUDA graphs (default: on a GPU as many as make 500 images per step; on a CPU, if the model is "
                "small, one client per thread)", int, within=(1, 10_000))
 
+PRESETS: dict[str, dict[str, Any]] = {   # name -> defaults; flags override them
+    # https://github.com/TsingZ0/PFLlib, the defaults of system/main.py and dataset/utils/dataset_utils.py
+    "pfllib": {"num_users": 20, "test_share": 0.25, "rounds": 2000, "frac": 1.0, "local_ep": 1, "local_bs": 10,
+               "optimizer": "sgd", "lr": 0.005, "lr_decay": 0.0, "lr_warmup": 0.0, "augment": "none"}}
+
 COMMON = [   # in the order of --help
     Option("dataset", "mnist, fmnist, cifar (downloaded on first use), 10,000 images of one of them as in "
            "mnist10k (included), or the NAME of any DATA_DIR/NAME.npz", default="mnist", pattern=DATA_NAME,
@@ -52,8 +59,9 @@ COMMON = [   # in the order of --help
     CLASSES_PER_CLIENT,
     ALPHA,
     UNEQUAL,
-    Option("keep_split", "hold out each client's images of the data file's test half, instead of a tenth of all "
-           "its images", bool, False, group="data"),
+    TEST_SHARE,
+    Option("keep_split", "hold out each client's images of the data file's test half, instead of --test_share",
+           bool, False, group="data"),
     Option("resplit", "the released protocol, for comparison: train and test images are drawn anew every round, "
            "so test images have been trained on; file names and CSVs are marked", bool, False, group="data"),
     Option("validate", "for choosing options: evaluate on a tenth of each client's training images, held out, and "
@@ -87,6 +95,9 @@ COMMON = [   # in the order of --help
            group="server"),
     MALICIOUS_BEHAVIOUR,
 
+    Option("preset", "defaults of another benchmark, which flags override: " + "; ".join(
+        " ".join([f"{name} is", *(f"--{option} {value}" for option, value in values.items())])
+        for name, values in PRESETS.items()), choices=PRESETS),
     Option("seed", "seed of every random draw", int, 1, within=(0, 2**31 - 1)),
     Option("device", "auto, cpu, cuda or cuda:N", default="auto",
            pattern=(r"auto|cpu|cuda(:\d{1,3})?", "choose from auto, cpu, cuda, cuda:N")),
@@ -129,6 +140,7 @@ class Need:
 NEEDS = [
     Need(CLASSES_PER_CLIENT, "partition", lambda kind: kind == "shards", 2),
     Need(ALPHA, "partition", lambda kind: kind == "dirichlet", 0.1),
+    Need(TEST_SHARE, "keep_split", lambda kept: not kept, 0.1, harmless=0.1),
     Need(UNEQUAL, "partition", lambda kind: kind != "file", harmless=False),
     Need(LOCAL_EP, "local_steps", lambda steps: steps is None, 10),
     Need(NEW_EP, "new_clients", bool, 10),
@@ -189,6 +201,16 @@ def make_parser() -> Parser:
     return parser
 
 
+def preset_parser(argv: list[str] | None) -> Parser:
+    """Return ``make_parser``'s, with the defaults of a command line's ``--preset`` that its other flags read."""
+    parser = make_parser()
+    given = parser.parse(argv)
+    unread = {need.option.name for need in NEEDS if not need.fits(getattr(given, need.other))}
+    preset = PRESETS.get(given.preset, {})
+    parser.set_defaults(**{name: value for name, value in preset.items() if name not in unread})
+    return parser
+
+
 @cache
 def shared_parser() -> Parser:
     """Return ``make_parser``'s, made once, for users who leave it as it is."""
@@ -203,7 +225,7 @@ def args_parser(argv: list[str] | None = None, parser: Parser | None = None) -> 
     Args:
         parser: ``make_parser``'s, with other defaults.
     """
-    parser = make_parser() if parser is None else parser
+    parser = preset_parser(argv) if parser is None else parser
     args = parser.parse(argv)
     args.dataset = datasets.canonical(args.dataset, args.data_dir)
     given = {name: value for name, value in vars(args).items() if value is not None}

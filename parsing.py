@@ -29,6 +29,7 @@ SYNONYMS = {
     "iid": "partition", "non_iid": "partition", "algorithm": "method", "optim": "optimizer", "gpu": "device",
     "cuda": "device", "dtype": "precision", "data": "dataset", "output_dir": "results_dir", "run": "run_name",
     "save_dir": "models_dir", "checkpoint_dir": "models_dir", "name": "run_name", "exp_name": "run_name",
+    "global_rounds": "rounds", "join_ratio": "frac", "local_learning_rate": "lr", "test_size": "test_share",
 }
 ALIKE = 0.75   # least difflib ratio for a suggestion
 

@@ -16,8 +16,6 @@ from server.malicious import MaliciousClients
 from update import ClientState, Diverged, LocalUpdate, Trainer
 from utils import InputError, participants, rng
 
-HELD_OUT = 0.1   # share of a client's images for testing; under --validate, of the rest for validation
-
 
 def train_each(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent: State,
                state_of: Callable[[int], ClientState],
@@ -73,8 +71,8 @@ class Clients:
         """Return each client's (training, held-out) images in a round; they differ under ``--resplit`` only."""
         if not self.args.resplit:
             return self.splits
-        return sampling.split_all(self.owned, self.trainer.labels.cpu().numpy(), HELD_OUT, self.args.seed,
-                                  "resplit", number)
+        return sampling.split_all(self.owned, self.trainer.labels.cpu().numpy(), self.args.test_share,
+                                  self.args.seed, "resplit", number)
 
     def evaluates(self, number: int) -> bool:
         """Return whether a round is evaluated."""

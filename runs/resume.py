@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 from methods import METHODS
-from options import COMMON, args_parser, idle, make_parser
+from options import COMMON, args_parser, idle, preset_parser
 from parsing import Parser
 from runs import configs, folders
 from utils import InputError, shown
@@ -27,7 +27,7 @@ def arguments(argv: list[str]) -> Namespace:
 
     Exits with status 2 and one line on a mistake, or if there is no such data set.
     """
-    parser = make_parser()
+    parser = preset_parser(argv)
     given = parser.parse(argv)
     path = given.results_dir / str(given.run_name) / "config.json"
     if given.resume and given.run_name and path.exists():

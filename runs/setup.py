@@ -9,7 +9,7 @@ import torch
 import datasets
 import sampling
 from devices import check_size, choose_device, choose_precision, environment, seed_torch
-from engine.clients import HELD_OUT, Clients
+from engine.clients import Clients
 from engine.graphs import GraphedTrainer
 from engine.processes import Ranks
 from methods import METHODS, make_server
@@ -19,6 +19,8 @@ from server.base import Server
 from server.malicious import MaliciousClients
 from update import ClientState, Trainer, Training
 from utils import InputError, fingerprint, keep_freed_memory, participants, rng
+
+VALIDATION_SHARE = 0.1   # of a client's training images, under --validate
 
 
 @contextmanager
@@ -66,11 +68,12 @@ def partition(args: Namespace, data: datasets.Dataset) -> tuple[list, list]:
     owned = sampling.by_client(data.clients, args.num_users) if args.partition == "file" else sampling.partition(
         data.labels, args.num_users, args.partition, rng(args.seed, "partition"), alpha=args.alpha,
         classes_per_client=args.classes_per_client, unequal=args.unequal,
-        min_images=int(np.ceil(args.local_bs / (1 - HELD_OUT))))   # one full batch to train on
+        min_images=int(np.ceil(args.local_bs / (1 - args.test_share))))   # one full batch to train on
     splits = sampling.by_half(owned, data.train_size) if args.keep_split else sampling.split_all(
-        owned, data.labels, HELD_OUT, args.seed, "split")
+        owned, data.labels, args.test_share, args.seed, "split")
     if args.validate:
-        splits = sampling.split_all([train for train, _ in splits], data.labels, HELD_OUT, args.seed, "validation")
+        splits = sampling.split_all([train for train, _ in splits], data.labels, VALIDATION_SHARE, args.seed,
+                                    "validation")
         if not all(len(train) for train, _ in splits):
             raise InputError(f"--num_users {args.num_users} --validate: a client has two images, and none is left "
                              "to train on; use fewer clients")

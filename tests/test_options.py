@@ -29,7 +29,8 @@ def refused(line, capsys):
     ("--method nbafl --clip 0", "--clip"), ("--method nbafl --delta 0.9", "--delta"),
     ("--method client_dp --epsilon 1 --noise_multiplier 1", "--noise_multiplier"),
     ("--save_rounds 101", "--save_rounds"), ("--optimizer sgd --momentum 1", "--momentum"),
-    ("--method best", "--method"), ("--partition rounds", "--partition"), ("--precision fp8", "--precision"),
+    ("--method best", "--method"), ("--preset flower", "--preset"), ("--test_share 1", "--test_share"),
+    ("--partition rounds", "--partition"), ("--precision fp8", "--precision"),
     ("--device tpu", "--device"), ("--dataset ../etc/passwd", "--dataset"), ("--run_name a/b", "--run_name"),
     ("--run_name ..", "--run_name"), ("--resume --overwrite", "--resume"), ("--resplit --validate", "--resplit"),
     ("--full_sharing_rounds 5 --rounds 5", "--full_sharing_rounds"), ("--num_user 3", "--num_users"),
@@ -46,7 +47,8 @@ def test_a_bad_option_is_one_line_and_status_2(line, named, capsys):
 @pytest.mark.parametrize("line, setting", [
     ("--prior_apart 0.3", "--prior normal"), ("--kl_weight 0 --kl_warmup 3", "--kl_weight 0"),
     ("--method ressfl --stack 4", "--method ressfl"), ("--prior class --stack 2", "--prior class"),
-    ("--momentum 0.5", "--optimizer adam"), ("--alpha 1 --partition iid", "--partition iid"),
+    ("--momentum 0.5", "--optimizer adam"), ("--test_share 0.2 --keep_split", "--keep_split True"),
+    ("--alpha 1 --partition iid", "--partition iid"),
     ("--malicious_behaviour passive", "--malicious_frac 0"), ("--clip_noise 0.1", "--aggregation threat_aware"),
     ("--aggregation median --tolerate 0.1", "--aggregation median"), ("--method nbafl --prox 1", "--method nbafl"),
     ("--encoders_from a --kl_weight 1", "--encoders_from a"), ("--epsilon 3", "--method rve_pfl"),
@@ -133,6 +135,23 @@ def test_defaults_are_the_papers_and_depend_on_data_set_partition_and_method():
     assert prox == [1, 0.1, 0]
     assert args_parser(["--method", "client_dp", "--num_users", "100"]).delta == pytest.approx(100**-1.1)
     assert args_parser(["--method", "client_dp", "--num_users", "2"]).delta == 0.1
+
+
+def test_a_preset_sets_defaults_and_flags_win():
+    """PFLlib's -nc, train_ratio, -gr, -jr, -ls, -lbs and -lr, plain SGD, and no augmentation."""
+    args = args_parser(["--preset", "pfllib"])
+    assert (args.num_users, args.test_share, args.rounds, args.frac) == (20, 0.25, 2000, 1)
+    assert (args.local_ep, args.local_bs, args.lr, args.optimizer) == (1, 10, 0.005, "sgd")
+    assert (args.lr_decay, args.lr_warmup, args.momentum, args.augment) == (0, 0, 0, "none")
+    assert (args.dataset, args.partition, args.method, args.preset) == ("mnist", "shards", "rve_pfl", "pfllib")
+    line = "--lr 0.1 --preset pfllib --rounds 3 --dataset cifar --augment flip --test_share 0.1"
+    args = args_parser(line.split())
+    assert (args.lr, args.rounds, args.augment, args.test_share, args.num_users) == (0.1, 3, "flip", 0.1, 20)
+    args = args_parser(["--preset", "pfllib", "--local_steps", "5", "--keep_split"])   # they leave two unread
+    assert (args.local_ep, args.local_steps, args.test_share) == (None, 5, 0.1)
+    assert args_parser([]).num_users == 10 and args_parser([]).preset is None   # nothing is left of it
+    assert all(args_parser(["--preset", "pfllib", "--method", name]).lr == 0.005 for name in METHODS)
+    assert "pfllib is --num_users 20 --test_share 0.25" in " ".join(make_parser().format_help().split())
 
 
 def test_help_states_the_readers_of_an_option_and_its_default():

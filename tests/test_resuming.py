@@ -94,6 +94,22 @@ def test_the_name_alone_brings_back_every_option(place, driver, capsys):
         assert f"--resume: run run was started with {given[0]} " in line and line.endswith("another --run_name")
 
 
+def test_a_preset_is_resumed_with_the_flags_that_override_it_and_has_a_best_round(place, driver, capsys):
+    flags = ("--preset", "pfllib", "--method", "fedavg", "--lr", 0.01)
+    assert place.main(*flags, "--rounds", 1) == 0
+    stored = config_of(place)["options"]
+    assert (stored["lr"], stored["lr_decay"], stored["test_share"], stored["num_users"]) == (0.01, 0, 0.25, 2)
+    name = ["--run_name", "run", "--results_dir", str(place.folder / "results"), "--resume"]
+    assert driver.main([*name, "--rounds", "2"]) == 0   # by its name, and then as it was started
+    assert config_of(place)["options"] == {**stored, "resume": True, "rounds": 2}
+    rounds = pd.read_csv(place.results / "rounds.csv")
+    rounds.assign(accuracy_images=[0.97, 0.98, 0.75, 0.96, 0.99, 0.5]).to_csv(
+        place.results / "rounds.csv", index=False)   # deployed: 0.75, then 0.5
+    capsys.readouterr()
+    assert place.main(*flags, "--rounds", 2, "--resume") == 0
+    assert "\nbest:        0.7500 of all images, in round 1: optimistic, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("part", ["train_images", "train_labels"])
 def test_other_data_of_the_same_name_is_refused(finished, tiny_arrays, capsys, part):
     path = finished.folder / "data" / "tiny.npz"

@@ -279,6 +279,18 @@ def test_each_split_has_a_purpose_of_its_own(clients):
         assert np.array_equal(np.sort(np.concatenate([images, aside])), owned)
 
 
+def test_the_share_of_test_images_is_held_out_of_each_class(clients):
+    """Under --validate, a tenth of the other three quarters is evaluated."""
+    for share, *flags in ((0.25, "--partition", "dirichlet", "--alpha", 1), (0.25, "--resplit"),
+                          (0.075, "--validate")):
+        made = clients("--num_users", 3, "--test_share", 0.25, *flags)
+        labels = made.trainer.labels.numpy()
+        test, owned = (np.stack([np.bincount(labels[images], minlength=4) for images in parts])
+                       for parts in ([test for _, test in made.splits_in(2)], made.owned))
+        assert (np.abs(test - share * owned) < 1).all()
+        assert np.abs(test.sum(1) - share * owned.sum(1)).max() < 1
+
+
 @pytest.mark.parametrize("method, noise", [("rve_pfl", ()), ("client_dp", ("--noise_multiplier", 1))])
 def test_the_clients_of_a_round(clients, method, noise):
     """Poisson sampling, as client-level DP's epsilon assumes; else always the same number."""
