@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from server.base import Server, State
 else:
     losses, models, privacy = Late("losses"), Late("models"), Late("server.privacy")
+dp_training = Late("dp_training")   # it imports this file
 
 # Options that some methods read; their defaults stand in the rows.
 LR = Option("lr", "learning rate [eta]", float, within=(TINY, 1e3), group="federated")
@@ -49,18 +50,18 @@ PRIOR_APART = Option("prior_apart", "standard deviation over classes of the mean
                      float, unread=0.5, within=(0, 10), group="privacy")
 FULL_SHARING_ROUNDS = Option("full_sharing_rounds", "first rounds, in which the whole network is shared", int,
                              unread=0, within=(0, HUGE), group="federated")
-EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; of the whole run with client-level DP, "
-                 "whose noise follows from it (8 if neither it nor --noise_multiplier is given)", float,
-                 within=(TINY, 1e6), group="privacy")
+EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; else of the whole run, for a client or "
+                 "with DP-SGD for an image, and the noise follows from it (8 if neither it nor --noise_multiplier "
+                 "is given)", float, within=(TINY, 1e6), group="privacy")
 DELTA = Option("delta", "[delta]; with client-level DP clients^-1.1 by default", float, within=(TINY, 0.5),
                group="privacy")
 CLIP = Option("clip", "clipping norm: of NbAFL's uploaded parameters [C] (median of the first round's norms by "
-              "default); with client-level DP of the update, if adaptive at the start", float,
-              within=(TINY, 1e9), group="privacy")
+              "default); with client-level DP of the update, if adaptive at the start; with DP-SGD of an image's "
+              "gradient", float, within=(TINY, 1e9), group="privacy")
 EXPOSURES = Option("exposures", "NbAFL's number of exposures of an upload [L]", int, within=(1, HUGE),
                    group="privacy")
-NOISE_MULTIPLIER = Option("noise_multiplier", "noise of client-level DP in units of the clip, instead of "
-                          "--epsilon", float, within=(1e-3, 1e6), group="privacy")
+NOISE_MULTIPLIER = Option("noise_multiplier", "noise of client-level DP or DP-SGD in units of the clip, instead "
+                          "of --epsilon", float, within=(1e-3, 1e6), group="privacy")
 LOSS_WEIGHT = Option("loss_weight", "weight of the loss against the inner attacker [lambda]", float,
                      within=(0, 1e6), group="privacy")
 PROX = Option("prox", "weight of the proximal term, half the squared distance to the parameters sent [mu; Ditto's "
@@ -86,6 +87,7 @@ class Method:
         by_dataset, by_partition: other defaults for a data set or a partition; the partition's take precedence.
         server: its own server; ``--aggregation`` must then be ``mean``.
         loss: step -> additional loss, per image ``N`` or of the batch.
+        trainer: its own subclass of ``update.Trainer``.
         poisson: whether clients are sampled independently, as the accounting of client-level DP needs.
         settle: fills options that depend on others; returns an error or None.
     """
@@ -99,6 +101,7 @@ class Method:
     by_partition: Mapping[str, Values] = field(default_factory=dict)
     server: type[Server] | None = None
     loss: Callable[[losses.Step], Tensor] | None = None
+    trainer: Callable[..., Any] | None = None
     poisson: bool = False
     settle: Callable[[Namespace], str | None] | None = None
 
@@ -122,6 +125,16 @@ class Method:
     def protects(self) -> bool:
         """Return whether uploads are clipped or noised before the server sees them."""
         return self.server is not None and self.server.protects
+
+    @property
+    def accounts(self) -> bool:
+        """Return whether the noise depends on the number of rounds, which then is fixed."""
+        return DELTA in self.reads
+
+    @property
+    def sequential(self) -> bool:
+        """Return whether clients train one after another, never stacked or in threads."""
+        return self.loss is not None or self.trainer is not None
 
     def shared_and_private(self, state: State) -> tuple[State, State]:
         """Split a state dict into the shared part and the part that stays with the client."""
@@ -148,15 +161,30 @@ def make_server(options: Mapping[str, Any], smallest: int) -> Server:
     return (METHODS[options["method"]].server or RULES[options["aggregation"]].server)(options, smallest)
 
 
-def client_dp_budget(args: Namespace) -> str | None:
-    """Set epsilon and delta if they are not given; epsilon and the noise exclude each other."""
+def dp_budget(args: Namespace) -> str | None:
+    """Set epsilon if it is not given; epsilon and the noise exclude each other."""
     if args.epsilon is not None and args.noise_multiplier is not None:
         return "--epsilon and --noise_multiplier each decide the other; leave one out"
     if args.epsilon is None and args.noise_multiplier is None:
         args.epsilon = 8.0
+    return None
+
+
+def client_dp_budget(args: Namespace) -> str | None:
+    """Set epsilon as ``dp_budget`` does, and delta if it is not given."""
     if args.delta is None:
         args.delta = min(0.1, participants(vars(args))**-1.1)   # below one in the number of clients
-    return None
+    return dp_budget(args)
+
+
+def dp_sgd_budget(args: Namespace) -> str | None:
+    """Set epsilon as ``dp_budget`` does, and full precision: bfloat16 would round the norms that are clipped."""
+    if args.precision == "bf16":
+        return f"--precision bf16: --method {args.method} clips gradients in fp32; leave it out"
+    if args.new_clients:
+        return f"--new_clients {args.new_clients:g}: --method {args.method} does not account for them; leave it out"
+    args.precision = "fp32"
+    return dp_budget(args)
 
 
 TRAINING = {LR: 1e-3, AUGMENT: "none", AGGREGATION: "mean"}
@@ -165,6 +193,7 @@ VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", PRIOR_APART: 0.5, KL_WEIGHT: 
                INIT_LOGVAR: -2.0, EVAL_SAMPLES: 8}
 NBAFL = {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}
 CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER: None}
+DP_SGD = {**CLIENT_DP, DELTA: 1e-5}
 
 HEAD = ("classifier.",)   # of the comparison CNN, this is all of it
 ON_CIFAR = {"cifar": {AUGMENT: "flip+shift"}}
@@ -214,6 +243,9 @@ METHODS = {
         "client-level DP, its clip following the median", "Andrew et al. 2021, arXiv 1905.03871", models.CNN,
         HEAD, CLIENT_DP, CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.AdaptiveClientDP, poisson=True,
         settle=client_dp_budget),
+    "dp_sgd": Method(
+        "example-level DP in each client", "Abadi et al. 2016, arXiv 1607.00133", models.CNN, HEAD, DP_SGD,
+        CNN_ON_CIFAR, CNN_ON_MIXED, trainer=dp_training.DPTrainer, settle=dp_sgd_budget),
     "dropout": Method(
         "a dropout before the last layer", "Zheng 2021, arXiv 2108.11106", models.DropoutCNN, HEAD,
         TRAINING, CNN_ON_CIFAR, CNN_ON_MIXED),

@@ -149,8 +149,8 @@ NEEDS = [
     Need(methods.PRIOR_APART, "prior", lambda kind: kind == "class"),
     Need(methods.KL_WARMUP, "kl_weight", bool, harmless=0),
     Need(STACK, "private_ep", lambda epochs: epochs is None, harmless=1),
-    # Clients are trained one after another if the method has its own loss or replays priors.
-    Need(STACK, "method", lambda name: METHODS[name].loss is None, harmless=1),
+    # Clients are trained one after another if the method has its own loss or trainer, or replays priors.
+    Need(STACK, "method", lambda name: not METHODS[name].sequential, harmless=1),
     Need(STACK, "prior", lambda kind: kind != "class", harmless=1),
     Need(STACK, "encoders_from", lambda run: run is None, harmless=1),
     # Encoders and priors of another run are not trained.

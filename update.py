@@ -1,6 +1,6 @@
 """One client: local training, its upload, and evaluation."""
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -154,6 +154,10 @@ class Trainer:
     num_classes: int
     training: Training
 
+    def facts(self, sizes: list[int]) -> dict[str, Any]:
+        """Return the trainer's entries of ``config.json``, from the clients' numbers of training images."""
+        return {}
+
     def in_round(self, number: int) -> "Trainer":
         """Return the trainer of a round: in the first ``--full_sharing_rounds``, every parameter is shared."""
         return replace(self, method=self.method.in_round(number, self.training.options))
@@ -188,12 +192,15 @@ class Trainer:
             total = left = phase.steps_of(len(indices))
             while left:   # an epoch
                 tally = Tally()
-                order = torch.from_numpy(orders.permutation(indices)).to(self.labels.device)
-                for batch in order.split(phase.batch_size)[:left]:
+                for batch in self.batches(orders, indices)[:left]:
                     self.set_lr(optimizer, steps, total - left, total)
                     tally.add(*self._step(optimizer, round, batch, received), self.labels[batch])
                     steps, left = steps + 1, left - 1
         return self.local_update(client, round, self.state(), steps, tally)
+
+    def batches(self, orders: np.random.Generator, indices: np.ndarray) -> Sequence[Tensor]:
+        """Draw an epoch's batches of image numbers."""
+        return torch.from_numpy(orders.permutation(indices)).to(self.labels.device).split(self.training.batch_size)
 
     def local_update(self, client: int, round: int, trained: State, steps: int, tally: Tally) -> LocalUpdate:
         """Split a client's trained parameters into what it uploads and what it keeps.
@@ -275,9 +282,17 @@ class Trainer:
             images, labels = self.placed(batch, self.placements(len(batch))), self.labels[batch]
             output = self.model(images, labels)
             objective, loss = self.objective(images, output, labels, round, sent)
+        self.descend(optimizer, objective)
+        return loss, output.kl, output.logits
+
+    def descend(self, optimizer: torch.optim.Optimizer, objective: Tensor) -> None:
+        """Make one step down the objective, which is one number per image ``N``."""
         objective.mean().backward()
         optimizer.step()
-        return loss, output.kl, output.logits
+
+    def gradient(self, objective: Tensor, parameters: list[Tensor], images: int) -> Sequence[Tensor]:
+        """Return the gradient of a step as the optimiser of a client with so many images gets it."""
+        return torch.autograd.grad(objective.mean(), parameters, allow_unused=True, materialize_grads=True)
 
     def _pixels(self, batch: Tensor) -> Tensor:
         """Return images as ``N x C x H x W`` in [0, 1], channels-last in memory."""

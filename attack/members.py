@@ -94,8 +94,9 @@ def train_reference(target: Target, like: tuple[int, int, int | None], seed: int
     network = target.start(0).to(memory_format=torch.channels_last)   # of round 0: before the full sharing rounds
     try:
         precision = choose_precision(target.options["precision"], torch.device("cpu"))
-        trainer = Trainer(network, target.method, pixels, labels, target.data.num_classes,
-                          Training.from_options(target.options, precision, seed=seed))
+        trainer = (target.method.trainer or Trainer)(
+            network, target.method, pixels, labels, target.data.num_classes,
+            Training.from_options(target.options, precision, seed=seed))
         shared, private_part = trainer.shared_and_private(trainer.state())
         private = ClientState(private_part)
         for number, epochs in schedule(target, *like):

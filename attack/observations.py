@@ -86,8 +86,10 @@ class Victim:
         network.training = True   # for the priors' replay; the layers themselves stay without dropout
         noted: list[Tensor] = []   # what the head is given in a step: first its input, then the replay
         network.classifier.register_forward_pre_hook(lambda _, given: noted.append(given[0].detach()))
-        trainer = Trainer(network, target.method, torch.empty(0), torch.empty(0), target.data.num_classes,
-                          Training.from_options(target.options, torch.float32))
+        trainer = (target.method.trainer or Trainer)(
+            network, target.method, torch.empty(0), torch.empty(0), target.data.num_classes,
+            Training.from_options(target.options, torch.float32))
+        images = len(target.owned()[0][self.client])
         shared = {name: value for name, value in network.named_parameters() if name in self.sent_next}
         total = {name: torch.zeros_like(value) for name, value in shared.items()}
         for part, labels in zip(x.split(batch), y.split(batch), strict=True):
@@ -95,8 +97,7 @@ class Victim:
             if inputs is not None:
                 inputs.append(noted[0])
             noted.clear()
-            slopes = torch.autograd.grad(objective.mean(), list(shared.values()), allow_unused=True,
-                                         materialize_grads=True)
+            slopes = trainer.gradient(objective, list(shared.values()), images)
             with torch.no_grad():
                 for (name, value), slope in zip(shared.items(), slopes, strict=True):
                     total[name] += slope

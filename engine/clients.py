@@ -22,8 +22,8 @@ def train_each(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sen
                stack: int | None) -> Iterator[tuple[int, LocalUpdate | Diverged]]:
     """Train clients one after another, or small ones in stacks on a GPU or in threads on a CPU; equal to rounding.
 
-    A method with a loss of its own, which reads the model, is always trained one client after another, and so is a
-    network with draws that ``draws_of`` does not know. Stacked clients train all their parameters at once.
+    A method with a loss or a trainer of its own is always trained one client after another, and so is a network
+    with draws that ``draws_of`` does not know. Stacked clients train all their parameters at once.
 
     Args:
         indices: client -> its training images.
@@ -33,7 +33,7 @@ def train_each(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sen
     plain = trainer.training.part == "all" and len(trainer.training.phases()) == 1
     most = stack or stack_size(trainer.labels.device, trainer.training.batch_size) if plain else 1
     threads = 1 if stack else threads_for(trainer)
-    if most == threads == 1 or trainer.method.loss is not None or draws_of(trainer) is None:
+    if most == threads == 1 or trainer.method.sequential or draws_of(trainer) is None:
         for k, images in indices.items():
             try:
                 yield k, trainer.train(k, round, images, sent, state_of(k))

@@ -60,7 +60,7 @@ def difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
         if key in MAY_DIFFER or plain[key] == before.get(key):
             continue
         if key == "rounds" and plain[key] > before["rounds"]:
-            if METHODS[plain["method"]].protects:
+            if METHODS[plain["method"]].accounts:
                 return (f"--rounds {plain[key]}: the noise of --method {plain['method']} depends on their number, "
                         f"which was {before[key]} when run {name} was started; give another --run_name")
             continue

@@ -41,7 +41,9 @@ def prepared(args: Namespace, ranks: Ranks) -> Iterator[tuple[Run, Clients, Mali
         "processes": ranks.size, "precision": str(trainer.training.dtype),
         "parameters": trainer.method.count(trainer.model), "start": fingerprint(start), "images": images}
     clients = participants(vars(args))
-    server = make_server(vars(args), min(len(train) for train, _ in splits[:clients]))
+    sizes = [len(train) for train, _ in splits[:clients]]
+    config |= trainer.facts(sizes)
+    server = make_server(vars(args), min(sizes))
     if args.encoders_from and not args.resume:   # before anything of this run is written
         finished_source(args)
     malicious = MaliciousClients(args.malicious_behaviour, args.malicious_frac, clients, args.seed)
@@ -91,7 +93,8 @@ def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) 
     training = Training.from_options(vars(args), choose_precision(args.precision, device),
                                      part="shared" if args.encoders_from else "all")
     # A graph is captured once, so it can't change what trains within a round.
-    kind = GraphedTrainer if device.type == "cuda" and args.stack is None and not args.private_ep else Trainer
+    graphed = device.type == "cuda" and args.stack is None and not args.private_ep
+    kind = method.trainer or (GraphedTrainer if graphed else Trainer)
     return kind(model.to(device).to(memory_format=torch.channels_last), method,
                 torch.from_numpy(data.images).to(device), torch.from_numpy(data.labels).to(device),
                 data.num_classes, training)

@@ -183,22 +183,23 @@ class AdaptiveClientDP(ClientDP):
 
 def epsilon_of(z: float, options: Mapping[str, Any]) -> float:
     """Return the epsilon of a run at noise multiplier ``z``, for its ``frac``, ``rounds`` and ``delta``."""
-    return _epsilon(z, options["frac"], options["rounds"], options["delta"])
+    return composed_epsilon(z, options["frac"], options["rounds"], options["delta"])
 
 
 @cache
-def _epsilon(z: float, frac: float, rounds: int, delta: float) -> float:
+def composed_epsilon(z: float, rate: float, releases: int, delta: float) -> float:
+    """Return the epsilon of so many sums with noise ``z``, each of a Poisson sample at a rate."""
     import dp_accounting as dp  # slow to import, and only these methods need it
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.rdp import RdpAccountant
 
-    if frac < 1:
-        event = dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(frac, dp.GaussianDpEvent(z)), rounds)
+    if rate < 1:
+        event = dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(z)), releases)
     else:   # Gaussian releases together are one, whose inverse variance is the sum (Dong et al. 2022, cor. 3.3)
-        z, rounds = z / math.sqrt(rounds), 1
+        z, releases = z / math.sqrt(releases), 1
         event = dp.GaussianDpEvent(z)
-    spacing = SPACING * frac / z
-    if spacing > 100 or rounds > 3e5 * z:   # losses overflow an exponential, or memory; Renyi DP bounds them
+    spacing = SPACING * rate / z
+    if spacing > 100 or releases > 3e5 * z:   # losses overflow an exponential, or memory; Renyi DP bounds them
         accountant = RdpAccountant(orders=[1.05, 1.1, 1.2, 1.5, *range(2, 64)])
     else:
         accountant = PLDAccountant(value_discretization_interval=spacing)
@@ -206,20 +207,21 @@ def _epsilon(z: float, frac: float, rounds: int, delta: float) -> float:
 
 
 def calibrated(options: Mapping[str, Any]) -> float:
-    """Return the smallest noise multiplier that keeps a run within ``--epsilon``, to 0.1 %.
+    """Return the smallest noise multiplier that keeps a run within ``--epsilon``, to 0.1 %."""
+    return noise_for(options["epsilon"], options["frac"], options["rounds"], options["delta"])
+
+
+@cache
+def noise_for(epsilon: float, rate: float, releases: int, delta: float) -> float:
+    """Return the inverse of ``composed_epsilon`` in z, to 0.1 %.
 
     Raises:
         InputError: epsilon is too small for any noise multiplier up to MAX_NOISE_MULTIPLIER.
     """
-    return _noise(options["epsilon"], options["frac"], options["rounds"], options["delta"])
-
-
-@cache
-def _noise(epsilon: float, frac: float, rounds: int, delta: float) -> float:
     from scipy.optimize import brentq
 
     def excess(log_z: float) -> float:
-        return math.log(max(_epsilon(math.exp(log_z), frac, rounds, delta), 1e-3 * epsilon) / epsilon)
+        return math.log(max(composed_epsilon(math.exp(log_z), rate, releases, delta), 1e-3 * epsilon) / epsilon)
     low, step, tolerance = 0.0, 1.0, 5e-4
     while excess(low) <= 0:   # too much noise
         low -= step
@@ -227,6 +229,6 @@ def _noise(epsilon: float, frac: float, rounds: int, delta: float) -> float:
     while excess(high) > 0:
         low, high = high, high + step
         if high > math.log(MAX_NOISE_MULTIPLIER):
-            raise InputError(f"--epsilon {epsilon:g}: too small to be kept to over {rounds} rounds; give a larger "
-                             "one, or --noise_multiplier")
+            raise InputError(f"--epsilon {epsilon:g}: too small to be kept to over {releases} noisy sums; give a "
+                             "larger one, or --noise_multiplier")
     return math.exp(brentq(excess, low, high, xtol=tolerance, rtol=1e-12) + tolerance)
