@@ -1,5 +1,6 @@
 """DP-SGD in each client: its steps by hand, its noise, its accounting by three accountants, and whole runs."""
 import json
+import shutil
 
 import dp_accounting as dp
 import numpy as np
@@ -44,6 +45,13 @@ def change_of(trainer, start, images, round=1):
     return {name: (value - upload[name]) / trainer.training.lr for name, value in start.items()}
 
 
+def unfinish(place, round):
+    """Make a run look killed after its last checkpoint, of this round."""
+    config = place.results / "config.json"
+    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+    shutil.rmtree(place.models / f"round_{round}")
+
+
 def flat(state):
     return torch.cat([value.flatten() for value in state.values()])
 
@@ -68,8 +76,122 @@ def test_a_step_by_hand(tiny_arrays, monkeypatch, optimizer, clip):
     own = [own_gradient(trainer, start, image) for image in chosen]
     norms = torch.stack([flat(gradient).norm() for gradient in own])
     assert (norms.min() < clip < norms.max()) == (clip == 1.97)
-    mean = {name: sum(gradient[name] * min(1.0, clip / norm.item()) for gradient, norm in zip(own, norms)) / 8
+    mean = {name: sum(gradient[name] * min(1.0, clip / norm.item()) for gradient, norm in zip(own, norms, strict=True)) / 8
             for name in start}
     for name, value in change_of(trainer, start, 20).items():
         expected = mean[name] if optimizer == "sgd" else mean[name] / (mean[name].abs() + 1e-7)
         torch.testing.assert_close(value, expected, atol=1e-6 if optimizer == "sgd" else 2e-2, rtol=1e-4)
+
+
+def test_an_image_moves_a_step_by_no_more_than_the_clip(tiny_arrays, monkeypatch):
+    """Alone it is in each batch, and its gradient is longer than the clip."""
+    monkeypatch.setattr(dp_training, "noise_multiplier", lambda options, images: 0.0)
+    trainer, start = make(tiny_arrays)
+    assert flat(own_gradient(trainer, start, 0)).norm() > 0.5
+    assert flat(change_of(trainer, start, 1)).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_the_noise_of_steps_with_hardly_an_image(tiny_arrays, monkeypatch):
+    """24 steps on batches of one image expected, some of them empty: each has noise z C of its own."""
+    drawn, batches = [], DPTrainer.batches
+    monkeypatch.setattr(DPTrainer, "batches", lambda *given: drawn.extend(batches(*given)) or drawn[-24:])
+    trainer, start = make(tiny_arrays, local_bs=1, clip=1e-3)
+    first = flat(change_of(trainer, start, 24))
+    assert len(drawn) == 24 and 0 in map(len, drawn) and max(map(len, drawn)) > 1
+    assert first.std().item() == pytest.approx(2.0 * 1e-3 * 24**0.5, rel=0.02)
+    assert torch.equal(first, flat(change_of(trainer, start, 24)))
+    other = flat(change_of(trainer, start, 24, round=2))   # drawn anew in every round
+    assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1]) < 4 / len(first)**0.5
+
+
+def test_training_on_no_image_at_all(tiny_arrays, monkeypatch):
+    monkeypatch.setattr(DPTrainer, "batches", lambda self, orders, indices: [torch.zeros(0, dtype=torch.int64)])
+    trainer, start = make(tiny_arrays)
+    update = trainer.train(0, 1, np.arange(20), start, ClientState({}))
+    assert update.metrics["n"] == 0 and update.client_state.steps == 1
+    assert flat(update.upload).isfinite().all() and not torch.equal(flat(update.upload), flat(start))
+
+
+@pytest.mark.parametrize("images, changes, steps", [
+    (810, {"rounds": 5, "local_ep": 2}, 130), (50, {"rounds": 3}, 3)])   # by hand: 5 x 2 x ceil(810 / 64)
+def test_three_accountants_agree_on_epsilon(images, changes, steps):
+    """Ours is at most the target and Opacus' numerical one, within 1 %; Renyi DP is looser, in both libraries."""
+    options = {**OPTIONS, "local_bs": 64, "epsilon": 8.0, "noise_multiplier": None, **changes}
+    rate, z = min(1, 64 / images), dp_training.noise_multiplier(options, images)
+    assert dp_training.steps_of(options, images) == steps and dp_training.sampling_rate(options, images) == rate
+    epsilon = composed_epsilon(z, rate, steps, 1e-5)
+    assert 0.99 * 8 < epsilon <= 8
+
+    def of_opacus(accountant):
+        accountant.history = [(z, rate, steps)]
+        return accountant.get_epsilon(delta=1e-5)
+    if rate < 1:   # else it is not defined
+        assert epsilon - 0.001 <= of_opacus(PRVAccountant()) <= 1.01 * epsilon
+    event = dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(z)), steps)
+    renyi = RdpAccountant().compose(event).get_epsilon(1e-5)
+    assert of_opacus(RDPAccountant()) == pytest.approx(renyi, rel=0.01) and epsilon < renyi < 1.2 * epsilon
+
+
+def test_clients_of_other_sizes_have_the_same_epsilon(tiny_arrays):
+    facts = make(tiny_arrays, epsilon=2.0, noise_multiplier=None)[0].facts([40, 16, 40])["privacy"]
+    small, large = facts["noise_multiplier"]
+    assert 1.98 < facts["epsilon"] <= 2 and facts["delta"] == 1e-5 and facts["clip"] == 0.5
+    assert (large, small) == tuple(dp_training.noise_multiplier(
+        {**OPTIONS, "epsilon": 2.0, "noise_multiplier": None}, n) for n in (16, 40))
+    assert small < 0.9 * large
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_place, tiny_arrays):
+    runs = {"run": (*FLAGS, "--save_rounds", 1), "observed": (*FLAGS, "--clip", 0.1, "--noise_multiplier", 0.05)}
+    return Attacked(make_place(tmp_path_factory.mktemp("dp")), tiny_arrays, membership,
+                    ("--references", 1, "--draws", 1), runs)
+
+
+def test_a_run_is_resumed_to_the_same_bytes_but_not_for_more_rounds(trained, capsys):
+    place, folder = trained.place, trained.results("run")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["privacy"]["epsilon"] <= config["options"]["epsilon"] == 8 and config["precision"] == "torch.float32"
+    assert "--rounds 3: the noise of --method" in place.refuses(capsys, *FLAGS, "--rounds", 3, "--resume")
+    expected = place.clients_csv()
+    unfinish(place, 2)
+    assert place.main(*FLAGS, "--resume") == 0 and place.clients_csv() == expected
+    assert json.loads((folder / "config.json").read_text())["privacy"] == config["privacy"]
+
+
+@pytest.mark.parametrize("flags, line", [
+    (("--epsilon", 1, "--noise_multiplier", 1), "--epsilon and --noise_multiplier"),
+    (("--precision", "bf16"), "--precision bf16: "), (("--stack", 2), "--stack 2: "),
+    (("--epsilon", 1e-12, "--delta", 1e-12), "--epsilon 1e-12: too small")])
+def test_what_does_not_fit_is_refused(place, capsys, flags, line):
+    assert line in place.refuses(capsys, *FLAGS, *flags)
+    assert not place.models.exists()
+
+
+def test_any_rule_may_follow_what_is_private_already(place):
+    assert place.main(*FLAGS, "--rounds", 1, "--aggregation", "median", "--noise_multiplier", 1) == 0
+
+
+def test_the_clip_and_the_noise_are_in_what_is_observed(trained):
+    victim, (x, y) = trained.victim("observed"), trained.images("observed", 2)
+    clean = torch.cat([value.flatten() for value in plain_gradient(victim, x[:1], y[:1])])
+    assert clean.norm() > 0.1
+    for images, sigma in ((1, 0.1 * 0.05), (2, 0.1 * 0.05 / 2)):   # over the size of the batch
+        seen = flat(victim.update(x[:images], y[:images], 0.1))
+        assert seen.std().item() == pytest.approx(sigma, rel=0.03)
+        assert not torch.equal(seen, flat(victim.update(x[:images], y[:images], 0.1)))
+    seen = flat(victim.update(x[:1], y[:1], 0.1))
+    assert (seen @ clean / clean.norm()).item() == pytest.approx(0.1, abs=4 * 0.1 * 0.05)   # clipped to 0.1
+
+
+def plain_gradient(victim, x, y):
+    """Return the gradient of the head that the server sends next, neither clipped nor noised."""
+    network = victim.network(victim.sent_next)
+    return torch.autograd.grad(torch.nn.functional.cross_entropy(network(x).logits, y), list(network.parameters()))
+
+
+def test_membership_is_inferred_against_references_that_have_its_noise(trained, monkeypatch):
+    made, noise = [], dp_training.noise_multiplier
+    monkeypatch.setattr(dp_training, "noise_multiplier", lambda *given: made.append(given) or noise(*given))
+    assert trained.attack("run", "--clients", 0) == 0
+    assert set(trained.csv("run", "membership.csv")["attack"]) == {"loss", "rmia", "fedmia"} and made
