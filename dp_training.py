@@ -8,7 +8,7 @@ repeated; whoever has the seed can remove it.
 """
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,10 @@ def sampling_rate(options: Mapping[str, Any], images: int) -> float:
 
 
 def steps_of(options: Mapping[str, Any], images: int) -> int:
-    """Return the steps of such a client over the whole run, as if it trained in every round."""
-    return options["rounds"] * Training.from_options(options, torch.float32).steps_of(images)
+    """Return the steps of such a client over the run, as if it trained in every round, with fine-tuning."""
+    training = Training.from_options(options, torch.float32)
+    finetuning = replace(training, epochs=options["finetune_ep"] or 0, local_steps=None)
+    return options["rounds"] * training.steps_of(images) + finetuning.steps_of(images)
 
 
 def noise_multiplier(options: Mapping[str, Any], images: int) -> float:
@@ -90,8 +92,8 @@ class DPTrainer(Trainer):
         return [torch.from_numpy(indices[orders.random(len(indices)) < rate]).to(device)
                 for _ in range(-(-len(indices) // self.training.batch_size))]
 
-    def prepare(self, sent: State) -> tuple[torch.optim.Optimizer, State]:
-        optimizer, received = super().prepare(sent)
+    def prepare(self, sent: State, part: str = "all") -> tuple[torch.optim.Optimizer, State]:
+        optimizer, received = super().prepare(sent, part)
         options = self.training.options
         return DPOptimizerFastGradientClipping(
             optimizer, noise_multiplier=noise_multiplier(options, self._images), max_grad_norm=options["clip"],

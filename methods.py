@@ -182,7 +182,7 @@ def dp_sgd_budget(args: Namespace) -> str | None:
     if args.precision == "bf16":
         return f"--precision bf16: --method {args.method} clips gradients in fp32; leave it out"
     if args.new_clients:
-        return f"--new_clients {args.new_clients:g}: --method {args.method} does not account for them; leave it out"
+        return f"--new_clients {args.new_clients:g}: --method {args.method} has no noise for them; leave it out"
     args.precision = "fp32"
     return dp_budget(args)
 

@@ -26,20 +26,22 @@ class Tally:
         """Return means over images; ``images`` and ``right`` count all and the rightly predicted ones by class.
 
         As in scikit-learn, precision, recall and F1 are macro averages over the classes among labels or
-        predictions, and 0/0 counts as 0.
+        predictions, and 0/0 counts as 0. Without any image, means are NaN.
         """
         from torchmetrics.functional import classification  # seconds to import: after the first steps
 
         predicted, labels = torch.cat(self.predicted).cpu(), torch.cat(self.labels).cpu()
+        macro = {name: metric(predicted, labels, num_classes, "macro").item() if len(labels) else float("nan")
+                 for name, metric in (("precision", classification.multiclass_precision),
+                                      ("recall", classification.multiclass_recall),
+                                      ("f1", classification.multiclass_f1_score))}
         return {
             "n": len(labels),
             "images": torch.bincount(labels, minlength=num_classes).tolist(),
             "right": torch.bincount(labels[predicted == labels], minlength=num_classes).tolist(),
             "loss": torch.cat(self.loss).double().mean().item(),
             "accuracy": (predicted == labels).double().mean().item(),
-            "precision": classification.multiclass_precision(predicted, labels, num_classes, "macro").item(),
-            "recall": classification.multiclass_recall(predicted, labels, num_classes, "macro").item(),
-            "f1": classification.multiclass_f1_score(predicted, labels, num_classes, "macro").item(),
+            **macro,
             "kl_nats": torch.cat(self.kl).double().mean().item() if self.kl else float("nan"),
         }
 

@@ -4,6 +4,7 @@ import shutil
 
 import dp_accounting as dp
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from attacked import Attacked
@@ -21,9 +22,10 @@ from utils import rng
 
 METHOD = METHODS["dp_" "sgd"]
 FLAGS = ("--method", "dp_" "sgd", "--num_users", 3, "--rounds", 2)
-OPTIONS = {"rounds": 1, "local_ep": 1, "local_bs": 8, "lr": 0.5, "head_lr": 1.0, "lr_decay": 0.0, "lr_warmup": 0.0,
-           "momentum": 0.0, "optimizer": "sgd", "seed": 1, "kl_weight": 0.0, "kl_warmup": 0, "eval_samples": 1,
-           "augment": "none", "epsilon": None, "delta": 1e-5, "clip": 0.5, "noise_multiplier": 2.0}
+OPTIONS = {"rounds": 1, "local_ep": 1, "local_bs": 8, "local_steps": None, "finetune_ep": None, "private_ep": None,
+           "optimizer": "sgd", "lr": 0.5, "head_lr": 1.0, "lr_decay": 0.0, "lr_warmup": 0.0, "momentum": 0.0,
+           "seed": 1, "kl_weight": 0.0, "kl_warmup": 0, "eval_samples": 1, "augment": "none",
+           "epsilon": None, "delta": 1e-5, "clip": 0.5, "noise_multiplier": 2.0}
 
 
 def make(arrays, **changes):
@@ -69,14 +71,13 @@ def own_gradient(trainer, start, image):
 def test_a_step_by_hand(tiny_arrays, monkeypatch, optimizer, clip):
     """The sum of the clipped gradients of a Poisson sample, over the expected size of the sample."""
     monkeypatch.setattr(dp_training, "noise_multiplier", lambda options, images: 0.0)
-    monkeypatch.setattr(dp_training.DPTrainer, "batches", lambda self, *given, draw=DPTrainer.batches: draw(
-        self, *given)[:1])
-    trainer, start = make(tiny_arrays, optimizer=optimizer, clip=clip)
+    trainer, start = make(tiny_arrays, optimizer=optimizer, clip=clip, local_steps=1)
     chosen = np.flatnonzero(rng(1, "order", 0, 1).random(20) < 8 / 20)
     own = [own_gradient(trainer, start, image) for image in chosen]
     norms = torch.stack([flat(gradient).norm() for gradient in own])
     assert (norms.min() < clip < norms.max()) == (clip == 1.97)
-    mean = {name: sum(gradient[name] * min(1.0, clip / norm.item()) for gradient, norm in zip(own, norms, strict=True)) / 8
+    factors = (clip / norms).clamp_max(1).tolist()
+    mean = {name: sum(gradient[name] * factor for gradient, factor in zip(own, factors, strict=True)) / 8
             for name in start}
     for name, value in change_of(trainer, start, 20).items():
         expected = mean[name] if optimizer == "sgd" else mean[name] / (mean[name].abs() + 1e-7)
@@ -106,14 +107,15 @@ def test_the_noise_of_steps_with_hardly_an_image(tiny_arrays, monkeypatch):
 
 def test_training_on_no_image_at_all(tiny_arrays, monkeypatch):
     monkeypatch.setattr(DPTrainer, "batches", lambda self, orders, indices: [torch.zeros(0, dtype=torch.int64)])
-    trainer, start = make(tiny_arrays)
+    trainer, start = make(tiny_arrays, local_steps=1)
     update = trainer.train(0, 1, np.arange(20), start, ClientState({}))
     assert update.metrics["n"] == 0 and update.client_state.steps == 1
     assert flat(update.upload).isfinite().all() and not torch.equal(flat(update.upload), flat(start))
 
 
 @pytest.mark.parametrize("images, changes, steps", [
-    (810, {"rounds": 5, "local_ep": 2}, 130), (50, {"rounds": 3}, 3)])   # by hand: 5 x 2 x ceil(810 / 64)
+    (810, {"rounds": 5, "local_ep": 2}, 130),   # by hand: 5 x 2 x ceil(810 / 64)
+    (810, {"rounds": 5, "local_steps": 7, "finetune_ep": 2}, 61), (50, {"rounds": 3}, 3)])
 def test_three_accountants_agree_on_epsilon(images, changes, steps):
     """Ours is at most the target and Opacus' numerical one, within 1 %; Renyi DP is looser, in both libraries."""
     options = {**OPTIONS, "local_bs": 64, "epsilon": 8.0, "noise_multiplier": None, **changes}
@@ -151,7 +153,8 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
 def test_a_run_is_resumed_to_the_same_bytes_but_not_for_more_rounds(trained, capsys):
     place, folder = trained.place, trained.results("run")
     config = json.loads((folder / "config.json").read_text())
-    assert config["privacy"]["epsilon"] <= config["options"]["epsilon"] == 8 and config["precision"] == "torch.float32"
+    assert config["privacy"]["epsilon"] <= config["options"]["epsilon"] == 8
+    assert config["precision"] == "torch.float32"
     assert "--rounds 3: the noise of --method" in place.refuses(capsys, *FLAGS, "--rounds", 3, "--resume")
     expected = place.clients_csv()
     unfinish(place, 2)
@@ -161,7 +164,8 @@ def test_a_run_is_resumed_to_the_same_bytes_but_not_for_more_rounds(trained, cap
 
 @pytest.mark.parametrize("flags, line", [
     (("--epsilon", 1, "--noise_multiplier", 1), "--epsilon and --noise_multiplier"),
-    (("--precision", "bf16"), "--precision bf16: "), (("--stack", 2), "--stack 2: "),
+    (("--precision", "bf16"), "--precision bf16: "), (("--new_clients", 0.4), "--new_clients 0.4: "),
+    (("--stack", 2), "--stack 2: "),
     (("--epsilon", 1e-12, "--delta", 1e-12), "--epsilon 1e-12: too small")])
 def test_what_does_not_fit_is_refused(place, capsys, flags, line):
     assert line in place.refuses(capsys, *FLAGS, *flags)
@@ -169,7 +173,9 @@ def test_what_does_not_fit_is_refused(place, capsys, flags, line):
 
 
 def test_any_rule_may_follow_what_is_private_already(place):
-    assert place.main(*FLAGS, "--rounds", 1, "--aggregation", "median", "--noise_multiplier", 1) == 0
+    assert place.main(*FLAGS, "--rounds", 1, "--aggregation", "median", "--noise_multiplier", 1, "--finetune_ep",
+                      1) == 0
+    assert set(pd.read_csv(place.results / "rounds.csv")["stage"]) == {"trained", "deployed", "finetuned"}
 
 
 def test_the_clip_and_the_noise_are_in_what_is_observed(trained):
