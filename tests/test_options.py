@@ -79,7 +79,7 @@ def test_stack_is_refused_where_clients_are_never_stacked(method, more, place, d
     words = place.argv("--method", method, *more)
     trainer = setup.make_trainer(args_parser(words), setup.datasets.load("tiny", place.folder / "data"),
                                   setup.torch.device("cpu"))
-    if trainer.method.loss is None and draws_of(trainer) and len(trainer.training.phases()) == 1:
+    if not trainer.method.sequential and draws_of(trainer) and len(trainer.training.phases()) == 1:
         args_parser([*words, "--stack", "3"])
     else:
         with pytest.raises(SystemExit, match="2"):
