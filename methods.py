@@ -117,6 +117,11 @@ class Method:
         """Return whether every parameter of the head is shared."""
         return bool(self.shared) and "classifier.".startswith(self.shared)
 
+    @property
+    def predicts_privately(self) -> bool:
+        """Return whether a prediction depends on private parameters."""
+        return not self.shares_whole_head or self.network.has_encoder or self.network.predictor != "classifier"
+
     def in_round(self, number: int, options: Mapping[str, Any]) -> Method:
         """Return the row of a round: everything is shared in the first ``full_sharing_rounds``."""
         return replace(self, shared=("",)) if number <= (options.get("full_sharing_rounds") or 0) else self

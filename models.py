@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from server.base import State
+
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
 PATCH = 4      # side in pixels of the patches that make up these means
@@ -55,6 +57,11 @@ class Network(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
         """Return the output for images ``N x C x H x W``; with a ``ClassPrior``, KL needs their labels ``N``."""
         raise NotImplementedError
+
+    @staticmethod
+    def joined(sent: State, private: State) -> State:
+        """Return the private parameters with which a new client begins, given what it is sent."""
+        return private
 
     def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return class probabilities ``N x num_classes``, averaged over draws of z, and KL in nats ``N`` or None.
@@ -247,6 +254,11 @@ class Ditto(CNN):
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
         super().__init__(image_shape, num_classes)
         self.personal = copy.deepcopy(self.classifier)
+
+    @staticmethod
+    def joined(sent: State, private: State) -> State:
+        """Return the shared CNN as the client's own."""
+        return {name.replace("classifier.", "personal.", 1): value.clone() for name, value in sent.items()}
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
         """Return the logits of the client's own CNN, and in training the cross-entropy of the shared one."""

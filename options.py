@@ -84,8 +84,8 @@ COMMON = [   # in the order of --help
     Option("finetune_ep", "after the last round, also evaluate each client's model after so many more local "
            "epochs from the deployed one", int, within=(1, HUGE), group="federated"),
     Option("new_clients", "share of the clients, rounded down, that take no part in the rounds: after the last "
-           "one, each trains its private part (the whole model if nothing is private) behind the final head on "
-           "10, 50 and all of its images, and for comparison the whole model alone", float, 0.0, within=(0, 1),
+           "one, each trains its private part (the whole model if predictions need none) behind the final head "
+           "on 10, 50 and all of its images, and for comparison the whole model alone", float, 0.0, within=(0, 1),
            group="federated"),
     NEW_EP,
 

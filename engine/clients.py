@@ -168,12 +168,13 @@ class Clients:
 
     def _new_client(self, number: int, client: int, head: State) -> list[dict]:
         """Return a new client's rows: behind the final head (``new``) and alone (``alone``), by its images."""
-        trainer, state = self.trainer_in(number), self.run.states.get(client)
+        trainer, first = self.trainer_in(number), self.run.states.get(client)
+        state = replace(first, parameters=trainer.model.joined(head, first.parameters))
         images = self.splits_in(number)[client][0]
         images = rng(self.args.seed, "new client", client).permutation(images)
         epochs = replace(trainer.training, epochs=self.args.new_ep, local_steps=None, private_ep=None)
         behind = replace(epochs, local_steps=epochs.steps_of(len(images)),
-                         part="private" if state.parameters else "all")
+                         part="private" if trainer.method.predicts_privately else "all")
         # Nothing was sent to a client on its own, so no proximal term holds it there.
         alone = replace(behind, part="all", options={**behind.options, "prox": 0.0})
         shared, private = trainer.method.shared_and_private(self.start)

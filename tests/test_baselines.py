@@ -9,6 +9,7 @@ from test_update import FIRST, equal, make, update_of, without_draws
 
 from engine.clients import train_each
 from losses import Step
+from methods import METHODS
 from models import ClassPrior
 from runs.checkpoints import load_checked
 from update import ClientState
@@ -127,6 +128,11 @@ def test_fine_tuning_changes_nothing_but_its_own_rows(place, method, driver):
     assert (stages(place, 2)["finetuned"]["loss"] < stages(place, 2)["deployed"]["loss"]).all()
 
 
+def test_new_clients_fine_tune_a_whole_model_whose_private_part_does_not_predict():
+    private = {name for name, row in METHODS.items() if row.shared and row.predicts_privately}
+    assert private == {"rve_pfl", "rve_pfl_trunk", "lg_fedavg", "fedper", "fedrep", "ditto"}
+
+
 @pytest.mark.parametrize("method", ["rve_pfl", "fedavg", "ditto"])
 def test_new_clients_train_behind_the_final_head_and_alone(place, method, monkeypatch):
     from engine import clients
@@ -154,7 +160,11 @@ def test_new_clients_train_behind_the_final_head_and_alone(place, method, monkey
         assert equal(sent, final) and equal(start, first) and size == alone_size
         assert part == ("all" if method == "fedavg" else "private")
         assert equal(outcome.upload, sent) == (method != "fedavg")   # the shared part is frozen
-        assert equal(own.parameters, state.parameters)   # the private parameters' common start
+        if method == "ditto":   # its own CNN starts as the shared one
+            sent = {name.replace("classifier", "personal"): value for name, value in sent.items()}
+            assert equal(state.parameters, sent) and not equal(own.parameters, sent)
+        else:
+            assert equal(own.parameters, state.parameters)   # the private parameters' common start
         assert outcome.client_state.steps == by_itself.client_state.steps == 2 * -(-later[2][3] // 8)
     assert [entry[3] for entry in later[:3]] == [10, min(50, later[2][3]), later[2][3]]
 
