@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import methods
 from methods import METHODS, Method
-from parsing import DATA_NAME, HUGE, NAME, TINY, Option, Parser, shown
+from parsing import DATA_NAME, HUGE, NAME, TENSORBOARD, TINY, Option, Parser, shown
 from server.behaviours import BEHAVIOURS
 from server.rules import RULES, Rule
 from utils import ROOT, participants, round_down
@@ -109,6 +109,7 @@ COMMON = [   # in the order of --help
            "<dataset>-<partition>-<method>-seed<seed>)", pattern=NAME),
     Option("results_dir", "folder for CSVs and pictures", Path, ROOT / "results"),
     Option("models_dir", "folder for checkpoints", Path, ROOT / "saved_models"),
+    TENSORBOARD,
     Option("save_rounds", "rounds whose checkpoints are kept, besides the latest", int, [], within=(1, HUGE),
            several=True, metavar="R"),
     Option("checkpoint_seconds", "save for --resume at most this often", float, 60.0, within=(0, HUGE)),

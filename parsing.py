@@ -4,6 +4,7 @@ The same checks serve command lines, edited defaults and the ``config.json`` of 
 """
 import argparse
 import difflib
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Collection
@@ -49,6 +50,7 @@ class Option:
         pattern: the regular expression of a text, and its description.
         several: whether it takes one or more values.
         alias: another name of the flag.
+        package: an optional package that it needs, of requirements-PACKAGE.txt.
         group: the heading in ``--help``.
     """
 
@@ -64,7 +66,12 @@ class Option:
     required: bool = False
     metavar: str | None = None
     alias: str | None = None
+    package: str | None = None
     group: str = "run"
+
+
+TENSORBOARD = Option("tensorboard", "also write scalars and the attacks' pictures as event files for TensorBoard",
+                     bool, False, package="tensorboard")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -115,6 +122,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {shown(unknown[0])}" + (f" (did you mean --{near}?)" if near else ""))
         if fault := self.fault(vars(args)):
             self.error(fault)
+        for name, option in self.options.items():
+            if option.package and getattr(args, name) and importlib.util.find_spec(option.package) is None:
+                self.error(f"--{name}: the package {option.package} is not installed; leave it out, or install "
+                           f"requirements-{option.package}.txt")
         return args
 
     def _suggestion(self, flag: str) -> str | None:

@@ -33,7 +33,7 @@ else:
     pd, target = Late("pandas"), Late("attack.target")
 
 SCOPE_OPTIONS = ("adversary", "attack", "observe", "clients", "rounds")   # choose attacks, and do not change them
-PLACE_OPTIONS = ("overwrite", "results_dir", "models_dir", "data_dir")
+PLACE_OPTIONS = ("overwrite", "tensorboard", "results_dir", "models_dir", "data_dir")
 
 
 class Command:
@@ -205,7 +205,8 @@ class Command:
         if self.args.overwrite:
             self.path("csv").unlink(missing_ok=True)
         if not self.path("csv").exists():   # an --overwrite that was interrupted has left files without rows
-            for old in folders.files(self.target.results, self.files):
+            results = self.target.results
+            for old in (*folders.files(results, self.files), *folders.event_files(results, self.name)):
                 old.unlink()
             return text, []
         rows = self.read(self.path("csv"), self.columns)

@@ -20,7 +20,7 @@ from attack.attacks import ADVERSARIES, ATTACKS, CLIENT_LR, DEFAULT_ATTACKS, FEW
 from attack.command import Command
 from attack.verdict import ATTACK_COLUMNS, FOREIGN, Unit, judge, summarise
 from engine.signals import steady_output
-from parsing import HUGE, Option
+from parsing import HUGE, TENSORBOARD, Option
 from runs import folders
 from utils import InputError, Late, nearby
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from attack import evaluation, observations
+    from runs import board
 else:
     pd, evaluation, observations = Late("pandas"), Late("attack.evaluation"), Late("attack.observations")
+    board = Late("runs.board")
 
 OBSERVED = (r"z([2-9]|[1-9]\d{1,3})?|rounds|mu|train",
             "choose from z, zN (N draws, from 2 to 9999), rounds, mu, train")
@@ -62,7 +64,8 @@ class MiAttack(Command):
         Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),
         Option("client_lr", "size of the client's SGD steps whose upload the curious server observes; where "
                "uploads have noise, longer steps leak more", float, CLIENT_LR, within=(1e-6, 10)),
-        Option("train_epochs", "epochs of training on public images", int, 20, within=(1, HUGE)))
+        Option("train_epochs", "epochs of training on public images", int, 20, within=(1, HUGE)),
+        TENSORBOARD)
 
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)
@@ -104,6 +107,8 @@ class MiAttack(Command):
             table = pd.DataFrame([*before, *new], columns=LATENT_COLUMNS)
             table = table.drop_duplicates(["round", "client"], keep="last").sort_values(["round", "client"])
             self.write(path, table, 5)
+        if self.args.tensorboard:
+            board.write_pictures(target.results)
         evaluator, public = self.evaluation.evaluator, self.evaluation.public
         return [f"evaluator: right on {evaluator.accuracy:.1%} of images that it was not trained on; "
                 f"public images: {len(public.images)} ({self.args.public})", *(

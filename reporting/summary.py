@@ -24,7 +24,7 @@ from utils import InputError, shown
 # Options that do not change the result: not part of a setting, and left out of its command, but for the seed.
 BOOKKEEPING_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
                        "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack",
-                       "eval_every", "preset"}
+                       "eval_every", "preset", "tensorboard"}
 BASIC = ("dataset", "method", "partition")   # they decide the defaults of other options
 NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "seed")   # options that a config.json must have
 RUN_METRICS = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "accuracy_images": "all images",

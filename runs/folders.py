@@ -12,9 +12,11 @@ from utils import InputError
 
 # Whole names, as regular expressions.
 OF_TRAINING = r"(clients|rounds|server)\.csv|partition\.npz|(partition|backdoor|curves|trust)\.png"
-OF_ATTACKS = r"attack\.(csv|json)|attack_(summary|latents)\.csv|attack_\w+_round\d+_client\d+\.png"
+PICTURE = r"attack_\w+_round\d+_client\d+\.png"
+OF_ATTACKS = rf"attack\.(csv|json)|attack_(summary|latents)\.csv|{PICTURE}"
 OF_MEMBERSHIP = r"membership\.(csv|json)"
 OF_A_CHECKPOINT = r"(shared|server|client_\d+)\.pt|\d+-\d+\.pt|upload-\d+\.pt"   # the last two in .private
+EVENTS = "tensorboard"   # the folder of event files
 CHECKPOINT = r"round_([1-9][0-9]{0,9})"   # a folder; with a dot before it, half written or half deleted
 
 
@@ -23,6 +25,12 @@ def files(folder: Path, names: str, partial: bool = True) -> list[Path]:
     matching = re.compile(rf"({names})" + (rf"|\.({names})\.\d+\.tmp" if partial else ""), re.ASCII)
     return sorted(path for path in folder.iterdir()
                   if matching.fullmatch(path.name) and (path.is_symlink() or path.is_file()))
+
+
+def event_files(results: Path, kind: str = r"(rounds|attack)") -> list[Path]:
+    """Return this program's event files of a run, or those of one kind."""
+    folder = results / EVENTS
+    return files(folder, rf"events\.out\.tfevents\..*\.{kind}", partial=False) if folder.is_dir() else []
 
 
 def half_written(folder: Path, names: str) -> list[Path]:

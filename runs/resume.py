@@ -15,7 +15,7 @@ from utils import InputError, shown
 
 # Options that change a run's numbers by rounding at most, and so may differ when it is resumed.
 MAY_DIFFER = {"resume", "overwrite", "checkpoint_seconds", "rendezvous_seconds", "save_rounds", "eval_every",
-              "device", "precision", "data_dir", "results_dir", "models_dir"}
+              "device", "precision", "data_dir", "results_dir", "models_dir", "tensorboard"}
 GIVEN = {"resume", "overwrite", "run_name", "results_dir"}   # they say what is resumed, and where it is
 # What ``config.json`` says of the machine; of these, what can change a number.
 ENVIRONMENT = ("python", "torch", "numpy", "commit", "device", "system", "processes", "precision")
@@ -126,7 +126,7 @@ def delete(results: Path, models: Path, config: dict | None) -> None:
         path.unlink()
     for _, folder in sorted(folders.checkpoints(models).items(), reverse=True):
         folders.remove(folder)
-    for path in folders.files(results, folders.OF_TRAINING):
+    for path in (*folders.files(results, folders.OF_TRAINING), *folders.event_files(results)):
         path.unlink()
 
 

@@ -34,9 +34,9 @@ from utils import InputError, Late, duration, nearby, typed, write_whole
 if TYPE_CHECKING:
     import pandas as pd
 
-    from runs import plots
+    from runs import board, plots
 else:   # they take two seconds: after the first round
-    pd, plots = Late("pandas"), Late("runs.plots")
+    pd, plots, board = Late("pandas"), Late("runs.plots"), Late("runs.board")
 
 
 @dataclass
@@ -98,6 +98,11 @@ class Run:
         self.states = checkpoints.ClientStore(self.models / ".private", ClientState(start[1]))
         if not self.finished:
             self._restore(earlier)
+        self.events: board.SummaryWriter | None = None
+        if ranks.first and self.options["tensorboard"]:
+            self.events = board.open_writer(self.results, "rounds")
+            locks.callback(self.events.close)
+            board.add_rounds(self.events, pd.read_csv(self.results / "rounds.csv").to_dict("records"))
         self.undrawn: tuple[np.ndarray, np.ndarray] | None = None   # arguments of ``_draw_inputs``
         self.saved_round, self.saved_at, self.warned = self.progress.round, time.monotonic(), False
         self.started = time.monotonic()
@@ -159,6 +164,8 @@ class Run:
                 configs.write(self.results, self.config)
             progress.csv_bytes = {name: append_csv(self.results / name, self.columns[name], added)
                                   for name, added in rows.items()}
+            if self.events is not None:
+                board.add_rounds(self.events, rows["rounds.csv"])
         self.bar.n = number   # exact again after the sum of the clients' shares
         if held_out := [row for row in rows["rounds.csv"] if row["split"] == self.evaluation_split]:
             stages = ", ".join(f"{row['stage']} {row['accuracy']:.4f} (worst decile {row['accuracy_worst']:.4f})"

@@ -15,7 +15,7 @@ from server.rules import RULES
 from utils import Late, LateName
 
 SLOW = {"torch", "pandas", "matplotlib", "scipy", "torchmetrics", "byzfl", "dp_accounting", "opacus",
-        "torchvision", "PIL"}
+        "torchvision", "PIL", "tensorboard"}
 EXPERIMENTS = [f"experiments/{path.name}" for path in sorted((ROOT / "experiments").glob("*.py"))
                if path.stem not in ("common", "speed")]   # speed.py is about PyTorch
 LINES = ["RVE-PFL.py --help", "RVE-PFL.py --lrate 1", "RVE-PFL.py --method local --prox 1",
