@@ -29,7 +29,7 @@ import speed
 import verify
 
 NAMES = ("headline", "partitions", "privacy_accuracy", "leakage", "member_inference", "real_updates", "robustness",
-         "speed")
+         "new_clients", "speed")
 EXPERIMENTS = {name: importlib.import_module(name).EXPERIMENT for name in NAMES}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 PARSERS = {"attack/mi_attack.py": mi_attack.make_parser, "attack/membership.py": membership.make_parser,
