@@ -166,6 +166,14 @@ def make_server(options: Mapping[str, Any], smallest: int) -> Server:
     return (METHODS[options["method"]].server or RULES[options["aggregation"]].server)(options, smallest)
 
 
+def clip_without_uploads(args: Namespace) -> str | None:
+    """Refuse secure aggregation if the clip is to be found in single uploads."""
+    if args.secure_aggregation and args.clip is None:
+        return (f"--secure_aggregation: it hides the norms of uploads, so --method {args.method} cannot take its "
+                "clip from them; give --clip")
+    return None
+
+
 def dp_budget(args: Namespace) -> str | None:
     """Set epsilon if it is not given; epsilon and the noise exclude each other."""
     if args.epsilon is not None and args.noise_multiplier is not None:
@@ -240,7 +248,7 @@ METHODS = {
         {**TRAINING, KL_WEIGHT: 1e-3, L2_WEIGHT: 0.01}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "nbafl": Method(
         "noise before aggregation", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
-        NBAFL, CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.NbAFL),
+        NBAFL, CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.NbAFL, settle=clip_without_uploads),
     "client_dp": Method(
         "client-level DP", "McMahan et al. 2018, arXiv 1710.06963", models.CNN, HEAD, CLIENT_DP,
         CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.ClientDP, poisson=True, settle=client_dp_budget),
@@ -263,5 +271,5 @@ METHODS = {
     "nbafl_prox": Method(
         "NbAFL with its proximal term", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
         {**NBAFL, PROX: 1.0}, {"cifar": {**CNN_ON_CIFAR["cifar"], PROX: 0.1}}, PROX_ON_MIXED, server=privacy.NbAFL,
-        loss=losses.proximal),
+        loss=losses.proximal, settle=clip_without_uploads),
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import methods
-from methods import METHODS, Method
+from methods import AGGREGATION, METHODS, Method
 from parsing import DATA_NAME, HUGE, NAME, TENSORBOARD, TINY, Option, Parser, shown
 from server.behaviours import BEHAVIOURS
 from server.rules import RULES, Rule
@@ -94,6 +94,8 @@ COMMON = [   # in the order of --help
     Option("malicious_frac", "share of malicious clients, rounded down [F]", float, 0.0, within=(0, 1),
            group="server"),
     MALICIOUS_BEHAVIOUR,
+    Option("secure_aggregation", "the server sees the weighted sum of the uploads and nothing else (simulated); "
+           "--aggregation is then mean", bool, False, group="server"),
 
     Option("preset", "defaults of another benchmark, which flags override: " + "; ".join(
         " ".join([f"{name} is", *(f"--{option} {value}" for option, value in values.items())])
@@ -231,6 +233,8 @@ def args_parser(argv: list[str] | None = None, parser: Parser | None = None) -> 
     args.dataset = datasets.canonical(args.dataset, args.data_dir)
     given = {name: value for name, value in vars(args).items() if value is not None}
     method = METHODS[args.method]
+    if args.secure_aggregation and args.aggregation is None:
+        args.aggregation = AGGREGATION.unread
     if fault := misfit(args, method) or contradiction(args) or method.settle and method.settle(args):
         parser.error(fault)
     _fill(args, METHODS, method, lambda option: method.default(option, args.dataset, args.partition))
@@ -288,6 +292,9 @@ def contradiction(args: argparse.Namespace) -> str | None:
                     "leave it out")
     if not participants(vars(args)):
         return f"--new_clients {args.new_clients:g}: no client would be left to train; give less"
+    if args.secure_aggregation and args.frac * participants(vars(args)) < 1.5:
+        return (f"--secure_aggregation: --frac {args.frac:g} of {participants(vars(args))} clients is one client per "
+                "round, and the sum is its upload; give more")
     for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("resplit", "keep_split"),
                           ("full_sharing_rounds", "encoders_from")):
         if getattr(args, first) and getattr(args, second):
@@ -303,6 +310,11 @@ def misfit(args: argparse.Namespace, method: Method) -> str | None:
     for name in ("malicious_frac", "new_clients"):
         if not method.shared and getattr(args, name):
             return f"--{name} {getattr(args, name):g}: --method {args.method} shares nothing; leave it out"
+    if args.secure_aggregation and not method.shared:
+        return f"--secure_aggregation: --method {args.method} shares nothing; leave it out"
+    if args.secure_aggregation and args.aggregation not in (None, "mean"):
+        return (f"--aggregation {args.aggregation}: it looks at single uploads, which --secure_aggregation hides; "
+                "leave one out")
     row = BEHAVIOURS.get(args.malicious_behaviour)
     if row is not None and row.whole_head and method.shared and not method.shares_whole_head:
         return (f"--malicious_behaviour {args.malicious_behaviour}: needs the whole head, of which --method "

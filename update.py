@@ -43,7 +43,7 @@ class ClientState:
     Args:
         parameters: those that are not shared.
         steps: optimiser steps over all rounds.
-        trained_shared: the shared parameters as trained last; only where the server sees them clipped or noised.
+        trained_shared: the shared parameters as trained last; only where the server does not see them like that.
     """
 
     parameters: State
@@ -214,7 +214,8 @@ class Trainer:
             raise Diverged(f"client {client}, round {round}: the loss is not finite; most likely --lr "
                            f"{settings.lr:g}{beta} is too high")
         upload, private = self.shared_and_private(trained)   # only the shared part leaves the client
-        trained_shared = upload if self.method.protects else {}
+        hidden = self.method.protects or settings.options.get("secure_aggregation")
+        trained_shared = upload if hidden else {}
         return LocalUpdate(upload, ClientState(private, steps, trained_shared), tally.result(self.num_classes))
 
     @torch.inference_mode()

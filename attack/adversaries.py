@@ -1,7 +1,7 @@
 """The adversaries: what each one holds of a run, from its own files alone, may train on and may spend.
 
 | adversary        | files                      | holds                                            |
-| curious_server   | shared.pt, server.pt       | the heads it received, sent, and will send next  |
+| curious_server   | shared.pt, server.pt       | the heads it received, or their mean, and sends  |
 | stolen_model     | shared.pt, client_<k>.pt   | the victim's encoder and the victim's own head   |
 | prediction_api   | shared.pt, client_<k>.pt   | answers of that model, but not the model         |
 | curious_client   | shared.pt, client_<own>.pt | its own encoder, and the heads that it is sent   |
@@ -89,7 +89,8 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
     if adversary == "curious_server":
         if not shared["sent"]:
             raise InputError(f"--adversary curious_server: --method {target.options['method']} sends it nothing")
-        parameters = shared["uploads"].get(client, shared["sent"]) if round else target.seeded
+        received = {**dict.fromkeys(shared["clients"], shared["sum"]), **shared["uploads"]}
+        parameters = received.get(client, shared["sent"]) if round else target.seeded
     elif adversary == "curious_client":   # it never sees the upload of another client
         parameters = {**shared["sent"], **target.private(round, own).parameters}
     else:
@@ -125,6 +126,7 @@ class Budget:
     lr: float             # size of the client's steps whose upload is observed
     top_scores: int       # class scores that the prediction service tells
     observed: str = "z"   # what attacks on latents see (latents.py)
+    clients: int = 1      # whose uploads are observed as one
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ OTHER_CLIENT: Need = ("the run has no other client",
 WHOLE_HEAD: Need = ("part of the head stays with the clients",   # of which each client has its own copy
                     lambda target, adversary: adversary != "curious_server"
                     or "classifier.output.bias" in target.uploaded)
+SINGLE_UPLOADS: Need = ("secure aggregation hides single uploads",
+                        lambda target, adversary: adversary != "curious_server" or not target.secure)
+SUM: Need = "needs a run with --secure_aggregation", lambda target, adversary: target.secure
 LATENTS: Need = "this method has no latents", lambda target, adversary: target.has_encoder
 SHARED_TRUNK: Need = ("no trunk of an encoder travels",
                       lambda target, adversary: "encoder.trunk.0.weight" in target.uploaded)

@@ -45,7 +45,7 @@ class Evaluation:
         self.held_out = np.concatenate(self.test)
         self.public = public_images(target, args)
         self.budget = Budget(args.restarts, args.iterations, args.train_epochs, args.draws, args.client_lr,
-                             args.scores)
+                             args.scores, clients=target.clients_observed)
         seed_torch(args.seed, "evaluator")
         self.evaluator = scoring.Evaluator(target.pixels(self.held_out), target.labels(self.held_out),
                                            target.data.image_shape, target.data.num_classes)
@@ -214,7 +214,10 @@ class Evaluation:
 
     def _solve_batches(self, attack: ReconstructionAttack, adversary: Adversary, observe: Observe,
                        numbers: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Observe two batches with the same labels. Each is the other's foreign control."""
+        """Observe two batches with the same labels. Each is the other's foreign control.
+
+        Of more reconstructions than images, as from a sum, those nearest to the images count, in the control too.
+        """
         halves = np.split(numbers, 2)
         solved = [attack.solve(adversary, observe(half), len(half)) for half in halves]
         images, guessed = [], []
@@ -222,7 +225,7 @@ class Evaluation:
             true, labels = self.target.pixels(half), self.target.labels(half)
             images.append(torch.stack([scoring.in_order_of(true, finite(restart))
                                        for restart in (*own[0], other[0][0])]))
-            right = [torch.equal(guess.sort().values, labels.sort().values)
+            right = [all((guess == c).sum() >= (labels == c).sum() for c in labels.unique())
                      for guess in (*[own[1]] * len(own[0]), other[1])]
             guessed.append(torch.where(torch.tensor(right)[:, None], labels, -1))
         return torch.cat(images, 1), torch.cat(guessed, 1)

@@ -174,11 +174,15 @@ def cosine_tv(adversary: Adversary, observed: list[State], count: int) -> tuple[
 
 
 def invert_update(adversary: Adversary, observed: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Run ``invert`` on one update of several images, by simulating the same steps."""
-    head, batch = held(adversary.knowledge.next_head), -(-count // steps)
-    labels = labels_of(observed[0], count, min(steps, count))
-    return matched(adversary, lambda x, y: epoch_update(head, x, y, adversary.budget.lr, batch), observed,
-                   labels[None])
+    """Run ``invert`` on one update of ``count`` images of each client, by simulating the same steps."""
+    head, budget, batch = held(adversary.knowledge.next_head), adversary.budget, -(-count // steps)
+    labels = labels_of(observed[0], budget.clients * count, min(steps, count))
+
+    def change(x: Tensor, y: Tensor) -> State:
+        parts = zip(x.split(count), y.split(count), strict=True)   # a client's each
+        each = [epoch_update(head, images, labels, budget.lr, batch) for images, labels in parts]
+        return {name: torch.stack([update[name] for update in each]).sum(0) for name in each[0]}
+    return matched(adversary, change, observed, labels[None])
 
 
 def from_dense(layers: nn.Module, name: str, observed: list[State], start: Tensor, iterations: int, tv: float,

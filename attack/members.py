@@ -1,6 +1,6 @@
 """Membership inference: attacks that score how likely a client was trained on an image, and their measures."""
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from attack.verdict import FALSE_POSITIVE_RATES
 from devices import choose_precision, seed_torch
 from models import Network, as_image, reparameterise
 from sampling import sample_clients
+from server.base import State, is_finite
 from update import ClientState, Diverged, Trainer, Training
 from utils import InputError, rng
 
@@ -167,22 +168,40 @@ def rmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tens
 
 def fedmia(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
     """Score by the loss under the upload, standardised by other clients' and averaged over rounds."""
-    scores, target = [], adversary.target
+    scores = []
     for r in adversary.rounds:
-        uploads = target.shared(r)["uploads"]   # read once: that is every client's head
+        uploads = adversary.target.shared(r)["uploads"]   # read once: that is every client's head
         if adversary.client not in uploads or len(uploads) < 3:
             continue
-        inputs = latents(shadow(adversary, r, labels), images, adversary.args.draws) if target.has_encoder else (
-            images[:, None])
-        network, losses = target.network().requires_grad_(False), {}
-        head = network.get_submodule("classifier").to(memory_format=torch.channels_last)
-        for k, upload in uploads.items():
-            network.load_state_dict(upload, strict=False)
-            losses[k] = -F.logsigmoid(confidence(partial(mean_answer, head), inputs, labels))
+        losses = dict(zip(uploads, losses_under(uploads.values(), adversary, r, images, labels), strict=True))
         own = losses.pop(adversary.client)
         others = torch.stack(list(losses.values()))
         scores.append((others.mean(0) - own) / others.std(0).clamp_min(1e-12))
     return torch.stack(scores).mean(0)
+
+
+def sum_loss(name: str, adversary: MembershipAdversary, images: Tensor, labels: Tensor) -> Tensor:
+    """Score by how much the loss falls from the head sent to the mean of all uploads, averaged over rounds."""
+    scores = []
+    for r in adversary.rounds:
+        shared = adversary.target.shared(r)
+        if adversary.client in shared["clients"] and is_finite(shared["sum"]):
+            before, after = losses_under([shared["sent"], shared["sum"]], adversary, r, images, labels)
+            scores.append(before - after)
+    return torch.stack(scores).mean(0)
+
+
+def losses_under(heads: Iterable[State], adversary: MembershipAdversary, round: int, images: Tensor,
+                 labels: Tensor) -> Iterator[Tensor]:
+    """Yield the loss of each image, ``N``, under each head of a round, behind a shadow encoder if there is one."""
+    target = adversary.target
+    inputs = latents(shadow(adversary, round, labels), images, adversary.args.draws) if target.has_encoder else (
+        images[:, None])
+    network = target.network().requires_grad_(False)
+    classifier = network.get_submodule("classifier").to(memory_format=torch.channels_last)
+    for head in heads:
+        network.load_state_dict(head, strict=False)
+        yield -F.logsigmoid(confidence(partial(mean_answer, classifier), inputs, labels))
 
 
 @torch.no_grad()

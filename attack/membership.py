@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project, whatever the folder
 
-from attack.attacks import NOISE, SHARED_HEAD, WHOLE_HEAD, Attack, Need
+from attack.attacks import NOISE, SHARED_HEAD, SINGLE_UPLOADS, SUM, WHOLE_HEAD, Attack, Need
 from attack.command import Command
 from attack.verdict import FALSE_POSITIVE_RATES, GUESS, LEAKS, Unit
 from engine.signals import steady_output
@@ -58,7 +58,11 @@ MEMBERSHIP_ATTACKS = {
     "rmia": MembershipAttack(score=members.rmia, adversaries=MODELS,
                              source="Zarifzadeh et al. 2024, arXiv 2312.03262", needs=(SEEDED_ENCODER,)),
     "fedmia": MembershipAttack(score=members.fedmia, adversaries=("curious_server",), all_rounds=True,
-                               source="after Zhu et al. 2025, arXiv 2402.06289", needs=(SHARED_HEAD, WHOLE_HEAD)),
+                               source="after Zhu et al. 2025, arXiv 2402.06289",
+                               needs=(SHARED_HEAD, WHOLE_HEAD, SINGLE_UPLOADS)),
+    "sum_loss": MembershipAttack(score=members.sum_loss, adversaries=("curious_server",), all_rounds=True,
+                                 source="the fall of the loss from the head sent to the sum",
+                                 needs=(SHARED_HEAD, WHOLE_HEAD, SUM)),
 }
 
 
@@ -67,7 +71,7 @@ class Membership(Command):
 
     program, name = "membership.py", "membership"
     description = ("Tell which of a run's images a client was trained on, and report for each attack whether it "
-                   "leaks. `fedmia` looks at all --rounds together, or at all that have a checkpoint.")
+                   "leaks. `fedmia` and `sum_loss` look at all --rounds together, or at all with a checkpoint.")
     files, columns = folders.OF_MEMBERSHIP, COLUMNS
     adversaries, attacks = ("curious_server", *MODELS), MEMBERSHIP_ATTACKS
     default_attacks = tuple(MEMBERSHIP_ATTACKS)
@@ -87,7 +91,7 @@ class Membership(Command):
 
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)
-        self.together = sorted(set(args.rounds or self.target.rounds()))   # the rounds that `fedmia` looks at
+        self.together = sorted(set(args.rounds or self.target.rounds()))   # for attacks on ``all_rounds``
         self.by_client: dict[tuple[int, int], members.MembershipAdversary] = {}
 
     def units(self) -> Iterator[tuple[Unit, str | None]]:
@@ -104,7 +108,7 @@ class Membership(Command):
         for unit in plan:
             adversary = self.by_client.setdefault((unit.round, unit.client), members.MembershipAdversary(
                 self.target, self.args, self.together, unit.round, unit.client))
-            if unit.attack == "rmia" or (unit.attack == "fedmia" and self.target.has_encoder):
+            if unit.attack == "rmia" or (unit.adversary == "curious_server" and self.target.has_encoder):
                 adversary.public   # noqa: B018, a bad --public is refused before any work
             if unit.adversary == "prediction_api":
                 observations.Victim(self.target, unit.round, unit.client)
@@ -138,10 +142,14 @@ def obstacle(target: Target, unit: Unit, rounds: list[int]) -> str | None:
         return why
     if members.asked(target, unit.client) is None:
         return f"client {unit.client} holds out no image of a class that it trained on"
-    uploads = [target.shared(r)["uploads"] for r in rounds] if attack.all_rounds else []
-    if attack.all_rounds and not any(unit.client in each and len(each) > 2 for each in uploads):
-        return f"client {unit.client} and two others uploaded together in no round"
-    return None
+    if not attack.all_rounds:
+        return None
+    seen = [shared for shared in map(target.shared, rounds) if unit.client in shared["clients"]]
+    if target.secure:
+        return None if any(members.is_finite(shared["sum"]) for shared in seen) else (
+            f"no sum has a usable upload of client {unit.client}")
+    return None if any(len(shared["clients"]) > 2 for shared in seen) else (
+        f"client {unit.client} and two others uploaded together in no round")
 
 
 make_parser, main = Membership.parser, Membership.main

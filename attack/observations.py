@@ -1,7 +1,9 @@
 """Observations of the attacked client: an upload, latents, or the answer to an image.
 
 An upload observed at a checkpoint is that of the next training step, from the head that the server sends next.
+With secure aggregation, the weighted mean of the uploads of the victim and of other clients is observed.
 """
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from models import RVE, Network
 from server.base import Round, State
 from server.privacy import NbAFL
 from update import Trainer, Training
+from utils import rng
 
 
 class Victim:
@@ -21,11 +24,12 @@ class Victim:
         self.uploads = 0   # observed so far
         private = target.private(round, client)
         self.private, self.own = private.parameters, target.own_head(round, client, private)
+        self.others: dict[tuple, dict[int, tuple[State, int]]] = {}   # by arguments of ``other_uploads``
 
-    def network(self, shared: State) -> Network:
-        """Return the client's network with the given shared parameters."""
+    def network(self, shared: State, private: State | None = None) -> Network:
+        """Return a client's network with these shared parameters, and the victim's ``private`` ones by default."""
         network = self.target.network()
-        network.load_state_dict({**shared, **self.private})
+        network.load_state_dict({**shared, **(self.private if private is None else private)})
         return network
 
     def stolen(self) -> Knowledge:
@@ -70,19 +74,42 @@ class Victim:
 
         Steps are of SGD, without dropout. The head's inputs are appended to ``inputs``, for scoring alone.
         """
-        total = self._steps(x, y, lr, batch or len(x), inputs)
-        if not self.target.method.protects:
+        target, batch = self.target, batch or len(x)
+        total = self._steps(x, y, lr, batch, inputs)
+        if not (target.method.protects or target.secure):
             return total
-        server = self.target.server(self.round)
+        server = target.server(self.round)
         self.uploads += 1
         sent = {name: value.double() for name, value in self.sent_next.items()}
-        upload = {name: value - lr * total[name] for name, value in sent.items()}
-        arrived = server.receive(Round(self.round + self.uploads, sent, {self.client: upload}, {}))[self.client]
+        steps = {self.client: (total, len(x)), **(self.other_steps(len(x), lr, batch) if target.secure else {})}
+        uploads = {k: {name: value - lr * total[name] for name, value in sent.items()}
+                   for k, (total, _) in sorted(steps.items())}
+        next_round = Round(self.round + self.uploads, sent, uploads, {k: size for k, (_, size) in steps.items()})
+        arrived = server(next_round).total if target.secure else server.receive(next_round)[self.client]
         return of_upload(sent, arrived, lr, clipped=isinstance(server, NbAFL))
 
-    def _steps(self, x: Tensor, y: Tensor, lr: float, batch: int, inputs: list[Tensor] | None) -> State:
-        """Return the sum of the gradients of a client's steps; arguments as of ``update``."""
-        target, network = self.target, self.network(self.sent_next)
+    def other_steps(self, count: int, lr: float, batch: int) -> dict[int, tuple[State, int]]:
+        """Return the other clients of the sum, each with its ``_steps`` on ``count`` images and their number.
+
+        They and their images are the same in all observations: an attack and its control differ in the victim's
+        images only.
+        """
+        target, key = self.target, (count, lr, batch)
+        if key not in self.others:
+            draw = rng(target.options["seed"], "others of a sum", self.client, self.round)
+            train, others = target.owned()[0], np.delete(np.arange(target.clients), self.client)
+            self.others[key] = {}
+            for k in draw.permutation(others)[:target.clients_observed - 1].tolist():
+                numbers = draw.permutation(train[k])[:count]
+                self.others[key][k] = self._steps(
+                    target.pixels(numbers), target.labels(numbers), lr, batch, None,
+                    target.private(self.round, k).parameters), len(numbers)
+        return self.others[key]
+
+    def _steps(self, x: Tensor, y: Tensor, lr: float, batch: int, inputs: list[Tensor] | None,
+               private: State | None = None) -> State:
+        """Return the sum of the gradients of a client's steps; arguments as of ``update`` and ``network``."""
+        target, network = self.target, self.network(self.sent_next, private)
         network.training = True   # for the priors' replay; the layers themselves stay without dropout
         noted: list[Tensor] = []   # what the head is given in a step: first its input, then the replay
         network.classifier.register_forward_pre_hook(lambda _, given: noted.append(given[0].detach()))

@@ -46,7 +46,7 @@ def distances(found: Tensor, pool: Tensor) -> Tensor:
 
 
 def in_order_of(truth: Tensor, found: Tensor) -> Tensor:
-    """Return ``found`` in the order that makes its squared error to ``truth`` least (Hungarian method)."""
+    """Return as many of ``found`` as ``truth`` has, in the order of the least squared error (Hungarian method)."""
     from scipy.optimize import linear_sum_assignment  # slow to import
 
     rows, columns = linear_sum_assignment(distances(truth, found).numpy())

@@ -107,9 +107,9 @@ class Target:
         return folder / name
 
     def shared(self, round: int) -> dict:
-        """Read ``shared.pt``: ``sent``, the head that clients started from, and ``uploads``, theirs by client."""
+        """Read ``shared.pt``: ``sent``, the head that clients started from, and what arrived (checkpoints.py)."""
         if not round:
-            return {"sent": self.sent_next(0), "uploads": {}}
+            return {"sent": self.sent_next(0), "clients": [], "uploads": {}, "sum": {}}
         shared, _ = self._layout(round)
         return read_shared(self.file(round, "shared.pt"), shared, self.options["num_users"])
 
@@ -166,8 +166,20 @@ class Target:
 
     def own_head(self, round: int, client: int, private: ClientState) -> State:
         """Return the head that the client trained, before clip and noise; if it did not train, the aggregated."""
-        uploads = self.shared(round)["uploads"]
-        return private.trained_shared or uploads[client] if client in uploads else self.sent_next(round)
+        shared = self.shared(round)
+        if client not in shared["clients"]:
+            return self.sent_next(round)
+        return private.trained_shared or shared["uploads"][client]
+
+    @property
+    def secure(self) -> bool:
+        """True if the server sees the sum of several clients' uploads only."""
+        return self.options["secure_aggregation"]
+
+    @property
+    def clients_observed(self) -> int:
+        """The number of clients whose uploads the server sees as one: 1, or all of a round with a sum."""
+        return max(1, round(self.options["frac"] * self.clients)) if self.secure else 1
 
     def owned(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return the numbers of each client's training and test images in the data set, for scoring alone."""
@@ -191,7 +203,7 @@ class Target:
 def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Target:
     """Read a run's ``config.json`` and its data set; InputError if there is none, or it is damaged."""
     config = configs.read(configs.path_of(name, results_dir),
-                          "dataset", "method", "num_users", "init_logvar", "seed")
+                          "dataset", "method", "num_users", "init_logvar", "seed", "frac", "secure_aggregation")
     options = config["options"]
     data = datasets.load(options["dataset"], data_dir)
     return Target(results_dir / name, models_dir / name, options, data, str(config.get("start", "")))

@@ -100,7 +100,7 @@ class Ranks:
 
     def aggregate(self, server: Server, round: Round) -> Aggregated:
         """Aggregate a round on the first rank; the others get the new shared parameters alone."""
-        aggregated = server(round) if self.first else Aggregated(round.sent, {}, [])
+        aggregated = server(round) if self.first else Aggregated(round.sent, {}, [], {})
         return aggregated._replace(head=self.share(aggregated.head))
 
     def wait(self) -> None:

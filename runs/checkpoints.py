@@ -1,8 +1,9 @@
 """Checkpoint files, and where client states wait in the meantime.
 
-A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent`` and ``uploads``), ``client_<k>.pt`` (what
-stayed with client k) and ``server.pt`` (the new shared parameters, and the server's memory): an adversary's access
-to files is its threat model. All are read with ``weights_only=True``, so a foreign file cannot run code.
+A folder ``round_<r>`` holds ``shared.pt`` (what the server saw: ``sent``, the ``clients`` that uploaded, and their
+``uploads`` or, with secure aggregation, the ``sum`` as a weighted mean), ``client_<k>.pt`` (what stayed with
+client k) and ``server.pt`` (the new shared parameters, and the server's memory): an adversary's access to files is
+its threat model. All are read with ``weights_only=True``, so a foreign file cannot run code.
 """
 import mmap
 import os
@@ -75,11 +76,12 @@ def checked_state(state: Any, expected: State, path: Path) -> State:
 
 
 def read_shared(path: Path, shared: State, clients: int) -> dict:
-    """Read a ``shared.pt`` whose states are like ``shared``; uploads, not what was sent, may hold NaN."""
+    """Read a ``shared.pt`` whose states are like ``shared``; what arrived, not what was sent, may hold NaN."""
     content = load_checked(path)
-    uploads = content.get("uploads")
-    require(isinstance(uploads, dict) and uploads.keys() <= set(range(clients))
-            and all(same_layout(upload, shared) for upload in uploads.values()), path)
+    total, present = content.get("sum"), content.get("clients")
+    require(isinstance(present, list) and all(k in range(clients) for k in present)
+            and same_layout(content.get("uploads"), {} if total else dict.fromkeys(present, shared))
+            and same_layout(total, shared if total else {}), path)
     return {**content, "sent": checked_state(content.get("sent"), shared, path)}
 
 
@@ -150,7 +152,7 @@ class ClientStore:
 
     def start_from(self, parameters: State, clients: Iterable[int]) -> None:
         """Let all clients go on from the same private parameters, which were shared until now."""
-        states = {k: replace(self.get(k), parameters=parameters) for k in clients}
+        states = {k: replace(self.get(k), parameters=parameters, trained_shared={}) for k in clients}
         self.new_initial = ClientState(parameters)
         for k, state in states.items():
             self.put(k, state)

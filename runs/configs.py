@@ -11,7 +11,7 @@ from utils import InputError, shown, write_whole
 
 # Protocol -> the split of images that is evaluated, by its name in CSVs and plots.
 EVALUATION_SPLIT = {"held-out": "test", "resplit": "test-resplit", "validate": "validation"}
-FORMAT = 2   # of config.json, and of the CSVs beside it
+FORMAT = 3   # of config.json, of the CSVs beside it, and of checkpoints
 
 
 def write(folder: Path, config: dict) -> None:

@@ -46,7 +46,9 @@ class Progress:
     round: int
     head: State                                   # the shared parameters that the server sends next
     sent: State = field(default_factory=dict)     # those that it sent in ``round``
-    uploads: dict[int, State] = field(default_factory=dict)   # in ``round``; none once a checkpoint has them
+    clients: list[int] = field(default_factory=list)          # that uploaded in ``round``
+    uploads: dict[int, State] = field(default_factory=dict)   # as they arrived; none once a checkpoint has them
+    total: State = field(default_factory=dict)                # their weighted mean, if that alone arrived
     csv_bytes: dict[str, int] = field(default_factory=dict)
 
 
@@ -152,7 +154,8 @@ class Run:
                                for mean in over_clients(honest)],
                 "server.csv": [{"round": number, **row, "malicious": int(row["client"] in bad)}
                                for row in aggregated.rows if round.sent]}   # nothing is sent: there is no server
-        progress = Progress(number, aggregated.head, round.sent, aggregated.uploads)
+        progress = Progress(number, aggregated.head, round.sent, sorted(round.uploads), aggregated.uploads,
+                            aggregated.total)
         if self.ranks.first:
             few, rule = self.server.min_uploads, self.options["aggregation"]
             if len(round.uploads) < few and not self.warned:
@@ -194,7 +197,7 @@ class Run:
         self.ranks.wait()
         if self.ranks.first:
             shared = {"round": now.round, "protocol": self.config["protocol"],
-                      "sent": now.sent, "uploads": now.uploads}
+                      "sent": now.sent, "clients": now.clients, "uploads": now.uploads, "sum": now.total}
             start = self.states.initial.parameters if self.options["full_sharing_rounds"] else {}
             server = {"round": now.round, "head": now.head, "csv_bytes": now.csv_bytes,
                       "memory": self.server.memory, "private_start": start}

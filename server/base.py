@@ -1,7 +1,7 @@
 """The server: from the clients' uploads to the next head.
 
-Each round, a server receives the uploads (``receive``), weighs them (``weigh``) and combines them (``combine``).
-``Server`` is FedAvg's weighted mean; the other servers override some of these steps.
+Each round, a server receives the uploads (``receive``), weighs them (``weigh``), combines them (``combine``) and
+releases the next head (``release``). ``Server`` is FedAvg's weighted mean; others override some of these steps.
 """
 import copy
 from collections.abc import Mapping
@@ -97,11 +97,15 @@ class Weighting:
 
 
 class Aggregated(NamedTuple):
-    """The next head, the uploads as the server saw them, and rows of ``server.csv``, one per client asked."""
+    """The next head, what the server saw, and rows of ``server.csv``, one per client asked.
+
+    That is the uploads as they arrived or, with secure aggregation, their weighted mean alone (``total``).
+    """
 
     head: State
     uploads: dict[int, State]
     rows: list[dict]
+    total: State
 
 
 class Server:
@@ -129,14 +133,26 @@ class Server:
         """Return the server's entries of ``config.json``."""
         return {}
 
+    @property
+    def secure(self) -> bool:
+        """Return whether the server sees the weighted mean of the uploads and nothing else.
+
+        This is the ideal functionality of secure aggregation (Bonawitz et al. 2017, doi 10.1145/3133956.3133982),
+        simulated without cryptography.
+        """
+        return bool(self.options.get("secure_aggregation"))
+
     def __call__(self, round: Round) -> Aggregated:
         """Aggregate a round and update the memory."""
         seen = replace(round, uploads=self.receive(round))
-        usable = only_finite(seen)
+        usable = seen if self.secure else only_finite(seen)
         weighting = self.weigh(usable)
-        head = self.combine(usable, weighting)
+        total = self.combine(usable, weighting)
         self.memory = weighting.memory
-        return Aggregated(head, seen.uploads, report(usable, weighting))
+        if self.secure and not is_finite(total):   # nobody can tell whose fault it is, so no upload is used
+            return Aggregated(round.sent, {}, report(replace(usable, uploads={}), weighting), total)
+        head, rows = self.release(usable, total), report(usable, weighting)
+        return Aggregated(head, {}, rows, total) if self.secure else Aggregated(head, seen.uploads, rows, {})
 
     def preview(self, round: Round) -> State:
         """Return the next head that a round would give, without updating the memory."""
@@ -158,6 +174,10 @@ class Server:
             return round.sent
         assert weighting.weights is not None
         return weighted_mean(list(round.uploads.values()), [weighting.weights[k] for k in round.uploads])
+
+    def release(self, round: Round, total: State) -> State:
+        """Return the next head, which is what the uploads were combined to, with noise if the method adds any."""
+        return total
 
     def trust(self, round: Round) -> dict[int, float]:
         """Return the trust in each upload, from 0 to 1; adaptive attackers query it."""

@@ -97,12 +97,11 @@ class NbAFL(Server):
         return {k: noisy(clipped(upload, clip), sigma, seed, "uplink", k, round.number)
                 for k, upload in round.uploads.items()}
 
-    def combine(self, round: Round, weighting: Weighting) -> State:
+    def release(self, round: Round, total: State) -> State:
         """Return the mean with the downlink noise."""
         if not round.uploads:
-            return round.sent
-        head = super().combine(round, weighting)
-        return noisy(head, self._sigmas()[1], self.options["seed"], "downlink", 0, round.number)
+            return total
+        return noisy(total, self._sigmas()[1], self.options["seed"], "downlink", 0, round.number)
 
     def _sigmas(self) -> tuple[float, float]:
         return nbafl_sigmas(self.options, self.memory["clip"], self.smallest)
@@ -158,7 +157,7 @@ class AdaptiveClientDP(ClientDP):
     Each client also uploads a bit b_k, which is 1 if its update was within C, and ``(sum_k (b_k - 1/2) + N(0,
     sigma_b^2)) / m`` moves C to ``C exp(-0.2 times that)``. Centred, one client changes the sum by 1/2, not by 1.
     The bits' noise ``sigma_b = m / 20`` is paid for by the sum's: ``z_D = (z^-2 - (2 sigma_b)^-2)^(-1/2)``
-    (theorem 1), which needs ``m > 10 z``. An upload that is not finite adds 0 to both sums.
+    (theorem 1), which needs ``m > 10 z``. An upload that is seen not to be finite adds 0 to both sums.
     """
 
     def __init__(self, options: Mapping[str, Any], smallest: int = 1):
@@ -172,8 +171,9 @@ class AdaptiveClientDP(ClientDP):
         self.sum_multiplier = (self.z**-2 - (2 * self.sigma_bits)**-2) ** -0.5   # z_D
 
     def __call__(self, round: Round) -> Aggregated:
-        """Aggregate as ``ClientDP``, then move C by the centred bits of the finite updates."""
-        norms = [norm(difference(upload, round.sent)) for upload in round.uploads.values() if is_finite(upload)]
+        """Aggregate as ``ClientDP``, then move C by the centred bits of the finite updates; of all, if secure."""
+        norms = [norm(difference(upload, round.sent)) for upload in round.uploads.values()
+                 if self.secure or is_finite(upload)]
         centred = sum((value <= self.memory["clip"]) - 0.5 for value in norms)
         aggregated = super().__call__(round)
         drawn = rng(self.options["seed"], "clipping bits", round=round.number).normal(0, self.sigma_bits)

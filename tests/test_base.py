@@ -11,7 +11,7 @@ def state(*values):
 
 
 def mean(sent, uploads, sizes):
-    head, seen, rows = Server({})(Round(1, sent, uploads, sizes))
+    head, seen, rows, _ = Server({})(Round(1, sent, uploads, sizes))
     assert seen is uploads
     return head, rows
 
@@ -53,7 +53,7 @@ def test_a_weight_belongs_to_its_client_whatever_the_order():
     class Backward(Server):
         def weigh(self, round):
             return Weighting({1: 10.0, 0: 1.0}, self.memory)
-    head, _, rows = Backward({})(Round(1, state(0, 0), {0: state(0, 0), 1: state(11, 11)}, {0: 5, 1: 5}))
+    head, _, rows, _ = Backward({})(Round(1, state(0, 0), {0: state(0, 0), 1: state(11, 11)}, {0: 5, 1: 5}))
     assert torch.allclose(head["weight"], torch.tensor([10.0, 10.0]))
     assert [row["weight"] for row in rows] == [1 / 11, 10 / 11]
 

@@ -48,7 +48,7 @@ def test_nbafl_clips_then_adds_the_noise_it_names():
     server = NbAFL(server_options(num_users=4, rounds=50, epsilon=5.0, delta=0.01, clip=3.0, exposures=2), 10)
     uplink, downlink = server.facts["sigma_uplink"], server.facts["sigma_downlink"]
     uploads = {k: {"w": torch.full((40_000,), 1.0 + k)} for k in range(4)}
-    head, seen, report = server(Round(1, zeros(), uploads, dict.fromkeys(range(4), 10)))
+    head, seen, report, _ = server(Round(1, zeros(), uploads, dict.fromkeys(range(4), 10)))
     bound = 3.0 / math.sqrt(40_000)   # each element of a clipped upload
     for k in range(4):
         assert seen[k]["w"].std().item() == pytest.approx(uplink, rel=0.03)
@@ -66,7 +66,7 @@ def test_nbafl_takes_the_median_of_the_first_rounds_norms():
     assert "clip" not in server.facts
     server(Round(1, state(0, 0, 0), {0: state(3, 0, 4), 1: state(0, 0, 7), 2: state(0, 0, 1)}, {0: 1, 1: 1, 2: 1}))
     assert server.facts["clip"] == 5 and "median" in server.facts["clip_from"]
-    _, seen, _ = server(Round(2, state(0, 0, 0), {1: state(0, 0, 100)}, {1: 1}))
+    _, seen, *_ = server(Round(2, state(0, 0, 0), {1: state(0, 0, 100)}, {1: 1}))
     assert norm(seen[1]) == pytest.approx(5, abs=1e-3)
     assert server.memory == {"clip": 5}
 
@@ -75,7 +75,7 @@ def test_client_dp_by_hand():
     """Sum of clipped updates over the expected number of clients, not over those that came."""
     server = ClientDP(server_options(num_users=8, frac=0.5, clip=2.0, delta=0.01, noise_multiplier=1e-3))
     sent = state(1, 1, 1)
-    head, seen, _ = server(Round(1, sent, {0: state(4, 1, 5), 3: state(1, 2, 1)}, {0: 10, 3: 90}))
+    head, seen, *_ = server(Round(1, sent, {0: state(4, 1, 5), 3: state(1, 2, 1)}, {0: 10, 3: 90}))
     assert torch.allclose(seen[0]["b"], torch.tensor([[1, 1 + 4 * 2 / 5]]))      # update 3, 0, 4 of norm 5
     assert torch.allclose(head["b"], torch.tensor([[1 + 1 / 4, 1 + 1.6 / 4]]), atol=5e-3)
     assert torch.allclose(head["a"], torch.tensor([1 + 1.2 / 4]), atol=5e-3)
@@ -84,10 +84,10 @@ def test_client_dp_by_hand():
 @pytest.mark.parametrize("sampled", [[], [0, 1, 2]])
 def test_client_dps_noise(sampled):
     server = ClientDP(server_options(num_users=10, frac=0.5, clip=0.7, delta=0.01, noise_multiplier=2.0))
-    head, _, _ = server(Round(1, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1)))
+    head, *_ = server(Round(1, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1)))
     assert server.facts["sigma_of_the_mean"] == pytest.approx(2.0 * 0.7 / 5)
     assert head["w"].std().item() == pytest.approx(2.0 * 0.7 / 5, rel=0.02)
-    other, _, _ = server(Round(2, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1)))
+    other, *_ = server(Round(2, zeros(), {k: zeros() for k in sampled}, dict.fromkeys(sampled, 1)))
     both = torch.stack([head["w"], other["w"]])
     assert abs(torch.corrcoef(both)[0, 1]) < 4 / math.sqrt(both.shape[1])   # drawn anew in every round
 
@@ -148,7 +148,7 @@ def test_the_adaptive_split_spends_what_it_should():
     """Noise on the sum and on the bits together are worth one release at z (Andrew et al., theorem 1)."""
     server = AdaptiveClientDP(server_options(num_users=100, clip=0.5, delta=1e-4, noise_multiplier=1.0))
     assert server.sigma_bits == 5 and server.sum_multiplier**-2 + (2 * 5)**-2 == pytest.approx(1.0)
-    head, _, _ = server(Round(1, zeros(), {k: zeros() for k in range(2)}, {0: 1, 1: 1}))
+    head, *_ = server(Round(1, zeros(), {k: zeros() for k in range(2)}, {0: 1, 1: 1}))
     assert head["w"].std().item() == pytest.approx(server.sum_multiplier * 0.5 / 100, rel=0.02)
     for value, bit in ((0.01, 0.5), (100.0, -0.5), (math.nan, 0)):   # the most that one client changes
         with_it, without = (AdaptiveClientDP(server.options) for _ in range(2))

@@ -18,7 +18,7 @@ def heads(*updates):
 def aggregate(rule, uploads, **options):
     """The update that a rule makes of heads, and its rows of ``server.csv``; without noise."""
     server = RULES[rule].server(server_options(num_users=len(uploads), **{"clip_noise": 0.0, **options}))
-    head, _, rows = server(Round(1, SENT, uploads, dict.fromkeys(uploads, 10)))
+    head, _, rows, _ = server(Round(1, SENT, uploads, dict.fromkeys(uploads, 10)))
     return updates_of(SENT, [head])[0], rows
 
 
@@ -99,7 +99,7 @@ def test_order_scale_and_lone_clients(rule):
     assert torch.allclose(2 * update, twice, atol=1e-4)
     alone, _ = aggregate(rule, {0: moved(SENT, rows[0])})
     assert torch.allclose(alone, rows[0], atol=1e-4)
-    nobody, _, _ = RULES[rule].server(server_options())(Round(1, SENT, {}, {0: 10}))
+    nobody, *_ = RULES[rule].server(server_options())(Round(1, SENT, {}, {0: 10}))
     assert nobody is SENT
 
 
