@@ -4,7 +4,8 @@
 
 A client that owns N images of one of a run's clients trains on them with the project's own Trainer, dropout
 included, and uploads. The server knows what it sent, the upload, N and the options. It treats all of Adam's steps
-as one, separates the images in the dense layer's gradient, and reconstructs each.
+as one, separates the images in the dense layer's gradient, and reconstructs each. With --secure_aggregation it has
+the mean over all clients of a round, each of which trains on N images of its own.
 """
 from __future__ import annotations
 
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from attack import gradients, newton, scoring, uploads
     from attack import target as attacked
     from attack.target import Target
+    from server import base
     from server.base import State
 else:
-    update, attacked, gradients, newton, scoring, uploads = (Late(name) for name in (
-        "update", "attack.target", "attack.gradients", "attack.newton", "attack.scoring", "attack.uploads"))
+    update, attacked, gradients, newton, scoring, uploads, base = (Late(name) for name in (
+        "update", "attack.target", "attack.gradients", "attack.newton", "attack.scoring", "attack.uploads",
+        "server.base"))
 
 SETTINGS = {"fedavg, iid": "iid", "fedavg, shards": "shards"}
 CASES = (1, 4, 8, 16)   # images
@@ -57,18 +60,19 @@ def image_row(target: Target, round: int, count: int) -> dict:
     """Train on ``count`` images, read the upload, and return the scores beside those of a foreign control."""
     import torch  # whose dtypes are no functions
 
-    batch = target.options["local_bs"]
-    drawn = rng(1, "real uploads", 0, round).permutation(target.owned()[0][0])
-    pool = attacked.as_floats(target.data.images[drawn[:CANDIDATES]])
-    labels = target.data.labels[drawn[:CANDIDATES]]
+    batch, clients = target.options["local_bs"], target.clients_observed
+    drawn = [rng(1, "real uploads", k, round).permutation(target.owned()[0][k]) for k in range(clients)]
+    pool, labels = target.pixels(drawn[0][:CANDIDATES]), target.data.labels[drawn[0][:CANDIDATES]]
     sent, done = target.shared(round)["sent"], (round - 1) * -(-count // batch)
     client = update.Trainer(
         target.network().to(memory_format=torch.channels_last), METHODS["fedavg"],
         torch.from_numpy(target.data.images), torch.from_numpy(target.data.labels).long(),
         target.data.num_classes, update.Training.from_options(target.options, torch.bfloat16, epochs=1))
-    upload = client.train(0, round, drawn[:count], sent, update.ClientState({}, done)).upload
+    trained = [client.train(k, round, numbers[:count], sent, update.ClientState({}, done)).upload
+               for k, numbers in enumerate(drawn)]
     devices.seed_torch(1, "real uploads split", 0, round)
-    found = images_of(target, sent, upload, pool[:count].shape,
+    found = images_of(target, sent, base.weighted_mean(trained, [1.0] * clients),
+                      torch.Size([clients * count, *pool.shape[1:]]),
                       sum(uploads.rates(target.options, 1, count, batch, done)))
     control = scores(found, pool, foreign(labels, count))
     return {"kind": "images", "images": count, **scores(found, pool, range(count)),
@@ -98,12 +102,14 @@ def class_rows(target: Target, round: int) -> list[dict]:
     """Return one row: how well the last layer's updates tell clients' classes; none where every client has all.
 
     ``auc`` compares classes that a client has with those that it lacks; ``exact`` is the share of clients whose
-    set of classes is found.
+    set of classes is found. With secure aggregation, all clients of the sum count as one.
     """
     shared, aucs, exact = target.shared(round), [], []
-    for k, upload in shared["uploads"].items():
+    arrived = [([k], upload) for k, upload in shared["uploads"].items()] or [(shared["clients"], shared["sum"])]
+    for clients, upload in arrived:
         class_scores = uploads.class_scores(shared["sent"], upload)
-        has = np.bincount(target.data.labels[target.owned()[0][k]], minlength=len(class_scores)) > 0
+        owned = np.concatenate([target.owned()[0][k] for k in clients])
+        has = np.bincount(target.data.labels[owned], minlength=len(class_scores)) > 0
         if not has.all():
             aucs.append(np.mean(class_scores.numpy()[has][:, None] > class_scores.numpy()[~has]))
             exact.append((uploads.owned_classes(class_scores).numpy() == has).all())
