@@ -293,8 +293,8 @@ def contradiction(args: argparse.Namespace) -> str | None:
     if not participants(vars(args)):
         return f"--new_clients {args.new_clients:g}: no client would be left to train; give less"
     if args.secure_aggregation and args.frac * participants(vars(args)) < 1.5:
-        return (f"--secure_aggregation: --frac {args.frac:g} of {participants(vars(args))} clients is one client per "
-                "round, and the sum is its upload; give more")
+        return (f"--secure_aggregation: --frac {args.frac:g} of {participants(vars(args))} clients is one per "
+                "round, and its upload is the sum; give more")
     for first, second in (("resume", "overwrite"), ("resplit", "validate"), ("resplit", "keep_split"),
                           ("full_sharing_rounds", "encoders_from")):
         if getattr(args, first) and getattr(args, second):

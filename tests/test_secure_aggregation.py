@@ -99,8 +99,8 @@ def test_the_sum_is_stored_as_it_arrives(trained):
 @pytest.mark.parametrize("flags, named", [
     (("--aggregation", "krum"), "--aggregation krum"), (("--aggregation", "threat_aware"), "single uploads"),
     (("--method", "local"), "shares nothing"), (("--method", "nbafl"), "give --clip"),
-    (("--method", "nbafl_prox"), "give --clip"), (("--num_users", 1), "one client per round"),
-    (("--num_users", 2, "--frac", 0.5), "one client per round")])
+    (("--method", "nbafl_prox"), "give --clip"), (("--num_users", 1), "is one per round"),
+    (("--num_users", 2, "--frac", 0.5), "is one per round")])
 def test_what_needs_single_uploads_is_refused(place, capsys, flags, named):
     assert named in place.refuses(capsys, SECURE, *flags)
     assert not place.results.exists() and not place.models.exists()
