@@ -22,14 +22,15 @@ from options import args_parser
 sys.path.insert(0, str(ROOT / "experiments"))
 import common
 import leakage
+import pfllib
 import privacy_accuracy
 import real_updates
 import robustness
 import speed
 import verify
 
-NAMES = ("headline", "partitions", "privacy_accuracy", "leakage", "member_inference", "real_updates", "robustness",
-         "new_clients", "speed")
+NAMES = ("headline", "partitions", "privacy_accuracy", "leakage", "member_inference", "pfllib", "real_updates",
+         "robustness", "new_clients", "speed")
 EXPERIMENTS = {name: importlib.import_module(name).EXPERIMENT for name in NAMES}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 PARSERS = {"attack/mi_attack.py": mi_attack.make_parser, "attack/membership.py": membership.make_parser,
@@ -350,8 +351,8 @@ def finished(tmp_path):
     stages = [(r, stage, split, 0.1 * r + bonus) for r in (1, 2) for stage, split, bonus in (
         ("trained", "test", 0.2), ("deployed", "test", 0.0), ("trained", "train", 0.5))]
     pd.DataFrame([{"round": r, "stage": stage, "split": split, "accuracy": value, "accuracy_worst": value / 2,
-                   "kl_nats": 10 * r, "seconds": 2} for r, stage, split, value in stages]).to_csv(
-        tmp_path / "rounds.csv", index=False)
+                   "accuracy_images": 0.9 - 0.2 * r, "kl_nats": 10 * r, "seconds": 2}
+                  for r, stage, split, value in stages]).to_csv(tmp_path / "rounds.csv", index=False)
     pd.DataFrame([{"round": r, "client": 0, "backdoor": r / 4} for r in (1, 2)]).to_csv(tmp_path / "clients.csv")
     pd.DataFrame([{"round": r, "client": k, "weight": (0.9, 0.1)[k], "trust": (0.8, 0.1)[k], "malicious": k}
                   for r in (1, 2) for k in (0, 1)]).to_csv(tmp_path / "server.csv")
@@ -372,6 +373,8 @@ def test_measures_of_a_finished_run_by_hand(finished):
     assert (row["identified_z"], row["control_identified_z"], row["deployed"]) == pytest.approx((1, 0, 0.2))
     row, = robustness.measure(finished)
     assert (row["deployed"], row["backdoor"], row["weight"], row["trust"]) == pytest.approx((0.2, 0.5, 0.2, 0.8))
+    row, = pfllib.measure(finished)
+    assert (row["best"], row["best_round"], row["last"], row["rounds"]) == pytest.approx((0.7, 1, 0.5, 2))
     assert speed.measure(finished) == [{"per_second": 0.5}]   # one client in two seconds
 
 
