@@ -17,6 +17,7 @@ from methods import METHODS
 from options import args_parser
 from runs import plots, setup
 from runs.checkpoints import load_checked
+from runs.run import _details
 from server.privacy import ClientDP
 from utils import rng
 
@@ -221,6 +222,12 @@ def test_resuming_a_finished_run_does_nothing_and_shows_its_table(copy, capsys):
     assert f"\ndeployed, by class: {by_class}\n" in said
     assert f"\nsent:        {row['bytes_up'] / 1e6:.1f} MB up, {row['bytes_down'] / 1e6:.1f} MB down\n" in said
     assert said.endswith(f"report.py --results_dir {copy.folder / 'results'}\n")
+
+
+def test_accuracy_by_class_and_megabytes_as_text():
+    row = pd.Series({"stage": "deployed", "accuracy_class_0": 0.25, "accuracy_class_1": np.nan,
+                     "bytes_up": 1_234_560_000, "bytes_down": 3_978_320})
+    assert _details(row) == "deployed, by class: 0.250 -\nsent:        1,234.6 MB up, 4.0 MB down\n"
 
 
 @pytest.mark.parametrize("flags", [("--method", "nbafl"), pytest.param(
