@@ -36,7 +36,7 @@ $(VENV)/.run: requirements.txt
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements-test.txt requirements.txt
+$(VENV)/.test: requirements-test.txt requirements-tensorboard.txt requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements-test.txt
 	touch $@
