@@ -101,22 +101,23 @@ class Victim:
             self.others[key] = {}
             for k in draw.permutation(others)[:target.clients_observed - 1].tolist():
                 numbers = draw.permutation(train[k])[:count]
-                self.others[key][k] = self._steps(
-                    target.pixels(numbers), target.labels(numbers), lr, batch, None,
-                    target.private(self.round, k).parameters), len(numbers)
+                total = self._steps(target.pixels(numbers), target.labels(numbers), lr, batch, None, k)
+                self.others[key][k] = total, len(numbers)
         return self.others[key]
 
     def _steps(self, x: Tensor, y: Tensor, lr: float, batch: int, inputs: list[Tensor] | None,
-               private: State | None = None) -> State:
-        """Return the sum of the gradients of a client's steps; arguments as of ``update`` and ``network``."""
-        target, network = self.target, self.network(self.sent_next, private)
+               other: int | None = None) -> State:
+        """Return the sum of the gradients of the steps of the victim, or of an ``other`` client; as ``update``."""
+        target, client = self.target, self.client if other is None else other
+        private = self.private if other is None else target.private(self.round, other).parameters
+        network = self.network(self.sent_next, private)
         network.training = True   # for the priors' replay; the layers themselves stay without dropout
         noted: list[Tensor] = []   # what the head is given in a step: first its input, then the replay
         network.classifier.register_forward_pre_hook(lambda _, given: noted.append(given[0].detach()))
         trainer = (target.method.trainer or Trainer)(
             network, target.method, torch.empty(0), torch.empty(0), target.data.num_classes,
             Training.from_options(target.options, torch.float32))
-        images = len(target.owned()[0][self.client])
+        images = len(target.owned()[0][client])
         shared = {name: value for name, value in network.named_parameters() if name in self.sent_next}
         total = {name: torch.zeros_like(value) for name, value in shared.items()}
         for part, labels in zip(x.split(batch), y.split(batch), strict=True):
