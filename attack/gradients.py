@@ -175,13 +175,14 @@ def cosine_tv(adversary: Adversary, observed: list[State], count: int) -> tuple[
 
 def invert_update(adversary: Adversary, observed: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
     """Run ``invert`` on one update of ``count`` images of each client, by simulating the same steps."""
-    head, budget, batch = held(adversary.knowledge.next_head), adversary.budget, -(-count // steps)
+    head, budget = held(adversary.knowledge.next_head), adversary.budget
     labels = labels_of(observed[0], budget.clients * count, min(steps, count))
+    each = count if steps > 1 else len(labels)   # all clients' first steps together are one step on all images
 
     def change(x: Tensor, y: Tensor) -> State:
-        parts = zip(x.split(count), y.split(count), strict=True)   # a client's each
-        each = [epoch_update(head, images, labels, budget.lr, batch) for images, labels in parts]
-        return {name: torch.stack([update[name] for update in each]).sum(0) for name in each[0]}
+        updates = [epoch_update(head, images, labels, budget.lr, -(-each // steps))
+                   for images, labels in zip(x.split(each), y.split(each), strict=True)]
+        return {name: torch.stack([update[name] for update in updates]).sum(0) for name in updates[0]}
     return matched(adversary, change, observed, labels[None])
 
 
