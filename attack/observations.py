@@ -3,6 +3,8 @@
 An upload observed at a checkpoint is that of the next training step, from the head that the server sends next.
 With secure aggregation, the weighted mean of the uploads of the victim and of other clients is observed.
 """
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,11 @@ class Victim:
         private = target.private(round, client)
         self.private, self.own = private.parameters, target.own_head(round, client, private)
         self.others: dict[tuple, dict[int, tuple[State, int]]] = {}   # by arguments of ``other_uploads``
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The clients' numbers of training images, which are no secret."""
+        return [len(images) for images in self.target.owned()[0]]
 
     def network(self, shared: State, private: State | None = None) -> Network:
         """Return a client's network with these shared parameters, and the victim's ``private`` ones by default."""
@@ -117,7 +124,6 @@ class Victim:
         trainer = (target.method.trainer or Trainer)(
             network, target.method, torch.empty(0), torch.empty(0), target.data.num_classes,
             Training.from_options(target.options, torch.float32))
-        images = len(target.owned()[0][client])
         shared = {name: value for name, value in network.named_parameters() if name in self.sent_next}
         total = {name: torch.zeros_like(value) for name, value in shared.items()}
         for part, labels in zip(x.split(batch), y.split(batch), strict=True):
@@ -125,7 +131,7 @@ class Victim:
             if inputs is not None:
                 inputs.append(noted[0])
             noted.clear()
-            slopes = trainer.gradient(objective, list(shared.values()), images)
+            slopes = trainer.gradient(objective, list(shared.values()), self.sizes[client])
             with torch.no_grad():
                 for (name, value), slope in zip(shared.items(), slopes, strict=True):
                     total[name] += slope

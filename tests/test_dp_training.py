@@ -15,8 +15,9 @@ import dp_training
 from attack import membership
 from devices import seed_torch
 from dp_training import DPTrainer
+from engine.clients import train_each
 from methods import METHODS
-from server.privacy import composed_epsilon
+from server.privacy import composed_epsilon, noise_for
 from update import ClientState, Training
 from utils import rng
 
@@ -92,14 +93,16 @@ def test_an_image_moves_a_step_by_no_more_than_the_clip(tiny_arrays, monkeypatch
     assert flat(change_of(trainer, start, 1)).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_the_noise_of_steps_with_hardly_an_image(tiny_arrays, monkeypatch):
+@pytest.mark.parametrize("epsilon, given", [(None, 2.0), (2.0, None)])
+def test_the_noise_of_steps_with_hardly_an_image(tiny_arrays, monkeypatch, epsilon, given):
     """24 steps on batches of one image expected, some of them empty: each has noise z C of its own."""
     drawn, batches = [], DPTrainer.batches
     monkeypatch.setattr(DPTrainer, "batches", lambda *given: drawn.extend(batches(*given)) or drawn[-24:])
-    trainer, start = make(tiny_arrays, local_bs=1, clip=1e-3)
+    trainer, start = make(tiny_arrays, local_bs=1, clip=1e-3, epsilon=epsilon, noise_multiplier=given)
+    z = given or noise_for(epsilon, 1 / 24, 24, 1e-5)
     first = flat(change_of(trainer, start, 24))
     assert len(drawn) == 24 and 0 in map(len, drawn) and max(map(len, drawn)) > 1
-    assert first.std().item() == pytest.approx(2.0 * 1e-3 * 24**0.5, rel=0.02)
+    assert first.std().item() == pytest.approx(z * 1e-3 * 24**0.5, rel=0.02)
     assert torch.equal(first, flat(change_of(trainer, start, 24)))
     other = flat(change_of(trainer, start, 24, round=2))   # drawn anew in every round
     assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1]) < 4 / len(first)**0.5
@@ -141,6 +144,18 @@ def test_clients_of_other_sizes_have_the_same_epsilon(tiny_arrays):
     assert (large, small) == tuple(dp_training.noise_multiplier(
         {**OPTIONS, "epsilon": 2.0, "noise_multiplier": None}, n) for n in (16, 40))
     assert small < 0.9 * large
+    given = make(tiny_arrays)[0].facts([40, 16])["privacy"]   # of the small client, with one noise for all
+    assert given["epsilon"] == composed_epsilon(2.0, 0.5, 2, 1e-5) > composed_epsilon(2.0, 0.2, 5, 1e-5)
+
+
+def test_clients_are_never_trained_in_threads(tiny_arrays, monkeypatch):
+    """Their trainer would be another one, without noise."""
+    monkeypatch.setattr("engine.clients.threads_for", lambda trainer: 2)
+    trainer, start = make(tiny_arrays)
+    trained = dict(train_each(trainer, 1, {0: np.arange(20), 1: np.arange(20, 40)}, start,
+                              lambda client: ClientState({}), None))
+    own = trainer.train(0, 1, np.arange(20), start, ClientState({}))
+    assert torch.equal(flat(trained[0].upload), flat(own.upload)) and len(trained) == 2
 
 
 @pytest.fixture(scope="module")
