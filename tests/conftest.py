@@ -85,7 +85,8 @@ class Place:
 
     def argv(self, *flags):
         """Small settings; a flag given later wins."""
-        return ["--dataset", "tiny", "--num_users", "2", "--rounds", "3", "--local_ep", "1",
+        epochs = [] if "--local_steps" in flags else ["--local_ep", "1"]
+        return ["--dataset", "tiny", "--num_users", "2", "--rounds", "3", *epochs,
                 "--local_bs", "32", "--run_name", "run", "--device", "cpu",
                 "--data_dir", str(self.folder / "data"), "--results_dir", str(self.folder / "results"),
                 "--models_dir", str(self.folder / "models"), *map(str, flags)]

@@ -5,13 +5,17 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import server_options
 from test_update import FIRST, equal, make, update_of, without_draws
 
+from attack import adversaries, members, target
+from engine import clients
 from engine.clients import train_each
-from losses import Step
+from losses import Step, ditto, proximal
 from methods import METHODS
 from models import ClassPrior
 from runs.checkpoints import load_checked
+from server.privacy import ClientDP
 from update import ClientState
 
 
@@ -115,9 +119,22 @@ def stages(place, number):
                                                                    & (rows["split"] == "test")].groupby("stage")}
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """What each call of ``train_each`` from here on trains: client, round, trainer, images, start, outcome."""
+    noted = []
+
+    def note(trainer, round, indices, sent, state_of, stack):
+        for k, outcome in train_each(trainer, round, indices, sent, state_of, stack):
+            noted.append((k, round, trainer, len(indices[k]), (sent, state_of(k)), outcome))
+            yield k, outcome
+    monkeypatch.setattr(clients, "train_each", note)
+    return noted
+
+
 @pytest.mark.parametrize("method", ["rve_pfl", "fedrep"])
-def test_fine_tuning_changes_nothing_but_its_own_rows(place, method, driver):
-    flags = ("--method", method, "--rounds", 2, "--aggregation", "mean")
+def test_fine_tuning_changes_nothing_but_its_own_rows(place, method, trained):
+    flags = ("--method", method, "--rounds", 2, "--aggregation", "mean", "--local_steps", 2)
     assert place.main(*flags) == 0
     plain, head = place.clients_csv().decode(), load_checked(place.models / "round_2" / "server.pt")["head"]
     assert place.main(*flags, "--overwrite", "--finetune_ep", 3) == 0
@@ -125,6 +142,9 @@ def test_fine_tuning_changes_nothing_but_its_own_rows(place, method, driver):
     assert "".join(line for line in lines if ",finetuned," not in line) == plain
     assert equal(load_checked(place.models / "round_2" / "server.pt")["head"], head)
     assert "finetuned" not in stages(place, 1) and set(stages(place, 2)["finetuned"].index) == {0, 1}
+    for _, _, _, images, (sent, state), outcome in trained[-2:]:   # FedRep trains its private part first
+        assert equal(sent, head)
+        assert outcome.client_state.steps - state.steps == -(-images // 32) * (4 if method == "fedrep" else 3)
     assert (stages(place, 2)["finetuned"]["loss"] < stages(place, 2)["deployed"]["loss"]).all()
 
 
@@ -134,16 +154,7 @@ def test_new_clients_fine_tune_a_whole_model_whose_private_part_does_not_predict
 
 
 @pytest.mark.parametrize("method", ["rve_pfl", "fedavg", "ditto"])
-def test_new_clients_train_behind_the_final_head_and_alone(place, method, monkeypatch):
-    from engine import clients
-
-    seen, train = [], clients.train_each
-
-    def noted(trainer, round, indices, sent, state_of, stack):
-        for k, outcome in train(trainer, round, indices, sent, state_of, stack):
-            seen.append((k, round, trainer.training.part, len(indices[k]), sent, state_of(k), outcome))
-            yield k, outcome
-    monkeypatch.setattr(clients, "train_each", noted)
+def test_new_clients_train_behind_the_final_head_and_alone(place, method, trained):
     assert place.main("--method", method, "--num_users", 4, "--new_clients", 0.5, "--rounds", 2, "--new_ep", 2,
                       "--local_bs", 8, "--save_rounds", 1) == 0
     final = load_checked(place.models / "round_2" / "server.pt")["head"]
@@ -153,25 +164,67 @@ def test_new_clients_train_behind_the_final_head_and_alone(place, method, monkey
     rows = stages(place, 2)
     assert set(rows) == kinds | {"trained", "deployed"} and set(rows["deployed"].index) == {0, 1}
     assert all(set(rows[kind].index) == {2, 3} for kind in kinds)
-    later = [entry for entry in seen if entry[0] >= 2]
+    later = [entry for entry in trained if entry[0] >= 2]
     assert len(later) == 12 and {entry[1] for entry in later} == {3}
     for behind, alone in zip([*later[:3], *later[6:9]], [*later[3:6], *later[9:]], strict=True):
-        (_, _, part, size, sent, state, outcome), (*_, alone_size, start, own, by_itself) = behind, alone
+        _, _, trainer, size, (sent, state), outcome = behind
+        *_, by_itself, alone_size, (start, own), result = alone
         assert equal(sent, final) and equal(start, first) and size == alone_size
-        assert part == ("all" if method == "fedavg" else "private")
+        assert trainer.training.part == ("all" if method == "fedavg" else "private")
+        assert by_itself.training.options["prox"] == 0
         assert equal(outcome.upload, sent) == (method != "fedavg")   # the shared part is frozen
         if method == "ditto":   # its own CNN starts as the shared one
             sent = {name.replace("classifier", "personal"): value for name, value in sent.items()}
             assert equal(state.parameters, sent) and not equal(own.parameters, sent)
         else:
             assert equal(own.parameters, state.parameters)   # the private parameters' common start
-        assert outcome.client_state.steps == by_itself.client_state.steps == 2 * -(-later[2][3] // 8)
+        assert outcome.client_state.steps == result.client_state.steps == 2 * -(-later[2][3] // 8)
     assert [entry[3] for entry in later[:3]] == [10, min(50, later[2][3]), later[2][3]]
 
 
-def test_the_step_of_a_loss_has_what_was_sent(tiny_arrays):
-    from losses import ditto, proximal
+def test_the_warm_up_begins_anew_in_every_round(tiny_arrays):
+    client, *_ = make(tiny_arrays, "fedavg", lr_warmup=0.5)
+    optimizer, _ = client.prepare({})
+    rates = []
+    for steps, done in ((0, 0), (0, 4), (10, 0), (10, 4)):   # of 8 in a round, the first 4 rise
+        client.set_lr(optimizer, steps, done, 8)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([2.5e-4, 1e-3, 2.5e-4 / 1.01, 1e-3 / 1.01])
+    torch.manual_seed(0)
+    seen, set_lr = [], type(client).set_lr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(client), "set_lr", lambda self, optimizer, *given: (
+            seen.append(given), set_lr(self, optimizer, *given)))
+        _, head, private = make(tiny_arrays, "fedavg")
+        client.train(0, 2, FIRST, head, replace(private, steps=7))
+    assert seen == [(7, 0, 4), (8, 1, 4), (9, 2, 4), (10, 3, 4)]
 
+
+def test_client_level_dp_expects_the_clients_that_take_part():
+    assert ClientDP(server_options(num_users=10, new_clients=0.2, frac=0.5, clip=1.0, delta=0.01,
+                                   noise_multiplier=1.0)).expected == 4
+
+
+def test_attackers_of_ditto_hold_its_own_cnn_or_the_shared_one(place, trained):
+    """And a reference model makes the local steps of the run."""
+    assert place.main("--method", "ditto", "--rounds", 2, "--local_steps", 3) == 0
+    run = target.open_target("run", *(place.folder / name for name in ("results", "models", "data")))
+    own = load_checked(place.models / "round_2" / "client_0.pt")["parameters"]
+    upload = load_checked(place.models / "round_2" / "shared.pt")["uploads"][0]
+    for adversary, state, name in (("stolen_model", own, "personal."), ("curious_server", upload, "classifier.")):
+        held = adversaries.hold(run, adversary, 2, 0).head.state_dict()
+        assert equal({f"{name}{key}": value for key, value in held.items()}, state)
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clients.Trainer, "train", lambda self, *given: (
+            steps.append(self.training.local_steps), ({}, given[-1], {}))[1])
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *given: None)
+        for epochs in (None, 2):
+            members.train_reference(run, (2, 0, epochs), 1, torch.rand(20, 1, 8, 8), torch.arange(20) % 4)
+    assert steps == [3, 3, None, None]
+
+
+def test_the_step_of_a_loss_has_what_was_sent(tiny_arrays):
     client, head, private = make(tiny_arrays, "ditto")
     client.model.load_state_dict({**head, **private.parameters})
     sent = {name: value + 0.1 for name, value in head.items()}
