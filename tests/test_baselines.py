@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import server_options
 from test_update import FIRST, equal, make, update_of, without_draws
 
-from attack import adversaries, members, target
+from attack import adversaries, members, mi_attack, target
 from engine import clients
 from engine.clients import train_each
 from losses import Step, ditto, proximal
@@ -180,6 +180,16 @@ def test_new_clients_train_behind_the_final_head_and_alone(place, method, traine
             assert equal(own.parameters, state.parameters)   # the private parameters' common start
         assert outcome.client_state.steps == result.client_state.steps == 2 * -(-later[2][3] // 8)
     assert [entry[3] for entry in later[:3]] == [10, min(50, later[2][3]), later[2][3]]
+
+
+def test_new_clients_are_neither_malicious_nor_attacked(place, capsys):
+    for seed in (1, 2, 3):
+        assert place.main("--method", "fedavg", "--num_users", 4, "--new_clients", 0.5, "--malicious_frac", 0.5,
+                          "--rounds", 1, "--new_ep", 1, "--seed", seed, "--overwrite") == 0
+        assert pd.read_csv(place.results / "server.csv").groupby("round")["malicious"].sum().tolist() == [1]
+    words = [word for name in ("results", "models", "data") for word in (f"--{name}_dir", str(place.folder / name))]
+    assert mi_attack.main(["--run", "run", "--clients", "2", *words]) == 2
+    assert "--clients 2: the clients that train in the run are 0 to 1" in capsys.readouterr().err
 
 
 def test_the_warm_up_begins_anew_in_every_round(tiny_arrays):
