@@ -26,6 +26,7 @@ METHODS: dict[str, Options] = {
     "nbafl_prox": {"method": "nbafl_prox"},
     "fedavg": {"method": "fedavg"},
     "local": {"method": "local"},
+    "local_cnn": {"method": "local_cnn"},
     "lg_fedavg": {"method": "lg_fedavg"},
     "fedper": {"method": "fedper"},
 }
@@ -91,7 +92,7 @@ KEYS = {"dataset": "data set", "rounds": "rounds"}
 VALUES = {"rve_pfl": ("RVE-PFL", "{:.3f}"), "nbafl": ("NbAFL", "{:.3f}"),
           "nbafl_prox": ("NbAFL, proximal", "{:.3f}"), "nbafl, trained": ("NbAFL, trained", "{:.3f}"),
           "fedavg": ("FedAvg", "{:.3f}"), "fedavg, trained": ("FedAvg, trained", "{:.3f}"),
-          "local": ("alone", "{:.3f}")}
+          "local": ("alone", "{:.3f}"), "local_cnn": ("CNN alone", "{:.3f}")}
 EXPERIMENT = Experiment(
     name="headline", question="How accurate are the methods with two classes per client?",
     tasks=tasks, measure=curve, settings=["dataset", "rounds", "method"], tabulate=tabulate, keys=KEYS,
