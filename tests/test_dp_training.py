@@ -187,9 +187,9 @@ def test_what_does_not_fit_is_refused(place, capsys, flags, line):
     assert not place.models.exists()
 
 
-def test_any_rule_may_follow_what_is_private_already(place):
-    assert place.main(*FLAGS, "--rounds", 1, "--aggregation", "median", "--noise_multiplier", 1, "--finetune_ep",
-                      1) == 0
+@pytest.mark.parametrize("rule", [("--aggregation", "median"), ("--secure_aggregation",)])
+def test_any_rule_may_follow_what_is_private_already(place, rule):
+    assert place.main(*FLAGS, "--rounds", 1, *rule, "--noise_multiplier", 1, "--finetune_ep", 1) == 0
     assert set(pd.read_csv(place.results / "rounds.csv")["stage"]) == {"trained", "deployed", "finetuned"}
 
 
@@ -203,6 +203,17 @@ def test_the_clip_and_the_noise_are_in_what_is_observed(trained):
         assert not torch.equal(seen, flat(victim.update(x[:images], y[:images], 0.1)))
     seen = flat(victim.update(x[:1], y[:1], 0.1))
     assert (seen @ clean / clean.norm()).item() == pytest.approx(0.1, abs=4 * 0.1 * 0.05)   # clipped to 0.1
+
+
+@pytest.mark.slow
+def test_accuracy_falls_with_epsilon(place):
+    accuracy = {}
+    for epsilon in (1000, 4, 0.1):
+        assert place.main(*FLAGS, "--partition", "iid", "--local_ep", 4, "--local_bs", 8, "--lr", 3e-3,
+                          "--epsilon", epsilon, "--overwrite") == 0
+        rounds = pd.read_csv(place.results / "rounds.csv").query("stage == 'deployed'")
+        accuracy[epsilon] = rounds["accuracy"].iloc[-1]
+    assert accuracy[1000] > accuracy[4] + 0.05 > accuracy[0.1] + 0.1, accuracy
 
 
 def plain_gradient(victim, x, y):
