@@ -91,6 +91,19 @@ def load(name: str, data_dir: Path) -> Dataset:
         raise InputError(f"{path}: {error}{again}") from error
 
 
+def read_labelled(path: Path, option: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read ``images`` and ``labels`` of an .npz: uint8 ``N x H x W x C``, and int64 ``N`` as they stand."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if missing := {"images", "labels"} - set(archive.files):
+                raise ValueError(f"lacks {', '.join(sorted(missing))}; it holds {shown(', '.join(archive.files))}")
+            images, labels = archive["images"], archive["labels"]
+        pixels = np.ascontiguousarray(_as_bytes(_channels_last(images, "images"), []))
+        return pixels, _labels(labels, len(pixels), "labels")
+    except Exception as error:   # NumPy parses headers as Python, so damage can raise nearly anything
+        raise InputError(f"{option} {path}: cannot be read ({_first_line(error)})") from error
+
+
 def _names_in(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.npz"))
 

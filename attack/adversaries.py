@@ -50,7 +50,8 @@ class Knowledge:
     def __post_init__(self) -> None:
         """Store weights channels last: max pooling of a large batch is then fifteen times as fast."""
         for part in filter(None, (self.head, self.encoder, self.next_head, self.next_trunk)):
-            part.to(memory_format=torch.channels_last)
+            if getattr(part, "channels_last", True):
+                part.to(memory_format=torch.channels_last)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return mean and log variance of z, ``N x CHW`` each; the latter is None for an encoder without noise."""
@@ -127,6 +128,7 @@ class Budget:
     top_scores: int       # class scores that the prediction service tells
     observed: str = "z"   # what attacks on latents see (latents.py)
     clients: int = 1      # whose uploads are observed as one
+    tv: float = 1e-2      # weight of total variation where images are searched by their gradient
 
 
 @dataclass(frozen=True)

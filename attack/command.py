@@ -60,15 +60,22 @@ class Command:
         self.started = time.monotonic()
         if "all" in args.attack:
             args.attack = list(self.attacks)
-        args.public = datasets.canonical(args.public, args.data_dir)
+        if args.public:
+            args.public = datasets.canonical(args.public, args.data_dir)
         self.args = args
-        self.target = target.open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
-        self.rounds = args.rounds or [self.target.latest_round()]
-        last = self.target.clients - 1
+        self.target = self.open()
+
+    def open(self) -> target.Target:
+        """Return the run to attack, and set ``rounds``."""
+        args = self.args
+        run = target.open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+        self.rounds = args.rounds or [run.latest_round()]
+        last = run.clients - 1
         if max(args.clients) > last:
             raise InputError(f"--clients {max(args.clients)}: the clients that train in the run are 0 to {last}")
         for r in self.rounds:
-            self.target.require(r)
+            run.require(r)
+        return run
 
     # Each command defines these.
 
@@ -103,33 +110,38 @@ class Command:
     def parser(cls) -> Parser:
         """Build the parser of the command line."""
         parser = Parser(cls.program, cls.description)
-        sources = ", ".join(f"{name} ({attack.source})" for name, attack in cls.attacks.items())
-        for option in (
-                Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
-                Option("adversary", "the adversaries", default=list(cls.adversaries), choices=cls.adversaries,
-                       several=True),
-                Option("attack", "the attacks, as far as they fit an adversary and the method, or `all` of them: "
-                       + sources, default=list(cls.default_attacks), choices=[*cls.attacks, "all"], several=True),
-                Option("clients", "numbers of the victims", int, [0], within=(0, HUGE), several=True),
-                Option("rounds", "attack the checkpoints of these rounds (the latest if not given)"
-                       + "; 0 is the start" * (not cls.first_round), int, within=(cls.first_round, HUGE),
-                       several=True),
-                *cls.options,
-                Option("draws", "draws of z that an answer of the model is averaged over", int, cls.draws,
-                       within=(1, 1000)),
-                Option("scores", "how many of the largest class scores the prediction service tells", int, 3,
-                       within=(1, HUGE)),
-                Option("public", "images that adversaries train on: `unowned`, the images of the run's data set "
-                       "that no client has, or the NAME of another data set with images of the same shape",
-                       default="unowned", pattern=DATA_NAME),
-                Option("public_images", "an adversary trains on at most so many of them", int, cls.public_images,
-                       within=(200, HUGE)),
-                Option("seed", "seed of every random draw", int, 1, within=(0, 2**31 - 1)),
-                Option("overwrite", "delete what earlier attacks of this command on this run found", bool, False),
-                *(Option(name, "as in RVE-PFL.py", Path, ROOT / folder) for name, folder in (
-                    ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data")))):
+        for option in cls.all_options():
             parser.add(replace(option, group="attack"))
         return parser
+
+    @classmethod
+    def all_options(cls) -> tuple[Option, ...]:
+        """Return the options of the command line."""
+        sources = ", ".join(f"{name} ({attack.source})" for name, attack in cls.attacks.items())
+        return (
+            Option("run", "the run's folder name under RESULTS_DIR and MODELS_DIR", required=True),
+            Option("adversary", "the adversaries", default=list(cls.adversaries), choices=cls.adversaries,
+                   several=True),
+            Option("attack", "the attacks, as far as they fit an adversary and the method, or `all` of them: "
+                   + sources, default=list(cls.default_attacks), choices=[*cls.attacks, "all"], several=True),
+            Option("clients", "numbers of the victims", int, [0], within=(0, HUGE), several=True),
+            Option("rounds", "attack the checkpoints of these rounds (the latest if not given)"
+                   + "; 0 is the start" * (not cls.first_round), int, within=(cls.first_round, HUGE),
+                   several=True),
+            *cls.options,
+            Option("draws", "draws of z that an answer of the model is averaged over", int, cls.draws,
+                   within=(1, 1000)),
+            Option("scores", "how many of the largest class scores the prediction service tells", int, 3,
+                   within=(1, HUGE)),
+            Option("public", "images that adversaries train on: `unowned`, the images of the run's data set "
+                   "that no client has, or the NAME of another data set with images of the same shape",
+                   default="unowned", pattern=DATA_NAME),
+            Option("public_images", "an adversary trains on at most so many of them", int, cls.public_images,
+                   within=(200, HUGE)),
+            Option("seed", "seed of every random draw", int, 1, within=(0, 2**31 - 1)),
+            Option("overwrite", "delete what earlier attacks of this command on this run found", bool, False),
+            *(Option(name, "as in RVE-PFL.py", Path, ROOT / folder) for name, folder in (
+                ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data"))))
 
     @classmethod
     def main(cls, argv: list[str] | None = None) -> int:
@@ -138,7 +150,7 @@ class Command:
         if not sys.warnoptions:   # a library's deprecations would land between the results
             warnings.simplefilter("ignore", FutureWarning)
         try:
-            with locked(args), Interrupts():
+            with cls.locked(args), Interrupts():
                 cls(args).run()
             return 0
         except Interrupted:
@@ -160,7 +172,7 @@ class Command:
         with tqdm(total=len(plan), leave=False, disable=None,
                   bar_format="attack {n_fmt} of {total_fmt}{desc} |{bar:30}| {elapsed} elapsed") as bar:
             for (round, client), units in groupby(plan, lambda unit: unit[2:4]):
-                bar.write(f"\n{self.target.results.name}, round {round}, client {client}\n"
+                bar.write(f"\n{self.heading(round, client)}\n"
                           f"{self.table.format(*self.titles, 'time').rstrip()}")
                 for unit in units:
                     bar.set_description_str(f": {unit.adversary} {unit.words}")
@@ -183,7 +195,15 @@ class Command:
                         check()
         print(self.legend, "", *self.finish(rows), f"results:  {nearby(self.path('csv'))}",
               *self.pictures(plan, rows), f"time:     {duration(time.monotonic() - self.started)}",
-              f"next:     {typed('report.py', vars(self.args), 'results_dir')}", sep="\n")
+              *self.next_commands(), sep="\n")
+
+    def heading(self, round: int, client: int) -> str:
+        """Return the words above the lines of one client in one round."""
+        return f"{self.target.results.name}, round {round}, client {client}"
+
+    def next_commands(self) -> list[str]:
+        """Return lines that name a command to type next."""
+        return [f"next:     {typed('report.py', vars(self.args), 'results_dir')}"]
 
     def pictures(self, plan: list[Unit], rows: list[dict]) -> list[str]:
         """Return a line that names a picture to look at."""
@@ -195,7 +215,7 @@ class Command:
         if plan := [unit for unit, reason in reasons.items() if reason is None]:
             return sorted(plan, key=lambda unit: unit[2:4])
         why = "; ".join(sorted(filter(None, set(reasons.values()))))
-        raise InputError(f"--run {self.args.run}: none of these attacks fits ({why}); --attack all tries each one")
+        raise InputError(f"--attack {' '.join(self.args.attack)}: none fits ({why}); --attack all tries each one")
 
     def begin(self) -> tuple[str, list[dict]]:
         """Return the options that decide the rows, as JSON, and earlier rows with the same options."""
@@ -219,6 +239,18 @@ class Command:
                 raise InputError(f"--{key} {value}: this run was attacked before with {shown(before.get(key))}; "
                                  "give the same, or --overwrite to start again")
         return text, rows
+
+    @classmethod
+    @contextmanager
+    def locked(cls, args: Namespace) -> Iterator[None]:
+        """Keep training and other attacks away from the run that is attacked; InputError if one is at work."""
+        results, models = path_of(args.run, args.results_dir).parent, args.models_dir / args.run
+        with ExitStack() as stack:
+            folders.lock(results, stack, "--run")
+            # Nobody trains into a folder that cannot be written.
+            if models.is_dir() and not models.samefile(results) and os.access(models, os.W_OK):
+                folders.lock(models, stack, "--run")
+            yield
 
     def path(self, suffix: str) -> Path:
         """Return the path of NAME.csv or NAME.json."""
@@ -247,15 +279,3 @@ class Command:
 def unit_of(row: dict) -> Unit:
     """Return the attack behind a row."""
     return Unit(*(row[column] for column in Unit._fields if column in row))
-
-
-@contextmanager
-def locked(args: Namespace) -> Iterator[None]:
-    """Keep training and other attacks away from the run that is attacked; InputError if one is at work."""
-    results, models = path_of(args.run, args.results_dir).parent, args.models_dir / args.run
-    with ExitStack() as stack:
-        folders.lock(results, stack, "--run")
-        # Nobody trains into a folder that cannot be written.
-        if models.is_dir() and not models.samefile(results) and os.access(models, os.W_OK):
-            folders.lock(models, stack, "--run")
-        yield

@@ -38,6 +38,8 @@ class Outcome(NamedTuple):
 class Evaluation:
     """A run under attack: its images and their owners, the evaluator, and the budget of every adversary."""
 
+    attacks = ATTACKS
+
     def __init__(self, target: Target, args: Namespace) -> None:
         self.target, self.args = target, args
         self.train, self.test = target.owned()
@@ -89,7 +91,7 @@ class Evaluation:
 
     def unscorable(self, name: str, client: int) -> str | None:
         """Return why an attack on a client could not be scored; None if it can."""
-        attack = ATTACKS[name]
+        attack = self.attacks[name]
         if isinstance(attack, ClassAttack):
             return None if len(self.classes(client)) else f"nobody held out an image of client {client}'s classes"
         return (None if len(self.paired(attack, client, 1)[0])
@@ -116,7 +118,7 @@ class Evaluation:
 
     def attack(self, unit: Unit) -> list[dict]:
         """Run one attack, save its picture, and return its rows of attack.csv, and its controls'."""
-        adversary, attack = self.adversary(unit.adversary, unit.round, unit.client), ATTACKS[unit.attack]
+        adversary, attack = self.adversary(unit.adversary, unit.round, unit.client), self.attacks[unit.attack]
         seed_torch(self.args.seed, f"{unit.adversary} {unit.attack}", unit.client, unit.round)
         outcomes = (self._attack_classes(unit, attack, adversary) if isinstance(attack, ClassAttack)
                     else self._attack_images(unit, attack, adversary))
@@ -132,24 +134,37 @@ class Evaluation:
                      f"{self.target.results.name}: {unit.adversary}, round {unit.round}, client {unit.client}")
         return [row for of_control in rows.values() for row in of_control]
 
+    def victim(self, unit: Unit) -> Victim:
+        """Return the attacked client."""
+        return Victim(self.target, unit.round, unit.client)
+
+    def observe(self, attack: ReconstructionAttack | IdentificationAttack, victim: Victim, numbers: np.ndarray,
+                budget: Budget) -> Any:
+        """Return what an attack observes of the images of these numbers."""
+        return attack.observe(victim, self.target.pixels(numbers), self.target.labels(numbers), budget)
+
     def _attack_classes(self, unit: Unit, attack: ClassAttack, adversary: Adversary) -> dict[str, Outcome]:
         """Attack the classes of a client. Controls are what the public images show of them, and blank pictures."""
-        labels, public = self.classes(unit.client), self.public
-        images = finite(attack.solve(adversary, labels))
+        labels, victim = self.classes(unit.client), self.victim(unit)
+        shown = self.drawn_classes(attack, adversary, labels)
+
+        def outcome(images: Tensor) -> Outcome:
+            nearest = [self._nearest(images[:, p], int(c), unit.client) for p, c in enumerate(labels)]
+            numbers, ranks = (torch.stack(column, -1) for column in zip(*nearest, strict=True))
+            guessed = torch.stack([victim.answers(part, self.budget.draws, 10**9).argmax(1) for part in images])
+            return Outcome(images, numbers, guessed == labels, ranks, torch.full((len(labels),), torch.nan))
+        return {name: outcome(images) for name, images in shown.items()}
+
+    def drawn_classes(self, attack: ClassAttack, adversary: Adversary, labels: Tensor) -> dict[str, Tensor]:
+        """Return the attack's images of the labels' classes ("") and the controls', ``R x P x C x H x W``."""
+        images, public = finite(attack.solve(adversary, labels)), self.public
         shown = {"": images, **dict(zip(BLANK, (torch.full_like(images[:1], 0.5), torch.rand_like(images[:1])),
                                         strict=True))}
         if public.of_classes is not None:
             firsts = [int((public.labels == c).int().argmax()) for c in labels]   # in random order as they are
             shown |= {"class_mean": scoring.class_means(public.images, public.labels, labels)[None],
                       "public_image": public.images[firsts][None]}
-
-        def outcome(images: Tensor) -> Outcome:
-            nearest = [self._nearest(images[:, p], int(c), unit.client) for p, c in enumerate(labels)]
-            numbers, ranks = (torch.stack(column, -1) for column in zip(*nearest, strict=True))
-            victim = Victim(self.target, unit.round, unit.client)
-            guessed = torch.stack([victim.answers(part, self.budget.draws, 10**9).argmax(1) for part in images])
-            return Outcome(images, numbers, guessed == labels, ranks, torch.full((len(labels),), torch.nan))
-        return {name: outcome(images) for name, images in shown.items()}
+        return shown
 
     @torch.no_grad()
     def _nearest(self, images: Tensor, label: int, client: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +183,7 @@ class Evaluation:
     def _attack_images(self, unit: Unit, attack: ReconstructionAttack | IdentificationAttack,
                        adversary: Adversary) -> dict[str, Outcome]:
         """Attack some of the client's training images, and others of their class as the foreign control."""
-        target, victim = self.target, Victim(self.target, unit.round, unit.client)
+        target, victim = self.target, self.victim(unit)
         numbers, partners = self.paired(attack, unit.client, unit.round)
         if attack.unordered:
             numbers, partners = np.concatenate([numbers, partners]), np.concatenate([partners, numbers])
@@ -178,7 +193,7 @@ class Evaluation:
         kl = torch.full((len(labels),), torch.nan) if kl is None else kl
 
         def observe(seen: np.ndarray) -> Any:
-            return attack.observe(victim, target.pixels(seen), target.labels(seen), budget)
+            return self.observe(attack, victim, seen, budget)
 
         def rank(images: Tensor) -> Tensor:
             return torch.cat([pool.rank(torch.stack([
@@ -250,17 +265,21 @@ class Evaluation:
         for restart, images in enumerate(outcome.images):
             numbers = outcome.numbers[restart]
             true, labels = self.target.pixels(numbers), self.target.labels(numbers)
-            found, features = (self.evaluator.features(part) for part in (images, true))
             ranks = dict(zip(RANKS, outcome.ranks[:, restart], strict=True))
             columns = {"label": labels, "image": numbers, **scoring.similarity(images, true), **ranks,
                        "label_match": outcome.label_match[restart].int(),
-                       "evaluator_correct": (self.evaluator.classes(images) == labels).int(),
-                       **scoring.feature_distances(found, features, labels, *self.own_features(unit.client)),
+                       **self.evaluated(images, true, labels, unit.client),
                        "identified": (ranks["nearest_rank"] == 1).int(), "kl_nats": outcome.kl}
             values = zip(*(column.tolist() for column in columns.values()), strict=True)
             rows += [{**unit._asdict(), "restart": restart, "control": control,
                       **dict(zip(columns, image, strict=True))} for image in values]
         return rows
+
+    def evaluated(self, images: Tensor, true: Tensor, labels: Tensor, client: int) -> dict[str, Tensor]:
+        """Return the columns of attack.csv that are the evaluator's."""
+        found, features = (self.evaluator.features(part) for part in (images, true))
+        return {"evaluator_correct": (self.evaluator.classes(images) == labels).int(),
+                **scoring.feature_distances(found, features, labels, *self.own_features(client))}
 
     def own_features(self, client: int) -> tuple[Tensor, Tensor]:
         """Return the evaluator's features of a client's training images, ``M x D``, and their labels ``M``."""

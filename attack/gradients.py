@@ -4,6 +4,7 @@ One gradient or update is one problem. Several are solved as one batch. In shape
 of problems, and B of images behind one gradient.
 """
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +14,53 @@ from torch.func import functional_call, grad, vmap
 from attack import decoders, newton
 from attack.adversaries import Adversary, flatten, held, moment_distance, posterior_in_parts, shadow_encoder
 from server.base import State
+from utils import InputError
+
+
+class Search(NamedTuple):
+    """The settings of ``invert``.
+
+    Args:
+        tv: the weight of total variation.
+        bounded: True if inputs stay in [0, 1].
+        lr: the size of a first step.
+        over: turns a function of one problem into one of many; ``one_by_one`` for models that ``vmap`` refuses.
+    """
+
+    iterations: int
+    tv: float
+    bounded: bool
+    lr: float = 0.1
+    over: Callable[[Callable], Callable] = vmap
+
+
+def one_by_one(function: Callable) -> Callable:
+    """Return what ``vmap`` would, by a loop: any model can be called in it."""
+    def take(part: Any, i: int) -> Any:
+        return {name: value[i] for name, value in part.items()} if isinstance(part, dict) else part[i]
+    return lambda first, *rest: torch.stack([function(*(take(part, i) for part in (first, *rest)))
+                                             for i in range(len(first))])
+
+
+def parameters_of(head: nn.Module) -> State:
+    """Return the parameters by name, without the buffers that a state dict has, too."""
+    return {name: value.detach() for name, value in head.named_parameters()}
+
+
+def output_of(head: nn.Module) -> str:
+    """Return the name of the layer that gives the class scores: ``output``, unless the module names another."""
+    return getattr(head, "output_layer", "output")
 
 
 def gradient(head: nn.Module, x: Tensor, y: Tensor, at: State | None = None) -> State:
     """Return the gradient of the mean cross-entropy on ``B x C x H x W``; labels may be probabilities."""
     return grad(lambda parameters: F.cross_entropy(functional_call(head, parameters, (x,)), y))(
-        head.state_dict() if at is None else at)
+        parameters_of(head) if at is None else at)
 
 
 def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -> State:
     """Return the sum of the gradients of one epoch of SGD in the given order, differentiable in ``x``."""
-    now: State = head.state_dict()
+    now = parameters_of(head)
     total = {name: torch.zeros_like(value) for name, value in now.items()}
     for part, labels in zip(x.split(batch), y.split(batch), strict=True):
         slope = gradient(head, part, labels, now)
@@ -32,9 +69,18 @@ def epoch_update(head: nn.Module, x: Tensor, y: Tensor, lr: float, batch: int) -
     return total
 
 
-def labels_of(observed: State, count: int, steps: int = 1) -> Tensor:
-    """Return the labels behind the sum of ``steps`` gradients over ``count`` images, in ascending order."""
-    left, labels = observed["output.bias"].clone(), []   # each image lowers its own (after Wainakh et al. 2021)
+def labels_of(observed: State, count: int, steps: int = 1, output: str = "output") -> Tensor:
+    """Return the labels behind the sum of ``steps`` gradients over ``count`` images, in ascending order.
+
+    The gradient of the last bias is the probabilities less the one-hot label, so one image's label has its only
+    negative value, and the largest; without a bias, the rows of the weights have these sizes (iDLG, Zhao et al.
+    2020, arXiv 2001.02610).
+    """
+    if f"{output}.bias" not in observed:
+        if count > 1:
+            raise InputError(f"the last layer ({output}) has no bias, so only one image's label can be read off")
+        return observed[f"{output}.weight"].flatten(1).norm(dim=1).argmax()[None]
+    left, labels = observed[f"{output}.bias"].clone(), []   # each image lowers its own (Wainakh et al. 2021)
     for _ in range(count):
         labels.append(int(left.argmin()))
         left[labels[-1]] += steps / count
@@ -64,7 +110,7 @@ def best_first(found: Tensor, value: Tensor, restarts: int) -> tuple[Tensor, Ten
 
 
 def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: Tensor, start: Tensor,
-           iterations: int, tv: float, bounded: bool) -> tuple[Tensor, Tensor]:
+           search: Search) -> tuple[Tensor, Tensor]:
     """Minimise cosine distance + total variation by signed Adam (Geiping et al. 2020, arXiv 2003.14053).
 
     ``change`` turns inputs ``B x C x H x W`` and labels ``B`` into the gradient or update that they would cause;
@@ -77,18 +123,18 @@ def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: T
     y = labels.repeat(restarts, 1)
 
     def objective(x: Tensor, y: Tensor, observed: State) -> Tensor:
-        return cosine_distance(change(x, y), observed) + tv * total_variation(x).mean()
+        return cosine_distance(change(x, y), observed) + search.tv * total_variation(x).mean()
 
-    drops = [round(iterations * share) for share in (0.375, 0.625, 0.875)]
-    value = descend(lambda: vmap(objective)(x, y, many), x, iterations, 0.1, drops=drops, bounded=bounded,
-                    signed=True)
+    drops = [round(search.iterations * share) for share in (0.375, 0.625, 0.875)]
+    value = descend(lambda: search.over(objective)(x, y, many), x, search.iterations, search.lr, drops=drops,
+                    bounded=search.bounded, signed=True)
     return best_first(x.detach(), value.nan_to_num(torch.inf), restarts)
 
 
 def deep_leakage(head: nn.Module, observed: State, start: Tensor, iterations: int) -> tuple[Tensor, float]:
     """Search an input and a soft label by L-BFGS (DLG, Zhu et al. 2019); return the input and its error."""
     x = start.clone().requires_grad_()
-    y = torch.zeros(1, len(observed["output.bias"]), requires_grad=True)
+    y = torch.zeros(1, len(observed[f"{output_of(head)}.weight"]), requires_grad=True)
     optimizer = torch.optim.LBFGS([x, y], lr=1.0, max_iter=iterations, history_size=100,
                                   tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
 
@@ -139,9 +185,9 @@ def from_features(features: Callable[[Tensor], Tensor], goal: Tensor, start: Ten
 
 # Attacks: (adversary, gradients of the head or its update, N) -> images R x N x C x H x W, labels N.
 
-def single_labels(observed: list[State]) -> Tensor:
+def single_labels(observed: list[State], output: str = "output") -> Tensor:
     """Return the label behind each gradient of one image, ``N``."""
-    return torch.cat([labels_of(gradient, 1) for gradient in observed])
+    return torch.cat([labels_of(gradient, 1, output=output) for gradient in observed])
 
 
 def dlg(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +198,7 @@ def dlg(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor
              for restart in starts for gradient, start in zip(observed, restart, strict=True)]
     inputs, distances = zip(*tried, strict=True)
     found, _ = best_first(torch.cat(inputs).nan_to_num(0.5), torch.tensor(distances), budget.restarts)
-    labels = single_labels(observed)
+    labels = single_labels(observed, output_of(head))
     return adversary.decode_inputs(found, labels), labels
 
 
@@ -162,21 +208,24 @@ def matched(adversary: Adversary, change: Callable[[Tensor, Tensor], State], obs
     knowledge = adversary.knowledge
     start = adversary.random_inputs(*labels.shape, *knowledge.image_shape)
     together = {name: torch.stack([update[name] for update in observed]) for name in observed[0]}
-    tv = 0.0 if knowledge.has_encoder else 1e-2   # latents are not smooth
-    inputs, _ = invert(change, together, labels, start, adversary.budget.iterations, tv, not knowledge.has_encoder)
+    tv = 0.0 if knowledge.has_encoder else adversary.budget.tv   # latents are not smooth
+    inputs, _ = invert(change, together, labels, start, Search(
+        adversary.budget.iterations, tv, not knowledge.has_encoder,
+        over=getattr(knowledge.next_head, "over", vmap)))
     return adversary.decode_inputs(inputs.flatten(1, 2), labels.flatten()), labels.flatten()
 
 
 def cosine_tv(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
     """Run ``invert`` on each image's gradient."""
     head = held(adversary.knowledge.next_head)
-    return matched(adversary, lambda x, y: gradient(head, x, y), observed, single_labels(observed)[:, None])
+    return matched(adversary, lambda x, y: gradient(head, x, y), observed,
+                   single_labels(observed, output_of(head))[:, None])
 
 
 def invert_update(adversary: Adversary, observed: list[State], count: int, steps: int) -> tuple[Tensor, Tensor]:
     """Run ``invert`` on one update of ``count`` images of each client, by simulating the same steps."""
     head, budget = held(adversary.knowledge.next_head), adversary.budget
-    labels = labels_of(observed[0], budget.clients * count, min(steps, count))
+    labels = labels_of(observed[0], budget.clients * count, min(steps, count), output_of(head))
     each = count if steps > 1 else len(labels)   # all clients' first steps together are one step on all images
 
     def change(x: Tensor, y: Tensor) -> State:

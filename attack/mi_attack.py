@@ -1,6 +1,7 @@
 """Attack a trained run, and report for each attack whether it beats its control.
 
     python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1
+    python attack/mi_attack.py --model net.py:Net --weights w.pt ...   # of another program (model_command.py)
 
 Every adversary runs those of four attacks that fit it, or with --attack all each one. Written to results/<run>/:
 attack.csv, a row for each reconstruction and each control; attack.json, the options; attack_summary.csv, means and
@@ -8,9 +9,10 @@ attack.csv, a row for each reconstruction and each control; attack.json, the opt
 """
 from __future__ import annotations
 
+import importlib
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from attack.attacks import ADVERSARIES, ATTACKS, CLIENT_LR, DEFAULT_ATTACKS, FEW
 from attack.command import Command
 from attack.verdict import ATTACK_COLUMNS, FOREIGN, Unit, judge, summarise
 from engine.signals import steady_output
-from parsing import HUGE, TENSORBOARD, Option
+from parsing import HUGE, TENSORBOARD, Option, Parser
 from runs import folders
 from utils import InputError, Late, nearby
 
@@ -43,16 +45,19 @@ class MiAttack(Command):
     """Attacks that reconstruct images and classes."""
 
     program, name = "mi_attack.py", "attack"
-    description = "Attack a trained run, and report for each attack whether it beats its control."
+    description = ("Attack a trained run, and report for each attack whether it beats its control. "
+                   "For a model that another program trained, see --model --help.")
     files, columns = folders.OF_ATTACKS, ATTACK_COLUMNS
-    adversaries, attacks, default_attacks = ADVERSARIES, ATTACKS, DEFAULT_ATTACKS
+    adversaries: Collection[str] = ADVERSARIES
+    attacks: dict = ATTACKS
+    default_attacks: Collection[str] = DEFAULT_ATTACKS
     table = "{:<10} {:<14} {:<25} {:>16} {:>10} {:>11} {:>5}"
     titles = "verdict", "adversary", "attack (observes)", "identified", "class rank", "SSIM"
     legend = ("In brackets: the same attack on another image of the class. For attacks on classes: how many the\n"
               "evaluator recognises, and in brackets how many of the best control.")
     draws, public_images, first_round = 32, 10_000, 0
 
-    options = (
+    options: Sequence[Option] = (
         Option("observe", "what attacks on latents see of an image: z is one draw, zN are N draws, as z8; rounds "
                "is one draw in each round so far, with that round's encoder; mu is the mean of z; train is one "
                "draw with the encoder's dropout", default=["z", "mu"], pattern=OBSERVED, several=True),
@@ -145,7 +150,21 @@ class MiAttack(Command):
         return word, unit.adversary, unit.words, identified, rank, "-" if attack.chooses else ssim
 
 
-make_parser, main = MiAttack.parser, MiAttack.main
+def command_of(words: list[str] | None) -> type[MiAttack]:
+    """Return the command that a command line calls: --model is an attack on a model of another program."""
+    of_model = any(word.split("=")[0] == "--model" for word in (sys.argv[1:] if words is None else words))
+    return importlib.import_module("attack.model_command").ModelAttack if of_model else MiAttack
+
+
+def make_parser(argv: list[str] | None = None) -> Parser:
+    """Build the parser of a command line."""
+    return command_of(argv).parser()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line and return the exit status."""
+    return command_of(argv).main(argv)
+
 
 if __name__ == "__main__":
     with steady_output("mi_attack.py"):

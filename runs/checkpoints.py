@@ -27,6 +27,12 @@ SMALL = 2**16         # bytes: a smaller state is kept on the heap
 MOST_STEPS = 10**12   # of a client: more than any run makes, and still exact as a float
 
 
+def load_plain(path: Path) -> Any:
+    """Return ``torch.load`` of tensors and plain values only, on the CPU; whatever fails raises."""
+    with warnings.catch_warnings(action="ignore"):   # of old pickles, which are refused
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_checked(path: Path) -> dict[str, Any]:
     """Return ``torch.load`` of a dictionary of tensors and plain values only, on the CPU.
 
@@ -34,8 +40,7 @@ def load_checked(path: Path) -> dict[str, Any]:
         InputError: the file is missing, damaged, or holds anything that would have to be executed.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):   # of old pickles, which are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
         if not isinstance(content, dict):
             raise ValueError("no dictionary")
         return content
