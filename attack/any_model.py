@@ -200,7 +200,7 @@ def reordered(before: Callable[[Tensor], Tensor], goal: Tensor, shape: Sequence[
 
 def solve(attack: str, adversary: Adversary, observed: list[State], count: int,
           steps: int) -> tuple[Tensor, Tensor]:
-    """Invert gradients or updates of ``count`` images in all: images ``R x count x C x H x W``, labels ``count``."""
+    """Invert gradients or updates of ``count`` images in all: images ``R x count x C x H x W``, and labels."""
     each = count // len(observed)
     if each > 1 or steps > 1:
         run: Callable = partial(gradients.invert_update, steps=steps)
@@ -220,7 +220,7 @@ def invert_gradient(model: AnyModel, observed: State, attack: str = "cosine_tv",
         count: number of images behind the gradient or update.
         steps: number of SGD steps, of equal batches, whose gradients are summed.
         bn: ``train`` if the client's batch norm used the statistics of its batch, as in training; else ``eval``.
-        budget: ``restarts`` (3), ``iterations`` (300), ``tv`` (0.01), ``lr`` of the client's steps (0.1).
+        budget: ``restarts`` (3), ``iterations`` (300), ``tv`` (0.2), ``lr`` of the client's steps (0.1).
     """
     if why := unfit(attack, model, count, steps):
         raise InputError(why)
@@ -247,6 +247,6 @@ def invert_classes(model: AnyModel, labels: Tensor, attack: str = "margin", *, p
 
 
 def budget_of(restarts: float = 3, iterations: float = 300, epochs: float = 20, lr: float = 0.1,
-              tv: float = 1e-2) -> Budget:
+              tv: float = 0.2) -> Budget:
     """Return the limits of an attack on a model without latents."""
     return Budget(int(restarts), int(iterations), int(epochs), 1, lr, 1, tv=tv)

@@ -150,20 +150,20 @@ class MiAttack(Command):
         return word, unit.adversary, unit.words, identified, rank, "-" if attack.chooses else ssim
 
 
-def command_of(words: list[str] | None) -> type[MiAttack]:
+def command_of(words: Sequence[str]) -> type[MiAttack]:
     """Return the command that a command line calls: --model is an attack on a model of another program."""
-    of_model = any(word.split("=")[0] == "--model" for word in (sys.argv[1:] if words is None else words))
+    of_model = any(word.split("=")[0] == "--model" for word in words)
     return importlib.import_module("attack.model_command").ModelAttack if of_model else MiAttack
 
 
-def make_parser(argv: list[str] | None = None) -> Parser:
+def make_parser(argv: Sequence[str] = ()) -> Parser:
     """Build the parser of a command line."""
     return command_of(argv).parser()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return the exit status."""
-    return command_of(argv).main(argv)
+    return command_of(sys.argv[1:] if argv is None else argv).main(argv)
 
 
 if __name__ == "__main__":

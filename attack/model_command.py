@@ -65,7 +65,7 @@ class ModelAttack(MiAttack):
         Option("std", "what it divided by", float, [1.0], within=(1e-6, 1e3), several=True),
         Option("public", "NAME of a data set with the model's classes, for an evaluator, for gmi and for controls",
                pattern=DATA_NAME),
-        Option("tv", "weight of total variation in cosine_tv", float, 1e-2, within=(0, 1e3)),
+        Option("tv", "weight of total variation in cosine_tv", float, 0.2, within=(0, 1e3)),
         Option("run_name", "the folder under RESULTS_DIR (the name of the weights' file if not given)",
                pattern=NAME))
 

@@ -33,8 +33,9 @@ NAMES = ("headline", "partitions", "privacy_accuracy", "leakage", "member_infere
          "robustness", "new_clients", "speed")
 EXPERIMENTS = {name: importlib.import_module(name).EXPERIMENT for name in NAMES}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-PARSERS = {"attack/mi_attack.py": mi_attack.make_parser, "attack/membership.py": membership.make_parser,
-           "report.py": report.make_parser}
+PARSERS = {"attack/mi_attack.py": mi_attack.make_parser,
+           "attack/membership.py": lambda _: membership.make_parser(),
+           "report.py": lambda _: report.make_parser()}
 
 
 def parse(command):
@@ -44,7 +45,7 @@ def parse(command):
     if script == "RVE-PFL.py":
         return args_parser(argv)
     if script in PARSERS:
-        return PARSERS[script]().parse(argv)
+        return PARSERS[script](argv).parse(argv)
     name = script.removeprefix("experiments/").removesuffix(".py")
     if name not in EXPERIMENTS:
         return None

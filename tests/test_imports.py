@@ -19,7 +19,8 @@ SLOW = {"torch", "pandas", "matplotlib", "scipy", "torchmetrics", "byzfl", "dp_a
 EXPERIMENTS = [f"experiments/{path.name}" for path in sorted((ROOT / "experiments").glob("*.py"))
                if path.stem not in ("common", "speed")]   # speed.py is about PyTorch
 LINES = ["RVE-PFL.py --help", "RVE-PFL.py --lrate 1", "RVE-PFL.py --method local --prox 1",
-         "RVE-PFL.py --dataset nothing", "attack/mi_attack.py --help", "attack/mi_attack.py --runn x",
+         "RVE-PFL.py --dataset nothing", "attack/mi_attack.py --help", "attack/mi_attack.py --model x --help",
+         "attack/mi_attack.py --runn x",
          "attack/membership.py --run nothing", "report.py --help", "report.py --results_dir EMPTY",
          *(f"{path} --help" for path in EXPERIMENTS), "experiments/headline.py --list"]
 # Runs command lines in turn, and prints each with its exit status and the slow modules that are imported by then.

@@ -163,7 +163,8 @@ def test_help_states_the_readers_of_an_option_and_its_default():
 
 
 def test_documented_flags_exist():
-    parsers = (make_parser(), mi_attack.make_parser(), membership.make_parser(), report.make_parser())
+    parsers = (make_parser(), mi_attack.make_parser(), mi_attack.make_parser(["--model"]),
+               membership.make_parser(), report.make_parser())
     declared = {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
     assert {f"--{name}" for name in parsing.SYNONYMS.values()} <= declared
     text = "".join(path.read_text() for path in (
