@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import jvp, vjp
+from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack import classes, gradients, model_files, newton
@@ -40,6 +41,8 @@ class AnyModel(nn.Module):
         output_layer: the name of the layer that gives the class scores.
         dense_layer: the name of the first dense layer with a bias that sees one vector per image, or None.
         dense_size: the length of that vector.
+        patches: the names of a first convolution that cuts the image into patches, and of the positions that are
+            added to what it makes of them, as in a vision transformer; None without, or with too few channels.
     """
 
     over = staticmethod(gradients.one_by_one)   # how many problems are solved at a time
@@ -94,6 +97,25 @@ class AnyModel(nn.Module):
         dense = [(name, given.shape[1]) for name, layer, given in calls
                  if isinstance(layer, nn.Linear) and layer.bias is not None and given.ndim == 2]
         self.dense_layer, self.dense_size = dense[0] if dense else (None, 0)
+        self.patches = self._positions_behind(*calls[0][:2]) if calls else None
+
+    def _positions_behind(self, name: str, layer: nn.Module) -> tuple[str, str] | None:
+        """Return the names of a patches' layer and of the parameter with its output's gradient; None without."""
+        if not (isinstance(layer, nn.Conv2d) and layer.kernel_size == layer.stride and layer.padding == (0, 0)
+                and layer.groups == 1):
+            return None
+        made: list[Tensor] = []
+        weights = {key: value.detach().requires_grad_() for key, value in self.named_parameters()}
+        hook = layer.register_forward_hook(lambda _, given, output: made.append(output))
+        loss = functional_call(self, weights, (torch.rand(1, *self.image_shape),)).log_softmax(1)[0, 0]
+        hook.remove()
+        size, tokens = layer.out_channels, made[0][0, 0].numel()
+        asked = [key for key, value in weights.items()
+                 if size >= tokens and value.shape[-1:] == (size,) and value.numel() >= tokens * size]
+        goal, *slopes = torch.autograd.grad(loss, [made[0], *(weights[key] for key in asked)], allow_unused=True)
+        goal = goal[0].flatten(1).T
+        return next(((name, key) for key, slope in zip(asked, slopes, strict=True) if slope is not None
+                     and (slope.reshape(-1, size)[-tokens:] - goal).norm() <= EXACT * goal.norm()), None)
 
     def before_dense(self, x: Tensor) -> Tensor:
         """Return the input of ``dense_layer``, ``N x dense_size``."""
@@ -167,6 +189,8 @@ def unfit(attack: str, model: AnyModel, count: int, steps: int) -> str | None:
         return "no layer gives the class scores, so no label can be read off a gradient"
     if attack != "cosine_tv" and (count > 1 or steps > 1):
         return f"{attack} needs the gradient of one image"
+    if attack == "analytic" and model.patches:
+        return None
     if attack == "analytic" and model.dense_layer is None:
         return "analytic needs a dense layer with a bias that is given one vector per image"
     pixels = torch.Size(model.image_shape).numel()
@@ -177,9 +201,15 @@ def unfit(attack: str, model: AnyModel, count: int, steps: int) -> str | None:
 
 
 def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
-    """Recover the first dense layer's input exactly; the image is that input in another order, or is searched."""
+    """Recover the first dense layer's input exactly; the image is that input reordered, or is searched.
+
+    A vision transformer's image follows from its patches' convolution and positions (``from_patches``).
+    """
     head, budget = held(adversary.knowledge.next_head), adversary.budget
     assert isinstance(head, AnyModel)
+    labels = gradients.single_labels(observed, head.output_layer)
+    if head.patches:
+        return torch.stack([from_patches(head, *head.patches, one) for one in observed])[None], labels
     goal = torch.stack([newton.dense_input(one, head.dense_layer or "") for one in observed])
     before = gradients.one_by_one(lambda x: head.before_dense(x[None])[0])
     found = reordered(before, goal, head.image_shape)[None]
@@ -187,7 +217,22 @@ def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[T
     if wrong:
         start = adversary.random_inputs(count, *head.image_shape)
         found, _ = gradients.from_features(before, goal, start, budget.iterations, 1e-4, True, lr=0.1)
-    return found.clamp(0, 1), gradients.single_labels(observed, head.output_layer)
+    return found.clamp(0, 1), labels
+
+
+def from_patches(model: AnyModel, layer: str, positions: str, observed: State) -> Tensor:
+    """Return the image ``C x H x W`` behind a vision transformer's gradient (APRIL, Lu et al. 2022, CVPR).
+
+    The gradient of the positions is that of the patches' tokens, ``T x D``, and the one of the convolution is the
+    sum over patches of token gradient times patch: D equations for T unknowns, for each pixel of a patch.
+    """
+    convolution = observed[f"{layer}.weight"].double()
+    side, size = convolution.shape[2:], len(convolution)
+    tokens = observed[positions].double().reshape(-1, size)
+    count = model.image_shape[1] // side[0] * (model.image_shape[2] // side[1])
+    patches = torch.linalg.lstsq(tokens[-count:].T, convolution.flatten(1), driver="gelsd").solution   # T x pixels
+    image = F.fold(patches.T, model.image_shape[1:], tuple(side), stride=tuple(side)).float()
+    return (image * model.std + model.mean).clamp(0, 1)
 
 
 def reordered(before: Callable[[Tensor], Tensor], goal: Tensor, shape: Sequence[int]) -> Tensor:

@@ -103,6 +103,15 @@ def test_a_vit_is_attacked(digits):
     assert psnr(many, images[:1]) > psnr(few, images[:1]) + 1
 
 
+def test_a_vits_image_follows_from_its_positions(digits):
+    """Exactly, on normalised images; without positions, `analytic` needs the dense layer again."""
+    (images, labels), model = digits, model_of("vit", mean=[0.2], std=[0.5])
+    assert model.patches == ("net.patches", "net.position")
+    found, label = invert_gradient(model, gradient_of(model, images[:1], labels[:1]), "analytic")
+    assert psnr(found, images[:1]) > 60 and torch.equal(label, labels[:1])
+    assert model_of("resnet").patches is None and model_of("lenet").patches is None
+
+
 @pytest.mark.parametrize("flatten", [nn.Flatten(), nn.Sequential(nn.AvgPool2d(1), nn.Flatten())])
 def test_the_input_of_a_first_dense_layer_is_exact(flatten, digits):
     images, labels = digits
