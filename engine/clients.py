@@ -167,7 +167,10 @@ class Clients:
                              self.splits_in(number)[client][0], head, self.run.states.get(client))
 
     def _new_client(self, number: int, client: int, head: State) -> list[dict]:
-        """Return a new client's rows: behind the final head (``new``) and alone (``alone``), by its images."""
+        """Return a new client's rows: behind the final head (``new``) and alone (``alone``), by its images.
+
+        ``new_0`` is the model as the client receives it, without training.
+        """
         trainer, first = self.trainer_in(number), self.run.states.get(client)
         state = replace(first, parameters=trainer.model.joined(head, first.parameters))
         images = self.splits_in(number)[client][0]
@@ -178,7 +181,9 @@ class Clients:
         # Nothing was sent to a client on its own, so no proximal term holds it there.
         alone = replace(behind, part="all", options={**behind.options, "prox": 0.0})
         shared, private = trainer.method.shared_and_private(self.start)
-        rows, start = [], ClientState(private)
+        start, held_out = ClientState(private), self.splits_in(number)[client][1]
+        rows = [self._row(number, client, "new_0", self.run.evaluation_split,
+                          trainer.evaluate(client, number + 1, held_out, head, state))]
         for training, name, begin in ((behind, "new", (head, state)), (alone, "alone", (shared, start))):
             for size, chosen in (("10", images[:10]), ("50", images[:50]), ("all", images)):
                 rows += self._further(replace(trainer, training=training), number, client, f"{name}_{size}",

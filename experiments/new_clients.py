@@ -1,7 +1,8 @@
 """Measure what the shared parameters are worth to clients that join after training.
 
 A quarter of 20 clients takes no part in the rounds. Each then trains its private part behind the final head, or
-with FedAvg the whole model, on 10, 50 or all of its images. `alone` is the same network trained from its start.
+with FedAvg the whole model, on 10, 50 or all of its images; `new_0` is not trained. `alone` is the same network
+trained from its start.
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ PARTITIONS = ("shards", "iid")
 SCALE = {"rounds": 5, "local_ep": 2, "local_bs": 64, "num_users": 20, "new_clients": 0.25, "new_ep": 5,
          "eval_every": 5}
 SIZES = ("10", "50", "all")   # images of a new client
-COLUMNS = [f"{kind}_{size}" for size in SIZES for kind in ("new", "alone")]
+COLUMNS = ["new_0", *(f"{kind}_{size}" for size in SIZES for kind in ("new", "alone"))]
 
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
@@ -49,6 +50,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     figure, axes = panels(rows["partition"].nunique(), sharey=True)
     for panel, (partition, part) in zip(axes, rows.groupby("partition", sort=False), strict=True):
         for i, (method, own) in enumerate(part.groupby("method", sort=False)):
+            panel.plot("0", own["new_0"].mean(), "o", color=f"C{i}")
             for kind, line in (("new", "o-"), ("alone", "o:")):
                 panel.plot(SIZES, own[[f"{kind}_{size}" for size in SIZES]].mean(), line, color=f"C{i}",
                            label=method if kind == "new" else f"{method}, alone")
@@ -62,8 +64,8 @@ EXPERIMENT = Experiment(
     name="new_clients", question="What are the shared parameters worth to a client that joins later?",
     tasks=tasks, measure=measure, settings=["partition", "method"], tabulate=lambda rows: rows,
     keys={"partition": "partition", "method": "method"}, spread="new_10", draw=draw,
-    values={f"{kind}_{size}": (f"{size} images" if kind == "new" else "alone", "{:.3f}")
-            for size in SIZES for kind in ("new", "alone")})
+    values={name: ("alone" if name.startswith("alone") else f"{name.removeprefix('new_')} images", "{:.3f}")
+            for name in COLUMNS})
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

@@ -29,7 +29,7 @@ from runs.csvs import append_csv, csv_columns, cut_csv
 from server.base import Aggregated, Round, Server, State, is_finite
 from server.malicious import MaliciousClients
 from update import ClientState
-from utils import InputError, Late, duration, nearby, typed, write_whole
+from utils import InputError, Late, duration, nearby, participants, typed, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -232,7 +232,7 @@ class Run:
             index=False, na_rep="-", float_format="%.4f")
         details = _details(deployed.iloc[-1]) + _best(deployed) * (self.options["preset"] is not None)
         everybody = self.options["frac"] == 1 and not self.options["malicious_frac"]
-        who = f"{self.clients} clients" if everybody else "honest clients (trained: those that trained)"
+        who = f"{participants(self.options)} clients" if everybody else "honest clients (trained: those that trained)"
         return (f"\n{self._title()}\nround {last['round'].max()}, split {self.evaluation_split}, means over "
                 f"{who}; images: share of all images\n{shown}\n{details}"
                 f"results:     {nearby(self.results)}\npicture:     {nearby(self.results / 'curves.png')}\n"

@@ -1,6 +1,7 @@
 """The baselines' local training, fine-tuning, local steps, and new clients: each against training by hand."""
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -119,6 +120,10 @@ def stages(place, number):
                                                                    & (rows["split"] == "test")].groupby("stage")}
 
 
+def held_out_of(place, client):
+    return np.load(place.results / "partition.npz")[f"test_{client}"]
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """What each call of ``train_each`` from here on trains: client, round, trainer, images, start, outcome."""
@@ -160,10 +165,13 @@ def test_new_clients_train_behind_the_final_head_and_alone(place, method, traine
     final = load_checked(place.models / "round_2" / "server.pt")["head"]
     assert set(load_checked(place.models / "round_1" / "shared.pt")["uploads"]) == {0, 1}
     first = load_checked(place.models / "round_1" / "shared.pt")["sent"]
-    kinds = {f"{kind}_{size}" for kind in ("new", "alone") for size in ("10", "50", "all")}
+    kinds = {"new_0", *(f"{kind}_{size}" for kind in ("new", "alone") for size in ("10", "50", "all"))}
     rows = stages(place, 2)
     assert set(rows) == kinds | {"trained", "deployed"} and set(rows["deployed"].index) == {0, 1}
     assert all(set(rows[kind].index) == {2, 3} for kind in kinds)
+    received = pd.read_csv(place.results / "clients.csv").query("stage == 'new_0' and client == 2")["loss"].item()
+    trainer, (_, state) = trained[-12][2], trained[-12][4]   # of client 2
+    assert trainer.evaluate(2, 3, held_out_of(place, 2), final, state)["loss"] == pytest.approx(received)
     later = [entry for entry in trained if entry[0] >= 2]
     assert len(later) == 12 and {entry[1] for entry in later} == {3}
     for behind, alone in zip([*later[:3], *later[6:9]], [*later[3:6], *later[9:]], strict=True):
@@ -187,8 +195,8 @@ def test_new_clients_are_neither_malicious_nor_attacked(place, capsys):
         assert place.main("--method", "fedavg", "--num_users", 4, "--new_clients", 0.5, "--malicious_frac", 0.5,
                           "--rounds", 1, "--new_ep", 1, "--seed", seed, "--overwrite") == 0
         assert pd.read_csv(place.results / "server.csv").groupby("round")["malicious"].sum().tolist() == [1]
-    words = [word for name in ("results", "models", "data") for word in (f"--{name}_dir", str(place.folder / name))]
-    assert mi_attack.main(["--run", "run", "--clients", "2", *words]) == 2
+    places = (f"--{name}_dir={place.folder / name}" for name in ("results", "models", "data"))
+    assert mi_attack.main(["--run", "run", "--clients", "2", *places]) == 2
     assert "--clients 2: the clients that train in the run are 0 to 1" in capsys.readouterr().err
 
 
