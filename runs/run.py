@@ -232,7 +232,8 @@ class Run:
             index=False, na_rep="-", float_format="%.4f")
         details = _details(deployed.iloc[-1]) + _best(deployed) * (self.options["preset"] is not None)
         everybody = self.options["frac"] == 1 and not self.options["malicious_frac"]
-        who = f"{participants(self.options)} clients" if everybody else "honest clients (trained: those that trained)"
+        who = (f"{participants(self.options)} clients" if everybody
+               else "honest clients (trained: those that trained)")
         return (f"\n{self._title()}\nround {last['round'].max()}, split {self.evaluation_split}, means over "
                 f"{who}; images: share of all images\n{shown}\n{details}"
                 f"results:     {nearby(self.results)}\npicture:     {nearby(self.results / 'curves.png')}\n"
