@@ -206,7 +206,7 @@ VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", PRIOR_APART: 0.5, KL_WEIGHT: 
                INIT_LOGVAR: -2.0, EVAL_SAMPLES: 8}
 NBAFL = {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}
 CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER: None}
-DP_SGD = {**CLIENT_DP, DELTA: 1e-5}
+DP_SGD = {**CLIENT_DP, LR: 3e-3, DELTA: 1e-5}
 
 HEAD = ("classifier.",)   # of the comparison CNN, this is all of it
 ON_CIFAR = {"cifar": {AUGMENT: "flip+shift"}}
@@ -258,7 +258,7 @@ METHODS = {
         settle=client_dp_budget),
     "dp_sgd": Method(
         "example-level DP in each client", "Abadi et al. 2016, arXiv 1607.00133", models.CNN, HEAD, DP_SGD,
-        CNN_ON_CIFAR, CNN_ON_MIXED, trainer=dp_training.DPTrainer, settle=dp_sgd_budget),
+        CNN_ON_CIFAR, trainer=dp_training.DPTrainer, settle=dp_sgd_budget),
     "dropout": Method(
         "a dropout before the last layer", "Zheng 2021, arXiv 2108.11106", models.DropoutCNN, HEAD,
         TRAINING, CNN_ON_CIFAR, CNN_ON_MIXED),
