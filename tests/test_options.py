@@ -5,6 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
+import methods
 import options
 import parsing
 import report
@@ -173,3 +174,18 @@ def test_documented_flags_exist():
     text = re.sub(r"experiments/\w+\.py(?:\\\n|[^`\n])*", "", text)   # with options of their own
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", text))
     assert len(flags) > 5 and flags <= declared, flags - declared
+
+
+def test_the_table_of_defaults_is_that_of_the_rows():
+    """The page docs/options.md lists the defaults that depend on the method, the partition or the data set."""
+    settings = [(data, partition) for data in ("mnist", "cifar") for partition in ("shards", "dirichlet", "iid")]
+    lines = []
+    for option in (methods.AUGMENT, methods.HEAD_LR, methods.LR, methods.PRIVATE_EP, methods.PROX):
+        groups = {}
+        for name in readers(option, METHODS):
+            values = tuple(METHODS[name].default(option, *setting) for setting in settings)
+            groups.setdefault(values, []).append(f"`{name}`")
+        lines += [f"| `--{option.name}` | {', '.join(names)} | {' | '.join(map(str, values))} |"
+                  for values, names in groups.items()]
+    page = (ROOT / "docs" / "options.md").read_text()
+    assert page.split("| --- |\n")[1].split("<!-- end -->")[0].splitlines() == lines, "\n".join(lines)
