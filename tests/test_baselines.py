@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import server_options
+from conftest import ROOT, server_options
 from test_update import FIRST, equal, make, update_of, without_draws
 
 from attack import adversaries, members, mi_attack, target
@@ -253,3 +253,14 @@ def test_the_step_of_a_loss_has_what_was_sent(tiny_arrays):
     with torch.no_grad():
         client.model.personal.output.bias += 0.1
         assert ditto(step) < loss == proximal(step)
+
+
+@pytest.mark.slow
+def test_private_last_layers_beat_fedavg_with_two_classes_per_client(place):
+    """As Collins et al. (2021, table 1) report for FedRep, and Li et al. (2021) for Ditto."""
+    accuracy = {}
+    for method in ("fedavg", "fedrep", "ditto"):
+        assert place.main("--dataset", "mnist10k", "--data_dir", ROOT / "data", "--method", method, "--rounds", 2,
+                          "--num_users", 10, "--local_bs", 64, "--overwrite") == 0
+        accuracy[method] = stages(place, 2)["deployed"]["accuracy"].mean()
+    assert min(accuracy["fedrep"], accuracy["ditto"]) > accuracy["fedavg"] + 0.1, accuracy
