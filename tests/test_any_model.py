@@ -249,6 +249,7 @@ def rows_of(run):
     return table.assign(control=table["control"].fillna(""))
 
 
+@pytest.mark.slow
 def test_images_alone_are_attacked_with_controls_and_verdicts(folder, capsys):
     """Their gradients are simulated; the public images bring an evaluator, and a second call goes on."""
     labels = np.repeat(np.arange(4), 100)
@@ -284,6 +285,27 @@ def test_given_gradients_are_scored_against_their_images(folder):
     assert table["psnr"][0] > 30 > table["psnr"][1]
     assert attack("--update", "w.pt", "after.pt", "--lr", 0.05, "--run_name", "update", *flags) == 0
     assert rows_of("update")["psnr"][0] > 25
+    images, labels = pictures(8)
+    model = load_model("net.py:LeNet", "w.pt", SHAPE)
+    torch.save(gradient_of(model, images[1:2], labels[1:2]), "g.pt")   # of the second image, scored as the first
+    with pytest.raises(InputError, match="missing: body.0.weight"):
+        load_gradient("g.pt", model)
+    torch.save(list(gradient_of(model, images[1:2], labels[1:2]).values()), "g.pt")
+    assert attack("--weights", "w.pt", "--gradient", "g.pt", "--run_name", "wrong", *flags) == 0
+    wrong = rows_of("wrong")
+    torch.testing.assert_close(wrong["psnr"][0], wrong["psnr"][1], rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("bn", ["train", "eval"])
+def test_the_command_takes_batch_norms_mode(folder, bn):
+    """For gradients alone: a class is inverted with running statistics."""
+    torch.save(nets.ResNet20().state_dict(), "r.pt")
+    words = f"--model net.py:ResNet20 --weights r.pt --images true.npz --results_dir results --tv 0.5 --bn {bn}"
+    command = mi_attack.command_of(words.split())
+    evaluation = command(command.parser().parse(words.split())).evaluation
+    knowledge = evaluation.of_model.knowledge
+    assert knowledge.next_head.net.bn1.track_running_stats == (bn == "eval")
+    assert knowledge.head.net.bn1.track_running_stats and evaluation.budget.tv == 0.5
 
 
 def test_without_true_images_there_are_pictures_and_no_verdict(folder, capsys):
