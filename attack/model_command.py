@@ -135,8 +135,8 @@ class ModelAttack(MiAttack):
         if inputs.public is not None:
             lines.append(f"evaluator: right on {self.evaluation.evaluator.accuracy:.1%} of images that it was not "
                          "trained on")
-        if inputs.images is None and (inputs.given or inputs.public is None):
-            lines.append("no verdict without true images (--images) or, on classes, public ones (--public)")
+        if inputs.public is None or (inputs.given and inputs.images is None):
+            lines.append("no verdict (-) without true images (--images) or, on classes, public ones (--public)")
         return lines
 
     def pictures(self, plan: list[Unit], rows: list[dict]) -> list[str]:

@@ -94,6 +94,29 @@ def test_cosine_tv_finds_more_than_the_class():
 
 
 @pytest.mark.slow
+def test_cosine_tv_finds_more_than_the_class_in_a_trained_resnet():
+    """By SSIM, from gradients with running statistics."""
+    data = np.load(ROOT / "data" / "mnist10k.npz")
+    pixels = torch.from_numpy(data["train_images"][:2660]).reshape(-1, 1, 28, 28).float() / 255
+    images, labels = nn.functional.pad(nn.functional.avg_pool2d(pixels, 2), (1, 1, 1, 1)), torch.from_numpy(
+        data["train_labels"][:2660]).long()
+    torch.manual_seed(0)
+    net = nets.ResNet20(1, 10, 8).train()
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    for x, y in zip(images[100:].split(64), labels[100:].split(64), strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    model, threes = AnyModel(net, (1, 16, 16)), (labels[:100] == 3).nonzero()[:2, 0]
+    images, labels = images[threes], labels[threes]
+    seen = [gradient_of(model, images[i:i + 1], labels[i:i + 1], "eval") for i in (0, 1)]
+    found = torch.cat([invert_gradient(model, one, bn="eval", restarts=1, iterations=200, tv=0.02)[0]
+                       for one in seen])
+    own, foreign = (scoring.ssim(pictures, images).mean() for pictures in (found, found.flip(0)))
+    assert own > foreign + 0.1
+
+
+@pytest.mark.slow
 def test_a_vit_is_attacked(digits):
     """Attention is differentiated twice; the search comes nearer the image than it started."""
     images, labels = digits
