@@ -23,6 +23,8 @@ RUNS = {method: (*THREE, "--method", method, "--rounds", 2, "--save_rounds", 1)
         for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper")}
 RUNS |= {"by_heart": (*THREE, "--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--rounds", 2,
                       "--save_rounds", 1, "--local_ep", 20),
+         "sum": (*THREE, "--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--rounds", 1,
+                 "--local_ep", 20, "--secure_aggregation"),
          "priors": (*THREE, "--prior", "class", "--kl_weight", 0.1, "--rounds", 2),
          "some": (*THREE, "--rounds", 6, "--frac", 0.6, "--local_ep", 2),
          "pair": ("--method", "fedavg", "--num_users", 2, "--rounds", 1)}
@@ -154,6 +156,12 @@ def test_what_was_learnt_by_heart_leaks(trained, capsys):
     assert set(zip(table["adversary"], table["attack"], strict=True)) == fits("fedavg")
     assert (table["auc"] >= 0.7).all(), table["auc"]
     assert capsys.readouterr().out.count("\nleaks ") == 5
+
+
+def test_the_sum_of_what_was_learnt_by_heart_leaks(trained):
+    assert trained.attack("sum", "--public", "other", *SERVER, "--overwrite") == 0
+    row, = trained.csv("sum", "membership.csv").to_dict("records")
+    assert row["attack"] == "sum_loss" and row["auc_low"] > 0.5, row
 
 
 def test_fedmia_standardises_by_the_other_clients(trained, monkeypatch):
