@@ -57,6 +57,13 @@ def test_the_label_is_read_off_one_gradient(name, digits):
         gradients.labels_of(seen, 2, output=model.output_layer)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_label_does_not_depend_on_the_features_sign(sign):
+    """By hand: the last layer's gradient is the outer product of probabilities less one-hot, and features."""
+    slope = torch.tensor([0.2, 0.5, -0.9, 0.2])
+    assert gradients.labels_of({"output.weight": torch.outer(slope, sign * torch.ones(3))}, 1).tolist() == [2]
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_a_gradient_is_what_pytorch_computes(name, digits):
     """In train and eval mode, on normalised images, under the model's own names; buffers do not change."""
