@@ -25,8 +25,8 @@ def rows(table: dict) -> str:
     return ", ".join(f"{name} ({row.about})" for name, row in table.items())
 
 
-CLASSES_PER_CLIENT = Option("classes_per_client", "classes per client, with --partition shards (default: 2)", int,
-                            within=(1, HUGE), group="data")
+CLASSES_PER_CLIENT = Option("classes_per_client", "classes per client, with --partition shards or pathological "
+                            "(default: 2)", int, within=(1, HUGE), group="data")
 ALPHA = Option("alpha", "concentration of --partition dirichlet, small is heterogeneous (default: 0.1)", float,
                within=(1e-4, 1e6), group="data")
 TEST_SHARE = Option("test_share", "share of each client's images that is held out for testing (default: 0.1)",
@@ -45,17 +45,19 @@ STACK = Option("stack", "clients trained at a time as one stacked model; 1: one 
 
 PRESETS: dict[str, dict[str, Any]] = {   # name -> defaults; flags override them
     # https://github.com/TsingZ0/PFLlib, the defaults of system/main.py and dataset/utils/dataset_utils.py
-    "pfllib": {"num_users": 20, "test_share": 0.25, "rounds": 2000, "frac": 1.0, "local_ep": 1, "local_bs": 10,
-               "optimizer": "sgd", "lr": 0.005, "lr_decay": 0.0, "lr_warmup": 0.0, "augment": "none"}}
+    "pfllib": {"partition": "pathological", "num_users": 20, "test_share": 0.25, "rounds": 2000, "frac": 1.0,
+               "local_ep": 1, "local_bs": 10, "optimizer": "sgd", "lr": 0.005, "lr_decay": 0.0, "lr_warmup": 0.0,
+               "augment": "none"}}
 
 COMMON = [   # in the order of --help
     Option("dataset", "mnist, fmnist, cifar (downloaded on first use), 10,000 images of one of them as in "
            "mnist10k (included), or the NAME of any DATA_DIR/NAME.npz", default="mnist", pattern=DATA_NAME,
            group="data"),
     Option("data_dir", "folder of the data sets", Path, ROOT / "data", group="data"),
-    Option("partition", "distribution of the images over clients: at random, a fixed number of classes each, "
-           "Dirichlet class mixtures, or the data file's `client` array", default="shards",
-           choices=("iid", "shards", "dirichlet", "file"), group="data"),
+    Option("partition", "distribution of the images over clients: at random, a fixed number of classes each, the "
+           "same with the classes in order as in PFLlib, Dirichlet class mixtures, or the data file's `client` "
+           "array", default="shards",
+           choices=("iid", "shards", "pathological", "dirichlet", "file"), group="data"),
     CLASSES_PER_CLIENT,
     ALPHA,
     UNEQUAL,
@@ -141,7 +143,7 @@ class Need:
 
 
 NEEDS = [
-    Need(CLASSES_PER_CLIENT, "partition", lambda kind: kind == "shards", 2),
+    Need(CLASSES_PER_CLIENT, "partition", lambda kind: kind in ("shards", "pathological"), 2),
     Need(ALPHA, "partition", lambda kind: kind == "dirichlet", 0.1),
     Need(TEST_SHARE, "keep_split", lambda kept: not kept, 0.1, harmless=0.1),
     Need(UNEQUAL, "partition", lambda kind: kind != "file", harmless=False),

@@ -22,7 +22,8 @@ def partition(labels: np.ndarray, num_clients: int, kind: str, rng: Generator, *
 
     Args:
         labels: the class of every image, ``N`` integers.
-        kind: ``iid``, ``shards`` (a fixed number of classes per client) or ``dirichlet``.
+        kind: ``iid``, ``shards`` (a fixed number of classes per client), ``pathological`` (the same, but
+            clients next to each other have the same classes, in their order) or ``dirichlet``.
         alpha: concentration of ``dirichlet``: small is heterogeneous (Hsu et al. 2019).
         unequal: whether clients' sizes, or the expected sizes of ``dirichlet``, are log-normal (sigma 0.5).
         min_images: the least of a client under ``dirichlet``, if there are enough images.
@@ -37,8 +38,8 @@ def partition(labels: np.ndarray, num_clients: int, kind: str, rng: Generator, *
     shares /= shares.sum()
     if kind == "iid":
         owned = _iid(len(labels), shares, rng)
-    elif kind == "shards":
-        owned = _shards(labels, shares, classes_per_client, rng)
+    elif kind in ("shards", "pathological"):
+        owned = _shards(labels, shares, classes_per_client, rng, in_order=kind == "pathological")
     else:
         min_images = min(max(min_images, MIN_IMAGES), len(labels) // num_clients)
         owned = _dirichlet(labels, shares, alpha, min_images, rng)
@@ -55,9 +56,13 @@ def _iid(num_images: int, shares: np.ndarray, rng: Generator) -> list[np.ndarray
     return np.split(rng.permutation(num_images), _cut(num_images, shares, MIN_IMAGES))
 
 
-def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
-            rng: Generator) -> list[np.ndarray]:
-    """Give each client ``classes_per_client`` classes and equally many images of each; some images stay unused."""
+def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int, rng: Generator,
+            in_order: bool) -> list[np.ndarray]:
+    """Give each client ``classes_per_client`` classes and equally many images of each; some images stay unused.
+
+    Classes are dealt ``in_order`` as PFLlib does (github.com/TsingZ0/PFLlib): all clients of the first classes
+    come first. Otherwise they are drawn.
+    """
     classes, counts = np.unique(labels, return_counts=True)
     if classes_per_client > len(classes):
         raise InputError(f"--classes_per_client {classes_per_client}: the data has {len(classes)} classes")
@@ -66,6 +71,9 @@ def _shards(labels: np.ndarray, shares: np.ndarray, classes_per_client: int,
     for client, share in enumerate(shares):
         # The least loaded classes, ties at random: loads stay within one client of each other.
         chosen = np.lexsort((rng.random(len(classes)), load))[:classes_per_client]
+        if in_order:
+            group = client // -(-len(shares) * classes_per_client // len(classes))   # of the same classes
+            chosen = np.arange(group * classes_per_client, (group + 1) * classes_per_client) % len(classes)
         load[chosen] += share
         for c in chosen:
             holders[c].append(client)
@@ -152,7 +160,7 @@ def unused(labels: np.ndarray, owned: list[np.ndarray], names: np.ndarray) -> st
         return None
     short = np.where(holders > 0, counts - used, len(labels)).argmin()
     absent = ", ".join(map(str, names[holders == 0][:10]))
-    return (f"--partition shards leaves {(counts - used).sum():,} of {len(labels):,} images unused: class "
+    return (f"the partition leaves {(counts - used).sum():,} of {len(labels):,} images unused: class "
             f"{names[short]} is short, {counts[short]:,} for {holders[short]} clients, and a client has as many "
             "images of each of its classes" + (f"; no client has class {absent}" if absent else ""))
 
@@ -186,7 +194,7 @@ def described(data: Dataset, owned: list[np.ndarray], splits: list, args: Namesp
     notes = list(data.notes)
     if data.names[-1] != data.num_classes - 1:   # numbered anew
         facts["labels"] = data.names.tolist()
-    if args.partition == "shards" and (note := unused(data.labels, owned, data.names)):
+    if args.partition in ("shards", "pathological") and (note := unused(data.labels, owned, data.names)):
         notes.append(note)
     if not args.resplit:   # which draws other splits in every round
         facts["duplicates"], own = twins(data.images, splits)

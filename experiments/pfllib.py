@@ -18,7 +18,7 @@ METHODS: dict[str, Options] = {"fedavg": {}, "fedper": {}, "rve_pfl": {"aggregat
 def tasks(seeds: Sequence[int]) -> list[Task]:
     """Return the runs, seed after seed."""
     found = []
-    for seed, partition, method in product(seeds, ("shards", "dirichlet"), METHODS):
+    for seed, partition, method in product(seeds, ("pathological", "dirichlet"), METHODS):
         run, key = f"pfllib-{partition}-{method}-seed{seed}", {"partition": partition, "method": method}
         options = {"preset": "pfllib", "dataset": "fmnist", **key, **METHODS[method], "rounds": ROUNDS,
                    "seed": seed}

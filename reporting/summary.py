@@ -53,7 +53,8 @@ class Finished:
     def partition(self) -> str:
         """The partition in words, such as `shards 2, unequal`."""
         partition = self.options["partition"]
-        value = self.options.get({"shards": "classes_per_client", "dirichlet": "alpha"}.get(partition))
+        value = next((self.options[name] for name in ("classes_per_client", "alpha")
+                      if self.options.get(name) is not None), None)   # what the partition does not read is None
         unequal = ", unequal" if self.options.get("unequal") else ""
         return f"{partition}{'' if value is None else f' {value:g}'}{unequal}"
 

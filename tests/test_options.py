@@ -144,7 +144,8 @@ def test_a_preset_sets_defaults_and_flags_win():
     assert (args.num_users, args.test_share, args.rounds, args.frac) == (20, 0.25, 2000, 1)
     assert (args.local_ep, args.local_bs, args.lr, args.optimizer) == (1, 10, 0.005, "sgd")
     assert (args.lr_decay, args.lr_warmup, args.momentum, args.augment) == (0, 0, 0, "none")
-    assert (args.dataset, args.partition, args.method, args.preset) == ("mnist", "shards", "rve_pfl", "pfllib")
+    assert (args.dataset, args.partition, args.classes_per_client) == ("mnist", "pathological", 2)
+    assert (args.method, args.preset) == ("rve_pfl", "pfllib")
     line = "--lr 0.1 --preset pfllib --rounds 3 --dataset cifar --augment flip --test_share 0.1"
     args = args_parser(line.split())
     assert (args.lr, args.rounds, args.augment, args.test_share, args.num_users) == (0.1, 3, "flip", 0.1, 20)
@@ -152,7 +153,8 @@ def test_a_preset_sets_defaults_and_flags_win():
     assert (args.local_ep, args.local_steps, args.test_share) == (None, 5, 0.1)
     assert args_parser([]).num_users == 10 and args_parser([]).preset is None   # nothing is left of it
     assert all(args_parser(["--preset", "pfllib", "--method", name]).lr == 0.005 for name in METHODS)
-    assert "pfllib is --num_users 20 --test_share 0.25" in " ".join(make_parser().format_help().split())
+    text = " ".join(make_parser().format_help().split())
+    assert "pfllib is --partition pathological --num_users 20 --test_share 0.25" in text
 
 
 def test_help_states_the_readers_of_an_option_and_its_default():

@@ -39,6 +39,15 @@ def test_shards_give_exactly_that_many_classes(clients, classes, unequal, seed):
     assert unequal or len({len(indices) for indices in owned}) == 1
 
 
+def test_pathological_partitions_deal_classes_in_order():
+    """As PFLlib does with 20 clients; three classes for 10 clients wrap around."""
+    counts = counts_of(dealt("pathological", 20), LABELS, 10) > 0
+    pairs = np.arange(20) // 4 * 2   # the first class of each client
+    assert [np.flatnonzero(row).tolist() for row in counts] == np.stack([pairs, pairs + 1], 1).tolist()
+    counts = counts_of(dealt("pathological", 10, classes_per_client=3), LABELS, 10) > 0
+    assert counts.sum(1).tolist() == [3] * 10 and np.flatnonzero(counts[9]).tolist() == [0, 1, 9]
+
+
 @SETTINGS
 @given(st.integers(1, 200), st.sampled_from([0.01, 0.5, 10.0]), st.booleans(), st.integers(0, 9))
 def test_dirichlet_uses_every_image_and_keeps_the_floor(clients, alpha, unequal, seed):
