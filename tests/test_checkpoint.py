@@ -70,7 +70,8 @@ def write(tmp_path):
 def test_whatever_is_written_is_accepted(write):
     for flags in (*(["--method", method, "--partition", "dirichlet", "--resplit"] for method in METHODS),
                   *(["--method", "fedavg", "--aggregation", rule, "--malicious_frac", "0.3"] for rule in RULES),
-                  ["--encoders_from", "other run", "--lr_decay", "0", "--device", "cuda:1", "--stack", "3"],
+                  ["--encoders_from", "other run", "--lr_decay", "0", "--device", "cuda:1"],
+                  ["--method", "fedavg", "--stack", "3", "--local_steps", "7"],
                   ["--method", "client_dp", "--noise_multiplier", "1", "--data_dir", "/tmp/é ü"]):
         options = stored(*flags)
         assert configs.read(write(options, server={"epsilon": float("inf")}), *options)["options"] == options
