@@ -230,22 +230,22 @@ METHODS = {
         "everything shared", "McMahan et al. 2017, arXiv 1602.05629", models.CNN, HEAD, TRAINING,
         CNN_ON_CIFAR, CNN_ON_MIXED),
     "local_cnn": Method(
-        "the CNN, nothing shared", "", models.CNN, (), {LR: 1e-3, AUGMENT: "none"}, CNN_ON_CIFAR, CNN_ON_MIXED),
+        "the CNN, nothing shared", "", models.CNN, (), {LR: 3e-3, AUGMENT: "none"}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "fedprox": Method(
-        "a proximal term", "Li et al. 2020, arXiv 1812.06127", models.CNN, HEAD, {**TRAINING, PROX: 0.1},
+        "a proximal term", "Li et al. 2020, arXiv 1812.06127", models.CNN, HEAD, {**TRAINING, PROX: 1.0},
         CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.proximal),
     "fedper": Method(
         "a private last layer", "Arivazhagan et al. 2019, arXiv 1912.00818", models.CNN,
         ("classifier.features.",), {**TRAINING, LR: 3e-3}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "fedrep": Method(
         "a private last layer, trained before the others", "Collins et al. 2021, arXiv 2102.07078", models.CNN,
-        ("classifier.features.",), {**TRAINING, LR: 3e-3, PRIVATE_EP: 1}, CNN_ON_CIFAR, CNN_ON_MIXED),
+        ("classifier.features.",), {**TRAINING, LR: 3e-3, PRIVATE_EP: 5}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "ditto": Method(
         "beside the shared CNN a private one, held near it", "Li et al. 2021, arXiv 2012.04221", models.Ditto,
-        HEAD, {**TRAINING, PROX: 0.1}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.ditto),
+        HEAD, {**TRAINING, PROX: 0.01}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.ditto),
     "fedsr": Method(
         "noisy features, held near a private class prior", "Nguyen et al. 2022, NeurIPS", models.FedSR, HEAD,
-        {**TRAINING, KL_WEIGHT: 1e-3, L2_WEIGHT: 0.01}, CNN_ON_CIFAR, CNN_ON_MIXED),
+        {**TRAINING, LR: 3e-3, KL_WEIGHT: 1e-3, L2_WEIGHT: 0.01}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "nbafl": Method(
         "noise before aggregation", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
         NBAFL, CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.NbAFL, settle=clip_without_uploads),

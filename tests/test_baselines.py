@@ -149,7 +149,7 @@ def test_fine_tuning_changes_nothing_but_its_own_rows(place, method, trained):
     assert "finetuned" not in stages(place, 1) and set(stages(place, 2)["finetuned"].index) == {0, 1}
     for _, _, _, images, (sent, state), outcome in trained[-2:]:   # FedRep trains its private part first
         assert equal(sent, head)
-        assert outcome.client_state.steps - state.steps == -(-images // 32) * (4 if method == "fedrep" else 3)
+        assert outcome.client_state.steps - state.steps == -(-images // 32) * (8 if method == "fedrep" else 3)
     assert (stages(place, 2)["finetuned"]["loss"] < stages(place, 2)["deployed"]["loss"]).all()
 
 

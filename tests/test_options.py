@@ -54,7 +54,7 @@ def test_a_bad_option_is_one_line_and_status_2(line, named, capsys):
     ("--aggregation median --tolerate 0.1", "--aggregation median"), ("--method nbafl --prox 1", "--method nbafl"),
     ("--encoders_from a --kl_weight 1", "--encoders_from a"), ("--epsilon 3", "--method rve_pfl"),
     ("--local_ep 2 --local_steps 5", "--local_steps 5"), ("--new_ep 3", "--new_clients 0"),
-    ("--private_ep 2", "--method rve_pfl"), ("--method fedrep --stack 2", "--private_ep 1"),
+    ("--private_ep 2", "--method rve_pfl"), ("--method fedrep --stack 2", "--private_ep 5"),
     ("--unequal --partition file", "--partition file"), ("--method local --aggregation mean", "--method local")])
 def test_an_option_that_nothing_reads_is_refused_with_the_reason(line, setting, capsys):
     answer = refused(line, capsys)
