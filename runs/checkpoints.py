@@ -202,8 +202,9 @@ def finished_source(args: Namespace) -> Path:
         raise InputError(f"--encoders_from {name}: no finished run {path.parent}")
     config = configs.read(path, "rounds")
     theirs = config["options"]
-    same = ["dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "resplit",
-            "validate", "method", *["local_bs"] * (args.partition == "dirichlet")]   # which gives a batch to each
+    same = ["dataset", "partition", "num_users", "seed", "alpha", "classes_per_client", "unequal", "test_share",
+            "keep_split", "resplit", "validate", "new_clients", "method",
+            *["local_bs"] * (args.partition == "dirichlet")]   # which gives a batch to each
     differ = [key for key in same if theirs.get(key) != getattr(args, key)]
     if differ or config["status"] != "finished":
         why = f"its --{differ[0]} is {theirs.get(differ[0])}" if differ else "it is not finished"

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from devices import torch_rng
-from models import Classifier
+from models import Classifier, NoisyClassifier
 from server.base import State
 from update import Trainer
 
@@ -44,7 +44,7 @@ def invented_inputs(trainer: Trainer, client: int, number: int, images: int, hea
     """
     generator, device = torch_rng(trainer.training.seed, "invent", client, number), trainer.labels.device
     network = trainer.model.classifier.eval()
-    assert isinstance(network, Classifier)
+    assert isinstance(network, Classifier | NoisyClassifier)
     state = {name.removeprefix("classifier."): value.to(device, copy=True).requires_grad_()
              for name, value in head.items() if name.startswith("classifier.")}
     count = min(images, trainer.training.batch_size)

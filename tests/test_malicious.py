@@ -275,11 +275,12 @@ def test_a_rule_with_memory_or_draws_resumes_to_the_same_numbers(place, rule):
     assert place.clients_csv() == whole and (place.results / "server.csv").read_bytes() == server
 
 
-def test_only_gan_poisoners_heads_are_trained_further(place):
+@pytest.mark.parametrize("method", ["rve_pfl", "fedsr"])
+def test_only_gan_poisoners_heads_are_trained_further(place, method):
     uploads = {}
     for behaviour in ("passive", "gan_poison"):
-        assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.25, "--aggregation", "mean",
-                          "--malicious_behaviour", behaviour, "--overwrite") == 0
+        assert place.main("--num_users", 4, "--rounds", 1, "--malicious_frac", 0.25, "--method", method,
+                          "--aggregation", "mean", "--malicious_behaviour", behaviour, "--overwrite") == 0
         uploads[behaviour] = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)["uploads"]
     same = [all(torch.equal(value, uploads["gan_poison"][k][name])
                 for name, value in uploads["passive"][k].items()) for k in range(4)]

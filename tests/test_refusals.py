@@ -193,6 +193,8 @@ def test_heads_are_trained_on_borrowed_encoders_of_the_same_deal(place, capsys):
         assert all(torch.equal(value, after[name]) for name, value in before.items())
     for flags, reason in ((("--seed", 9), "--encoders_from run: its --seed is 1"),
                           (("--local_bs", 16), "its --local_bs is 32"),
+                          (("--test_share", 0.2), "its --test_share is 0.1"),
+                          (("--new_clients", 0.5), "its --new_clients is 0"),
                           (("--method", "rve_pfl_trunk"), "--encoders_from")):
         assert reason in place.refuses(capsys, *deal, *borrow, "other", *flags)
     config = place.results / "config.json"
