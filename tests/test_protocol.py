@@ -212,7 +212,7 @@ def test_nbafls_noise_is_for_the_smallest_client(place):
     facts = json.loads((place.results / "config.json").read_text())["server"]
     sizes = pd.read_csv(place.results / "clients.csv").query("split == 'train'")["n"]
     assert facts["smallest"] == sizes.min() < sizes.max()
-    options = {"epsilon": 30, "delta": 0.02, "exposures": 2, "rounds": 3, "num_users": 4}
+    options = {"epsilon": 30, "delta": 0.02, "exposures": 2, "rounds": 3, "num_users": 4, "new_clients": 0}
     expected = nbafl_sigmas(options, 9, sizes.min())
     assert (facts["sigma_uplink"], facts["sigma_downlink"]) == pytest.approx(expected)
     shared = load_checked(place.models / "round_3" / "shared.pt")   # what the server saw: clipped, then noise
