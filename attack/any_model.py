@@ -91,6 +91,8 @@ class AnyModel(nn.Module):
         if not (isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == 2):
             raise InputError("--model: it must return class scores N x CLASSES, and returns "
                              + (f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no tensor"))
+        if not logits.isfinite().all():
+            raise InputError("--model: its class scores of an image of noise are not finite")
         self.num_classes = logits.shape[1]
         self.output_layer = next((name for name, layer, _ in reversed(calls)
                                   if len(layer.get_parameter("weight")) == self.num_classes), "")
@@ -155,13 +157,22 @@ def load_model(source: str, weights: str, shape: Sequence[int], mean: Sequence[f
 def load_gradient(path: str, model: AnyModel) -> State:
     """Read a gradient: a dictionary by the parameters' names, or a list in their order."""
     expected: State = {**dict(model.net.named_parameters())}
-    return model_files.read_state(path, expected, also=model.net.state_dict().keys(), prefix=NET)
+    given = model_files.read_state(path, expected, also=model.net.state_dict().keys(), prefix=NET)
+    return not_zero(given, f"--gradient: {path} is 0 everywhere")
 
 
 def load_update(before: str, after: str, model: AnyModel, lr: float) -> State:
     """Read the sum of the gradients of a client's SGD steps, ``(before - after) / lr``, from two state dicts."""
     old, new = (model_files.read_state(path, model.net.state_dict()) for path in (before, after))
-    return {f"{NET}{name}": (old[name] - new[name]) / lr for name, _ in model.net.named_parameters()}
+    update = {f"{NET}{name}": (old[name] - new[name]) / lr for name, _ in model.net.named_parameters()}
+    return not_zero(update, f"--update: {before} and {after} hold the same parameters")
+
+
+def not_zero(gradient: State, fault: str) -> State:
+    """Return a gradient; InputError if it is 0 everywhere, which shows no image."""
+    if not any(bool(value.any()) for value in gradient.values()):
+        raise InputError(f"{fault}; give the files of a training step")
+    return gradient
 
 
 def gradient_of(model: AnyModel, images: Tensor, labels: Tensor, bn: str = "train") -> State:
@@ -183,10 +194,16 @@ def adversary_of(model: AnyModel, budget: Budget, bn: str = "train", public: Pub
                      lambda what: seed_torch(seed, what))
 
 
-def unfit(attack: str, model: AnyModel, count: int, steps: int) -> str | None:
+def unfit(attack: str, model: AnyModel, count: int, steps: int, bn: str = "train") -> str | None:
     """Return why an attack on a gradient cannot be run on a model; None if it can."""
     if not model.output_layer:
         return "no layer gives the class scores, so no label can be read off a gradient"
+    each = -(-count // steps)
+    if bn == "train":
+        try:
+            model.in_training()(torch.rand(count % each or each, *model.image_shape))
+        except ValueError as error:
+            return f"batch norm has no statistics of so small a batch ({error}); give --bn eval"
     if attack != "cosine_tv" and (count > 1 or steps > 1):
         return f"{attack} needs the gradient of one image"
     if attack == "analytic" and model.patches:
@@ -267,7 +284,7 @@ def invert_gradient(model: AnyModel, observed: State, attack: str = "cosine_tv",
         bn: ``train`` if the client's batch norm used the statistics of its batch, as in training; else ``eval``.
         budget: ``restarts`` (3), ``iterations`` (300), ``tv`` (0.2), ``lr`` of the client's steps (0.1).
     """
-    if why := unfit(attack, model, count, steps):
+    if why := unfit(attack, model, count, steps, bn):
         raise InputError(why)
     seed_torch(seed, attack)
     adversary = adversary_of(model, budget_of(**budget), bn, seed=seed)

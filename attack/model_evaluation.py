@@ -65,7 +65,7 @@ class ModelEvaluation(Evaluation):
     """A model under attack; ``args`` are the options of ``ModelAttack``."""
 
     def __init__(self, inputs: Inputs, args: Namespace, results: Path) -> None:
-        self.inputs, self.count, self.steps = inputs, args.count, args.local_steps
+        self.inputs, self.count, self.steps, self.bn = inputs, args.count, args.local_steps, args.bn
         count = self.count
         self.given = np.arange(len(inputs.given) * count if inputs.images is not None else 0)   # true images
         # As Evaluation reads them: how many images, or which.
@@ -159,7 +159,7 @@ class ModelEvaluation(Evaluation):
             return "gmi needs --public" if name == "gmi" and inputs.public is None else None
         if not inputs.given and inputs.images is None:
             return f"{name} needs --gradient, --update or --images"
-        if why := any_model.unfit(name, inputs.at, self.count, self.steps):
+        if why := any_model.unfit(name, inputs.at, self.count, self.steps, self.bn):
             return why
         if inputs.images is not None and not len(self.paired(attack, 0, 0)[0]):
             return "--images holds no two images of a class, one of them as a control"

@@ -119,6 +119,10 @@ def _named(content: Any, expected: State, path: str) -> dict[str, Tensor]:
             raise InputError(f"{path} does not fit the model: it holds {len(content)} tensors, and "
                              f"{len(expected)} are expected")
         content = dict(zip(expected, content, strict=True))
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         raise InputError(f"{path} holds neither a dictionary nor a list of tensors")
-    return content
+    for name, value in content.items():
+        if not isinstance(value, Tensor) or value.is_complex():
+            kind = f"{value.dtype} numbers" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{path} holds {kind} in place of a tensor of real numbers for {name}")
+    return {name: value.to_dense() for name, value in content.items()}

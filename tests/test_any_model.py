@@ -170,6 +170,15 @@ def test_an_attack_that_does_not_fit_says_why(name, attack, count, reason):
         invert_gradient(big, {}, attack, count=count)
 
 
+def test_batch_norm_of_one_vector_has_no_statistics():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    model = AnyModel(net, SHAPE)
+    for count, steps in ((1, 1), (3, 2)):   # the second step has the third image alone
+        assert "--bn eval" in any_model.unfit("cosine_tv", model, count, steps)
+        assert any_model.unfit("cosine_tv", model, count, steps, "eval") is None
+    assert any_model.unfit("cosine_tv", model, 4, 2) is None
+
+
 @pytest.mark.slow
 def test_several_images_and_steps_are_inverted_together(digits):
     """An update of two SGD steps of one image each; the search simulates both."""
@@ -224,7 +233,7 @@ def test_files_of_other_programs_are_read(folder):
         model = load_model("net.py:LeNet", path, SHAPE)
         assert all(torch.equal(value, state[name]) for name, value in model.net.state_dict().items())
     seen = load_gradient("g.pt", model)
-    torch.save(list(seen.values()), "list.pt")
+    torch.save([value.to_sparse() for value in seen.values()], "list.pt")
     update = any_model.load_update("w.pt", "after.pt", model, 0.05)
     for name, value in seen.items():
         torch.testing.assert_close(load_gradient("list.pt", model)[name], value)
@@ -361,7 +370,7 @@ WEIGHTS = ["--shape", 1, 8, 8, "--weights"]
 
 
 @pytest.mark.parametrize("flags, named", [
-    ([*WEIGHTS, "none.pt"], "none.pt: there is no such file"), (["--gradient", "g.pt"], "--weights"),
+    ([*WEIGHTS, "no.pt"], "no.pt: there is no such file"), (["--gradient", "g.pt"], "--weights"),
     (["--weights", "w.pt"], "--shape"), ([*WEIGHTS, "whole.pt"], "save torch.save(model.state_dict()"),
     ([*WEIGHTS, "renamed.pt"], "missing: fc.bias; unexpected: fc.b; of another shape: fc.weight (4, 9)"),
     ([*WEIGHTS, "nan.pt"], "not finite"), ([*WEIGHTS, "w.pt", "--model_args", "[]"], "--model_args"),
@@ -370,7 +379,13 @@ WEIGHTS = ["--shape", 1, 8, 8, "--weights"]
     ([*WEIGHTS, "w.pt", "--model", "net"], "FILE.py:NAME"), ([*WEIGHTS, "true.npz"], "holds 2 tensors"),
     (["--weights", "w.pt", "--shape", 3, 8, 8], "images of 3 x 8 x 8"),
     (["--weights", "w.pt", "--shape", 8, 8], "--shape"), ([*WEIGHTS, "w.pt", "--images", "g.pt"], "--images g.pt"),
-    ([*WEIGHTS, "w.pt", "--update", "w.pt"], "--update"), ([*WEIGHTS, "w.pt", "--attack", "gmi"], "gmi needs --"),
+    ([*WEIGHTS, "w.pt", "--update", "w.pt"], "--update"),
+    (["--update", *["w.pt"] * 2, *WEIGHTS[:4]], "the same"),
+    ([*WEIGHTS, "w.pt", "--gradient", "zero.pt"], "0 everywhere"),
+    ([*WEIGHTS, "w.pt", "--gradient", "none.pt"], "NoneType in place of a tensor of real numbers for fc.bias"),
+    ([*WEIGHTS, "w.pt", "--gradient", "complex.pt"], "torch.complex64 numbers"),
+    ([*WEIGHTS, "w.pt", "--model", "bad_scores.py:Net"], "not finite"),
+    ([*WEIGHTS, "w.pt", "--attack", "gmi"], "gmi needs --"),
     ([*WEIGHTS, "w.pt", "--images", "true.npz", "--gradient", *["g.pt"] * 9], "holds 8 images"),
     ([*WEIGHTS, "w.pt", "--count", 2, "--local_steps", 3], "--local_steps 3"),
     ([*WEIGHTS, "w.pt", "--run_name", "ours"], "is a run of RVE-PFL.py")])
@@ -379,7 +394,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, flags, named):
     torch.save({**state, "fc.bias": torch.full((4,), torch.nan)}, "nan.pt")
     torch.save({**{name: value for name, value in state.items() if name != "fc.bias"},
                 "fc.weight": torch.zeros(4, 9), "fc.b": torch.zeros(4)}, "renamed.pt")
+    torch.save({name: 0 * value for name, value in state.items()}, "zero.pt")
+    torch.save({**state, "fc.bias": None}, "none.pt")
+    torch.save({name: value * 1j for name, value in state.items()}, "complex.pt")
     torch.save(nets.LeNet(), "whole.pt")
+    (folder / "bad_scores.py").write_text(f"{FILE.read_text()}\nclass Net(LeNet):\n    def forward(self, x):\n"
+                                          "        return super().forward(x) / 0\n")
     (folder / "bad.py").write_text("import math\n1 / 0\n")
     (folder / "results" / "ours").mkdir(parents=True)
     (folder / "results" / "ours" / "config.json").write_text("{}")
