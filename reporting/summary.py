@@ -26,7 +26,7 @@ BOOKKEEPING_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_di
                        "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack",
                        "eval_every", "preset", "tensorboard"}
 BASIC = ("dataset", "method", "partition")   # they decide the defaults of other options
-NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "seed")   # options that a config.json must have
+NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "local_steps", "seed")   # a config.json must have these
 RUN_METRICS = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "accuracy_images": "all images",
                "f1": "macro F1", "kl_nats": "KL, nats"}   # columns of rounds.csv, and their names on the page
 
@@ -152,7 +152,7 @@ def by_setting(runs: list[Finished]) -> list[list[Finished]]:
         settings[run.setting][run.options["seed"]] = run
     return sorted(([seeds[seed] for seed in sorted(seeds)] for seeds in settings.values()), key=lambda same: (
         same[0].options["dataset"], same[0].partition, same[0].protocol, same[0].options["rounds"],
-        same[0].options["local_ep"], -mean(figures(same, "accuracy"))))
+        same[0].options["local_ep"] or 0, same[0].options["local_steps"] or 0, -mean(figures(same, "accuracy"))))
 
 
 def labels(settings: list[list[Finished]]) -> list[str]:

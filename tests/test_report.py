@@ -189,6 +189,8 @@ def test_a_seed_counts_once_and_a_run_that_was_attacked_first(report, runs):
     worse = dataclasses.replace(one, options={**one.options, "lr": 0.5},
                                 rounds=[{**row, "accuracy": 0.01} for row in one.rounds])
     assert summary.by_setting([worse, one]) == [[one], [worse]]
+    steps = dataclasses.replace(one, options={**one.options, "local_ep": None, "local_steps": 3})
+    assert summary.by_setting([one, steps]) == [[steps], [one]]   # epochs and steps have no common order
 
 
 def test_commands_make_the_same_runs(report, runs):
