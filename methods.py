@@ -48,13 +48,13 @@ PRIOR = Option("prior", "prior of the KL term: normal is N(0, I), as published; 
                choices=("normal", "class"), group="privacy")
 PRIOR_APART = Option("prior_apart", "standard deviation over classes of the means of --prior class at the start",
                      float, unread=0.5, within=(0, 10), group="privacy")
-FULL_SHARING_ROUNDS = Option("full_sharing_rounds", "first rounds, in which the whole network is shared", int,
-                             unread=0, within=(0, HUGE), group="federated")
+FULL_SHARING_ROUNDS = Option("full_sharing_rounds", "number of first rounds in which the whole network is shared",
+                             int, unread=0, within=(0, HUGE), group="federated")
 EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; else of the whole run, for a client or "
                  "with DP-SGD for an image, and the noise follows from it (8 if neither it nor --noise_multiplier "
                  "is given)", float, within=(TINY, 1e6), group="privacy")
-DELTA = Option("delta", "[delta]; with client-level DP clients^-1.1 by default", float, within=(TINY, 0.5),
-               group="privacy")
+DELTA = Option("delta", "[delta]; with client-level DP (number of clients)^-1.1 by default", float,
+               within=(TINY, 0.5), group="privacy")
 CLIP = Option("clip", "clipping norm: of NbAFL's uploaded parameters [C] (median of the first round's norms by "
               "default); with client-level DP of the update, if adaptive at the start; with DP-SGD of an image's "
               "gradient", float, within=(TINY, 1e9), group="privacy")
@@ -68,7 +68,7 @@ PROX = Option("prox", "weight of the proximal term, half the squared distance to
               "lambda]", float, unread=0.0, within=(0, 1e3), group="federated")
 PRIVATE_EP = Option("private_ep", "epochs that train the private parameters alone, before the local epochs, which "
                     "then train the shared ones alone", int, within=(1, HUGE), group="federated")
-L2_WEIGHT = Option("l2_weight", "weight of the latent's norm", float, within=(0, 1e3), group="privacy")
+L2_WEIGHT = Option("l2_weight", "weight of the norm of z", float, within=(0, 1e3), group="privacy")
 
 Values = Mapping[Option, object]
 

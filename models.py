@@ -1,7 +1,7 @@
 """The networks: a private variational encoder, the shared classifier head, and the pair they make.
 
 The layers are those that the authors released (Issa et al., IEEE TIFS 2024). Images are floats in [0, 1], shapes
-are ``N x C x H x W``. Parameters named ``encoder.*`` stay with their client, ``classifier.*`` are shared.
+are ``N x C x H x W``. A method's row (methods.py) names the parameters that are shared.
 """
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from server.base import State
 
 HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
-PATCH = 4      # side in pixels of the patches that make up these means
+PATCH = 4      # side in pixels of the patches of constant value in the initial means of ClassPrior
 LATENTS = 4096   # draws of z in a head at a time: 8 per image of an evaluation's batch of 512
 
 
@@ -244,7 +244,7 @@ class CNN(Network):
 
 
 class Ditto(CNN):
-    """Two CNNs: the one that is shared, and the client's own, which predicts (Li et al. 2021, arXiv 2012.04221).
+    """Two CNNs: a shared one, and the client's own, which predicts (Li et al. 2021, arXiv 2012.04221).
 
     Both start alike. One step trains both, since their losses have no parameter in common.
     """
@@ -350,9 +350,11 @@ class ResSFL(CNN):
         return Output(self.classifier.output(self.classifier.features[4:](features)).float(), None, features)
 
     def resistance(self, x: Tensor, features: Tensor, weight: float) -> Tensor:
-        """Return the additional loss of each image, ``N``: ``weight * max(0, SSIM(inverted, x) - 0.5)``, which
-        trains
-        the features alone, plus the inverter's squared error, which trains the inverter alone."""
+        """Return the additional loss of each image, ``N``.
+
+        It is ``weight * max(0, SSIM(inverted, x) - 0.5)``, which trains the features alone, plus the inverter's
+        squared error, which trains the inverter alone.
+        """
         fixed = {name: value.detach() for name, value in self.attacker.named_parameters()}
         inverted = functional_call(self.attacker, fixed, (features,)).float()
         error = (self.attacker(features.detach()).float() - x).square().mean((1, 2, 3))

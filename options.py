@@ -37,7 +37,7 @@ MALICIOUS_BEHAVIOUR = Option("malicious_behaviour", f"behaviour of malicious cli
 MOMENTUM = Option("momentum", "momentum of --optimizer sgd (default: 0)", float, unread=0.0, within=(0, 0.9999),
                   group="federated")
 LOCAL_EP = Option("local_ep", "local epochs [E] (default: 10)", int, within=(1, HUGE), group="federated")
-NEW_EP = Option("new_ep", "local epochs of a new client with all its images; with fewer it makes as many steps "
+NEW_EP = Option("new_ep", "local epochs of a new client on all its images; on fewer it makes as many steps "
                 "(default: 10)", int, within=(1, HUGE), group="federated")
 STACK = Option("stack", "clients trained at a time as one stacked model; 1: one after another, on a GPU without "
                "CUDA graphs (default: on a GPU as many as make 500 images per step; on a CPU, if the model is "
@@ -83,8 +83,8 @@ COMMON = [   # in the order of --help
     Option("lr_warmup", "share of a round's steps over which lr rises from 0, since a client's optimiser starts "
            "anew in each round", float, 0.2, within=(0, 1), group="federated"),
     MOMENTUM,
-    Option("finetune_ep", "after the last round, also evaluate each client's model after so many more local "
-           "epochs from the deployed one", int, within=(1, HUGE), group="federated"),
+    Option("finetune_ep", "after the last round, also evaluate each client's deployed model after this many "
+           "more local epochs", int, within=(1, HUGE), group="federated"),
     Option("new_clients", "share of the clients, rounded down, that take no part in the rounds: after the last "
            "one, each trains its private part (the whole model if predictions need none) behind the final head "
            "on 10, 50 and all of its images, and for comparison the whole model alone", float, 0.0, within=(0, 1),
@@ -108,7 +108,7 @@ COMMON = [   # in the order of --help
     Option("precision", "precision of convolutions and matrix products; auto: bf16 if the chip supports it",
            default="auto", choices=("auto", "fp32", "bf16")),
     STACK,
-    Option("eval_every", "evaluate every so many rounds, and in the last", int, 1, within=(1, HUGE)),
+    Option("eval_every", "evaluate every N rounds, and after the last", int, 1, within=(1, HUGE), metavar="N"),
     Option("run_name", "folder name under RESULTS_DIR and MODELS_DIR (default: "
            "<dataset>-<partition>-<method>-seed<seed>)", pattern=NAME),
     Option("results_dir", "folder for CSVs and pictures", Path, ROOT / "results"),
@@ -188,7 +188,8 @@ def read_by(option: Option, table: dict) -> str:
     elif len(by_value) > 1:
         by_value.pop(None, None)
         notes.append("default: " + ", ".join(
-            f"else {value}" if len(rows) > len(names) / 2 else f"{value} with {', '.join(rows)}"
+            f"else {value}" if len(rows) > len(names) / 2 and len(by_value) > 1 else
+            f"{value} with {', '.join(rows)}"
             for value, rows in sorted(by_value.items(), key=lambda item: len(item[1]))))
     return f" ({'; '.join(notes)})" if notes else ""
 

@@ -33,7 +33,7 @@ SGD, Adam = uncompiled(torch.optim.SGD), uncompiled(torch.optim.Adam)
 
 
 class Diverged(Exception):
-    """A client's loss became NaN or infinite; its text says which client, which round and why."""
+    """A client's loss became NaN or infinite; the message names the client, the round and the likely cause."""
 
 
 @dataclass

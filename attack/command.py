@@ -129,17 +129,17 @@ class Command:
                    + "; 0 is the start" * (not cls.first_round), int, within=(cls.first_round, HUGE),
                    several=True),
             *cls.options,
-            Option("draws", "draws of z that an answer of the model is averaged over", int, cls.draws,
+            Option("draws", "draws of z that a prediction of the model is averaged over", int, cls.draws,
                    within=(1, 1000)),
-            Option("scores", "how many of the largest class scores the prediction service tells", int, 3,
+            Option("scores", "number of largest class scores that the prediction service returns", int, 3,
                    within=(1, HUGE)),
             Option("public", "images that adversaries train on: `unowned`, the images of the run's data set "
                    "that no client has, or the NAME of another data set with images of the same shape",
                    default="unowned", pattern=DATA_NAME),
-            Option("public_images", "an adversary trains on at most so many of them", int, cls.public_images,
-                   within=(200, HUGE)),
+            Option("public_images", "maximum number of public images that an adversary trains on", int,
+                   cls.public_images, within=(200, HUGE)),
             Option("seed", "seed of every random draw", int, 1, within=(0, 2**31 - 1)),
-            Option("overwrite", "delete what earlier attacks of this command on this run found", bool, False),
+            Option("overwrite", "delete the results of this command's earlier attacks on this run", bool, False),
             *(Option(name, "as in RVE-PFL.py", Path, ROOT / folder) for name, folder in (
                 ("results_dir", "results"), ("models_dir", "saved_models"), ("data_dir", "data"))))
 

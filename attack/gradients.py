@@ -113,8 +113,8 @@ def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: T
            search: Search) -> tuple[Tensor, Tensor]:
     """Minimise cosine distance + total variation by signed Adam (Geiping et al. 2020, arXiv 2003.14053).
 
-    ``change`` turns inputs ``B x C x H x W`` and labels ``B`` into the gradient or update that they would cause;
-    it is to match ``observed``, ``P x ...`` by name. Labels are ``P x B`` and starts ``R x P x B x C x H x W``.
+    ``change`` returns the gradient or update of inputs ``B x C x H x W`` with labels ``B``. It is to match
+    ``observed``, ``P x ...`` by name. Labels are ``P x B`` and starts ``R x P x B x C x H x W``.
     Returns the inputs and their objectives ``R x P``, each problem's best restart first.
     """
     restarts = len(start)

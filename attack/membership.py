@@ -84,10 +84,10 @@ class Membership(Command):
         Option("references", "how many models `rmia` trains to compare with", int, 4, within=(1, 1000)),
         Option("train_epochs", "epochs of training on public images (if not given: as many as a client has "
                "trained by then)", int, within=(1, HUGE)),
-        Option("scaling", "how far `rmia` trusts its references: a of its offline form", float, 0.3,
+        Option("scaling", "the factor a of `rmia`'s offline form, on its references' mean", float, 0.3,
                within=(0, 1)),
-        Option("gamma", "`rmia` counts a public image if the ratio is so many times its own", float, 1.0,
-               within=(1, 1000)))
+        Option("gamma", "`rmia` counts a public image if the image's ratio is at least gamma times its own",
+               float, 1.0, within=(1, 1000)))
 
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)

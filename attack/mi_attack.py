@@ -5,7 +5,7 @@
 
 Every adversary runs those of four attacks that fit it, or with --attack all each one. Written to results/<run>/:
 attack.csv, a row for each reconstruction and each control; attack.json, the options; attack_summary.csv, means and
-95 % bootstrap intervals; attack_latents.csv, how much a latent tells at most; a picture of each attack.
+95 % bootstrap intervals; attack_latents.csv, the noise of the latents and the bound; a picture of each attack.
 """
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MiAttack(Command):
 
     program, name = "mi_attack.py", "attack"
     description = ("Attack a trained run, and report for each attack whether it beats its control. "
-                   "For a model that another program trained, see --model --help.")
+                   "For a model that another program trained, see --help --model.")
     files, columns = folders.OF_ATTACKS, ATTACK_COLUMNS
     adversaries: Collection[str] = ADVERSARIES
     attacks: dict = ATTACKS
@@ -58,12 +58,12 @@ class MiAttack(Command):
     draws, public_images, first_round = 32, 10_000, 0
 
     options: Sequence[Option] = (
-        Option("observe", "what attacks on latents see of an image: z is one draw, zN are N draws, as z8; rounds "
-               "is one draw in each round so far, with that round's encoder; mu is the mean of z; train is one "
-               "draw with the encoder's dropout", default=["z", "mu"], pattern=OBSERVED, several=True),
-        Option("images", "how many of a client's training images are attacked at most (if not given: all, where "
-               f"an attack is cheap: {CHEAP}; {FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
-        Option("image_numbers", "the numbers in the data set of the training images to attack, in place of "
+        Option("observe", "what attacks on latents observe of an image: z is one draw, zN are N draws, as z8; "
+               "rounds is one draw in each round so far, with that round's encoder; mu is the mean of z; train is "
+               "one draw with the encoder's dropout", default=["z", "mu"], pattern=OBSERVED, several=True),
+        Option("images", "maximum number of a client's training images that are attacked (if not given: all, "
+               f"where an attack is cheap: {CHEAP}; {FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
+        Option("image_numbers", "indices in the pooled data of the training images to attack, in place of "
                "--images", int, within=(0, HUGE), several=True),
         Option("restarts", "number of starts of a search", int, 3, within=(1, 1000)),
         Option("iterations", "steps of a search", int, 300, within=(1, HUGE)),

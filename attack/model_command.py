@@ -46,23 +46,24 @@ class ModelAttack(MiAttack):
         Option("model_args", "arguments of NAME as JSON, such as '{\"num_classes\": 10}'", default="{}"),
         Option("weights", "the model's state dict: a file of torch.save, or an .npz of arrays in its order "
                "(BEFORE of --update if not given)"),
-        Option("gradient", "gradients of single training steps at these weights, a file each: a dictionary by the "
-               "parameters' names, or a list in their order", several=True),
+        Option("gradient", "gradients of single training steps at these weights, one file each: a dictionary by "
+               "parameter name, or a list in the order of the parameters", several=True),
         Option("update", "BEFORE AFTER: state dicts before and after a client's SGD steps", several=True),
-        Option("lr", "learning rate of these steps", float, 0.1, within=(1e-9, 1e3)),
+        Option("lr", "learning rate of the SGD steps", float, 0.1, within=(1e-9, 1e3)),
         Option("count", "number of images behind each gradient or update", int, 1, within=(1, 1000)),
         Option("local_steps", "number of SGD steps, of equal batches, behind an update", int, 1, within=(1, 1000)),
         Option("bn", "batch norm of the client's steps: the statistics of its batch (train), as in training, or "
                "running ones (eval)", default="train", choices=("train", "eval")),
-        Option("images", "an .npz with `images` and `labels` of the client, the true images of a gradient first: "
-               "for scores and controls. If no gradient is given, those of these images are simulated"),
-        Option("max_images", "how many of them are attacked at most, where gradients are simulated", int, 8,
+        Option("images", "an .npz with `images` and `labels` of the client, for scores and controls; the true "
+               "images of given gradients come first. Without given gradients, those of the images are simulated"),
+        Option("max_images", "maximum number of images that are attacked, where gradients are simulated", int, 8,
                within=(1, HUGE)),
-        Option("shape", "C H W of an image, if neither --images nor --public tells it", int, within=(1, HUGE),
+        Option("shape", "C H W of an image, needed without --images and --public", int, within=(1, HUGE),
                several=True),
-        Option("mean", "what the model's training subtracted from pixels in [0, 1]: a number, or one per channel",
-               float, [0.0], within=(-1e3, 1e3), several=True),
-        Option("std", "what it divided by", float, [1.0], within=(1e-6, 1e3), several=True),
+        Option("mean", "mean that normalised the model's inputs, of pixels in [0, 1]: a number, or one per "
+               "channel", float, [0.0], within=(-1e3, 1e3), several=True),
+        Option("std", "standard deviation that normalised them: a number, or one per channel", float, [1.0],
+               within=(1e-6, 1e3), several=True),
         Option("public", "NAME of a data set with the model's classes, for an evaluator, for gmi and for controls",
                pattern=DATA_NAME),
         Option("tv", "weight of total variation in cosine_tv", float, 0.2, within=(0, 1e3)),
