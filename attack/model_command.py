@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import datasets
 from attack.attacks import ATTACKS
-from attack.mi_attack import MiAttack
+from attack.run_command import MiAttack
 from attack.verdict import ATTACK_COLUMNS, Unit, summarise
 from parsing import DATA_NAME, HUGE, NAME, Option
 from runs import folders

@@ -93,21 +93,25 @@ def _picture(run: Finished, name: str) -> Markup:
 
 def _table(names: list[str], settings: list[list[Finished]]) -> Markup:
     """Return a row for each setting."""
-    adversaries = sorted({row["adversary"] for same in settings for run in same for row in run.leaks})
+    runs = [run for same in settings for run in same]
+    adversaries = sorted({row["adversary"] for run in runs for row in run.leaks})
+    stages = ["trained", *["finetuned"] * any(figures(runs, "accuracy", "finetuned"))]
     rows = []
     for name, same in zip(names, settings, strict=True):
         options = same[0].options
         deployed = [_spread(figures(same, metric), 1 if metric == "kl_nats" else 4) for metric in RUN_METRICS]
         rows.append((options["method"], [
-            name, *_place(same[0]), deployed[0], _spread(figures(same, "accuracy", "trained"), 4),
+            name, *_place(same[0]), deployed[0],
+            *(_spread(figures(same, "accuracy", stage), 4) for stage in stages),
             *deployed[1:], *(_words(same, adversary) for adversary in adversaries),
             ", ".join(str(run.options["seed"]) for run in same), options["num_users"],
             Markup("{}&times;{}").format(
                 options["rounds"], options["local_ep"] or f"{options['local_steps']} steps"),
             f"{mean([run.seconds() for run in same]):.0f}",
             Markup("<details><summary>show</summary><code>{}</code></details>").format(command(options))]))
-    return _grid(["method", "data set", "partition", "deployed accuracy", "trained accuracy", *list(
-        RUN_METRICS.values())[1:], *adversaries, "seeds", "clients", "rounds", "seconds", "command"], rows)
+    return _grid(["method", "data set", "partition", *(f"{stage} accuracy" for stage in ("deployed", *stages)),
+                  *list(RUN_METRICS.values())[1:], *adversaries, "seeds", "clients", "rounds", "seconds",
+                  "command"], rows)
 
 
 def _words(runs: list[Finished], adversary: str) -> Markup:

@@ -156,6 +156,16 @@ def test_the_pictures_show_every_run_in_its_methods_colour(runs):
     assert [float(pixel) for pixel in interval.groups()] == pytest.approx([45.7, 300], abs=0.1)
 
 
+def test_fine_tuned_accuracy_has_a_column_where_there_is_any(runs):
+    run = summary.read(runs / "calm")
+    more = [{**row, "stage": "finetuned", "accuracy": 0.1234} for row in run.rounds if row["stage"] == "deployed"]
+    both = dataclasses.replace(run, rounds=[*run.rounds, *more])
+    assert "finetuned" not in page._table(["x"], [[run]])
+    table = page._table(["x"], [[both]])
+    assert "finetuned accuracy" in table and "0.1234" in table
+    assert [row["stage"] for row in summary.summarise([both])] == ["deployed", "trained", "finetuned"]
+
+
 def test_intervals_need_three_seeds():
     half = summary.half_interval([0.8, 0.9, 1.0])
     assert half == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)   # Student's t, two degrees of freedom
