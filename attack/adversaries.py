@@ -25,7 +25,7 @@ import datasets
 from attack import decoders
 from attack.target import Target, as_floats
 from models import RVE, FlattenHWC, as_image, kl_to_standard_normal, over_draws, reparameterise
-from server.base import State
+from server.base import State, is_finite
 from utils import InputError, rng
 
 ALIGNED_STEPS = 128   # of training, at least, before an encoder's moments are those of the victim
@@ -90,7 +90,8 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
     if adversary == "curious_server":
         if not shared["sent"]:
             raise InputError(f"--adversary curious_server: --method {target.options['method']} sends it nothing")
-        received = {**dict.fromkeys(shared["clients"], shared["sum"]), **shared["uploads"]}
+        seen = shared["clients"] if is_finite(shared["sum"]) else []   # else no upload shows in the sum
+        received = {**dict.fromkeys(seen, shared["sum"]), **shared["uploads"]}
         parameters = received.get(client, shared["sent"]) if round else target.seeded
     elif adversary == "curious_client":   # it never sees the upload of another client
         parameters = {**shared["sent"], **target.private(round, own).parameters}

@@ -147,6 +147,8 @@ def test_the_server_cannot_leave_a_nan_upload_out(trained):
     assert same(target.sent_next(1), shared["sent"])
     assert (trained.csv("nan", "server.csv")["weight"] == 0).all()
     assert "no sum" in membership.obstacle(target, membership.Unit("curious_server", "sum_loss", 1, 0), [1])
+    held = adversaries.hold(target, "curious_server", 1, 0).head.state_dict()   # attacked instead of a NaN
+    assert same({f"classifier.{name}": value for name, value in held.items()}, shared["sent"])
 
 
 def test_adaptive_clips_follow_the_sum_of_all_bits():
