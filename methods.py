@@ -233,7 +233,7 @@ METHODS = {
         "the CNN, nothing shared", "", models.CNN, (), {LR: 3e-3, AUGMENT: "none"}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "fedprox": Method(
         "a proximal term", "Li et al. 2020, arXiv 1812.06127", models.CNN, HEAD, {**TRAINING, PROX: 1.0},
-        CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.proximal),
+        CNN_ON_CIFAR, dict.fromkeys(("dirichlet", "iid"), {LR: 3e-3, PROX: 0.01}), loss=losses.proximal),
     "fedper": Method(
         "a private last layer", "Arivazhagan et al. 2019, arXiv 1912.00818", models.CNN,
         ("classifier.features.",), {**TRAINING, LR: 3e-3}, CNN_ON_CIFAR, CNN_ON_MIXED),
