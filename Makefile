@@ -1,4 +1,4 @@
-# make run: a first training on real data, one minute.   make attack: attacks on what it trained, two minutes.
+# make run: a first training on real data.   make attack: attacks on that run.
 # make test: the quick tests.   make test-all: all tests.   make lint: ruff and mypy.
 # make verify: are the pages as their CSVs say, and does make run give the committed results?
 # Each installs into .venv first.

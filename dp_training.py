@@ -28,19 +28,19 @@ warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
 def sampling_rate(options: Mapping[str, Any], images: int) -> float:
-    """Return q, the probability of an image to be in a batch of a client with so many images."""
+    """Return q, the probability that a batch has an image, for a client with this number of images."""
     return min(1.0, options["local_bs"] / images)
 
 
 def steps_of(options: Mapping[str, Any], images: int) -> int:
-    """Return the steps of such a client over the run, as if it trained in every round, with fine-tuning."""
+    """Return a client's steps over the run and its fine-tuning, as if it trained in every round."""
     training = Training.from_options(options, torch.float32)
     finetuning = replace(training, epochs=options["finetune_ep"] or 0, local_steps=None)
     return options["rounds"] * training.steps_of(images) + finetuning.steps_of(images)
 
 
 def noise_multiplier(options: Mapping[str, Any], images: int) -> float:
-    """Return z for a client with so many images: as given, or the least for ``--epsilon``."""
+    """Return z for a client with this number of images: as given, or the least for ``--epsilon``."""
     return options["noise_multiplier"] or privacy.noise_for(
         options["epsilon"], sampling_rate(options, images), steps_of(options, images), options["delta"])
 

@@ -167,7 +167,7 @@ def make_server(options: Mapping[str, Any], smallest: int) -> Server:
 
 
 def clip_without_uploads(args: Namespace) -> str | None:
-    """Refuse secure aggregation if the clip is to be found in single uploads."""
+    """Refuse secure aggregation if the clip would be computed from single uploads."""
     if args.secure_aggregation and args.clip is None:
         return (f"--secure_aggregation: it hides the norms of uploads, so --method {args.method} cannot take its "
                 "clip from them; give --clip")
@@ -241,7 +241,7 @@ METHODS = {
         "a private last layer, trained before the others", "Collins et al. 2021, arXiv 2102.07078", models.CNN,
         ("classifier.features.",), {**TRAINING, LR: 3e-3, PRIVATE_EP: 5}, CNN_ON_CIFAR, CNN_ON_MIXED),
     "ditto": Method(
-        "beside the shared CNN a private one, held near it", "Li et al. 2021, arXiv 2012.04221", models.Ditto,
+        "a private CNN beside the shared one, held near it", "Li et al. 2021, arXiv 2012.04221", models.Ditto,
         HEAD, {**TRAINING, PROX: 0.01}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.ditto),
     "fedsr": Method(
         "noisy features, held near a private class prior", "Nguyen et al. 2022, NeurIPS", models.FedSR, HEAD,
@@ -253,17 +253,17 @@ METHODS = {
         "client-level DP", "McMahan et al. 2018, arXiv 1710.06963", models.CNN, HEAD, CLIENT_DP,
         CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.ClientDP, poisson=True, settle=client_dp_budget),
     "client_dp_adaptive": Method(
-        "client-level DP, its clip following the median", "Andrew et al. 2021, arXiv 1905.03871", models.CNN,
+        "client-level DP, with a clip that follows the median", "Andrew et al. 2021, arXiv 1905.03871", models.CNN,
         HEAD, CLIENT_DP, CNN_ON_CIFAR, CNN_ON_MIXED, server=privacy.AdaptiveClientDP, poisson=True,
         settle=client_dp_budget),
     "dp_sgd": Method(
         "example-level DP in each client", "Abadi et al. 2016, arXiv 1607.00133", models.CNN, HEAD, DP_SGD,
         CNN_ON_CIFAR, trainer=dp_training.DPTrainer, settle=dp_sgd_budget),
     "dropout": Method(
-        "a dropout before the last layer", "Zheng 2021, arXiv 2108.11106", models.DropoutCNN, HEAD,
+        "one more dropout layer, before the last layer", "Zheng 2021, arXiv 2108.11106", models.DropoutCNN, HEAD,
         TRAINING, CNN_ON_CIFAR, CNN_ON_MIXED),
     "ressfl": Method(
-        "trained against an inner inverter", "after Li et al. 2022, CVPR", models.ResSFL, HEAD,
+        "trained against an inverter in each client", "after Li et al. 2022, CVPR", models.ResSFL, HEAD,
         {**TRAINING, LOSS_WEIGHT: 0.3}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.inner_attacker),
     "rve_pfl_trunk": Method(
         "RVE-PFL whose encoders share all but mu and logvar", "", models.RVE, (*HEAD, "encoder.trunk."),

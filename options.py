@@ -208,7 +208,7 @@ def make_parser() -> Parser:
 
 
 def preset_parser(argv: list[str] | None) -> Parser:
-    """Return ``make_parser``'s, with the defaults of a command line's ``--preset`` that its other flags read."""
+    """Return the parser with the defaults of the command line's ``--preset``, but for unread options."""
     parser = make_parser()
     given = parser.parse(argv)
     unread = {need.option.name for need in NEEDS if not need.fits(getattr(given, need.other))}

@@ -114,11 +114,11 @@ class Training:
                            options=options, **{name: options[name] for name in same}), **changes)
 
     def steps_of(self, images: int) -> int:
-        """Return the number of a round's steps of a client with so many images."""
+        """Return the number of a client's steps in a round, from its number of images."""
         return self.local_steps or self.epochs * -(-images // self.batch_size)
 
     def epochs_of(self, images: int) -> int:
-        """Return the number of a round's epochs of a client with so many images, rounded up."""
+        """Return the number of a client's epochs in a round, rounded up, from its number of images."""
         return -(-self.local_steps * self.batch_size // images) if self.local_steps else self.epochs
 
     def phases(self) -> list["Training"]:
@@ -292,7 +292,7 @@ class Trainer:
         optimizer.step()
 
     def gradient(self, objective: Tensor, parameters: list[Tensor], images: int) -> Sequence[Tensor]:
-        """Return the gradient of a step as the optimiser of a client with so many images gets it."""
+        """Return the gradient that the optimiser gets; ``images`` is the client's number of images."""
         return torch.autograd.grad(objective.mean(), parameters, allow_unused=True, materialize_grads=True)
 
     def _pixels(self, batch: Tensor) -> Tensor:

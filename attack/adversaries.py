@@ -45,7 +45,7 @@ class Knowledge:
     next_head: nn.Module | None = None                # that the server sends next
     query: Callable[[Tensor], Tensor] | None = None   # images -> probabilities N x num_classes of the service
     known: State = field(default_factory=dict)        # the shared part of an encoder that is not held
-    next_trunk: nn.Module | None = None               # of the encoder, if it travels
+    next_trunk: nn.Module | None = None               # of the encoder, if it is shared
 
     def __post_init__(self) -> None:
         """Store weights channels last: max pooling of a large batch is then fifteen times as fast."""

@@ -24,7 +24,7 @@ from server.base import State
 from utils import InputError
 
 NET = "net."        # before the names of a model's parameters, in ``AnyModel``
-FEW_VALUES = 0.1    # of a dense layer, per pixel: with fewer, its input hardly tells the image
+FEW_VALUES = 0.1    # of a dense layer, per pixel: with fewer, its input hardly determines the image
 EXACT = 1e-4        # relative error at which a dense layer's input counts as the image itself
 
 
@@ -102,7 +102,7 @@ class AnyModel(nn.Module):
         self.patches = self._positions_behind(*calls[0][:2]) if calls else None
 
     def _positions_behind(self, name: str, layer: nn.Module) -> tuple[str, str] | None:
-        """Return the names of a patches' layer and of the parameter with its output's gradient; None without."""
+        """Return the names of the patch layer and of the parameter with its output's gradient, or None."""
         if not (isinstance(layer, nn.Conv2d) and layer.kernel_size == layer.stride and layer.padding == (0, 0)
                 and layer.groups == 1):
             return None
@@ -155,7 +155,7 @@ def load_model(source: str, weights: str, shape: Sequence[int], mean: Sequence[f
 
 
 def load_gradient(path: str, model: AnyModel) -> State:
-    """Read a gradient: a dictionary by the parameters' names, or a list in their order."""
+    """Read a gradient: a dictionary by parameter name, or a list in the order of the parameters."""
     expected: State = {**dict(model.net.named_parameters())}
     given = model_files.read_state(path, expected, also=model.net.state_dict().keys(), prefix=NET)
     return not_zero(given, f"--gradient: {path} is 0 everywhere")
@@ -182,7 +182,7 @@ def gradient_of(model: AnyModel, images: Tensor, labels: Tensor, bn: str = "trai
 
 def adversary_of(model: AnyModel, budget: Budget, bn: str = "train", public: PublicImages | None = None,
                  seed: int = 1, at: AnyModel | None = None) -> Adversary:
-    """Return an adversary who holds a model; gradients were taken ``at`` another one, if given.
+    """Return an adversary who holds a model; ``at`` is the model of the gradients, if another.
 
     Without public images, it takes a grey picture for their mean.
     """

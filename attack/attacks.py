@@ -30,7 +30,7 @@ CLIENT_LR = 0.1
 Need = tuple[str, Callable[["Target", str], bool]]   # why an attack cannot be run unless (run, adversary) is true
 
 # What an attack may need beside the right adversary, and what is said where it is missing.
-SHARED_HEAD: Need = ("nothing travels with this method",
+SHARED_HEAD: Need = ("this method shares no parameters",
                      lambda target, adversary: bool(target.uploaded) or adversary == "stolen_model")
 OTHER_CLIENT: Need = ("the run has no other client",
                       lambda target, adversary: adversary != "curious_client" or target.clients > 1)
@@ -41,7 +41,7 @@ SINGLE_UPLOADS: Need = ("secure aggregation hides single uploads",
                         lambda target, adversary: adversary != "curious_server" or not target.secure)
 SUM: Need = "needs a run with --secure_aggregation", lambda target, adversary: target.secure
 LATENTS: Need = "this method has no latents", lambda target, adversary: target.has_encoder
-SHARED_TRUNK: Need = ("no trunk of an encoder travels",
+SHARED_TRUNK: Need = ("this method shares no trunk of an encoder",
                       lambda target, adversary: "encoder.trunk.0.weight" in target.uploaded)
 NOISE: Need = "needs an encoder with noise", lambda target, adversary: target.method.network.variational
 

@@ -35,7 +35,7 @@ class Search(NamedTuple):
 
 
 def one_by_one(function: Callable) -> Callable:
-    """Return what ``vmap`` would, by a loop: any model can be called in it."""
+    """Do the work of ``vmap`` in a loop, in which any model can be called."""
     def take(part: Any, i: int) -> Any:
         return {name: value[i] for name, value in part.items()} if isinstance(part, dict) else part[i]
     return lambda first, *rest: torch.stack([function(*(take(part, i) for part in (first, *rest)))
@@ -43,7 +43,7 @@ def one_by_one(function: Callable) -> Callable:
 
 
 def parameters_of(head: nn.Module) -> State:
-    """Return the parameters by name, without the buffers that a state dict has, too."""
+    """Return the parameters by name, without the buffers of the state dict."""
     return {name: value.detach() for name, value in head.named_parameters()}
 
 
@@ -253,7 +253,7 @@ def analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[T
 
 
 def trunk_analytic(adversary: Adversary, observed: list[State], count: int) -> tuple[Tensor, Tensor]:
-    """Run ``from_dense`` on an encoder's trunk that travels: its input is the image itself."""
+    """Run ``from_dense`` on an encoder's shared trunk: its input is the image itself."""
     found = from_dense(held(adversary.knowledge.next_trunk), "trunk", observed, adversary.random_images(count),
                        adversary.budget.iterations, 1e-4, True)
     return found, single_labels(observed)

@@ -51,7 +51,7 @@ class ModelVictim:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a user gives: a model, gradients or updates of the model ``at``, and images for scoring."""
+    """The user's input: a model, gradients or updates of the model ``at``, and images for scoring."""
 
     model: AnyModel
     at: AnyModel
@@ -166,7 +166,7 @@ class ModelEvaluation(Evaluation):
         return None
 
     def attack(self, unit: Unit) -> list[dict]:
-        """Run one attack, save its picture, and return its rows, with gaps where nothing is known to compare."""
+        """Run one attack, save its picture, and return its rows; values that need unknown images are missing."""
         attack, inputs = self.attacks[unit.attack], self.inputs
         known = inputs.images is not None and (inputs.public is not None or attack.kind == "image")
         if known:
@@ -188,7 +188,7 @@ class ModelEvaluation(Evaluation):
                 for row in self._unscored(unit, images, labels, restart, control)]
 
     def _unscored(self, unit: Unit, images: Tensor, labels: Tensor, restart: int, control: str) -> list[dict]:
-        """Return rows of images whose true ones are not known: the classes that are seen in them, at most."""
+        """Return rows of reconstructions without known true images; at most the class can be judged."""
         gaps = {**dict.fromkeys(METRICS, float("nan")), "guess": float("nan"), "class_size": 0,
                 "kl_nats": float("nan"), "image": -1}
         seen = {}

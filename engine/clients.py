@@ -1,4 +1,4 @@
-"""The clients of a run: selection, local training, upload and evaluation, in whichever process or thread."""
+"""The clients of a run: selection, local training, upload and evaluation, in processes and threads."""
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterator

@@ -149,7 +149,7 @@ class Server:
         weighting = self.weigh(usable)
         total = self.combine(usable, weighting)
         self.memory = weighting.memory
-        if self.secure and not is_finite(total):   # nobody can tell whose fault it is, so no upload is used
+        if self.secure and not is_finite(total):   # no upload can be singled out, so none is used
             return Aggregated(round.sent, {}, report(replace(usable, uploads={}), weighting), total)
         head, rows = self.release(usable, total), report(usable, weighting)
         return Aggregated(head, {}, rows, total) if self.secure else Aggregated(head, seen.uploads, rows, {})

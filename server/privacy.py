@@ -188,7 +188,7 @@ def epsilon_of(z: float, options: Mapping[str, Any]) -> float:
 
 @cache
 def composed_epsilon(z: float, rate: float, releases: int, delta: float) -> float:
-    """Return the epsilon of so many sums with noise ``z``, each of a Poisson sample at a rate."""
+    """Return the epsilon of ``releases`` sums with noise ``z``, each over a Poisson sample at ``rate``."""
     import dp_accounting as dp  # slow to import, and only these methods need it
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.rdp import RdpAccountant

@@ -358,7 +358,7 @@ def test_a_second_call_goes_on_and_keeps_other_rows(trained, capsys, monkeypatch
     ("rve_pfl", ["--public", "nothing"], "nothing.npz"), ("rve_pfl", ["--scaling", 2], "--scaling"),
     ("rve_pfl", ["--public", "unowned"], "--public"), ("rve_pfl", ["--gamma", 0.5], "--gamma"),
     ("rve_pfl", ["--adversary", "curious_client"], "--adversary"), ("none", [], "there: "),
-    ("local", SERVER, "nothing travels"), ("fedper", SERVER, "head stays"),
+    ("local", SERVER, "shares no parameters"), ("fedper", SERVER, "head stays"),
     ("fedavg", [*SERVER, "--attack", "loss"], "needs what"), ("pair", SERVER, "two others"),
     ("lg_fedavg", ["--attack", "kl"], "encoder with noise"), ("fedavg", ["--attack", "kl"], "encoder with noise")])
 def test_bad_input(trained, capsys, run, flags, named):

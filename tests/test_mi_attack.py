@@ -284,7 +284,7 @@ def test_a_client_that_did_not_train_has_the_head_just_aggregated(trained):
     ("rve_pfl", ["--public", "nothing"], "nothing.npz"), ("rve_pfl", ["--public", "../data/public"], "not a path"),
     ("rve_pfl", ["--itrations", 4], "--iterations"), ("rve_pfl", ["--public", "unowned"], "--public"),
     ("rve_pfl", ["--results_dir", "/nowhere"], "no runs"), ("none", [], "there: "), ("resplit", [], "--resplit"),
-    ("local", ["--adversary", "curious_server"], "nothing travels"),
+    ("local", ["--adversary", "curious_server"], "shares no parameters"),
     ("fedper", ["--adversary", "curious_server"], "head stays"),
     ("fedavg", ["--attack", "latent_decoder"], "no latents"), ("rve_pfl", ["--observe", "z1"], "zN"),
     ("half", [*STOLEN, "posterior_mean", "--observe", "rounds"], "round 2"),
