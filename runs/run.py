@@ -305,7 +305,7 @@ def _details(row: pd.Series) -> str:
     """Return the accuracy by class and the bytes sent in a row of ``rounds.csv``, as text."""
     classes = " ".join("-" if share != share else f"{share:.3f}" for share in row.filter(like="accuracy_class_"))
     return (textwrap.fill(f"{row['stage']}, by class: {classes}", 100, subsequent_indent=" " * 20)
-            + f"\nsent:        {row['bytes_up'] / 1e6:,.1f} MB up, {row['bytes_down'] / 1e6:,.1f} MB down\n")
+            + f"\nlast round:  {row['bytes_up'] / 1e6:,.1f} MB up, {row['bytes_down'] / 1e6:,.1f} MB down\n")
 
 
 def _best(deployed: pd.DataFrame) -> str:

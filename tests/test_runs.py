@@ -41,7 +41,7 @@ def test_each_method_from_the_command_line(place, capsys, method):
     assert place.main("--method", method, "--rounds", 2, *noise) == 0
     out = capsys.readouterr().out
     assert f"picture:     {place.results}/curves.png\n" in out and str(place.models) in out and "\ntime: " in out
-    assert ("\nsent:        0.0 MB up, 0.0 MB down\n" in out) == (not METHODS[method].shared)
+    assert ("\nlast round:  0.0 MB up, 0.0 MB down\n" in out) == (not METHODS[method].shared)
     clients = pd.read_csv(place.results / "clients.csv")
     assert len(clients) == 2 * 2 * 3 and clients["accuracy"].between(0, 1).all()
     assert clients["kl_nats"].notna().all() == METHODS[method].network.variational
@@ -220,14 +220,14 @@ def test_resuming_a_finished_run_does_nothing_and_shows_its_table(copy, capsys):
     assert f" {row['accuracy_worst']:.4f}  {row['accuracy_images']:.4f} {row['f1']:.4f} " in said
     by_class = " ".join(f"{share:.3f}" for share in row["accuracy_class_0":"accuracy_class_3"])
     assert f"\ndeployed, by class: {by_class}\n" in said
-    assert f"\nsent:        {row['bytes_up'] / 1e6:.1f} MB up, {row['bytes_down'] / 1e6:.1f} MB down\n" in said
+    assert f"\nlast round:  {row['bytes_up'] / 1e6:.1f} MB up, {row['bytes_down'] / 1e6:.1f} MB down\n" in said
     assert said.endswith(f"report.py --results_dir {copy.folder / 'results'}\n")
 
 
 def test_accuracy_by_class_and_megabytes_as_text():
     row = pd.Series({"stage": "deployed", "accuracy_class_0": 0.25, "accuracy_class_1": np.nan,
                      "bytes_up": 1_234_560_000, "bytes_down": 3_978_320})
-    assert _details(row) == "deployed, by class: 0.250 -\nsent:        1,234.6 MB up, 4.0 MB down\n"
+    assert _details(row) == "deployed, by class: 0.250 -\nlast round:  1,234.6 MB up, 4.0 MB down\n"
 
 
 @pytest.mark.parametrize("flags", [("--method", "nbafl"), pytest.param(
