@@ -40,7 +40,7 @@ def proximal(step: Step) -> Tensor:
 
 
 def ditto(step: Step) -> Tensor:
-    """Return ``lambda / 2 ||v - w_t||^2`` over the client's own parameters v (Li et al. 2021, equation 2)."""
+    """Return ``lambda / 2 ||v - w_t||^2`` over the client's own parameters v (Li et al. 2021)."""
     return half_distance(step, "personal.")
 
 
