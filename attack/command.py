@@ -265,9 +265,9 @@ class Command:
             raise InputError(f"{path} is damaged; use --overwrite") from error
 
     @staticmethod
-    def write(path: Path, table: pd.DataFrame, digits: int = 6) -> None:
+    def write(path: Path, table: pd.DataFrame, precision: int = 6) -> None:
         """Write a table anew, so that an attack is in it with all its rows or not at all."""
-        write_whole(path, lambda file: table.to_csv(file, index=False, float_format=f"%.{digits}g"))
+        write_whole(path, lambda file: table.to_csv(file, index=False, float_format=f"%.{precision}g"))
 
     def _place(self, row: dict) -> tuple:
         """Return the key that rows are sorted by: the file is the same whichever attacks were asked for first."""

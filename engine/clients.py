@@ -192,8 +192,7 @@ class Clients:
 
     def _further(self, trainer: Trainer, number: int, client: int, stage: str, images: np.ndarray, shared: State,
                  state: ClientState) -> list[dict]:
-        """Train one client after round ``number``, and return its row of a stage; the run's states stay as they
-        are."""
+        """Train one client after round ``number`` and return its row of a stage, without changing the run."""
         (_, outcome), = train_each(trainer, number + 1, {client: images}, shared, lambda _: state, self.args.stack)
         if isinstance(outcome, Diverged):
             self.run.say(f"warning: {outcome}; it has no row of stage {stage}")

@@ -156,13 +156,13 @@ def _figure(value: float, form: str) -> Markup:
     return DASH if value != value else Markup(form.format(value))
 
 
-def _spread(values: list[float], digits: int) -> Markup:
+def _spread(values: list[float], places: int) -> Markup:
     """Return a mean, and its 95 % interval or, of two, the values; a dash if there are none."""
     half = half_interval(values)
     if half == half:
-        return _figure(mean(values), f"{{:.{digits}f}} &plusmn; {half:.{digits}f}")
-    both = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else ""
-    return _figure(mean(values), f"{{:.{digits}f}}{both}")
+        return _figure(mean(values), f"{{:.{places}f}} &plusmn; {half:.{places}f}")
+    both = f" ({', '.join(f'{value:.{places}f}' for value in values)})" if len(values) > 1 else ""
+    return _figure(mean(values), f"{{:.{places}f}}{both}")
 
 
 def _grid(head: list[str], rows: list[tuple[str, Any]]) -> Markup:

@@ -35,7 +35,7 @@ def pictures(side):
 
 
 @pytest.fixture(scope="module")
-def digits():
+def mnist():
     return pictures(8)
 
 
@@ -44,9 +44,9 @@ def psnr(found, truth):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_the_label_is_read_off_one_gradient(name, digits):
+def test_the_label_is_read_off_one_gradient(name, mnist):
     """Also from a random start, without a bias, and in both modes of batch norm."""
-    model, (images, _) = model_of(name), digits
+    model, (images, _) = model_of(name), mnist
     for label in range(4):
         for bn in ("train", "eval"):
             seen = gradient_of(model, images[:1], torch.tensor([label]), bn)
@@ -65,9 +65,9 @@ def test_the_label_does_not_depend_on_the_features_sign(sign):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_gradient_is_what_pytorch_computes(name, digits):
+def test_a_gradient_is_what_pytorch_computes(name, mnist):
     """In train and eval mode, on normalised images, under the model's own names; buffers do not change."""
-    (images, labels), model = digits, model_of(name, mean=[0.5], std=[0.25])
+    (images, labels), model = mnist, model_of(name, mean=[0.5], std=[0.25])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plain = NETS[name]()
     for bn in ("train", "eval"):
@@ -80,9 +80,9 @@ def test_a_gradient_is_what_pytorch_computes(name, digits):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_dlg_recovers_the_image_from_a_sigmoid_lenet(digits):
+def test_dlg_recovers_the_image_from_a_sigmoid_lenet(mnist):
     """The result of Zhu et al. (2019): nearly every pixel; and the command's search matches an update, too."""
-    images, labels = digits
+    images, labels = mnist
     model = model_of("lenet")
     found, label = invert_gradient(model, gradient_of(model, images[2:3], labels[2:3]), "dlg", restarts=1,
                                    iterations=80)
@@ -124,18 +124,18 @@ def test_cosine_tv_finds_more_than_the_class_in_a_trained_resnet():
 
 
 @pytest.mark.slow
-def test_a_vit_is_attacked(digits):
+def test_a_vit_is_attacked(mnist):
     """Attention is differentiated twice; the search comes nearer the image than it started."""
-    images, labels = digits
+    images, labels = mnist
     model = model_of("vit")
     seen = gradient_of(model, images[:1], labels[:1])
     few, many = (invert_gradient(model, seen, "dlg", restarts=1, iterations=n)[0] for n in (1, 60))
     assert psnr(many, images[:1]) > psnr(few, images[:1]) + 1
 
 
-def test_a_vits_image_follows_from_its_positions(digits):
+def test_a_vits_image_follows_from_its_positions(mnist):
     """Exactly, on normalised images; without positions, `analytic` needs the dense layer again."""
-    (images, labels), model = digits, model_of("vit", mean=[0.2], std=[0.5])
+    (images, labels), model = mnist, model_of("vit", mean=[0.2], std=[0.5])
     assert model.patches == ("net.patches", "net.position")
     found, label = invert_gradient(model, gradient_of(model, images[:1], labels[:1]), "analytic")
     assert psnr(found, images[:1]) > 60 and torch.equal(label, labels[:1])
@@ -143,17 +143,17 @@ def test_a_vits_image_follows_from_its_positions(digits):
 
 
 @pytest.mark.parametrize("flatten", [nn.Flatten(), nn.Sequential(nn.AvgPool2d(1), nn.Flatten())])
-def test_the_input_of_a_first_dense_layer_is_exact(flatten, digits):
-    images, labels = digits
+def test_the_input_of_a_first_dense_layer_is_exact(flatten, mnist):
+    images, labels = mnist
     torch.manual_seed(0)
     model = AnyModel(nn.Sequential(flatten, *nets.mlp(4)[1:]), SHAPE, [0.3], [0.2])
     found, label = invert_gradient(model, gradient_of(model, images[:1], labels[:1]), "analytic")
     assert psnr(found, images[:1]) > 80 and torch.equal(label, labels[:1])
 
 
-def test_behind_convolutions_analytic_searches(digits):
+def test_behind_convolutions_analytic_searches(mnist):
     """An image that gives LeNet's dense layer nearly the same input, which another of the class does not."""
-    images, labels = digits
+    images, labels = mnist
     model = model_of("lenet")
     seen = gradient_of(model, images[2:3], labels[2:3])
     found, _ = invert_gradient(model, seen, "analytic", restarts=1, iterations=100)
@@ -180,9 +180,9 @@ def test_batch_norm_of_one_vector_has_no_statistics():
 
 
 @pytest.mark.slow
-def test_several_images_and_steps_are_inverted_together(digits):
+def test_several_images_and_steps_are_inverted_together(mnist):
     """An update of two SGD steps of one image each; the search simulates both."""
-    images, labels = digits[0][[2, 4]], digits[1][[2, 4]]
+    images, labels = mnist[0][[2, 4]], mnist[1][[2, 4]]
     model = model_of("lenet")
     seen = gradients.epoch_update(model, images, labels, 0.05, 1)
     found, guessed = invert_gradient(model, seen, count=2, steps=2, lr=0.05, restarts=1, iterations=80, tv=0.02)
@@ -191,7 +191,7 @@ def test_several_images_and_steps_are_inverted_together(digits):
     assert psnr(one, first) > psnr(other, first) + 1 and psnr(other, second) > psnr(one, second) + 1
 
 
-def test_a_class_is_inverted(digits):
+def test_a_class_is_inverted(mnist):
     """Of a model whose scores are the mean brightness of each pair of rows."""
     dense = nn.Linear(64, 4)
     dense.weight.data = torch.eye(4).repeat_interleave(16, 1)
@@ -206,13 +206,13 @@ def test_a_class_is_inverted(digits):
 # Files.
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, digits):
+def folder(tmp_path, monkeypatch, mnist):
     """A user's folder: a model's file, weights, a gradient, an update, and true images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     shutil.copy(FILE, "net.py")
     torch.manual_seed(0)
-    net, (images, labels) = nets.LeNet(), digits
+    net, (images, labels) = nets.LeNet(), mnist
     torch.save(net.state_dict(), "w.pt")
     nn.functional.cross_entropy(net(images[:1]), labels[:1]).backward()
     torch.save({name: value.grad for name, value in net.named_parameters()}, "g.pt")
@@ -310,7 +310,7 @@ def test_images_alone_are_attacked_with_controls_and_verdicts(folder, capsys):
     classes = later.query("attack == 'mi_face'")
     assert set(classes["control"]) == {"", "grey", "noise", "class_mean", "public_image"}
     assert classes.query("control == 'public_image'")["evaluator_correct"].mean() == 1
-    torch.save(torch.load("after.pt"), "w.pt")
+    torch.save(torch.load("after.pt", weights_only=True), "w.pt")
     assert "--weights" in refused(capsys, *flags, "--attack", "mi_face")
     assert (folder / "results" / "w" / "attack_curious_server_dlg_round0_client0.png").exists()
 
