@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     images: Tensor        # R x N x C x H x W
     numbers: Tensor       # R x N, of the true images
     label_match: Tensor   # R x N, True where the adversary knew the label
-    ranks: Tensor         # 4 x R x N, RANKS
+    ranks: Tensor         # 5 x R x N, RANKS
     kl: Tensor            # N, of the true images' posteriors in nats; NaN where there is none
 
 
@@ -128,7 +128,7 @@ class Evaluation:
         for control in [name for name in outcomes if name not in BLANK]:
             name = f"{control} (control)" if control else unit.words
             pictures[name] = outcomes[control].images[0]
-            captions[name] = [f"SSIM {row['ssim']:.2f}\nrank {row['class_rank']:.0f} of {row['class_size']:.0f}"
+            captions[name] = [f"SSIM {row['ssim']:.2f}\nrank {row['class_rank']:g} of {row['class_size']:.0f}"
                               for row in rows[control][:len(shown)]]
         save_picture(self.target.results / unit.picture, pictures, captions, self.target.labels(shown),
                      f"{self.target.results.name}: {unit.adversary}, round {unit.round}, client {unit.client}")
@@ -176,9 +176,9 @@ class Evaluation:
         pool = self.target.pixels(np.concatenate([own[:size], held_out[:size]]))
         nearest = scoring.distances(images, self.target.pixels(own)).argmin(1)
         is_own = (torch.arange(len(pool)) < size).expand(len(images), -1)
-        rank = scoring.rank_by(scoring.distances(images, pool), is_own).double()
-        return torch.from_numpy(own)[nearest], torch.stack([
-            rank, rank, torch.full_like(rank, len(pool)), torch.full_like(rank, size / max(len(pool), 1))])
+        rank, identified = scoring.rank_by(scoring.distances(images, pool), is_own)
+        count, guess = torch.full_like(rank, len(pool)), torch.full_like(rank, size / max(len(pool), 1))
+        return torch.from_numpy(own)[nearest], torch.stack([rank, identified, rank, count, guess])
 
     def _attack_images(self, unit: Unit, attack: ReconstructionAttack | IdentificationAttack,
                        adversary: Adversary) -> dict[str, Outcome]:
@@ -269,7 +269,7 @@ class Evaluation:
             columns = {"label": labels, "image": numbers, **scoring.similarity(images, true), **ranks,
                        "label_match": outcome.label_match[restart].int(),
                        **self.evaluated(images, true, labels, unit.client),
-                       "identified": (ranks["nearest_rank"] == 1).int(), "kl_nats": outcome.kl}
+                       "kl_nats": outcome.kl}
             values = zip(*(column.tolist() for column in columns.values()), strict=True)
             rows += [{**unit._asdict(), "restart": restart, "control": control,
                       **dict(zip(columns, image, strict=True))} for image in values]

@@ -11,6 +11,7 @@ from torch import Tensor
 from attack import decoders, gradients
 from attack.adversaries import Adversary, Budget, Knowledge, flatten, held, hold, posterior_in_parts
 from attack.observations import Victim
+from attack.scoring import tied
 from models import as_image
 from server.base import State
 
@@ -127,12 +128,12 @@ def log_likelihood(adversary: Adversary, latents: list[Seen], images: Tensor) ->
 
 
 def posterior_mean(adversary: Adversary, latents: list[Seen], count: int) -> tuple[Tensor, Tensor]:
-    """Average the public images by ``softmax(log q(z|x))``; without noise, take that with the nearest latent."""
+    """Average the public images by ``softmax(log q(z|x))``; without noise, those with the nearest latent."""
     labels = labels_of(adversary, latents)
     images, _ = adversary.public.of(labels)
     logs = log_likelihood(adversary, latents, images)
     if all(seen.posterior(adversary, images[:1])[1] is None for seen in latents):
-        logs = torch.where(logs == logs.max(1, keepdim=True).values, 0.0, -torch.inf)
+        logs = torch.where(tied(logs, logs.max(1, keepdim=True).values), 0.0, -torch.inf)
     weight = logs.softmax(1).float()
     return (weight @ images.flatten(1)).unflatten(1, images.shape[1:])[None], labels
 

@@ -14,7 +14,8 @@ from models import CNN
 
 SMALLEST_MSE = 1e-10   # what is less counts as this, so that PSNR is at most 100 dB
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5   # side and standard deviation, pixels
-RANKS = ("nearest_rank", "class_rank", "class_size", "guess")   # the last two: candidates of the class, 1 / all
+# Of a true image; the last two are the number of candidates of its class, and 1 / the number of all.
+RANKS = ("nearest_rank", "identified", "class_rank", "class_size", "guess")
 MAX_CANDIDATES = 500   # images of the client, among which a true image is ranked
 PART = 250             # images that are ranked at a time
 
@@ -53,12 +54,24 @@ def in_order_of(truth: Tensor, found: Tensor) -> Tensor:
     return found[torch.from_numpy(columns[np.argsort(rows)])]
 
 
-def rank_by(distance: Tensor, is_true: Tensor, among: Tensor | None = None) -> Tensor:
-    """Return the rank of the nearest true image ``among`` a pool by distances ``N x M``, behind ties."""
+def tied(a: Tensor, b: Tensor) -> Tensor:
+    """Return True where two distances or log-likelihoods differ by no more than rounding."""
+    return torch.isclose(a, b, rtol=1e-9, atol=1e-6)
+
+
+def rank_by(distance: Tensor, is_true: Tensor, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rank the nearest true image ``among`` a pool by distances ``... x N x M``; ties are in random order.
+
+    Returns:
+        Its expected rank, and the probability that a true image is the first, ``... x N`` each.
+    """
     among = torch.ones_like(is_true) if among is None else among
-    distance = distance.nan_to_num(torch.inf)
-    nearest = distance.masked_fill(~is_true, torch.inf).min(1, keepdim=True).values
-    return 1 + ((distance <= nearest) & among & ~is_true).sum(1)
+    distance = distance.nan_to_num(torch.inf, torch.inf)
+    nearest = distance.masked_fill(~is_true, torch.inf).min(-1, keepdim=True).values
+    equal, others = tied(distance, nearest), among & ~is_true
+    true_ties, ties, better = (which.sum(-1).double() for which in (
+        equal & is_true, equal & others, (distance < nearest) & ~equal & others))
+    return 1 + better + ties / (true_ties + 1), (better == 0) * true_ties / (true_ties + ties)
 
 
 def paired(labels: np.ndarray, order: np.ndarray, spare: np.ndarray, count: int | None,
@@ -91,11 +104,11 @@ class Candidates(NamedTuple):
     alike: Tensor     # those of its class
 
     def rank(self, distance: Tensor) -> Tensor:
-        """Return ``RANKS`` of the true images by any distance of the candidates ``R x P x M``: ``4 x R x P``."""
-        rank, class_rank = (torch.stack([rank_by(restart, self.is_true, among) for restart in distance])
-                            for among in (self.among, self.alike))
+        """Return ``RANKS`` of the true images by any distance of the candidates ``R x P x M``: ``5 x R x P``."""
+        rank, identified = rank_by(distance, self.is_true, self.among)
+        class_rank, _ = rank_by(distance, self.is_true, self.alike)
         class_size, size = (among.sum(1).double().expand_as(rank) for among in (self.alike, self.among))
-        return torch.stack([rank, class_rank, class_size, 1 / size])
+        return torch.stack([rank, identified, class_rank, class_size, 1 / size])
 
 
 def candidates(labels: np.ndarray, order: np.ndarray, numbers: np.ndarray) -> Iterator[Candidates]:

@@ -191,10 +191,10 @@ def test_answers_average_probabilities_over_draws():
     torch.testing.assert_close(found, each.mean(0))
 
 
-@pytest.mark.parametrize("noisy", [True, False])
-def test_the_likelihood_is_that_of_normal_draws(noisy):
-    """Two draws under each of two encoders, whose noise differs by image and by value."""
-    draws, mu, logvar = torch.randn(2, 2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+@pytest.mark.parametrize("noisy, count", [(True, 2), (False, 2), (True, 100)])
+def test_the_likelihood_is_that_of_normal_draws(noisy, count):
+    """Draws under each of two encoders, whose noise differs by image and by value."""
+    draws, mu, logvar = torch.randn(2, count, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
     seen = [latents.Seen(draws[i], SimpleNamespace(posterior=lambda x, i=i: (mu[i], logvar[i])), noisy)
             for i in range(2)]
     found = latents.log_likelihood(None, seen, images(4))

@@ -67,17 +67,31 @@ def test_batches_are_matched_by_assignment_not_greedily():
     assert scoring.in_order_of(truth, images).flatten().tolist() == pytest.approx([0.9, 1.4])
 
 
-def test_a_rank_counts_ties_and_what_is_not_a_number_against_the_true_image():
+def test_a_rank_is_that_of_a_random_order_of_ties():
     target = torch.tensor([[False, False, True, False, True]])
     for value, rank in ((0.4, 3), (2.1, 1)):   # of the nearest true image, 2 or 4
         distance = (torch.arange(5.0)[None] - value).square()
-        assert scoring.rank_by(distance, target).tolist() == [rank]
+        assert [part.tolist() for part in scoring.rank_by(distance, target)] == [[rank], [rank == 1]]
+    orders = np.array(list(itertools.permutations(range(5))))   # the true images are 2 and 4, all images tie
+    firsts = 1 + np.isin(orders, [2, 4]).argmax(1)
+    rank, identified = scoring.rank_by(torch.zeros(1, 5), target)
+    assert rank.item() == pytest.approx(firsts.mean()) and identified.item() == pytest.approx((firsts == 1).mean())
     is_true = torch.eye(3, 5, dtype=torch.bool)
-    assert scoring.rank_by(torch.zeros(3, 5), is_true).tolist() == [5, 5, 5]
     among = torch.tensor([[True, True, False, False, True]]).expand(3, 5) | is_true
-    assert scoring.rank_by(torch.zeros(3, 5), is_true, among).tolist() == [3, 3, 4]
-    apart = torch.tensor([[torch.nan, 1.0, 2.0], [torch.nan, 1.0, torch.nan]])
-    assert scoring.rank_by(apart, torch.eye(3, dtype=torch.bool)[:2]).tolist() == [3, 1]
+    rank, identified = scoring.rank_by(torch.zeros(3, 5), is_true, among)
+    assert rank.tolist() == [2, 2, 2.5] and identified.tolist() == [1 / 3, 1 / 3, 1 / 4]
+    apart = torch.tensor([[torch.nan, 1.0, 2.0], [torch.nan, 1.0, torch.nan]])   # what is not a number comes last
+    assert scoring.rank_by(apart, torch.eye(3, dtype=torch.bool)[:2])[0].tolist() == [3, 1]
+    assert scoring.rank_by(apart[1:], torch.eye(3, dtype=torch.bool)[:1])[0].tolist() == [2.5]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1, 1e6])
+def test_ties_are_equal_up_to_rounding(scale):
+    """Log-likelihoods of an attacked image's code and another; 1e-6 nats are no evidence."""
+    distance = scale * torch.tensor([[1.0, 1 + 1e-13, 1 - 1e-13, 1.1]], dtype=torch.double)
+    rank, identified = scoring.rank_by(distance, torch.tensor([[True, False, False, False]]))
+    ties = 4 if scale < 1e-6 else 3
+    assert rank.item() == (ties + 1) / 2 and identified.item() == pytest.approx(1 / ties)
 
 
 def test_distances_in_features_by_hand():
@@ -243,7 +257,10 @@ class Recognised:
 
 
 def attacked(data, seed, attack, count, per_class):
-    """Return attack.csv of a client with ``per_class`` classes that the seed chooses."""
+    """Return attack.csv of a client with ``per_class`` classes that the seed chooses.
+
+    What an attack is shown of its victim are the images themselves.
+    """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data.labels))
     own = [order[data.labels[order] == c] for c in rng.permutation(CLASSES)[:per_class]]
@@ -267,13 +284,19 @@ def attacked(data, seed, attack, count, per_class):
 
 
 @pytest.fixture
-def draw(mnist, monkeypatch):
-    """Return (seed, attack, images, classes) -> the word for an attack."""
+def tried(mnist, monkeypatch):
+    """Return (seed, attack, images, classes) -> attack.csv of an attack."""
     answers = torch.nn.functional.one_hot(torch.zeros(1, dtype=torch.long), CLASSES).double()
     victim = SimpleNamespace(kl=lambda x, y: None, answers=lambda x, draws, keep: answers.expand(len(x), -1))
-    monkeypatch.setattr(evaluation, "Victim", lambda *_: victim)   # of which an attack is shown the images
+    monkeypatch.setattr(evaluation, "Victim", lambda *_: victim)
     monkeypatch.setattr(evaluation, "save_picture", lambda *_: None)
-    return lambda seed, attack, count, classes=2: judge(attacked(mnist, seed, attack, count, classes), attack).word
+    return lambda seed, attack, count, classes=2: attacked(mnist, seed, attack, count, classes)
+
+
+@pytest.fixture
+def draw(tried):
+    """Return (seed, attack, images, classes) -> the word for an attack."""
+    return lambda seed, attack, count, classes=2: judge(tried(seed, attack, count, classes), attack).word
 
 
 def of_class(public, labels, make):
@@ -302,7 +325,9 @@ def same_class(x, y, pool):
 FIXED = {
     "median": image_attack(lambda public, x, y: of_class(public, y, lambda part: part.median(0).values)),
     "one image": image_attack(lambda public, x, y: of_class(public, y, lambda part: part[0])),
-    "all alike": chooser(lambda x, y, pool: torch.zeros(len(x), len(pool)))}
+    "all alike": chooser(lambda x, y, pool: torch.zeros(len(x), len(pool))),
+    "a code of the class": chooser(
+        lambda x, y, pool: 1e5 * same_class(x, y, pool) + 1e-8 * torch.rand(len(x), len(pool)))}
 RANDOM = {
     "a public image": image_attack(lambda public, x, y: of_class(
         public, y, lambda part: part[torch.randint(len(part), ())])),
@@ -310,6 +335,18 @@ RANDOM = {
         public, y, lambda part: part.mean(0)) * torch.rand(()) ** 2, unordered=True),
     "random order in the class": chooser(
         lambda x, y, pool: same_class(x, y, pool) + torch.rand(len(x), len(pool)))}
+
+
+def test_what_knows_nothing_of_the_image_identifies_at_the_rate_of_guessing(tried):
+    """All images of a client of two classes, among all of them; the third knows the class and breaks no ties."""
+    grey = image_attack(lambda public, x, y: torch.full_like(x, 0.5)[None])
+    for attack, share in ((FIXED["all alike"], 1 / 2), (grey, 1 / 2), (FIXED["a code of the class"], 1)):
+        table = tried(0, attack, 2 * EACH)
+        for control in ("", FOREIGN):
+            own = table[table["control"] == control]
+            assert len(own) == 2 * EACH and own["identified"].mean() == pytest.approx(share / EACH, rel=0.02)
+            assert own["class_rank"].mean() == pytest.approx((EACH + 1) / 2, rel=0.02)
+        assert own["guess"].mean() == pytest.approx(1 / (2 * EACH))
 
 
 def test_the_same_picture_for_all_of_a_class_is_a_guess(draw):
