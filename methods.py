@@ -44,10 +44,13 @@ KL_WEIGHT = Option("kl_weight", "weight of the KL term, summed over z [beta]", f
 KL_WARMUP = Option("kl_warmup", "rounds over which beta rises from 0", int, unread=0, within=(0, HUGE),
                    group="privacy")
 PRIOR = Option("prior", "prior of the KL term: normal is N(0, I), as published; class is a private Gaussian per "
-               "class, learned with the encoder (the conditional entropy bottleneck, CEB)", unread="normal",
-               choices=("normal", "class"), group="privacy")
-PRIOR_APART = Option("prior_apart", "standard deviation over classes of the means of --prior class at the start",
-                     float, unread=0.5, within=(0, 10), group="privacy")
+               "class, learned with the encoder (the conditional entropy bottleneck, CEB); categorical is over "
+               "--codes, of which the encoder chooses one per image", unread="normal",
+               choices=("normal", "class", "categorical"), group="privacy")
+PRIOR_APART = Option("prior_apart", "standard deviation over classes of the means of --prior class at the start; "
+                     "with categorical, over codes", float, unread=0.5, within=(0, 10), group="privacy")
+CODES = Option("codes", "number of codes M of --prior categorical, at least the number of classes (default: "
+               "that number): z tells at most log2 M bits of an image", int, within=(2, 65536), group="privacy")
 FULL_SHARING_ROUNDS = Option("full_sharing_rounds", "number of first rounds in which the whole network is shared",
                              int, unread=0, within=(0, HUGE), group="federated")
 EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; else of the whole run, for a client or "
@@ -84,7 +87,8 @@ class Method:
         shared: prefixes of the parameters that leave a client: ``classifier.`` is the head, and all of the plain
             CNN; none if nothing leaves.
         reads: the options that it reads besides those of all methods, with their defaults.
-        by_dataset, by_partition: other defaults for a data set or a partition; the partition's take precedence.
+        by_dataset, by_partition, by_prior: other defaults for a data set, a partition or a prior; the last of them
+            that has one takes precedence.
         server: its own server; ``--aggregation`` must then be ``mean``.
         loss: step -> additional loss, per image ``N`` or of the batch.
         trainer: its own subclass of ``update.Trainer``.
@@ -99,15 +103,17 @@ class Method:
     reads: Values
     by_dataset: Mapping[str, Values] = field(default_factory=dict)
     by_partition: Mapping[str, Values] = field(default_factory=dict)
+    by_prior: Mapping[str, Values] = field(default_factory=dict)
     server: type[Server] | None = None
     loss: Callable[[losses.Step], Tensor] | None = None
     trainer: Callable[..., Any] | None = None
     poisson: bool = False
     settle: Callable[[Namespace], str | None] | None = None
 
-    def default(self, option: Option, dataset: str, partition: str) -> object:
-        """Return the default of an option for a data set and a partition."""
-        for tuned, key in ((self.by_partition, partition), (self.by_dataset, dataset)):
+    def default(self, option: Option, dataset: str, partition: str, prior: str | None = None) -> object:
+        """Return the default of an option for a data set, a partition and a prior (None: the method's own)."""
+        own = str(prior or self.reads.get(PRIOR))
+        for tuned, key in ((self.by_prior, own), (self.by_partition, partition), (self.by_dataset, dataset)):
             if option in tuned.get(key, {}):
                 return tuned[key][option]
         return self.reads[option]
@@ -202,11 +208,14 @@ def dp_sgd_budget(args: Namespace) -> str | None:
 
 TRAINING = {LR: 1e-3, AUGMENT: "none", AGGREGATION: "mean"}
 PRIVATE_ENCODER = {**TRAINING, HEAD_LR: 0.1}
-VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", PRIOR_APART: 0.5, KL_WEIGHT: 1e-5, KL_WARMUP: 0,
+VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", PRIOR_APART: 0.5, CODES: None, KL_WEIGHT: 1e-5, KL_WARMUP: 0,
                INIT_LOGVAR: -2.0, EVAL_SAMPLES: 8}
 NBAFL = {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}
 CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER: None}
 DP_SGD = {**CLIENT_DP, LR: 3e-3, DELTA: 1e-5}
+
+# KL to a prior of classes bounds what z tells beyond the class only, and the head trains on draws of the prior.
+WITH_CLASSES = dict.fromkeys(("class", "categorical"), {KL_WEIGHT: 1.0, HEAD_LR: 1.0})
 
 HEAD = ("classifier.",)   # of the comparison CNN, this is all of it
 ON_CIFAR = {"cifar": {AUGMENT: "flip+shift"}}
@@ -219,13 +228,15 @@ PROX_ON_MIXED = {"dirichlet": {LR: 3e-3, PROX: 0.1}, "iid": {LR: 3e-3, PROX: 0.0
 METHODS = {
     "rve_pfl": Method(
         "the paper", "Issa et al. 2024, doi 10.1109/TIFS.2024.3368879", models.RVE, HEAD,
-        {**VARIATIONAL, AGGREGATION: "threat_aware", ENCODERS_FROM: None, FULL_SHARING_ROUNDS: 0}, ON_CIFAR),
+        {**VARIATIONAL, AGGREGATION: "threat_aware", ENCODERS_FROM: None, FULL_SHARING_ROUNDS: 0}, ON_CIFAR,
+        by_prior=WITH_CLASSES),
     "lg_fedavg": Method(
         "RVE-PFL without noise", "Liang et al. 2020, arXiv 2001.01523", models.EncoderClassifier,
         HEAD, {**PRIVATE_ENCODER, ENCODERS_FROM: None, FULL_SHARING_ROUNDS: 0}, ON_CIFAR),
     "local": Method(
         "RVE-PFL's model, nothing shared", "", models.RVE, (),
-        {option: value for option, value in VARIATIONAL.items() if option is not AGGREGATION}, ON_CIFAR),
+        {option: value for option, value in VARIATIONAL.items() if option is not AGGREGATION}, ON_CIFAR,
+        by_prior=WITH_CLASSES),
     "fedavg": Method(
         "everything shared", "McMahan et al. 2017, arXiv 1602.05629", models.CNN, HEAD, TRAINING,
         CNN_ON_CIFAR, CNN_ON_MIXED),
@@ -267,7 +278,7 @@ METHODS = {
         {**TRAINING, LOSS_WEIGHT: 0.3}, CNN_ON_CIFAR, CNN_ON_MIXED, loss=losses.inner_attacker),
     "rve_pfl_trunk": Method(
         "RVE-PFL whose encoders share all but mu and logvar", "", models.RVE, (*HEAD, "encoder.trunk."),
-        {**VARIATIONAL, FULL_SHARING_ROUNDS: 0}, ON_CIFAR),
+        {**VARIATIONAL, FULL_SHARING_ROUNDS: 0}, ON_CIFAR, by_prior=WITH_CLASSES),
     "nbafl_prox": Method(
         "NbAFL with its proximal term", "Wei et al. 2020, arXiv 1911.00222", models.CNN, HEAD,
         {**NBAFL, PROX: 1.0}, {"cifar": {**CNN_ON_CIFAR["cifar"], PROX: 0.1}}, PROX_ON_MIXED, server=privacy.NbAFL,

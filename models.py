@@ -1,9 +1,10 @@
-"""The networks: a private variational encoder, the shared classifier head, and the pair they make.
+"""The networks: the shared classifier head, its pair with a private encoder (encoders.py), and the rivals.
 
 The layers are those that the authors released (Issa et al., IEEE TIFS 2024). Images are floats in [0, 1], shapes
 are ``N x C x H x W``. A method's row (methods.py) names the parameters that are shared.
 """
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,11 +15,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from encoders import (
+    ClassPrior,
+    CodeEncoder,
+    CodePrior,
+    Encoder,
+    FlattenHWC,
+    VariationalEncoder,
+    as_image,
+    initialise,
+    kl_to_standard_normal,
+    reparameterise,
+)
 from server.base import State
 
-HIDDEN = 512   # width of the encoder's dense layer
 DENSE = 256    # width of the head's dense layer
-PATCH = 4      # side in pixels of the patches of constant value in the initial means of ClassPrior
 LATENTS = 4096   # draws of z in a head at a time: 8 per image of an evaluation's batch of 512
 
 
@@ -71,75 +82,6 @@ class Network(nn.Module):
         return self(x).logits.softmax(1), None
 
 
-class FlattenHWC(nn.Module):
-    """Flatten ``N x C x H x W`` to ``N x HWC``: Keras's order, and a free view of a channels-last tensor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1).flatten(1)
-
-
-def as_image(z: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-    """Reshape ``... x HWC`` to ``(...) x C x H x W``, the inverse of ``FlattenHWC``; leading axes are merged."""
-    channels, height, width = image_shape
-    return z.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
-
-
-def initialise(module: nn.Module) -> None:
-    """Set Glorot-uniform weights and zero biases, as the released Keras layers have.
-
-    PyTorch's own initial weights are several times smaller here and learn more slowly.
-    """
-    for part in module.modules():
-        if isinstance(part, (nn.Conv2d, nn.Linear)):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-
-
-class EncoderLayers(nn.Module):
-    """The trunk and the layer for mu of both encoders; images are at least 5 x 5 pixels."""
-
-    def __init__(self, image_shape: tuple[int, int, int]):
-        super().__init__()
-        channels, height, width = image_shape
-        self.trunk = nn.Sequential(
-            nn.Conv2d(channels, 32, 3), nn.ReLU(inplace=True),   # N x 32 x H-2 x W-2
-            nn.Conv2d(32, 64, 3), nn.ReLU(inplace=True),         # N x 64 x H-4 x W-4
-            FlattenHWC(),
-            nn.Linear(64 * (height - 4) * (width - 4), HIDDEN),   # no activation, as released
-            nn.Dropout(0.25),
-        )
-        self.mu = nn.Linear(HIDDEN, channels * height * width)
-        initialise(self)
-
-
-class Encoder(EncoderLayers):
-    """A deterministic encoder ``x -> z``, z of the image's size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode ``N x C x H x W`` to ``N x CHW``."""
-        return self.mu(self.trunk(x)).float()
-
-
-class VariationalEncoder(EncoderLayers):
-    """An encoder ``q(z|x) = N(mu(x), diag(sigma(x)^2))``, z of the image's size.
-
-    ``init_logvar`` is the initial bias of the log-variance layer. Near 0, sigma is near 1 and mu near 0, a signal
-    too weak to learn from quickly.
-    """
-
-    def __init__(self, image_shape: tuple[int, int, int], init_logvar: float):
-        super().__init__(image_shape)
-        self.logvar = nn.Linear(HIDDEN, self.mu.out_features)
-        initialise(self.logvar)
-        nn.init.constant_(self.logvar.bias, init_logvar)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mu and logvar, each ``N x CHW``, in float32 also under autocast."""
-        hidden = self.trunk(x)
-        return self.mu(hidden).float(), self.logvar(hidden).float()
-
-
 class Classifier(nn.Module):
     """The head ``p(y|z)`` and, applied straight to the image, the comparison CNN; at least 4 x 4 pixels."""
 
@@ -160,11 +102,6 @@ class Classifier(nn.Module):
         return self.output(self.features(x)).float()
 
 
-def reparameterise(mu: Tensor, logvar: Tensor) -> Tensor:
-    """Draw ``z = mu + sigma * eps``, eps ~ N(0, I) (Kingma and Welling 2014, section 2.4)."""
-    return torch.addcmul(mu, torch.exp(0.5 * logvar), torch.randn_like(mu))
-
-
 def over_draws(answer: Callable[[Tensor], Tensor], mu: Tensor, logvar: Tensor, draws: int) -> Tensor:
     """Answer several draws of z per image: mu and logvar ``N x D`` -> ``draws x N x C``.
 
@@ -181,53 +118,6 @@ def over_draws(answer: Callable[[Tensor], Tensor], mu: Tensor, logvar: Tensor, d
         return part(draws)
     run = partial(checkpoint, part, use_reentrant=False) if torch.is_grad_enabled() else part
     return torch.cat([run(min(at_once, draws - done)) for done in range(0, draws, at_once)])
-
-
-def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
-    """Return ``KL(N(mu, sigma^2) || N(0, I))`` in nats, summed over z: ``N x D -> N`` (ibid., appendix B).
-
-    Its mean bounds the information of one draw of z about the image, ``I(x; z) <= E KL``. This is the variational
-    information bottleneck, VIB (Alemi et al. 2017, arXiv 1612.00410); as a defence against inversion it is MID
-    (Wang et al. 2021, arXiv 2009.05241).
-    """
-    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
-
-
-class ClassPrior(nn.Module):
-    """A Gaussian prior per class, ``p(z|y) = N(m_y, diag(s_y^2))``, learned with the encoder.
-
-    The objective is the conditional entropy bottleneck, CEB (Fischer 2020, arXiv 2002.05379); the prior is its
-    backward encoder. KL bounds the information of one draw of z beyond the class: ``I(x; z|y) <= E KL(q(z|x) ||
-    p(z|y))``. Means and variances are parameters of the client and never leave it.
-
-    The means start apart, as coarse random pictures that are the same for all clients: started at 0, a large beta
-    would leave every class there. Two classes start ``apart^2 C H W`` nats apart in the mean, which is about the
-    KL of an image that the encoder takes for another class.
-
-    Args:
-        num_classes: number of classes.
-        image_shape: ``(C, H, W)``, the shape of z as an image.
-        apart: standard deviation over classes of each component of the means.
-    """
-
-    def __init__(self, num_classes: int, image_shape: tuple[int, int, int], apart: float = 0.5):
-        super().__init__()
-        channels, height, width = image_shape
-        coarse = torch.randn(num_classes, channels, -(-height // PATCH), -(-width // PATCH))
-        pictures = F.interpolate(apart * coarse, scale_factor=PATCH)[..., :height, :width]
-        self.mu = nn.Parameter(FlattenHWC()(pictures).contiguous())
-        self.logvar = nn.Parameter(torch.zeros_like(self.mu))
-
-    def draw(self, y: Tensor) -> Tensor:
-        """Draw one z per label ``N``, ``N x D``, without gradient to the prior."""
-        return reparameterise(self.mu.detach()[y], self.logvar.detach()[y])
-
-    def kl(self, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
-        """Return ``KL(N(mu, sigma^2) || N(m_y, s_y^2))`` in nats, summed over z: ``N x D``, labels ``N`` ->
-        ``N``."""
-        prior = self.logvar[y]
-        distance = ((mu - self.mu[y]).square() + logvar.exp()) * torch.exp(-prior)
-        return 0.5 * (distance - 1 - logvar + prior).sum(1)
 
 
 class CNN(Network):
@@ -386,32 +276,53 @@ class RVE(Network):
 
     Args:
         init_logvar: as in ``VariationalEncoder``.
-        prior: the prior of KL: ``normal`` is N(0, I), as published; ``class`` is a ``ClassPrior``.
-        prior_apart: ``apart`` of the ``ClassPrior``.
+        prior: the prior of KL: ``normal`` is N(0, I), as published; ``class`` is a ``ClassPrior``; ``categorical``
+            is a ``CodePrior``, behind a ``CodeEncoder``.
+        prior_apart: ``apart`` of the ``ClassPrior`` or of the codes.
+        codes: number of codes of ``categorical``.
     """
 
-    has_encoder, variational, options = True, True, ("init_logvar", "prior", "prior_apart")
+    has_encoder, variational, options = True, True, ("init_logvar", "prior", "prior_apart", "codes")
     classifier: Classifier
+    encoder: VariationalEncoder | CodeEncoder
+    prior: ClassPrior | CodePrior | None
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, init_logvar: float,
-                 prior: str = "normal", prior_apart: float = 0.5):
+                 prior: str = "normal", prior_apart: float = 0.5, codes: int | None = None):
         super().__init__()
         self.image_shape = image_shape
-        self.encoder = VariationalEncoder(image_shape, init_logvar)
+        coded = prior == "categorical"
+        self.encoder = (CodeEncoder(image_shape, codes or num_classes, prior_apart) if coded
+                        else VariationalEncoder(image_shape, init_logvar))
         self.classifier = Classifier(image_shape, num_classes)
-        self.prior = ClassPrior(num_classes, image_shape, prior_apart) if prior == "class" else None
+        self.prior = (CodePrior(codes or num_classes, num_classes) if coded
+                      else ClassPrior(num_classes, image_shape, prior_apart) if prior == "class" else None)
 
-    def kl(self, mu: Tensor, logvar: Tensor, y: Tensor | None) -> Tensor | None:
-        """Return KL from posterior to prior in nats, ``N``; None if it needs labels and they are missing."""
+    @property
+    def most_nats(self) -> float:
+        """Return the most that z can tell of an image in nats, whatever the prior."""
+        return math.log(len(self.encoder.means)) if isinstance(self.encoder, CodeEncoder) else math.inf
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return mu and logvar of z, ``N x D``, and KL to the prior in nats, ``N``.
+
+        KL is None if it depends on the labels ``y`` and they are missing.
+        """
+        if isinstance(self.encoder, CodeEncoder):
+            assert isinstance(self.prior, CodePrior)
+            scores = self.encoder.scores(x)
+            return *self.encoder.gaussian(scores), None if y is None else self.prior.kl(scores, y)
+        mu, logvar = self.encoder(x)
         if self.prior is None:
-            return kl_to_standard_normal(mu, logvar)
-        return None if y is None else self.prior.kl(mu, logvar, y)
+            return mu, logvar, kl_to_standard_normal(mu, logvar)
+        assert isinstance(self.prior, ClassPrior)
+        return mu, logvar, None if y is None else self.prior.kl(mu, logvar, y)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
-        """Return logits from one draw of z, KL, and with a ``ClassPrior`` the head's replay loss."""
-        mu, logvar = self.encoder(x)
+        """Return logits from one draw of z, KL, and in training with a prior of classes the head's replay loss."""
+        mu, logvar, kl = self.encode(x, y)
         logits = self.classifier(as_image(reparameterise(mu, logvar), self.image_shape))
-        return Output(logits, self.kl(mu, logvar, y), auxiliary=self.replay(len(x), x.device))
+        return Output(logits, kl, auxiliary=self.replay(len(x), x.device))
 
     def replay(self, count: int, device: torch.device) -> Tensor | None:
         """Return the head's cross-entropy on ``count`` draws of random classes' priors; None in evaluation.
@@ -422,11 +333,12 @@ class RVE(Network):
         if self.prior is None or not self.training:
             return None
         y = torch.randint(self.classifier.output.out_features, (count,), device=device)
-        logits = self.classifier(as_image(self.prior.draw(y), self.image_shape))
-        return F.cross_entropy(logits, y, reduction="none")
+        z = (reparameterise(*self.encoder.of_codes(self.prior.draw(y))) if isinstance(self.encoder, CodeEncoder)
+             else self.prior.draw(y))
+        return F.cross_entropy(self.classifier(as_image(z, self.image_shape)), y, reduction="none")
 
     def predict(self, x: Tensor, draws: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return ``p(y|x) = E_q[p(y|z)]`` over ``draws`` draws, and KL; only the head runs for every draw."""
-        mu, logvar = self.encoder(x)
+        mu, logvar, kl = self.encode(x, y)
         each = over_draws(lambda z: self.classifier(as_image(z, self.image_shape)).softmax(1), mu, logvar, draws)
-        return each.mean(0), self.kl(mu, logvar, y)
+        return each.mean(0), kl

@@ -151,12 +151,14 @@ NEEDS = [
     Need(NEW_EP, "new_clients", bool, 10),
     Need(MALICIOUS_BEHAVIOUR, "malicious_frac", bool, "label_flip"),
     Need(MOMENTUM, "optimizer", lambda kind: kind == "sgd", 0.0, harmless=0.0),
-    Need(methods.PRIOR_APART, "prior", lambda kind: kind == "class"),
+    Need(methods.PRIOR_APART, "prior", lambda kind: kind != "normal"),
+    Need(methods.CODES, "prior", lambda kind: kind == "categorical"),
+    Need(methods.INIT_LOGVAR, "prior", lambda kind: kind != "categorical"),
     Need(methods.KL_WARMUP, "kl_weight", bool, harmless=0),
     Need(STACK, "private_ep", lambda epochs: epochs is None, harmless=1),
     # Clients are trained one after another if the method has its own loss or trainer, or replays priors.
     Need(STACK, "method", lambda name: not METHODS[name].sequential, harmless=1),
-    Need(STACK, "prior", lambda kind: kind != "class", harmless=1),
+    Need(STACK, "prior", lambda kind: kind == "normal", harmless=1),
     Need(STACK, "encoders_from", lambda run: run is None, harmless=1),
     # Encoders and priors of another run are not trained.
     *(Need(option, "encoders_from", lambda run: run is None)
@@ -191,6 +193,8 @@ def read_by(option: Option, table: dict) -> str:
             f"else {value}" if len(rows) > len(names) / 2 and len(by_value) > 1 else
             f"{value} with {', '.join(rows)}"
             for value, rows in sorted(by_value.items(), key=lambda item: len(item[1]))))
+    notes += dict.fromkeys(f"{values[option]} with --prior {prior}" for name in names
+                           for prior, values in getattr(table[name], "by_prior", {}).items() if option in values)
     return f" ({'; '.join(notes)})" if notes else ""
 
 
@@ -240,7 +244,7 @@ def args_parser(argv: list[str] | None = None, parser: Parser | None = None) -> 
         args.aggregation = AGGREGATION.unread
     if fault := misfit(args, method) or contradiction(args) or method.settle and method.settle(args):
         parser.error(fault)
-    _fill(args, METHODS, method, lambda option: method.default(option, args.dataset, args.partition))
+    _fill(args, METHODS, method, lambda option: method.default(option, args.dataset, args.partition, args.prior))
     if fault := parser.fault(vars(args)) or misfit(args, method):   # of defaults that rows were given
         parser.error(fault)
     rule = RULES[args.aggregation]
@@ -333,7 +337,8 @@ def stored_fault(options: dict[str, object]) -> str | None:
     if method is None:
         return None
     for option in method.reads:
-        default = method.default(option, str(options.get("dataset")), str(options.get("partition")))
+        default = method.default(option, str(options.get("dataset")), str(options.get("partition")),
+                                 str(options.get("prior")))
         if default is not None and option.name in options and options[option.name] is None:
             return f"--{option.name} None: --method {options['method']} reads it"
     return None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import datasets
 from attack import decoders
 from attack.target import Target, as_floats
-from models import RVE, FlattenHWC, as_image, kl_to_standard_normal, over_draws, reparameterise
+from models import RVE, FlattenHWC, as_image, over_draws, reparameterise
 from server.base import State, is_finite
 from utils import InputError, rng
 
@@ -254,10 +254,12 @@ def shadow_encoder(knowledge: Knowledge, start: nn.Module, images: Tensor, label
         parameter.requires_grad_(True)
 
     def loss(part: Tensor) -> Tensor:
-        z, kl = encoder(images[part]), torch.zeros(())
-        if isinstance(z, tuple):
-            mu, logvar = z
-            z, kl = reparameterise(mu, logvar), kl_of(start, mu, logvar, labels[part]).mean()
+        if isinstance(start, RVE):
+            mu, logvar, nats = start.encode(images[part], labels[part])
+            assert nats is not None   # the labels are given
+            z, kl = reparameterise(mu, logvar), nats.mean()
+        else:
+            z, kl = encoder(images[part]), torch.zeros(())
         value = F.cross_entropy(head(as_image(z, knowledge.image_shape)), labels[part]) + kl_weight * kl
         return value if distance is None else value + distance(z, labels[part])
     if distance is None:
@@ -265,13 +267,6 @@ def shadow_encoder(knowledge: Knowledge, start: nn.Module, images: Tensor, label
     else:   # moments need many images of each class, and time
         decoders.fit(trained, loss, len(images), epochs, 2 * decoders.BATCH, ALIGNED_STEPS)
     return Knowledge(head, encoder.eval().requires_grad_(False), True, knowledge.image_shape)
-
-
-def kl_of(network: nn.Module, mu: Tensor, logvar: Tensor, y: Tensor) -> Tensor:
-    """Return KL of posteriors ``N x D`` to the network's prior, ``N``; to N(0, I) if it has none of its own."""
-    if isinstance(network, RVE) and network.prior is not None:
-        return network.prior.kl(mu, logvar, y)
-    return kl_to_standard_normal(mu, logvar)
 
 
 def moment_distance(latents: Tensor, labels: Tensor) -> Distance:

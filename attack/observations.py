@@ -51,8 +51,8 @@ class Victim:
         network = self.network(self.own)
         if not isinstance(network, RVE):
             return None
-        mu, logvar = posterior_in_parts(self.stolen(), x)
-        return None if logvar is None else network.kl(mu, logvar, y)
+        parts = [network.encode(*part)[2] for part in zip(x.split(256), y.split(256), strict=True)]
+        return torch.cat([part for part in parts if part is not None])
 
     @torch.no_grad()
     def noise(self, x: Tensor, y: Tensor) -> dict[str, float] | None:
@@ -62,11 +62,11 @@ class Victim:
             return None
         mu, logvar = posterior_in_parts(self.stolen(), x)
         assert logvar is not None and isinstance(network, RVE)
-        # The bound is the KL, and with a class prior also the entropy of the labels.
+        # The bound is the KL, and with a prior of classes also the entropy of the labels.
         labels = 0.0 if network.prior is None else torch.special.entr(y.bincount() / len(y)).sum().item()
         return {"kl_nats": kl.mean().item(), "sigma": (0.5 * logvar).exp().mean().item(),
                 "snr_db": 10 * (mu.var(0).sum() / logvar.exp().mean(0).sum()).log10().item(),
-                "bound_nats": kl.mean().item() + labels}
+                "bound_nats": min(kl.mean().item() + labels, network.most_nats)}
 
     @torch.no_grad()
     def answers(self, x: Tensor, draws: int, keep: int) -> Tensor:

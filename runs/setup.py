@@ -85,6 +85,9 @@ def partition(args: Namespace, data: datasets.Dataset) -> tuple[list, list]:
 def make_trainer(args: Namespace, data: datasets.Dataset, device: torch.device) -> Trainer:
     """Return the trainer of all clients: the model at its seeded start, and the data on its device."""
     method = METHODS[args.method]
+    if args.codes is not None and args.codes < data.num_classes:
+        raise InputError(f"--codes {args.codes}: --dataset {args.dataset} has {data.num_classes} classes, each of "
+                         f"which needs a code of its own; give at least {data.num_classes}")
     with torch.device("meta"):   # before any memory is taken
         meta = method.build(data.image_shape, data.num_classes, vars(args))
     check_size(method.count(meta)["total"], args.optimizer, device)

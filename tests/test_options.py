@@ -159,7 +159,8 @@ def test_a_preset_sets_defaults_and_flags_win():
 
 def test_help_states_the_readers_of_an_option_and_its_default():
     text = " ".join(make_parser().format_help().split())
-    assert "[beta] (rve_pfl, local, fedsr, rve_pfl_trunk; default: 0.001 with fedsr, else 1e-05)" in text
+    assert ("[beta] (rve_pfl, local, fedsr, rve_pfl_trunk; default: 0.001 with fedsr, else 1e-05; "
+            "1.0 with --prior class; 1.0 with --prior categorical)") in text
     assert "None" not in text
     assert "(all but local, local_cnn; default: threat_aware with rve_pfl, else mean)" in text
     assert "(nbafl, nbafl_prox; default: 1)" in text and "CEB" in text

@@ -15,11 +15,11 @@ from runs.csvs import METRICS
 from update import ClientState, Diverged, Trainer, Training
 
 
-def make(tiny_arrays, name="rve_pfl", prior="normal", **changes):
+def make(tiny_arrays, name="rve_pfl", prior="normal", codes=None, **changes):
     method = METHODS[name]
     seed_torch(1, "init")
     model = method.build((1, 8, 8), 4, {**{option.name: value for option, value in method.reads.items()},
-                                        "init_logvar": -4.0, "prior": prior})
+                                        "init_logvar": -4.0, "prior": prior, "codes": codes})
     settings = {"seed": 1, "epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "head_lr": 1.0,
                 "lr_decay": 1e-3, "lr_warmup": 0.0, "momentum": 0.0, "kl_weight": 1e-5, "kl_warmup": 0,
                 "eval_samples": 4, "augment": "none", "dtype": torch.float32, **changes}

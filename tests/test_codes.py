@@ -1,0 +1,99 @@
+"""The discrete bottleneck: an encoder that chooses one of M codes, and what can depend on an image behind it."""
+import math
+
+import pytest
+import torch
+from test_update import make
+
+import encoders
+from encoders import CodeEncoder, CodePrior
+from models import RVE
+
+SHAPE = (1, 8, 8)
+
+
+def build(codes, classes=4):
+    torch.manual_seed(0)
+    return RVE(SHAPE, classes, -2.0, "categorical", 0.5, codes)
+
+
+@pytest.mark.parametrize("codes", [4, 7, 64])
+def test_no_more_latents_than_codes_to_the_last_bit(codes):
+    """In training, too, where the gradient passes straight through the choice."""
+    encoder, x = build(codes).encoder, torch.rand(300, *SHAPE)
+    for mode in (True, False):
+        mu, logvar = encoder.train(mode)(x)
+        assert not logvar.any() and {*map(tuple, mu.tolist())} <= {*map(tuple, encoder.means.tolist())}
+    chosen = encoder.scores(x).argmax(1)
+    assert torch.equal(mu, encoder.means[chosen]) and len(chosen.unique()) > 1
+    assert torch.equal(encoder.means, build(codes).encoder.means) and len(encoder.means) == codes
+
+
+def test_the_gradient_is_that_of_the_mean_over_codes():
+    encoder, scores = build(6).encoder, torch.randn(5, 6, requires_grad=True)
+    weight = torch.randn(5, 64)
+    (slope,) = torch.autograd.grad((encoder.gaussian(scores)[0] * weight).sum(), scores)
+    (expected,) = torch.autograd.grad(((scores.softmax(1) @ encoder.means) * weight).sum(), scores)
+    assert torch.equal(slope, expected) and slope.abs().min() > 0
+
+
+def test_the_heads_gradient_depends_on_an_image_through_its_code_alone(tiny_arrays):
+    """What a client with a private encoder uploads after a step is the same for all images of one code and label."""
+    client, head, private = make(tiny_arrays, prior="categorical", codes=4)
+    model = client.model.train()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    x = client._pixels(torch.arange(200))
+    chosen = model.encoder.scores(x).argmax(1)
+    first, second = (chosen == chosen.mode().values).nonzero().flatten()[:2].tolist()
+    other = (chosen != chosen.mode().values).nonzero().flatten()[0].item()
+
+    def upload_gradient(number):
+        torch.manual_seed(3)
+        y = torch.tensor([2])
+        objective, _ = client.objective(x[number:number + 1], model(x[number:number + 1], y), y, 1, head)
+        gradient = torch.autograd.grad(objective.sum(), list(model.parameters()), allow_unused=True)
+        return [slope for (name, _), slope in zip(model.named_parameters(), gradient, strict=True)
+                if name.startswith("classifier.")]
+    one, same, different = map(upload_gradient, (first, second, other))
+    assert not torch.equal(x[first], x[second]) and all(map(torch.equal, one, same))
+    assert not all(map(torch.equal, one, different))
+
+
+def test_kl_by_hand():
+    prior, scores = CodePrior(6, 3), torch.tensor([[1.0, 5, 2, 0, 3, 0], [0.0, 9, 0, 0, 0, 0]])
+    y = torch.tensor([1, 2])   # codes 1 and 4; 2 and 5
+    q = scores.softmax(1)
+    assert torch.allclose(prior.train().kl(scores, y), torch.stack([-(q[0, 1] + q[0, 4]).log(),
+                                                                    -(q[1, 2] + q[1, 5]).log()]))
+    right, wrong = prior.eval().kl(scores, y).tolist()
+    assert right == pytest.approx(-math.log(0.95 / 2)) and wrong == pytest.approx(-math.log(0.05 / 4))
+
+
+def test_draws_of_the_prior_are_of_the_class_and_all_its_codes():
+    torch.manual_seed(0)
+    drawn = CodePrior(7, 3).draw(torch.tensor([0] * 200 + [2] * 200)).tolist()
+    assert {*drawn[:200]} == {0, 3, 6} and {*drawn[200:]} == {2, 5}
+
+
+def test_a_sure_and_wrong_choice_still_has_a_gradient():
+    scores = torch.tensor([[60.0, 0.0]], requires_grad=True)
+    CodePrior(2, 2).train().kl(scores, torch.tensor([1])).backward()
+    assert scores.grad[0].tolist() == pytest.approx([1.0, -1.0])
+
+
+def test_a_client_learns_its_classes_through_codes(tiny_arrays):
+    client, head, private = make(tiny_arrays, prior="categorical", kl_weight=1.0)
+    images = torch.arange(200).numpy()
+    for round in range(1, 5):
+        head, private, _ = client.train(0, round, images, head, private)
+    metrics = client.evaluate(0, 5, images, head, private)
+    assert metrics["accuracy"] > 0.9 and metrics["kl_nats"] < 0.5
+    assert not any(name.startswith(("encoder.", "prior.")) for name in head)
+    assert torch.equal(private.parameters["encoder.means"], client.model.encoder.means)
+
+
+def test_the_bound_is_log_m(tiny_arrays):
+    assert build(16).most_nats == math.log(16) and RVE(SHAPE, 4, -2.0).most_nats == math.inf
+    assert isinstance(build(16).encoder, CodeEncoder) and encoders.OWN_CODES == 0.95
