@@ -38,7 +38,7 @@ def test_the_gradient_is_that_of_the_mean_over_codes():
 
 
 def test_the_heads_gradient_depends_on_an_image_through_its_code_alone(tiny_arrays):
-    """What a client with a private encoder uploads after a step is the same for all images of one code and label."""
+    """After a step on one image, a client with a private encoder uploads the same for all images of a code."""
     client, head, private = make(tiny_arrays, prior="categorical", codes=4)
     model = client.model.train()
     for part in model.modules():
