@@ -1,5 +1,7 @@
 """Helpers that need PyTorch: seeded generators, the device, the precision, and the check of memory."""
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,6 +24,14 @@ def seed_torch(seed: int, purpose: str, client: int = 0, round: int = 0) -> None
     number, state = _torch_state(rng(seed, purpose, client, round))
     torch.manual_seed(number)   # for GPUs, whose Philox uses all of it
     torch.default_generator.set_state(state)
+
+
+@contextmanager
+def drawn_from(seed: int, purpose: str, client: int = 0) -> Iterator[None]:
+    """Run ``seed_torch``, and leave the CPU's generator afterwards as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(seed, purpose, client)
+        yield
 
 
 def _torch_state(drawn: np.random.Generator) -> tuple[int, torch.Tensor]:

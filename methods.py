@@ -17,12 +17,13 @@ from utils import Late, participants
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    import devices
     import losses
     import models
     from server import privacy
     from server.base import Server, State
 else:
-    losses, models, privacy = Late("losses"), Late("models"), Late("server.privacy")
+    devices, losses, models, privacy = Late("devices"), Late("losses"), Late("models"), Late("server.privacy")
 dp_training = Late("dp_training")   # it imports this file
 
 # Options that some methods read; their defaults stand in the rows.
@@ -51,6 +52,9 @@ PRIOR_APART = Option("prior_apart", "standard deviation over classes of the mean
                      "with categorical, over codes", float, unread=0.5, within=(0, 10), group="privacy")
 CODES = Option("codes", "number of codes M of --prior categorical, at least the number of classes (default: "
                "that number): z tells at most log2 M bits of an image", int, within=(2, 65536), group="privacy")
+PRIVATE_INIT = Option("private_init", "each client draws the initial weights of its private encoder from a secret "
+                      "of its own; else all begin alike, with weights that are no secret", bool, unread=False,
+                      group="privacy")
 FULL_SHARING_ROUNDS = Option("full_sharing_rounds", "number of first rounds in which the whole network is shared",
                              int, unread=0, within=(0, HUGE), group="federated")
 EPSILON = Option("epsilon", "privacy budget [epsilon]: nominal with NbAFL; else of the whole run, for a client or "
@@ -166,6 +170,19 @@ class Method:
         chosen = {name: options[name] for name in self.network.options if name in options}
         return self.network(image_shape, num_classes, **chosen)
 
+    def own_start(self, image_shape: tuple[int, int, int], num_classes: int, options: Mapping[str, Any],
+                  client: int) -> State:
+        """Draw the encoder's private parameters anew, with a client's secret; none without ``--private_init``.
+
+        The secret is simulated: it follows from the seed and the client's number, so that a run can be repeated.
+        """
+        if not options.get("private_init"):
+            return {}
+        with devices.drawn_from(options["seed"], "private start", client):
+            state = self.build(image_shape, num_classes, options).state_dict()
+        private = self.in_round(1, options).shared_and_private(state)[1]
+        return {name: value for name, value in private.items() if name.startswith("encoder.")}
+
 
 def make_server(options: Mapping[str, Any], smallest: int) -> Server:
     """Return the server of a run: the method's own, or that of its rule; arguments as for ``Server``."""
@@ -207,7 +224,7 @@ def dp_sgd_budget(args: Namespace) -> str | None:
 
 
 TRAINING = {LR: 1e-3, AUGMENT: "none", AGGREGATION: "mean"}
-PRIVATE_ENCODER = {**TRAINING, HEAD_LR: 0.1}
+PRIVATE_ENCODER = {**TRAINING, HEAD_LR: 0.1, PRIVATE_INIT: False}
 VARIATIONAL = {**PRIVATE_ENCODER, PRIOR: "normal", PRIOR_APART: 0.5, CODES: None, KL_WEIGHT: 1e-5, KL_WARMUP: 0,
                INIT_LOGVAR: -2.0, EVAL_SAMPLES: 8}
 NBAFL = {**TRAINING, EPSILON: 50.0, DELTA: 0.01, CLIP: None, EXPOSURES: 1}

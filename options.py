@@ -155,6 +155,9 @@ NEEDS = [
     Need(methods.CODES, "prior", lambda kind: kind == "categorical"),
     Need(methods.INIT_LOGVAR, "prior", lambda kind: kind != "categorical"),
     Need(methods.KL_WARMUP, "kl_weight", bool, harmless=0),
+    # In full sharing rounds the whole network is sent, and encoders of another run replace the start.
+    Need(methods.PRIVATE_INIT, "full_sharing_rounds", lambda rounds: not rounds, harmless=False),
+    Need(methods.PRIVATE_INIT, "encoders_from", lambda run: run is None, harmless=False),
     Need(STACK, "private_ep", lambda epochs: epochs is None, harmless=1),
     # Clients are trained one after another if the method has its own loss or trainer, or replays priors.
     Need(STACK, "method", lambda name: not METHODS[name].sequential, harmless=1),

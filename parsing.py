@@ -42,7 +42,8 @@ class Option:
     Args:
         name: without dashes; also its key in ``config.json``.
         help: one sentence; the parser adds the default.
-        kind: ``int``, ``float``, ``str``, ``Path``, or ``bool`` for a flag without a value.
+        kind: ``int``, ``float``, ``str``, ``Path``, or ``bool`` for a flag without a value; if a row has the
+            default, the flag ``--no-NAME`` is its opposite.
         default: its value if not given; None if the row that reads it has the default.
         unread: its value if nothing reads it.
         within: closed range of a number.
@@ -107,7 +108,8 @@ class Parser(argparse.ArgumentParser):
         flags = [f"--{name}" for name in (option.name, option.alias) if name]
         text = (option.help + help_suffix).replace("%", "%%")
         if option.kind is bool:
-            self.heading(option.group).add_argument(*flags, action="store_true", help=text)
+            action = argparse.BooleanOptionalAction if option.default is None else "store_true"
+            self.heading(option.group).add_argument(*flags, action=action, help=text)
             return
         self.heading(option.group).add_argument(
             *flags, type=_converter(option.kind), default=option.default, nargs="+" if option.several else None,

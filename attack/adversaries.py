@@ -39,7 +39,7 @@ class Knowledge:
     """The parts that an adversary has of one client in one round; None for a part that it does not have."""
 
     head: nn.Module | None      # images, or latents z in their shape -> logits
-    encoder: nn.Module | None   # images -> z or its mean and log variance; the victim's, or a curious client's own
+    encoder: nn.Module | None   # images -> z or its mean and log variance; the victim's, a guess, or its own
     has_encoder: bool           # True if the head's input is z, also for an adversary without an encoder
     image_shape: tuple[int, int, int]
     next_head: nn.Module | None = None                # that the server sends next
@@ -92,7 +92,7 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
             raise InputError(f"--adversary curious_server: --method {target.options['method']} sends it nothing")
         seen = shared["clients"] if is_finite(shared["sum"]) else []   # else no upload shows in the sum
         received = {**dict.fromkeys(seen, shared["sum"]), **shared["uploads"]}
-        parameters = received.get(client, shared["sent"]) if round else target.seeded
+        parameters = received.get(client, shared["sent"]) if round else target.start(0).state_dict()
     elif adversary == "curious_client":   # it never sees the upload of another client
         parameters = {**shared["sent"], **target.private(round, own).parameters}
     else:

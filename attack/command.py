@@ -68,7 +68,7 @@ class Command:
     def open(self) -> target.Target:
         """Return the run to attack, and set ``rounds``."""
         args = self.args
-        run = target.open_target(args.run, args.results_dir, args.models_dir, args.data_dir)
+        run = target.open_target(args.run, args.results_dir, args.models_dir, args.data_dir, seed=args.seed)
         self.rounds = args.rounds or [run.latest_round()]
         last = run.clients - 1
         if max(args.clients) > last:

@@ -1,6 +1,7 @@
 """A run under attack: its options, data and checkpoints.
 
 Round 0 is the start. It has no files: its weights are drawn from the run's seed, and every adversary knows them.
+With ``--private_init`` it knows only how a client's encoder is drawn, and guesses one with a seed of its own.
 """
 import copy
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Target:
     options: dict
     data: datasets.Dataset
     start_digest: str = ""   # the fingerprint of its first weights, if known
+    seed: int = 1            # of the adversaries, for their guess of a client's own start
 
     @property
     def method(self) -> Method:
@@ -94,8 +96,14 @@ class Target:
 
     @cached_property
     def seeded(self) -> State:
-        """The weights that a run begins with, drawn from its seed. They are no secret."""
-        return self.start(0).state_dict()
+        """The weights that a run's seed gives. They are no secret."""
+        seed_torch(self.options["seed"], "init")
+        return self.network().state_dict()
+
+    def own_start(self, client: int, **changes: int) -> State:
+        """Return the parameters that a client alone began with, by the run's options with ``changes``."""
+        return self.method.own_start(self.data.image_shape, self.data.num_classes, {**self.options, **changes},
+                                     client)
 
     def file(self, round: int, name: str) -> Path:
         """Return the path of a checkpoint's file; InputError if the round has no checkpoint."""
@@ -122,9 +130,12 @@ class Target:
         return self.method.in_round(max(round, 1), self.options)
 
     def start(self, round: int) -> Network:
-        """Return the network that all private parameters began with, which was sent to all: no secret."""
-        seed_torch(self.options["seed"], "init")
+        """Return the network that all private parameters began with, as adversaries know it.
+
+        It was sent to all. The guess of a client's own start is that of one more client, by another seed.
+        """
         network = self.network()
+        network.load_state_dict({**self.seeded, **self.own_start(self.options["num_users"], seed=self.seed)})
         if 0 < (self.options.get("full_sharing_rounds") or 0) < round:
             path = self.file(round, "server.pt")
             _, private = self.row(round).shared_and_private(network.state_dict())
@@ -161,7 +172,7 @@ class Target:
         """Read ``client_<k>.pt``: the state that never left the client."""
         shared, private = self._layout(round)
         if not round:
-            return ClientState(private)
+            return ClientState({**private, **self.own_start(client)})
         return read_client(self.file(round, f"client_{client}.pt"), private, shared)
 
     def own_head(self, round: int, client: int, private: ClientState) -> State:
@@ -200,10 +211,14 @@ class Target:
         return train, test
 
 
-def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path) -> Target:
-    """Read a run's ``config.json`` and its data set; InputError if there is none, or it is damaged."""
+def open_target(name: str, results_dir: Path, models_dir: Path, data_dir: Path, *, seed: int = 1) -> Target:
+    """Read a run's ``config.json`` and its data set; InputError if there is none, or it is damaged.
+
+    Args:
+        seed: of the adversaries.
+    """
     config = configs.read(configs.path_of(name, results_dir),
                           "dataset", "method", "num_users", "init_logvar", "seed", "frac", "secure_aggregation")
     options = config["options"]
     data = datasets.load(options["dataset"], data_dir)
-    return Target(results_dir / name, models_dir / name, options, data, str(config.get("start", "")))
+    return Target(results_dir / name, models_dir / name, options, data, str(config.get("start", "")), seed)

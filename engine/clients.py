@@ -53,7 +53,7 @@ class Clients:
         owned: the images of each client.
         splits: the (training, held-out) images of each client.
         run: keeps the clients' states and uploads.
-        start: all parameters at the start.
+        start: all parameters at the start, but for what clients begin with alone.
     """
 
     def __init__(self, args: Namespace, trainer: Trainer, malicious: MaliciousClients, owned: list, splits: list,
@@ -181,7 +181,8 @@ class Clients:
         # Nothing was sent to a client on its own, so no proximal term holds it there.
         alone = replace(behind, part="all", options={**behind.options, "prox": 0.0})
         shared, private = trainer.method.shared_and_private(self.start)
-        start, held_out = ClientState(private), self.splits_in(number)[client][1]
+        start = ClientState({**private, **self.run.states.own_start(client)})
+        held_out = self.splits_in(number)[client][1]
         rows = [self._row(number, client, "new_0", self.run.evaluation_split,
                           trainer.evaluate(client, number + 1, held_out, head, state))]
         for training, name, begin in ((behind, "new", (head, state)), (alone, "alone", (shared, start))):

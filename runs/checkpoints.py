@@ -10,7 +10,7 @@ import os
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,10 +130,15 @@ class ClientStore:
 
     They are kept in main memory, up to ``memory`` bytes, then in files. ``put`` takes effect at ``commit``: an
     interrupted round changes no client. A file is never written twice, so a checkpoint can hard-link it.
+
+    Args:
+        initial: every client's state before its first turn, but for its own start.
+        own_start: client -> parameters that it alone begins with; drawn when asked for, and not kept.
     """
 
-    def __init__(self, folder: Path, initial: ClientState, memory: int = MEMORY):
-        self.folder, self.initial, self.free = folder, initial, memory
+    def __init__(self, folder: Path, initial: ClientState, memory: int = MEMORY,
+                 own_start: Callable[[int], State] = lambda client: {}):
+        self.folder, self.initial, self.own_start, self.free = folder, initial, own_start, memory
         self.kept: dict[int, ClientState | Path] = {}
         self.new: dict[int, ClientState | Path] = {}
         self.new_initial = initial
@@ -141,8 +146,12 @@ class ClientStore:
 
     def get(self, client: int) -> ClientState:
         """Return the client's latest state."""
-        entry = self.new.get(client, self.kept.get(client, self.new_initial))
+        entry = self.new.get(client, self.kept.get(client)) or self._first(self.new_initial, client)
         return read_client(entry, self.new_initial.parameters) if isinstance(entry, Path) else entry
+
+    def _first(self, initial: ClientState, client: int) -> ClientState:
+        """Return the state of a client that had no turn."""
+        return replace(initial, parameters={**initial.parameters, **self.own_start(client)})
 
     def put(self, client: int, state: ClientState) -> None:
         """Store the client's state of this round."""
@@ -179,7 +188,7 @@ class ClientStore:
     def export(self, clients: Iterable[int], folder: Path) -> None:
         """Write ``client_<k>.pt`` for each of the clients, as of the last commit."""
         for k in clients:
-            entry, target = self.kept.get(k, self.initial), folder / f"client_{k}.pt"
+            entry, target = self.kept.get(k) or self._first(self.initial, k), folder / f"client_{k}.pt"
             if isinstance(entry, ClientState):
                 write_client(target, entry)
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,9 @@ else:   # they take two seconds: after the first round
     pd, plots, board = Late("pandas"), Late("runs.plots"), Late("runs.board")
 
 
+Start = tuple[State, State, Callable[[int], State]]
+
+
 @dataclass
 class Progress:
     """The last finished round, apart from client states and the server's memory."""
@@ -53,7 +56,7 @@ class Progress:
 
 
 @contextmanager
-def open_run(config: dict, start: tuple[State, State], server: Server, malicious: MaliciousClients,
+def open_run(config: dict, start: Start, server: Server, malicious: MaliciousClients,
              ranks: Ranks) -> Iterator[Run]:
     """Take a run's folders, locked as long as the block lasts, or the process; arguments as of ``Run``."""
     with ExitStack() as locks:
@@ -75,13 +78,13 @@ class Run:
 
     Args:
         config: the content of ``config.json``, with every option under ``options``.
-        start: the shared parameters that are sent first, and every client's private ones.
+        start: the shared parameters that are sent first, all clients' private ones, and client -> its own.
 
     Raises:
         InputError: the folders are in use, belong to an earlier or foreign run, or are damaged.
     """
 
-    def __init__(self, config: dict, start: tuple[State, State], server: Server, malicious: MaliciousClients,
+    def __init__(self, config: dict, start: Start, server: Server, malicious: MaliciousClients,
                  ranks: Ranks, locks: ExitStack):
         self.config = {"format": configs.FORMAT, **config}
         self.options, self.server, self.malicious, self.ranks = config["options"], server, malicious, ranks
@@ -97,7 +100,7 @@ class Run:
         self.finished = ranks.share(earlier is not None and earlier["status"] == "finished"
                                     and self.options["rounds"] <= earlier["options"]["rounds"])
         self.progress = Progress(0, start[0])
-        self.states = checkpoints.ClientStore(self.models / ".private", ClientState(start[1]))
+        self.states = checkpoints.ClientStore(self.models / ".private", ClientState(start[1]), own_start=start[2])
         if not self.finished:
             self._restore(earlier)
         self.events: board.SummaryWriter | None = None

@@ -2,6 +2,7 @@
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -47,7 +48,8 @@ def prepared(args: Namespace, ranks: Ranks) -> Iterator[tuple[Run, Clients, Mali
     if args.encoders_from and not args.resume:   # before anything of this run is written
         finished_source(args)
     malicious = MaliciousClients(args.malicious_behaviour, args.malicious_frac, clients, args.seed)
-    with open_run(config, (head, private), server, malicious, ranks) as run:
+    own = partial(trainer.method.own_start, data.image_shape, data.num_classes, vars(args))
+    with open_run(config, (head, private, own), server, malicious, ranks) as run:
         if not run.finished:
             if ranks.first:
                 for note in notes:
