@@ -179,9 +179,9 @@ class Method:
         if not options.get("private_init"):
             return {}
         with devices.drawn_from(options["seed"], "private start", client):
-            state = self.build(image_shape, num_classes, options).state_dict()
-        private = self.in_round(1, options).shared_and_private(state)[1]
-        return {name: value for name, value in private.items() if name.startswith("encoder.")}
+            parameters: State = dict(self.build(image_shape, num_classes, options).named_parameters())
+        private = self.in_round(1, options).shared_and_private(parameters)[1]
+        return {name: value.detach() for name, value in private.items() if name.startswith("encoder.")}
 
 
 def make_server(options: Mapping[str, Any], smallest: int) -> Server:

@@ -91,6 +91,8 @@ def test_what_a_client_shares_is_never_its_own(method):
     assert own.keys() <= row.shared_and_private(parameters)[1].keys() and all(
         name.startswith("encoder.") for name in own)
     assert not row.own_start(SHAPE, CLASSES, {**OPTIONS, "private_init": False}, 0)
+    coded = row.own_start(SHAPE, CLASSES, {**OPTIONS, "prior": "categorical"}, 0)
+    assert "encoder.means" not in coded and ("encoder.code.weight" in coded or method == "lg_fedavg")
     if method != "local":   # with nothing private in the first round, nothing is a client's own
         assert not row.own_start(SHAPE, CLASSES, {**OPTIONS, "full_sharing_rounds": 1}, 0)
 
