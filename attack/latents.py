@@ -119,9 +119,11 @@ def log_likelihood(adversary: Adversary, latents: list[Seen], images: Tensor) ->
     """Return ``log q(z|x)`` of M images over all draws up to a constant, ``N x M``, in double precision."""
     def of_draws(draws: Tensor, mu: Tensor, logvar: Tensor | None) -> Tensor:
         logvar = torch.zeros_like(mu) if logvar is None else logvar
-        draws, mu, logvar = draws.double(), mu.double(), logvar.double()
+        mu, logvar = mu.double(), logvar.double()
         weight = (-logvar).exp()   # sum (z - mu)^2 / sigma^2, expanded so that no tensor is N x M x D
-        squares = draws.square().sum(0) @ weight.T - 2 * draws.sum(0) @ (mu * weight).T
+        # One draw at a time, since there may be hundreds.
+        total, squared = sum((torch.stack([z, z.square()]) for z in map(Tensor.double, draws)), torch.zeros(()))
+        squares = squared @ weight.T - 2 * total @ (mu * weight).T
         return -0.5 * (squares + len(draws) * (mu.square() * weight + logvar).sum(1))
     return torch.cat([sum((of_draws(seen.draws, *seen.posterior(adversary, part)) for seen in latents),
                           torch.zeros(())) for part in images.split(AT_ONCE)], 1)
