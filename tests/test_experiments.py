@@ -21,15 +21,16 @@ from options import args_parser
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import common
+import frontier
 import leakage
+import new_clients
 import pfllib
-import privacy_accuracy
 import real_updates
 import robustness
 import speed
 import verify
 
-NAMES = ("headline", "partitions", "privacy_accuracy", "leakage", "member_inference", "pfllib", "real_updates",
+NAMES = ("headline", "partitions", "frontier", "leakage", "member_inference", "pfllib", "real_updates",
          "robustness", "new_clients", "speed")
 EXPERIMENTS = {name: importlib.import_module(name).EXPERIMENT for name in NAMES}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -90,22 +91,22 @@ def test_a_changed_csv_makes_its_page_stale(tmp_path, monkeypatch):
     pages, reference = tmp_path / "docs", tmp_path / "reference"
     for folder in (pages, reference):
         folder.mkdir()
-    page, path = pages / "privacy_accuracy.md", reference / "privacy_accuracy.csv"
+    page, path = pages / "new_clients.md", reference / "new_clients.csv"
     page.write_bytes((ROOT / "docs" / page.name).read_bytes())
     path.write_bytes((common.REFERENCE / path.name).read_bytes())
     monkeypatch.setattr(common, "PAGES", pages)
     monkeypatch.setattr(common, "REFERENCE", reference)
     assert common.outdated() == []
-    text, line = page.read_text(), ["docs/privacy_accuracy.md: run python experiments/privacy_accuracy.py --draw"]
+    text, line = page.read_text(), ["docs/new_clients.md: run python experiments/new_clients.py --draw"]
     page.write_text(text.replace("| 0.9", "| 0.8", 1))
     assert common.outdated() == line
-    common.draw(privacy_accuracy.EXPERIMENT, reference)
-    assert page.read_text() == text and common.outdated() == [] and (pages / "privacy_accuracy.png").exists()
+    common.draw(new_clients.EXPERIMENT, reference)
+    assert page.read_text() == text and common.outdated() == [] and (pages / "new_clients.png").exists()
     rows = pd.read_csv(path)
-    rows.assign(trained=rows["trained"] - 0.1).to_csv(path, index=False)   # nothing that the table shows
+    rows.assign(deployed=rows["deployed"] - 0.1).to_csv(path, index=False)   # nothing that the table shows
     assert common.outdated() == line
     page.write_text(text.replace("<!-- end -->", ""))
-    with pytest.raises(common.InputError, match="privacy_accuracy.md: needs a line"):
+    with pytest.raises(common.InputError, match="new_clients.md: needs a line"):
         common.outdated()
 
 
@@ -252,6 +253,62 @@ def test_leakage_rows_by_hand():
     assert len(list(leakage.attack_rows({}, rows.assign(kl_nats=np.nan)))) == 1
 
 
+def frontier_rows(accuracy, **more):
+    """Rows of runs of three seeds: (partition, prior) -> accuracy, each seed's a little lower; z tells 4 %."""
+    shares = {f"identified_{observed}": 0.04 for observed in ("z", "z_worst", "z8", "rounds", "mu")}
+    return pd.DataFrame([{"kind": "run", "dataset": "mnist10k", "partition": partition, "setting": setting,
+                          "deployed": value - seed / 1000, **shares, **dict.fromkeys(common.PROVENANCE, "x"),
+                          "seed": seed, **more}
+                         for (partition, setting), value in accuracy.items() for seed in (11, 12, 13)])
+
+
+def test_points_lost_are_those_to_the_default_on_the_same_images():
+    rows = frontier_rows({("shards", "normal"): 0.95, ("shards", "class"): 0.94, ("iid", "normal"): 0.8})
+    rows = pd.concat([rows, rows.assign(kind="picture"), rows.assign(deployed=1.0)[:1], rows[:1]])
+    table = frontier.tabulate(rows)
+    assert table["lost"].tolist() == pytest.approx([1.0] * 3) and set(table["setting"]) == {"class"}
+    assert common.table(frontier.EXPERIMENT, rows)[2:] == [
+        "| mnist10k | shards | class | 0.928 | 1.0 | 0.0 | 0.040 | 0.040 | 0.040 | 0.040 | 0.040 |"]
+
+
+def test_the_frontier_has_an_arrow_for_each_partition_and_observation():
+    rows = frontier_rows({(partition, setting): 0.9 for partition in ("shards", "iid")
+                          for setting in ("normal", "class")})
+    rows.loc[rows["setting"] == "normal", "identified_mu"] = 1.0
+    first, *others = frontier.draw(rows).axes
+    arrows = [[*text.xyann, *text.xy] for text in first.texts]
+    assert len(arrows) == 6 and not any(panel.texts for panel in others)
+    assert arrows[2] == pytest.approx([1.0, 0.888, 0.04, 0.888])   # of the mean of z
+
+
+@pytest.mark.slow
+def test_the_strip_shows_the_better_of_two_attacks(place, tiny_arrays, monkeypatch):
+    """By the error over all images of the client, beside the mean of each class."""
+    np.savez(place.folder / "data" / "public.npz", **{
+        name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()})
+    for setting, options in frontier.SETTINGS.items():
+        flags = common.flags(options).split()
+        places = ("--results_dir", place.folder / "results/x", "--models_dir", place.folder / "saved_models/x")
+        assert place.main("--rounds", 1, *flags, "--run_name", setting, *places) == 0
+    (place.folder / "docs").mkdir()
+    for name, value in (("ROOT", place.folder), ("PAGES", place.folder / "docs"), ("STRIP", ("public", "shards"))):
+        monkeypatch.setattr(frontier, name, value)
+    shown, outcomes, reconstruct = [], [], frontier.reconstruct
+    monkeypatch.setattr(frontier, "reconstruct", lambda *where: outcomes.append(reconstruct(*where)) or outcomes[-1])
+    monkeypatch.setattr(frontier.plots, "drawable", lambda grid: shown.append(grid) or grid)
+    rows = pd.DataFrame(frontier.draw_strip("x"))
+    assert (place.folder / "docs" / "frontier_strip.png").read_bytes().startswith(b"\x89PNG")
+    assert len(rows) == len(shown) * 9 == len(frontier.SETTINGS) * 9 and rows["mse"].between(0, 1).all()
+    assert {grid.shape for grid in shown} == {(6 * 8, frontier.PICTURED * 8, 1)}
+    assert all(np.array_equal(grid[:16], shown[0][:16]) for grid in shown)   # the same images and class means
+    for found, errors in outcomes:
+        least = pd.DataFrame(errors).groupby("observed", sort=False)["mse"].min()
+        mse = [(images - found["truth"]).square().mean().item() for images in found.values()]
+        assert mse[1:] == pytest.approx(least.tolist()) and len(errors) == 9
+    (place.folder / "results" / "x" / "frontier.csv").write_text(rows.to_csv(index=False))
+    assert frontier.measure(place.folder / "results" / "x")[0]["observed"] == "class mean"
+
+
 def test_losses_to_the_oracle_by_hand():
     world = {"scope": "models", "partition": "iid", "fraction": 0.3, "seed": 11, "backdoor": 0.25}
     rows = pd.DataFrame([{**world, "behaviour": behaviour, "rule": rule, "deployed": deployed} for
@@ -370,7 +427,7 @@ def test_measures_of_a_finished_run_by_hand(finished):
     assert (last["deployed"], last["deployed_worst"], last["trained"]) == pytest.approx((0.2, 0.1, 0.4))
     row, = [row for row in leakage.measure(finished) if row["images"] == "all"]
     assert (row["n"], row["identified"], row["control_identified"]) == (1, 1, 0)
-    row, = privacy_accuracy.measure(finished)
+    row, = frontier.measure(finished)
     assert (row["identified_z"], row["control_identified_z"], row["deployed"]) == pytest.approx((1, 0, 0.2))
     row, = robustness.measure(finished)
     assert (row["deployed"], row["backdoor"], row["weight"], row["trust"]) == pytest.approx((0.2, 0.5, 0.2, 0.8))

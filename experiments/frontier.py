@@ -1,0 +1,184 @@
+"""Compare accuracy and re-identification under priors that protect and under the default, N(0, I).
+
+An attacker with a client's stolen model observes z of an image: one draw, eight, one draw in each round with that
+round's encoder, or the mean. It chooses among up to 500 of the client's images. All training images of three
+clients are attacked. The strip shows reconstructions. Needs data/mnist.npz, fmnist.npz and cifar.npz.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import PAGES, ROOT, Experiment, Options, Task, curve, flags, legend, main, panels, pd, plots, training
+from headline import options_of
+from leakage import measure as attacks_of
+
+from attack import mi_attack
+from utils import Late, write_whole
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from attack import evaluation, latents, scoring, target
+else:
+    torch = Late("torch")
+    evaluation, latents, scoring, target = (
+        Late(f"attack.{name}") for name in ("evaluation", "latents", "scoring", "target"))
+
+DEFAULT = "normal"
+SETTINGS: dict[str, Options] = {
+    DEFAULT: {},
+    "class": {"prior": "class", "kl_weight": 1, "prior_apart": 0.25, "head_lr": 1},
+}
+DATASETS, PARTITIONS = ("mnist10k", "fmnist10k", "cifar10k"), ("shards", "dirichlet", "iid")
+ROUNDS = 5
+SCALE: Options = {"rounds": ROUNDS, "local_ep": 2, "local_bs": 64, "aggregation": "mean"}
+OBSERVED = {"z": ("one z", "o", 5), "z8": ("8 z", "^", 9), "mu": ("mean of z", "s", 12)}   # name, marker and size
+LEAST = 5e-4   # the smallest share that the picture shows
+SETTING = ["dataset", "partition", "setting"]
+# Of the table: at most eight.
+SHOWN = [*((dataset, "shards", name) for dataset in DATASETS for name in SETTINGS if name != DEFAULT),
+         ("mnist10k", "dirichlet", [*SETTINGS][-1]), ("mnist10k", "iid", [*SETTINGS][-1])]
+STRIP = ("mnist10k", "shards")   # the images of the strip
+PICTURED = 6                     # images in the strip
+
+
+def options(dataset: str, partition: str, setting: str, seed: int) -> Options:
+    """Return the options of a run."""
+    return {**options_of({"method": "rve_pfl"}, dataset, partition), "seed": seed, **SCALE, **SETTINGS[setting]}
+
+
+def tasks(seeds: Sequence[int]) -> list[Task]:
+    """Return the runs, seed after seed, behind those that the strip shows."""
+    found = [strip_task(seeds[0])]
+    for seed, partition, dataset, name in product(seeds, PARTITIONS, DATASETS, SETTINGS):
+        run = f"frontier-{dataset}-{partition}-{name}-seed{seed}"
+        kept = {"save_rounds": " ".join(map(str, range(1, ROUNDS + 1)))}
+        attack = {"run": run, "adversary": "stolen_model", "attack": "reidentification", "clients": "0 1 2",
+                  "observe": "z z8 rounds mu", "public": dataset.removesuffix("10k")}
+        key = {"kind": "run", "dataset": dataset, "partition": partition, "setting": name}
+        found.append(Task(run, key, seed, (
+            training(run, {**options(dataset, partition, name, seed), **kept}),
+            f"python attack/mi_attack.py {flags(attack)}")))
+    return found
+
+
+def strip_task(seed: int) -> Task:
+    """Return the task that trains one run of each setting and draws the strip."""
+    run, (dataset, partition) = f"frontier-strip-seed{seed}", STRIP
+    places = {"results_dir": f"results/{run}", "models_dir": f"saved_models/{run}"}
+    return Task(run, {"kind": "picture", "dataset": dataset, "partition": partition}, seed, (
+        *(training(name, {**options(dataset, partition, name, seed), **places}) for name in SETTINGS),
+        f"python experiments/frontier.py --run {run}"))
+
+
+def measure(folder: Path) -> list[dict]:
+    """Return the rows of the strip, or of a run one row: its last accuracy, and what the attacker identifies."""
+    if (strip := folder / "frontier.csv").exists():
+        return pd.read_csv(strip).to_dict("records")
+    row = curve(folder)[-1]
+    for attack in attacks_of(folder):
+        name = f"identified_{attack['observed']}" + ("" if attack["images"] == "all" else "_worst")
+        row |= {name: attack["identified"], f"control_{name}": attack["control_identified"]}
+    return [row]
+
+
+def reconstruct(results: Path, models: Path, setting: str) -> tuple[dict[str, Tensor], list[dict]]:
+    """Return reconstructions of a client's images by what is observed, and rows with the errors of two attacks.
+
+    That of the two attacks with the lower mean squared error over all images is returned.
+    """
+    argv = ["--run", setting, "--results_dir", str(results), "--models_dir", str(models),
+            "--data_dir", str(ROOT / "data"), "--public", STRIP[0].removesuffix("10k")]
+    args = mi_attack.make_parser().parse(argv)
+    run = target.open_target(setting, results, models, args.data_dir)
+    scene, last = evaluation.Evaluation(run, args), run.latest_round()
+    adversary, victim = scene.adversary("stolen_model", last, 0), evaluation.Victim(run, last, 0)
+    numbers = scene.order(0, 0)
+    truth, labels = run.pixels(numbers), run.labels(numbers)
+    found = {"truth": truth, "class mean": scoring.class_means(scene.public.images, scene.public.labels, labels)}
+    rows = [{"observed": "class mean", "mse": (found["class mean"] - truth).square().mean().item()}]
+    for observed, words in (("z", "one z"), ("z8", "8 z"), ("z100", "100 z"), ("mu", "mean of z")):
+        torch.manual_seed(args.seed)
+        seen = latents.observe(victim, truth, labels, replace(scene.budget, observed=observed))
+        by_error: dict[float, Tensor] = {}
+        for attack, solve in (("posterior_mean", latents.posterior_mean), ("latent_decoder", latents.decode)):
+            images = solve(adversary, seen, len(truth))[0][0]
+            mse = (images - truth).square().mean().item()
+            rows.append({"observed": observed, "attack": attack, "mse": mse})
+            by_error[mse] = images
+        found[words] = by_error[min(by_error)]
+    return found, [{"setting": setting, **row} for row in rows]
+
+
+def draw_strip(run: str) -> list[dict]:
+    """Draw the strip from the runs of ``strip_task``, and return its rows."""
+    strips, rows = {}, []
+    for setting in SETTINGS:
+        strips[setting], errors = reconstruct(ROOT / "results" / run, ROOT / "saved_models" / run, setting)
+        rows += errors
+    figure, axes = panels(len(strips), (3.4, 3.2))
+    for panel, (setting, pictures) in zip(axes, strips.items(), strict=True):
+        grid = torch.cat([torch.cat([*images[:PICTURED]], 2) for images in pictures.values()], 1)
+        side = grid.shape[1] / len(pictures)
+        panel.imshow(plots.drawable(grid.permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=1)
+        panel.set(title=f"prior: {setting}", xticks=[], yticks=[side * (i + 0.5) for i in range(len(pictures))],
+                  yticklabels=[*pictures])
+    write_whole(PAGES / "frontier_strip.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    return rows
+
+
+def runs_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of runs with what they lose, in points, to the default on the same images."""
+    world = ["dataset", "partition", "seed"]
+    rows = rows[rows["kind"] == "run"].drop_duplicates([*SETTING, "seed"], keep="last")
+    default = rows[rows["setting"] == DEFAULT].set_index(world)["deployed"]
+    return rows.join(default.rename("default"), on=world).assign(
+        lost=lambda joined: 100 * (joined["default"] - joined["deployed"]))
+
+
+def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of ``SHOWN``."""
+    by = runs_of(rows).set_index(SETTING, drop=False).sort_index()
+    return pd.concat([by.loc[[key]] for key in SHOWN if key in by.index] or [by[:0]]).reset_index(drop=True)
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Draw accuracy against the share identified: an arrow from the default for each partition and observation."""
+    means = runs_of(rows).groupby(SETTING).mean(numeric_only=True)
+    protected = [name for name in SETTINGS if name != DEFAULT and name in means.index.get_level_values("setting")]
+    figure, axes = panels(len(protected) * len(DATASETS), (3.6, 2.9), sharex=True, sharey="col")
+    for panel, (name, dataset) in zip(axes, product(protected, DATASETS), strict=True):
+        for colour, partition in enumerate(PARTITIONS):
+            if not {(dataset, partition, setting) for setting in (DEFAULT, name)} <= {*means.index}:
+                continue
+            start, end = (means.loc[(dataset, partition, setting)] for setting in (DEFAULT, name))
+            for observed, (words, marker, size) in OBSERVED.items():
+                tail, tip = ((max(run[f"identified_{observed}"], LEAST), run["deployed"]) for run in (start, end))
+                panel.annotate("", tip, tail, arrowprops={"arrowstyle": "->", "color": f"C{colour}"})
+                panel.plot(*tip, marker, color=f"C{colour}", markersize=size, markerfacecolor="none",
+                           label=f"{partition}, {words}")
+        panel.axvline(1 / 500, color="grey", linestyle=":")
+        panel.set(title=f"{dataset}: {DEFAULT} to {name}", xscale="log", ylabel="deployed accuracy",
+                  xlabel="share identified (dotted line: a guess)")
+    legend(figure)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="frontier", question="What does privacy from an attacker with the stolen model cost in accuracy?",
+    tasks=tasks, measure=measure, inspect=draw_strip, settings=["kind", *SETTING], tabulate=tabulate, draw=draw,
+    keys={"dataset": "data set", "partition": "partition", "setting": "prior"}, spread="lost",
+    values={"deployed": ("accuracy", "{:.3f}"), "lost": ("points lost", "{:.1f}"),
+            "identified_z": ("one z", "{:.3f}"), "identified_z_worst": ("worst 2 %", "{:.3f}"),
+            "identified_z8": ("8 z", "{:.3f}"), "identified_rounds": ("every round", "{:.3f}"),
+            "identified_mu": ("mean of z", "{:.3f}")})
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT))
