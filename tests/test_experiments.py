@@ -293,12 +293,12 @@ def test_the_strip_shows_the_better_of_two_attacks(place, tiny_arrays, monkeypat
     (place.folder / "docs").mkdir()
     for name, value in (("ROOT", place.folder), ("PAGES", place.folder / "docs"), ("STRIP", ("public", "shards"))):
         monkeypatch.setattr(frontier, name, value)
-    shown, outcomes, reconstruct = [], [], frontier.reconstruct
-    monkeypatch.setattr(frontier, "reconstruct", lambda *where: outcomes.append(reconstruct(*where)) or outcomes[-1])
+    shown, outcomes, real = [], [], frontier.reconstruct
+    monkeypatch.setattr(frontier, "reconstruct", lambda *where: outcomes.append(real(*where)) or outcomes[-1])
     monkeypatch.setattr(frontier.plots, "drawable", lambda grid: shown.append(grid) or grid)
     rows = pd.DataFrame(frontier.draw_strip("x"))
     assert (place.folder / "docs" / "frontier_strip.png").read_bytes().startswith(b"\x89PNG")
-    assert len(rows) == len(shown) * 9 == len(frontier.SETTINGS) * 9 and rows["mse"].between(0, 1).all()
+    assert len(rows) == len(shown) * 9 == len(outcomes) * 9 == len(frontier.SETTINGS) * 9 and rows["mse"].between(0, 1).all()
     assert {grid.shape for grid in shown} == {(6 * 8, frontier.PICTURED * 8, 1)}
     assert all(np.array_equal(grid[:16], shown[0][:16]) for grid in shown)   # the same images and class means
     for found, errors in outcomes:
