@@ -6,14 +6,13 @@ of {v in the row space : v >= 0, last entry 1}, which linear programs find. SPEA
 2403.03945) separates images by zeros of d_i instead.
 """
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from server.base import State
+from update import Training
 
 BIAS, WEIGHT = "classifier.output.bias", "classifier.output.weight"
 SLACK = 0.003        # how negative an input may be, where a typical one is 0.3: the gradient is rounded
@@ -34,12 +33,11 @@ def owned_classes(scores: Tensor) -> Tensor:
     return scores >= ordered[(ordered[:-1] - ordered[1:]).argmax()]
 
 
-def rates(options: Mapping[str, Any], epochs: int, images: int, batch: int, done: int) -> list[float]:
-    """Return the head's learning rates in a round, as ``Trainer.set_lr`` sets them after ``done`` steps."""
-    steps = epochs * -(-images // batch)
-    warm = max(options["lr_warmup"] * steps, 1)
-    return [options["head_lr"] * options["lr"] * min(1.0, (k + 1) / warm) / (1 + options["lr_decay"] * (done + k))
-            for k in range(steps)]
+def rates(training: Training, images: int, done: int) -> list[float]:
+    """Return the learning rates of a client's round, as ``Trainer.set_lr`` sets them after ``done`` steps."""
+    steps = training.steps_of(images)
+    warm = max(training.lr_warmup * steps, 1)
+    return [training.lr * min(1.0, (k + 1) / warm) / (1 + training.lr_decay * (done + k)) for k in range(steps)]
 
 
 def adam_gradient(sent: Tensor, upload: Tensor, rate: float, eps: float = 1e-7) -> tuple[Tensor, Tensor]:
@@ -50,8 +48,6 @@ def adam_gradient(sent: Tensor, upload: Tensor, rate: float, eps: float = 1e-7) 
     largest = torch.maximum(sent.abs(), upload.abs())
     spacing = torch.nextafter(largest, torch.full_like(largest, torch.inf)) - largest
     return change.sign() * eps * moved / left, (spacing.double() / 2 + 2e-7 * rate) / left
-
-
 
 
 def dense_inputs(gradient: Tensor, error: Tensor, count: int, seconds: float) -> Tensor:
@@ -84,11 +80,11 @@ def row_space(rows: Tensor, known: Tensor, rank: int, rounds: int = 30) -> Tenso
 
 def corners(basis: Tensor, seconds: float) -> Tensor:
     """Return corners, ``N x D``, those with most zeros first: an image has more of them than a corner needs."""
-    rank, end, extra, tries = len(basis), time.monotonic() + seconds, 0, 0
+    rank, end, extra, tries = len(basis), time.process_time() + seconds, 0, 0
     random = np.random.default_rng(0)
     points: list[Tensor] = []   # coordinates in the basis
     values: list[Tensor] = []
-    while extra < 2 * rank and tries < 4 * rank + 8 and time.monotonic() < end:
+    while extra < 2 * rank and tries < 4 * rank + 8 and time.process_time() < end:
         extra, tries = extra + (len(points) >= rank), tries + 1
         direction = random.standard_normal(rank)
         if 0 < len(points) < rank:   # a direction in which the known corners are all at 0

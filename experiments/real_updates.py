@@ -1,22 +1,21 @@
-"""Measure what a curious server reads off a client's real update: images and classes.
+"""Measure what a curious server reads off a sum of clients' real updates: images and classes.
 
     python experiments/real_updates.py --run NAME   one finished run, into results/NAME/real_updates.csv
 
-A client that owns N images of one of a run's clients trains on them with the project's own Trainer, dropout
-included, and uploads. The server knows what it sent, the upload, N and the options. It treats all of Adam's steps
-as one, separates the images in the dense layer's gradient, and reconstructs each. With --secure_aggregation it has
-the mean over all clients of a round, each of which trains on N images of its own.
+In the round after a run's last, clients train with the project's own Trainer, dropout included, and the server
+sees the mean of 1, 10 or 50 uploads. It knows what it sent, the options, and the number of images. It separates
+images in the update of the shared dense layer (attack/uploads.py) and reconstructs each. The control counts images
+of clients that are not in the sum.
 """
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from common import ROOT, Experiment, Task, devices, dots, main, pd, slug, torch, training
+from common import ROOT, Experiment, Task, devices, dots, main, pd, torch, training
 
-from methods import METHODS
 from utils import InputError, Late, rng
 
 if TYPE_CHECKING:
@@ -26,76 +25,121 @@ if TYPE_CHECKING:
     from attack import gradients, newton, scoring, uploads
     from attack import target as attacked
     from attack.target import Target
-    from server import base
     from server.base import State
 else:
-    update, attacked, gradients, newton, scoring, uploads, base = (Late(name) for name in (
-        "update", "attack.target", "attack.gradients", "attack.newton", "attack.scoring", "attack.uploads",
-        "server.base"))
+    update, attacked, gradients, newton, scoring, uploads = (Late(name) for name in (
+        "update", "attack.target", "attack.gradients", "attack.newton", "attack.scoring", "attack.uploads"))
 
-SETTINGS = {"fedavg, iid": "iid", "fedavg, shards": "shards"}
-CASES = (1, 4, 8, 16)   # images
-CANDIDATES = 500   # of the client's images that a true one is ranked among
-SEARCH_STEPS, SEPARATION_SECONDS = 200, 12
-
-
-def images_of(target: Target, sent: State, upload: State, shape: torch.Size, rate: float) -> Tensor:
-    """Return the images found in an update, ``N x C x H x W``, grey if missing; ``rate`` sums its steps' rates."""
-    head = target.network().get_submodule("classifier").requires_grad_(False).eval()
-    head.load_state_dict({name.removeprefix("classifier."): value for name, value in sent.items()})
-    before, dense = newton.before_dense(head.get_submodule("features"))
-    names = [f"classifier.features.{dense}.{kind}" for kind in ("weight", "bias")]
-    (weight, weight_error), (bias, bias_error) = (uploads.adam_gradient(sent[name], upload[name], rate)
-                                                  for name in names)
-    goal = uploads.dense_inputs(torch.cat([weight, bias[:, None]], 1),
-                                torch.cat([weight_error, bias_error[:, None]], 1), shape[0], SEPARATION_SECONDS)
-    images = torch.full(shape, 0.5)
-    if len(goal):
-        start = (0.3 + 0.1 * torch.randn(1, len(goal), *shape[1:])).clamp(0, 1)
-        images[:len(goal)] = gradients.from_features(before, goal, start, SEARCH_STEPS, 1e-4, True, lr=0.1)[0][0]
-    return images.nan_to_num(0.5).clamp(0, 1)
+SETTINGS = {"fedavg": "classifier.features", "rve_pfl_trunk": "encoder.trunk"}   # shared layers on images
+GRADIENT = {"optimizer": "sgd", "epochs": 1, "batch_size": 10**6, "lr": 1.0, "head_lr": 1.0, "lr_decay": 0.0,
+            "lr_warmup": 0.0, "momentum": 0.0}   # a step of SGD: the upload is what was sent less the gradient
+CASES = {"1 image, one step": (1, GRADIENT), "1 image, a round": (1, {}), "8 images, a round": (8, {}),
+         "all images, a round": (10**6, {})}
+SUMS = (1, 10, 50)   # clients
+INPUTS = 1000   # of the dense layer, that the attack uses
+SEPARABLE, FOUND = 64, 8   # images in an update that are separated at most; reconstructions
+SEARCH_STEPS, SEPARATION_SECONDS = 150, 8
+MARGIN = 0.5   # dB
 
 
-def image_row(target: Target, round: int, count: int) -> dict:
-    """Train on ``count`` images, read the upload, and return the scores beside those of a foreign control."""
+class Layers:
+    """The shared layers that see the image, up to a sample of the first dense layer's inputs."""
+
+    def __init__(self, target: Target, sent: State):
+        name = SETTINGS[target.options["method"]]
+        layers = target.network().get_submodule(name).requires_grad_(False).eval()
+        layers.load_state_dict({key.removeprefix(f"{name}."): value for key, value in sent.items()
+                                if key.startswith(f"{name}.")})
+        self.before, dense = newton.before_dense(layers)
+        self.names = [f"{name}.{dense}.{kind}" for kind in ("weight", "bias")]
+        self.inputs = torch.from_numpy(rng(1, "inputs").permutation(sent[self.names[0]].shape[1])[:INPUTS])
+
+    def part(self, state: State) -> Tensor:
+        """Return the dense layer's weights of the sampled inputs, and as last column its biases."""
+        weight, bias = (state[name] for name in self.names)
+        return torch.cat([weight[:, self.inputs], bias[:, None]], 1)
+
+    def images(self, goal: Tensor, shape: tuple[int, ...], signs: bool) -> Tensor:
+        """Return images ``N x C x H x W`` that lead to the dense layer's inputs ``goal``, or to their signs."""
+        import torch  # whose classes are no functions
+
+        last = max(i for i, layer in enumerate(self.before) if isinstance(layer, torch.nn.ReLU))
+
+        def inputs_of(x: Tensor) -> Tensor:
+            if signs:   # a smooth stand-in for whether the last ReLU passes a value
+                x = torch.sigmoid(20 * self.before[:last](x))
+            return self.before[last + 1 if signs else 0:](x)[:, self.inputs]
+        start = (0.3 + 0.1 * torch.randn(1, len(goal), *shape)).clamp(0, 1)
+        found = gradients.from_features(inputs_of, goal.clamp(0, 1) if signs else goal, start, SEARCH_STEPS, 1e-4,
+                                        True, lr=0.1)[0][0]
+        return found.nan_to_num(0.5).clamp(0, 1)
+
+
+def image_rows(target: Target, round: int, case: str) -> Iterator[dict]:
+    """Train clients in the next round, and yield for each number of them what their mean shows."""
     import torch  # whose dtypes are no functions
 
-    batch, clients = target.options["local_bs"], target.clients_observed
-    drawn = [rng(1, "real uploads", k, round).permutation(target.owned()[0][k]) for k in range(clients)]
-    pool, labels = target.pixels(drawn[0][:CANDIDATES]), target.data.labels[drawn[0][:CANDIDATES]]
-    sent, done = target.shared(round)["sent"], (round - 1) * -(-count // batch)
+    count, changes = CASES[case]
+    sent, owned = target.sent_next(round), target.owned()[0][:target.clients]
+    training = update.Training.from_options(target.options, torch.bfloat16, **changes)
     client = update.Trainer(
-        target.network().to(memory_format=torch.channels_last), METHODS["fedavg"],
+        target.network().to(memory_format=torch.channels_last), target.method,
         torch.from_numpy(target.data.images), torch.from_numpy(target.data.labels).long(),
-        target.data.num_classes, update.Training.from_options(target.options, torch.bfloat16, epochs=1))
-    trained = [client.train(k, round, numbers[:count], sent, update.ClientState({}, done)).upload
-               for k, numbers in enumerate(drawn)]
-    devices.seed_torch(1, "real uploads split", 0, round)
-    found = images_of(target, sent, base.weighted_mean(trained, [1.0] * clients),
-                      torch.Size([clients * count, *pool.shape[1:]]),
-                      sum(uploads.rates(target.options, 1, count, batch, done)))
-    control = scores(found, pool, foreign(labels, count))
-    return {"kind": "images", "images": count, **scores(found, pool, range(count)),
-            **{f"control_{name}": value for name, value in control.items()}}
+        target.data.num_classes, training)
+    layers = Layers(target, sent)
+    before, total, numbers, pool = layers.part(sent), torch.zeros(()), np.zeros(0, int), np.concatenate(owned)
+    for k in range(min(SUMS[-1], len(owned) // 2)):
+        own, state = rng(1, "real uploads", k, round).permutation(owned[k])[:count], target.private(round, k)
+        total = total + layers.part(client.train(k, round + 1, own, sent, state).upload).double()
+        numbers = np.concatenate([numbers, own])
+        if k + 1 in SUMS:
+            devices.seed_torch(1, "real uploads split", k, round)
+            rate = sum(uploads.rates(training, len(own), state.steps))
+            change, error = update_of(before, total / (k + 1), k + 1, rate, changes)
+            goal = inputs_behind(change, error, len(numbers))
+            control = matched(target.data.labels, numbers, np.concatenate(owned[len(owned) // 2:]))
+            found = layers.images(goal, target.data.image_shape, k > 0 and not changes)
+            yield {"kind": "images", "case": case, "clients": k + 1, "images": len(numbers), "found": len(found),
+                   **scores(found, target.pixels(pool), np.isin(pool, numbers), np.isin(pool, control))}
 
 
-def foreign(labels: np.ndarray, count: int) -> list[int]:
-    """Return other images of the same classes as the first ``count``, one for each."""
-    left, chosen = list(range(count, len(labels))), []
-    for label in labels[:count]:
-        chosen.append(next(i for i in left if labels[i] == label))
-        left.remove(chosen[-1])
-    return chosen
+def inputs_behind(change: Tensor, error: Tensor, images: int) -> Tensor:
+    """Return at most ``FOUND`` inputs of the dense layer; of too many images, what the update has most of."""
+    goal = uploads.dense_inputs(change, error, images, SEPARATION_SECONDS) if images <= SEPARABLE else ()
+    if not len(goal):
+        goal = newton.dense_input({"of.weight": change[:, :-1], "of.bias": change[:, -1]}, "of")[None]
+    return goal[:FOUND].clamp_min(0)
 
 
-def scores(found: Tensor, pool: Tensor, true: Sequence[int]) -> dict[str, float]:
-    """Return the median PSNR, and the share of true images that come first among the candidates."""
-    truth, is_true = pool[list(true)], torch.zeros(len(true), len(pool)).bool()
-    is_true[range(len(true)), list(true)] = True
-    found = scoring.in_order_of(truth, found)
-    _, identified = scoring.rank_by(scoring.distances(found, pool), is_true)
-    return {"psnr": scoring.similarity(found, truth)["psnr"].median().item(),
-            "identified": identified.mean().item()}
+def update_of(sent: Tensor, mean: Tensor, clients: int, rate: float, changes: dict) -> tuple[Tensor, Tensor]:
+    """Return a matrix whose row space holds the inputs of the dense layer, or their signs, and relative errors.
+
+    A gradient, and the one behind a client's step of Adam, is a sum over images. In a mean of several clients'
+    steps of Adam, each about as long as the learning rate, the clients' signs add up.
+    """
+    if clients == 1 and not changes:
+        return uploads.adam_gradient(sent, mean.float(), rate)
+    return sent.double() - mean, torch.zeros_like(mean)
+
+
+def scores(found: Tensor, pool: Tensor, true: np.ndarray, control: np.ndarray) -> dict[str, float]:
+    """Score reconstructions by images of the pool that are in the sum (bool), and by control images (bool).
+
+    ``identified`` is the share of reconstructions that are nearer to one of these than to all other images, by
+    ``MARGIN``; ``psnr`` is the best of any reconstruction and one of these.
+    """
+    distance = 10 * np.log10(np.maximum(scoring.distances(found, pool).numpy(), 1e-10))   # -PSNR
+    row = {}
+    for name, chosen in (("", true), ("control_", control)):
+        nearest, other = (distance[:, part].min(1, initial=np.inf) for part in (chosen, ~chosen))
+        row |= {f"{name}identified": (nearest + MARGIN <= other).mean(), f"{name}psnr": -nearest.min()}
+    return row
+
+
+def matched(labels: np.ndarray, true: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return, of ``others``, as many image numbers of each class as ``true`` has, or all that there are."""
+    counts = zip(*np.unique(labels[true], return_counts=True), strict=True)
+    return np.concatenate([others[labels[others] == c][:count] for c, count in counts])
 
 
 def class_rows(target: Target, round: int) -> list[dict]:
@@ -117,38 +161,43 @@ def class_rows(target: Target, round: int) -> list[dict]:
 
 
 def read_updates(run: str) -> list[dict]:
-    """Return the rows about the updates of a finished run of fedavg."""
+    """Return the rows about the updates of a finished run."""
     target = attacked.open_target(run, *(ROOT / folder for folder in ("results", "saved_models", "data")))
-    if (target.options["method"], target.options["optimizer"]) != ("fedavg", "adam"):
-        raise InputError(f"--run {run}: is no run of fedavg with Adam")
+    if target.options["method"] not in SETTINGS or target.options["optimizer"] != "adam":
+        raise InputError(f"--run {run}: is no run of {' or '.join(SETTINGS)} with Adam")
     round = target.latest_round()
-    return class_rows(target, round) + [image_row(target, round, count) for count in CASES]
+    return class_rows(target, round) + [row for case in CASES for row in image_rows(target, round, case)]
 
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
-    """Return the runs, seed after seed."""
-    options = {"dataset": "mnist10k", "method": "fedavg", "rounds": 3, "local_ep": 2, "local_bs": 64}
-    return [Task(run := f"updates-{slug(name)}-seed{seed}", {"setting": name}, seed,
-                 (training(run, {**options, "partition": partition, "seed": seed}),
+    """Return the runs, seed after seed: 100 clients of 90 images, of which ten train in a round."""
+    options = {"dataset": "mnist10k", "partition": "iid", "num_users": 100, "frac": 0.1, "rounds": 2,
+               "local_ep": 1, "local_bs": 64, "eval_every": 2}
+    return [Task(run := f"updates-{method}-seed{seed}", {"method": method}, seed,
+                 (training(run, {**options, "method": method, "seed": seed}),
                   f"python experiments/real_updates.py --run {run}"))
-            for seed in seeds for name, partition in SETTINGS.items()]
+            for seed in seeds for method in SETTINGS]
 
 
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return what is read off, by setting and number of images."""
+    """Return a row for each case: what is identified in a mean over each number of clients, and the last PSNR."""
     rows = rows[rows["kind"] == "images"]
-    return rows.assign(images=rows["images"].astype(int))
+    shares = rows.pivot_table(index=[*KEYS, "seed"], columns="clients", values="identified", sort=False)
+    last = rows[rows["clients"] == SUMS[1]].set_index([*KEYS, "seed"])
+    values = last[["control_identified", "psnr", "control_psnr"]]
+    return shares.rename(columns=lambda clients: f"over_{clients:.0f}").join(values).reset_index()
 
 
-KEYS = {"setting": "method, partition", "images": "images"}
+KEYS = {"method": "method", "case": "each client's update"}
 EXPERIMENT = Experiment(
-    name="real_updates", question="How many images does a server read off a client's real update?",
+    name="real_updates", question="How many images does a server read off a sum of clients' updates?",
     tasks=tasks, measure=lambda folder: pd.read_csv(folder / "real_updates.csv").to_dict("records"),
-    inspect=read_updates, settings=["setting", "kind", "images"],
-    tabulate=tabulate, keys=KEYS, spread="identified",
-    draw=lambda rows: dots(tabulate(rows), [*KEYS], ["identified", "control_identified"], xlabel="share"),
-    values={"identified": ("identified", "{:.2f}"), "control_identified": ("control", "{:.2f}"),
-            "psnr": ("PSNR, dB", "{:.1f}"), "control_psnr": ("control, dB", "{:.1f}")})
+    inspect=read_updates, settings=["method", "kind", "case", "clients"],
+    tabulate=tabulate, keys=KEYS, spread="over_10",
+    draw=lambda rows: dots(tabulate(rows), [*KEYS], ["over_1", "over_10", "over_50"], xlabel="identified"),
+    values={"over_1": ("1 client", "{:.2f}"), "over_10": ("10 clients", "{:.2f}"),
+            "control_identified": ("control", "{:.2f}"), "over_50": ("50 clients", "{:.2f}"),
+            "psnr": ("PSNR of 10, dB", "{:.1f}"), "control_psnr": ("control, dB", "{:.1f}")})
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

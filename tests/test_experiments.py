@@ -322,27 +322,38 @@ def test_losses_to_the_oracle_by_hand():
 
 def test_controls_of_real_updates_are_other_images_of_the_class():
     labels = np.array([0, 1, 1, 0, 1, 1])
-    assert real_updates.foreign(labels, 3) == [3, 4, 5]
+    assert real_updates.matched(labels, np.array([0, 1, 2]), np.array([3, 4, 5])).tolist() == [3, 4, 5]
+    assert real_updates.matched(labels, np.array([1]), np.array([0, 3, 4, 5])).tolist() == [4]
+
+
+def test_reconstructions_are_identified_by_a_margin():
     pool = torch.rand(6, 1, 8, 8, generator=torch.manual_seed(0))
-    own, other = (real_updates.scores(pool[:3], pool, true) for true in (range(3), [3, 4, 5]))
-    assert own["identified"] == 1 and own["psnr"] > 60 and other["identified"] == 0 and other["psnr"] < 20
+    true, control = torch.arange(6).numpy() < 2, np.arange(6) == 5
+    row = real_updates.scores(torch.cat([pool[:1], pool[4:]]), pool, true, control)
+    assert row["identified"] == row["control_identified"] == pytest.approx(1 / 3) and row["psnr"] > 60
+    between = real_updates.scores(0.51 * pool[:1] + 0.49 * pool[2:3], pool, true, control)
+    assert between["identified"] == between["control_identified"] == 0 and 5 < between["psnr"] < 20
 
 
 @pytest.mark.slow
-def test_updates_of_a_tiny_run_are_read(place, monkeypatch, capsys):
-    for method in ("fedavg", "rve_pfl"):
-        assert place.main("--method", method, "--rounds", 1, "--run_name", method) == 0
+@pytest.mark.parametrize("method", ["fedavg", "rve_pfl_trunk", "rve_pfl"])
+def test_updates_of_a_tiny_run_are_read(place, monkeypatch, capsys, method):
+    """One image is found in one client's step, and in the step of two clients."""
+    assert place.main("--method", method, "--partition", "iid", "--num_users", 4, "--rounds", 1, "--run_name",
+                      method) == 0
     (place.folder / "saved_models").symlink_to(place.folder / "models")
     for module in (common, real_updates):
         monkeypatch.setattr(module, "ROOT", place.folder)
-    monkeypatch.setattr(real_updates, "CASES", (1, 2))
-    monkeypatch.setattr(real_updates, "SEARCH_STEPS", 20)
-    assert common.main(real_updates.EXPERIMENT, ["--run", "fedavg"]) == 0
-    rows = real_updates.EXPERIMENT.measure(place.folder / "results" / "fedavg")
-    assert [row["kind"] for row in rows][-2:] == ["images", "images"]
-    assert all(0 <= row[f"{control}identified"] <= 1 for row in rows[-2:] for control in ("", "control_"))
-    assert common.main(real_updates.EXPERIMENT, ["--run", "rve_pfl"]) == 2
-    assert "is no run of fedavg" in capsys.readouterr().err
+    monkeypatch.setattr(real_updates, "SUMS", (1, 2))
+    status = common.main(real_updates.EXPERIMENT, ["--run", method])
+    if method == "rve_pfl":
+        assert status == 2 and "is no run of fedavg or rve_pfl_trunk" in capsys.readouterr().err
+        return
+    assert status == 0
+    rows = real_updates.EXPERIMENT.measure(place.folder / "results" / method)
+    rows = pd.DataFrame([row for row in rows if row["kind"] == "images"]).set_index(["case", "clients"])
+    assert len(rows) == len(real_updates.CASES) * 2 and rows["control_identified"].max() < 1
+    assert (rows.loc["1 image, one step", "identified"] == 1).all()
 
 
 def test_speed_times_both_loops(monkeypatch, tmp_path):
