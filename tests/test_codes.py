@@ -3,11 +3,14 @@ import math
 
 import pytest
 import torch
+from attacked import Attacked
 from test_update import make
 
 import encoders
+from attack import mi_attack
 from encoders import CodeEncoder, CodePrior
 from models import RVE
+from options import args_parser
 
 SHAPE = (1, 8, 8)
 
@@ -97,3 +100,48 @@ def test_a_client_learns_its_classes_through_codes(tiny_arrays):
 def test_the_bound_is_log_m(tiny_arrays):
     assert build(16).most_nats == math.log(16) and RVE(SHAPE, 4, -2.0).most_nats == math.inf
     assert isinstance(build(16).encoder, CodeEncoder) and encoders.OWN_CODES == 0.95
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_place, tiny_arrays):
+    flags = ("--restarts", 1, "--iterations", 2, "--train_epochs", 1)
+    codes = ("--prior", "categorical", "--codes", 5, "--rounds", 2, "--save_rounds", 1)
+    return Attacked(make_place(tmp_path_factory.mktemp("codes")), tiny_arrays, mi_attack, flags,
+                    {"codes": codes, "trunk": ("--method", "rve_pfl_trunk", *codes)})
+
+
+def test_no_observation_of_one_encoder_identifies_more_than_its_codes(trained):
+    """M codes among N candidates: at most M / N, from one z, a hundred, or mu, and with the exact likelihood."""
+    assert trained.attack("codes", "--adversary", "stolen_model", "--attack", "reidentification", "--observe", "z",
+                          "z100", "mu") == 0
+    own = trained.csv("codes").query("control == ''")
+    used = own.groupby("observed")["nearest_rank"].nunique()
+    for observed, rows in own.groupby("observed"):
+        assert 0 < rows["identified"].sum() <= 5 + 1e-9, observed   # a candidate of each code at most
+    assert len(own["observed"].unique()) == 3 and used.max() <= 5
+    exact = own[own["observed"] == "mu"].set_index("image")["identified"]
+    many = own[own["observed"] == "z100"].set_index("image")["identified"]
+    assert exact.to_numpy() == pytest.approx(many.loc[exact.index].to_numpy())   # more draws tell nothing new
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["codes", "trunk"])
+def test_every_attack_runs_on_codes(trained, few_steps, run):
+    assert trained.attack(run, "--overwrite", "--attack", "all", "--images", 2, "--observe", "z", "rounds") == 0
+    assert trained.csv(run)["attack"].nunique() > 12
+
+
+def test_too_few_codes_are_refused(place, capsys):
+    line = place.refuses(capsys, "--prior", "categorical", "--codes", 3)
+    assert line.endswith("--codes 3: --dataset tiny has 4 classes, each of which needs a code of its own; "
+                         "give at least 4")
+    assert not place.results.exists() and not place.models.exists()
+    assert "--codes 5: --prior normal does not read it" in place.refuses(capsys, "--codes", 5)
+
+
+def test_the_prior_sets_defaults_that_flags_override():
+    args = args_parser(["--prior", "categorical"])
+    assert (args.kl_weight, args.head_lr, args.codes) == (1.0, 1.0, None)
+    args = args_parser(["--prior", "class", "--kl_weight", "0.1", "--method", "local"])
+    assert (args.kl_weight, args.head_lr) == (0.1, 1.0)
+    assert (args_parser([]).kl_weight, args_parser([]).head_lr) == (1e-5, 0.1)
