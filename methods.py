@@ -232,7 +232,7 @@ CLIENT_DP = {**TRAINING, EPSILON: None, DELTA: None, CLIP: 1.0, NOISE_MULTIPLIER
 DP_SGD = {**CLIENT_DP, LR: 3e-3, DELTA: 1e-5}
 
 # KL to a prior of classes bounds what z tells beyond the class only, and the head trains on draws of the prior.
-WITH_CLASSES = dict.fromkeys(("class", "categorical"), {KL_WEIGHT: 1.0, HEAD_LR: 1.0})
+WITH_CLASSES = dict.fromkeys(("class", "categorical"), {KL_WEIGHT: 1.0, HEAD_LR: 1.0, PRIVATE_INIT: True})
 
 HEAD = ("classifier.",)   # of the comparison CNN, this is all of it
 ON_CIFAR = {"cifar": {AUGMENT: "flip+shift"}}

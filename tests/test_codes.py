@@ -141,7 +141,8 @@ def test_too_few_codes_are_refused(place, capsys):
 
 def test_the_prior_sets_defaults_that_flags_override():
     args = args_parser(["--prior", "categorical"])
-    assert (args.kl_weight, args.head_lr, args.codes) == (1.0, 1.0, None)
-    args = args_parser(["--prior", "class", "--kl_weight", "0.1", "--method", "local"])
-    assert (args.kl_weight, args.head_lr) == (0.1, 1.0)
-    assert (args_parser([]).kl_weight, args_parser([]).head_lr) == (1e-5, 0.1)
+    assert (args.kl_weight, args.head_lr, args.codes, args.private_init) == (1.0, 1.0, None, True)
+    args = args_parser(["--prior", "class", "--kl_weight", "0.1", "--method", "local", "--no-private_init"])
+    assert (args.kl_weight, args.head_lr, args.private_init) == (0.1, 1.0, False)
+    args = args_parser([])
+    assert (args.kl_weight, args.head_lr, args.private_init) == (1e-5, 0.1, False)
