@@ -102,13 +102,14 @@ def slug(words: str) -> str:
 
 
 def curve(folder: Path) -> list[dict]:
-    """Return a row for each evaluated round of a run: means over clients on held-out images."""
+    """Return a row for each evaluated round of a run: means over clients, and over all images, held out."""
     rounds = pd.read_csv(folder / "rounds.csv")
     rows = []
     for number, part in rounds[rounds["split"] != "train"].groupby("round"):
         row: dict[str, Any] = {"round": number}
         for stage, values in part.set_index("stage").sort_index().iterrows():
-            row |= {str(stage): values["accuracy"], f"{stage}_worst": values["accuracy_worst"]}
+            row |= {str(stage): values["accuracy"], f"{stage}_worst": values["accuracy_worst"],
+                    f"{stage}_images": values["accuracy_images"]}
         deployed = part[part["stage"] == "deployed"].iloc[0]
         rows.append({**row, "kl_nats": deployed["kl_nats"], "seconds": deployed["seconds"]})
     return rows

@@ -33,12 +33,11 @@ else:
 SETTINGS = {"fedavg": "classifier.features", "rve_pfl_trunk": "encoder.trunk"}   # shared layers on images
 GRADIENT = {"optimizer": "sgd", "epochs": 1, "batch_size": 10**6, "lr": 1.0, "head_lr": 1.0, "lr_decay": 0.0,
             "lr_warmup": 0.0, "momentum": 0.0}   # a step of SGD: the upload is what was sent less the gradient
-CASES = {"1 image, one step": (1, GRADIENT), "1 image, a round": (1, {}), "8 images, a round": (8, {}),
-         "all images, a round": (10**6, {})}
+CASES = {"1 image, one step": (1, GRADIENT), "1 image, a round": (1, {}), "all images, a round": (10**6, {})}
 SUMS = (1, 10, 50)   # clients
 INPUTS = 1000   # of the dense layer, that the attack uses
-SEPARABLE, FOUND = 64, 8   # images in an update that are separated at most; reconstructions
-SEARCH_STEPS, SEPARATION_SECONDS = 150, 8
+SEPARABLE, FOUND = 64, 4   # images in an update that are separated at most; reconstructions
+SEARCH_STEPS, SEPARATION_SECONDS = 150, 4
 MARGIN = 0.5   # dB
 
 

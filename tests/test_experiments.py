@@ -344,7 +344,8 @@ def test_updates_of_a_tiny_run_are_read(place, monkeypatch, capsys, method):
     (place.folder / "saved_models").symlink_to(place.folder / "models")
     for module in (common, real_updates):
         monkeypatch.setattr(module, "ROOT", place.folder)
-    monkeypatch.setattr(real_updates, "SUMS", (1, 2))
+    for name, value in (("SUMS", (1, 2)), ("FOUND", 1), ("SEPARATION_SECONDS", 1)):
+        monkeypatch.setattr(real_updates, name, value)
     status = common.main(real_updates.EXPERIMENT, ["--run", method])
     if method == "rve_pfl":
         assert status == 2 and "is no run of fedavg or rve_pfl_trunk" in capsys.readouterr().err
@@ -436,6 +437,7 @@ def test_measures_of_a_finished_run_by_hand(finished):
     first, last = common.curve(finished)
     assert (last["round"], last["kl_nats"]) == (2, 20) and first["deployed"] == pytest.approx(0.1)
     assert (last["deployed"], last["deployed_worst"], last["trained"]) == pytest.approx((0.2, 0.1, 0.4))
+    assert (first["deployed_images"], last["trained_images"]) == pytest.approx((0.7, 0.5))
     row, = [row for row in leakage.measure(finished) if row["images"] == "all"]
     assert (row["n"], row["identified"], row["control_identified"]) == (1, 1, 0)
     row, = frontier.measure(finished)
