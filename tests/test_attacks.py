@@ -204,6 +204,17 @@ def test_the_likelihood_is_that_of_normal_draws(noisy, count):
     torch.testing.assert_close((found - found[:, :1]).float(), expected - expected[:, :1], rtol=1e-4, atol=1e-4)
 
 
+def test_public_images_of_the_same_code_are_averaged(monkeypatch):
+    """Without noise; their likelihoods are equal up to rounding."""
+    public, view = images(3), SimpleNamespace(posterior=lambda x: (torch.zeros(1, 2), None))
+    monkeypatch.setattr(latents, "labels_of", lambda *_: torch.zeros(1))
+    logs = torch.tensor([[-5, -5 + 1e-12, -6]], dtype=torch.double)
+    monkeypatch.setattr(latents, "log_likelihood", lambda *_: logs)
+    adversary = SimpleNamespace(public=SimpleNamespace(of=lambda labels: (public, labels)))
+    found, _ = latents.posterior_mean(adversary, [latents.Seen(torch.zeros(1, 1, 2), view)], 1)
+    torch.testing.assert_close(found[0, 0], public[:2].mean(0))
+
+
 def trained_head(shape, classes=5):
     """A head that tells patterns apart, so that its filters are not those of its start."""
     torch.manual_seed(0)

@@ -253,6 +253,12 @@ def test_leakage_rows_by_hand():
     assert len(list(leakage.attack_rows({}, rows.assign(kl_nats=np.nan)))) == 1
 
 
+def test_every_round_is_kept_for_the_attacker_who_observes_every_round():
+    for task in frontier.tasks([11])[1:]:
+        trained, attacked = (parse(command) for command in task.commands)
+        assert trained.save_rounds == [*range(1, trained.rounds + 1)] and "rounds" in attacked.observe
+
+
 def frontier_rows(accuracy, **more):
     """Rows of runs of three seeds: (partition, prior) -> accuracy, each seed's a little lower; z tells 4 %."""
     shares = {f"identified_{observed}": 0.04 for observed in ("z", "z_worst", "z8", "rounds", "mu")}
@@ -442,6 +448,7 @@ def test_measures_of_a_finished_run_by_hand(finished):
     assert (row["n"], row["identified"], row["control_identified"]) == (1, 1, 0)
     row, = frontier.measure(finished)
     assert (row["identified_z"], row["control_identified_z"], row["deployed"]) == pytest.approx((1, 0, 0.2))
+    assert row["identified_z_worst"] == 1
     row, = robustness.measure(finished)
     assert (row["deployed"], row["backdoor"], row["weight"], row["trust"]) == pytest.approx((0.2, 0.5, 0.2, 0.8))
     row, = pfllib.measure(finished)
