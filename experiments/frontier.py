@@ -124,13 +124,13 @@ def draw_strip(run: str) -> list[dict]:
     for setting in SETTINGS:
         strips[setting], errors = reconstruct(ROOT / "results" / run, ROOT / "saved_models" / run, setting)
         rows += errors
-    figure, axes = panels(len(strips), (3.4, 3.2))
+    figure, axes = panels(len(strips), (3.6, 3.2))
     for panel, (setting, pictures) in zip(axes, strips.items(), strict=True):
         grid = torch.cat([torch.cat([*images[:PICTURED]], 2) for images in pictures.values()], 1)
         side = grid.shape[1] / len(pictures)
         panel.imshow(plots.drawable(grid.permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=1)
-        panel.set(title=f"prior: {setting}", xticks=[], yticks=[side * (i + 0.5) for i in range(len(pictures))],
-                  yticklabels=[*pictures])
+        panel.set(title=f"prior: {setting}", xticks=[], yticks=[])
+    axes[0].set_yticks([side * (i + 0.5) for i in range(len(pictures))], [*pictures])
     write_whole(PAGES / "frontier_strip.png", lambda file: figure.savefig(file, format="png", dpi=110))
     return rows
 

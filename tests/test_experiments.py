@@ -270,7 +270,7 @@ def frontier_rows(accuracy, **more):
 
 def test_points_lost_are_those_to_the_default_on_the_same_images():
     rows = frontier_rows({("shards", "normal"): 0.95, ("shards", "class"): 0.94, ("iid", "normal"): 0.8})
-    rows = pd.concat([rows, rows.assign(kind="picture"), rows.assign(deployed=1.0)[:1], rows[:1]])
+    rows = pd.concat([rows, rows.assign(kind="picture", deployed=0.5), rows.assign(deployed=1.0)[:1], rows[:1]])
     table = frontier.tabulate(rows)
     assert table["lost"].tolist() == pytest.approx([1.0] * 3) and set(table["setting"]) == {"class"}
     assert common.table(frontier.EXPERIMENT, rows)[2:] == [
