@@ -13,7 +13,22 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import PAGES, ROOT, Experiment, Options, Task, curve, flags, legend, main, panels, pd, plots, training
+from common import (
+    PAGES,
+    ROOT,
+    Experiment,
+    Options,
+    Task,
+    curve,
+    flags,
+    legend,
+    main,
+    panels,
+    pd,
+    plots,
+    slug,
+    training,
+)
 from headline import options_of
 from leakage import measure as attacks_of
 
@@ -34,19 +49,23 @@ else:
 DEFAULT = "normal"
 SETTINGS: dict[str, Options] = {
     DEFAULT: {},
-    "class": {"prior": "class", "kl_weight": 1, "prior_apart": 0.25, "head_lr": 1},
-    "categorical": {"prior": "categorical", "codes": 10, "kl_weight": 1, "head_lr": 1},
+    "class": {"prior": "class", "prior_apart": 0.25, "private_init": True},
+    "categorical": {"prior": "categorical", "private_init": True},
+    "categorical, 256 codes": {"prior": "categorical", "codes": 256, "private_init": True},
 }
-DATASETS, PARTITIONS = ("mnist10k", "fmnist10k", "cifar10k"), ("shards", "dirichlet", "iid")
+DATASETS, PARTITIONS = ("fmnist10k", "cifar10k", "mnist10k"), ("shards", "iid", "dirichlet")
 ROUNDS = 5
-SCALE: Options = {"rounds": ROUNDS, "local_ep": 2, "local_bs": 64, "aggregation": "mean"}
+SCALE: Options = {"rounds": ROUNDS, "local_ep": 2, "local_bs": 128, "aggregation": "mean"}
 OBSERVED = {"z": ("one z", "o", 5), "z8": ("8 z", "^", 9), "mu": ("mean of z", "s", 12)}   # name, marker and size
 LEAST = 5e-4   # the smallest share that the picture shows
 SETTING = ["dataset", "partition", "setting"]
 # Of the table: at most eight.
-SHOWN = [*((dataset, "shards", name) for dataset in DATASETS for name in SETTINGS if name != DEFAULT),
-         ("mnist10k", "dirichlet", "categorical"), ("mnist10k", "iid", "categorical")]
+SHOWN = [("fmnist10k", "shards", "class"), *((dataset, "shards", "categorical") for dataset in DATASETS),
+         ("fmnist10k", "shards", "categorical, 256 codes"),
+         *((dataset, partition, "categorical") for partition, dataset in (
+             ("iid", "fmnist10k"), ("iid", "cifar10k"), ("dirichlet", "fmnist10k")))]
 STRIP = ("mnist10k", "shards")   # the images of the strip
+IN_STRIP = [*SETTINGS][:3]
 PICTURED = 6                     # images in the strip
 
 
@@ -55,28 +74,31 @@ def options(dataset: str, partition: str, setting: str, seed: int) -> Options:
     return {**options_of({"method": "rve_pfl"}, dataset, partition), "seed": seed, **SCALE, **SETTINGS[setting]}
 
 
+def run_of(dataset: str, partition: str, setting: str, seed: int) -> tuple[str, str]:
+    """Return the name of a run and the command line that trains it."""
+    name = f"frontier-{dataset}-{partition}-{slug(setting)}-seed{seed}"
+    kept = {"save_rounds": " ".join(map(str, range(1, ROUNDS + 1)))}
+    return name, training(name, {**options(dataset, partition, setting, seed), **kept})
+
+
 def tasks(seeds: Sequence[int]) -> list[Task]:
-    """Return the runs, seed after seed, behind those that the strip shows."""
+    """Return the runs, partition after partition and data set after data set, behind the strip."""
     found = [strip_task(seeds[0])]
-    for seed, partition, dataset, name in product(seeds, PARTITIONS, DATASETS, SETTINGS):
-        run = f"frontier-{dataset}-{partition}-{name}-seed{seed}"
-        kept = {"save_rounds": " ".join(map(str, range(1, ROUNDS + 1)))}
+    for partition, dataset, seed, name in product(PARTITIONS, DATASETS, seeds, SETTINGS):
+        run, train = run_of(dataset, partition, name, seed)
         attack = {"run": run, "adversary": "stolen_model", "attack": "reidentification", "clients": "0 1 2",
                   "observe": "z z8 rounds mu", "public": dataset.removesuffix("10k")}
         key = {"kind": "run", "dataset": dataset, "partition": partition, "setting": name}
         found.append(Task(run, key, seed, (
-            training(run, {**options(dataset, partition, name, seed), **kept}),
-            f"python attack/mi_attack.py {flags(attack)}")))
+            train, f"python attack/mi_attack.py {flags(attack)}")))
     return found
 
 
 def strip_task(seed: int) -> Task:
-    """Return the task that trains one run of each setting and draws the strip."""
+    """Return the task that trains a run of each setting that the strip shows, and draws it."""
     run, (dataset, partition) = f"frontier-strip-seed{seed}", STRIP
-    places = {"results_dir": f"results/{run}", "models_dir": f"saved_models/{run}"}
     return Task(run, {"kind": "picture", "dataset": dataset, "partition": partition}, seed, (
-        *(training(name, {**options(dataset, partition, name, seed), **places}) for name in SETTINGS),
-        f"python experiments/frontier.py --run {run}"))
+        *(run_of(*STRIP, name, seed)[1] for name in IN_STRIP), f"python experiments/frontier.py --run {run}"))
 
 
 def measure(folder: Path) -> list[dict]:
@@ -90,15 +112,14 @@ def measure(folder: Path) -> list[dict]:
     return [row]
 
 
-def reconstruct(results: Path, models: Path, setting: str) -> tuple[dict[str, Tensor], list[dict]]:
-    """Return reconstructions of a client's images by what is observed, and rows with the errors of two attacks.
+def reconstruct(name: str, setting: str) -> tuple[dict[str, Tensor], list[dict]]:
+    """Return reconstructions of images of a run by what is observed, and rows with the errors of two attacks.
 
     That of the two attacks with the lower mean squared error over all images is returned.
     """
-    argv = ["--run", setting, "--results_dir", str(results), "--models_dir", str(models),
-            "--data_dir", str(ROOT / "data"), "--public", STRIP[0].removesuffix("10k"), "--train_epochs", "4"]
-    args = mi_attack.make_parser().parse(argv)
-    run = target.open_target(setting, results, models, args.data_dir)
+    args = mi_attack.make_parser().parse(["--run", name, "--public", STRIP[0].removesuffix("10k"),
+                                          "--train_epochs", "4"])
+    run = target.open_target(name, *(ROOT / folder for folder in ("results", "saved_models", "data")))
     scene, last = evaluation.Evaluation(run, args), run.latest_round()
     adversary, victim = scene.adversary("stolen_model", last, 0), evaluation.Victim(run, last, 0)
     numbers = scene.order(0, 0)
@@ -121,8 +142,8 @@ def reconstruct(results: Path, models: Path, setting: str) -> tuple[dict[str, Te
 def draw_strip(run: str) -> list[dict]:
     """Draw the strip from the runs of ``strip_task``, and return its rows."""
     strips, rows = {}, []
-    for setting in SETTINGS:
-        strips[setting], errors = reconstruct(ROOT / "results" / run, ROOT / "saved_models" / run, setting)
+    for setting in IN_STRIP:
+        strips[setting], errors = reconstruct(run_of(*STRIP, setting, int(run.rpartition("seed")[2]))[0], setting)
         rows += errors
     figure, axes = panels(len(strips), (3.6, 3.2))
     for panel, (setting, pictures) in zip(axes, strips.items(), strict=True):
