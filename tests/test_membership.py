@@ -246,8 +246,8 @@ def test_kl_by_hand(trained):
 
 
 @pytest.mark.parametrize("flags", [
-    ("rve_pfl", "--prior", "class", "--kl_weight", 0.1, "--kl_warmup", 2, "--aggregation", "mean", "--precision",
-     "fp32"),
+    ("rve_pfl", "--prior", "class", "--no-private_init", "--kl_weight", 0.1, "--kl_warmup", 2, "--aggregation",
+     "mean", "--precision", "fp32"),
     pytest.param(("rve_pfl", "--head_lr", 0.5, "--lr_decay", 0.1, "--lr_warmup", 0.9, "--augment", "flip+shift"),
                  marks=pytest.mark.slow),
     pytest.param(("local", "--optimizer", "sgd", "--momentum", 0.5, "--lr", 0.01), marks=pytest.mark.slow),
