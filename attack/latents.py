@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attack import decoders, gradients
-from attack.adversaries import Adversary, Budget, Knowledge, flatten, held, hold, posterior_in_parts
+from attack.adversaries import Adversary, Budget, Knowledge, flatten, held, posterior_in_parts
 from attack.observations import Victim
 from attack.scoring import tied
 from models import as_image
@@ -41,8 +41,7 @@ def observe(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[Seen]:
     """Observe latents of images ``N x C x H x W`` as ``budget.observed`` says, an entry for each encoder."""
     observed = budget.observed
     if observed == "rounds":
-        views = (hold(victim.target, "stolen_model", r, victim.client) for r in range(1, victim.round + 1))
-        return [Seen(drawn(view, x, 1), view) for view in views]
+        return [Seen(drawn(view, x, 1), view) for view in victim.by_round]
     view = victim.stolen()
     if observed == "mu":
         return [Seen(posterior_in_parts(view, x)[0][None], noisy=False)]

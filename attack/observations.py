@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attack.adversaries import Budget, Knowledge, posterior_in_parts
+from attack.adversaries import Budget, Knowledge, hold, posterior_in_parts
 from attack.target import Target
 from models import RVE, Network
 from server.base import Round, State
@@ -44,6 +44,11 @@ class Victim:
         network = self.network(self.own)
         return Knowledge(network.get_submodule(network.predictor), getattr(network, "encoder", None),
                          self.target.has_encoder, self.target.data.image_shape)
+
+    @cached_property
+    def by_round(self) -> list[Knowledge]:
+        """The client's own model in each round up to this one."""
+        return [hold(self.target, "stolen_model", r, self.client) for r in range(1, self.round + 1)]
 
     @torch.no_grad()
     def kl(self, x: Tensor, y: Tensor) -> Tensor | None:
