@@ -200,7 +200,8 @@ class CodePrior(nn.Module):
 
     def __init__(self, codes: int, num_classes: int):
         super().__init__()
-        self.register_buffer("own", torch.arange(codes) % num_classes == torch.arange(num_classes)[:, None])
+        own = torch.arange(codes) % num_classes == torch.arange(num_classes)[:, None]
+        self.register_buffer("own", own, persistent=False)   # no parameter: it is never averaged or stored
 
     def draw(self, y: Tensor) -> Tensor:
         """Draw a code for each label ``N`` from those of its class."""

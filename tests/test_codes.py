@@ -1,4 +1,5 @@
 """The discrete bottleneck: an encoder that chooses one of M codes, and what can depend on an image behind it."""
+import json
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from attack import mi_attack
 from encoders import CodeEncoder, CodePrior
 from models import RVE
 from options import args_parser
+from runs.checkpoints import load_checked
 
 SHAPE = (1, 8, 8)
 
@@ -124,6 +126,20 @@ def test_no_observation_of_one_encoder_identifies_more_than_its_codes(trained):
     assert exact.to_numpy() == pytest.approx(many.loc[exact.index].to_numpy())   # more draws tell nothing new
 
 
+@pytest.mark.parametrize("flags", [(), ("--secure_aggregation",)])
+def test_codes_outlast_rounds_in_which_all_parameters_are_shared(place, flags):
+    """Which of them are a class's own is no parameter, so that it is neither averaged nor stored."""
+    assert place.main("--prior", "categorical", "--full_sharing_rounds", 1, "--rounds", 2, *flags) == 0
+    means, folder = [], place.models / "round_2"
+    for file, key in (("client_0", "parameters"), ("client_1", "parameters"), ("server", "private_start")):
+        state = load_checked(folder / f"{file}.pt")[key]
+        assert not any(name.startswith("prior.") for name in state)
+        means.append(state["encoder.means"])
+    count = json.loads((place.results / "config.json").read_text())["parameters"]
+    assert count["total"] == count["encoder"] + count["classifier"]
+    assert all(torch.equal(means[0], other) for other in means) and means[0].std() > 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["codes", "trunk"])
 def test_every_attack_runs_on_codes(trained, few_steps, run):
@@ -136,7 +152,8 @@ def test_too_few_codes_are_refused(place, capsys):
     assert line.endswith("--codes 3: --dataset tiny has 4 classes, each of which needs a code of its own; "
                          "give at least 4")
     assert not place.results.exists() and not place.models.exists()
-    assert "--codes 5: --prior normal does not read it" in place.refuses(capsys, "--codes", 5)
+    assert "--codes 5: --prior normal does not read it" in place.refuses(
+        capsys, "--prior", "normal", "--codes", 5)
 
 
 def test_the_prior_sets_defaults_that_flags_override():
@@ -144,5 +161,5 @@ def test_the_prior_sets_defaults_that_flags_override():
     assert (args.kl_weight, args.head_lr, args.codes, args.private_init) == (1.0, 1.0, None, True)
     args = args_parser(["--prior", "class", "--kl_weight", "0.1", "--method", "local", "--no-private_init"])
     assert (args.kl_weight, args.head_lr, args.private_init) == (0.1, 1.0, False)
-    args = args_parser([])
+    args = args_parser(["--prior", "normal"])
     assert (args.kl_weight, args.head_lr, args.private_init) == (1e-5, 0.1, False)
