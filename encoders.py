@@ -204,8 +204,12 @@ class CodePrior(nn.Module):
         self.register_buffer("own", own, persistent=False)   # no parameter: it is never averaged or stored
 
     def draw(self, y: Tensor) -> Tensor:
-        """Draw a code for each label ``N`` from those of its class."""
-        return torch.multinomial(self.own[y].float(), 1).squeeze(1)
+        """Draw a code for each label ``N`` from those of its class.
+
+        The numbers are those of ``torch.multinomial``, which waits for the device and so is in no CUDA graph.
+        """
+        own = self.own[y].float()
+        return (own / torch.empty_like(own).exponential_()).argmax(1)
 
     def kl(self, scores: Tensor, y: Tensor) -> Tensor:
         """Return KL in nats for scores ``N x M`` and labels ``N``: ``N``.

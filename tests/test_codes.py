@@ -82,6 +82,15 @@ def test_draws_of_the_prior_are_of_the_class_and_all_its_codes():
     assert {*drawn[:200]} == {0, 3, 6} and {*drawn[200:]} == {2, 5}
 
 
+def test_codes_are_drawn_without_a_check_that_waits_for_the_device():
+    """With the numbers of ``torch.multinomial``, which a CUDA graph cannot hold."""
+    prior, y, drawn = CodePrior(7, 3), torch.arange(60) % 3, []
+    for draw in (prior.draw, lambda y: torch.multinomial(prior.own[y].float(), 1).squeeze(1)):
+        torch.manual_seed(2)
+        drawn.append((draw(y), torch.rand(1)))
+    assert all(map(torch.equal, *drawn))
+
+
 def test_a_sure_and_wrong_choice_still_has_a_gradient():
     scores = torch.tensor([[60.0, 0.0]], requires_grad=True)
     CodePrior(2, 2).train().kl(scores, torch.tensor([1])).backward()

@@ -41,7 +41,8 @@ def graphed(client, device=CPU):
 @pytest.mark.parametrize("name, changes", [
     ("rve_pfl", {}), ("nbafl_prox", {}), pytest.param("ressfl", {}, marks=pytest.mark.slow),
     ("lg_fedavg", {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9}),
-    ("rve_pfl", {"kl_warmup": 2, "augment": "flip+shift", "lr_warmup": 0.5})])
+    ("rve_pfl", {"kl_warmup": 2, "augment": "flip+shift", "lr_warmup": 0.5}),
+    ("rve_pfl", {"prior": "categorical", "kl_weight": 1.0})])
 def test_replayed_steps_give_the_plain_steps_numbers(tiny_arrays, name, changes):
     plain, head, private = make(tiny_arrays, name, epochs=2, head_lr=0.3, **changes)
     replayed, captures, replays = graphed(make(tiny_arrays, name, epochs=2, head_lr=0.3, **changes)[0])
@@ -144,8 +145,9 @@ def test_a_device_computes_what_the_cpu_does(tiny_arrays, name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("stack", [[], ["--stack", 1], ["--stack", 4]])
-def test_a_run_goes_on_there(place, stack):
-    assert place.main("--device", "cuda", *stack, "--num_users", 4, "--rounds", 2) == 0
+@pytest.mark.parametrize("flags", [["--prior", "normal"], ["--prior", "categorical"], ["--stack", 1],
+                                   ["--prior", "normal", "--stack", 4]])
+def test_a_run_goes_on_there(place, flags):
+    assert place.main("--device", "cuda", *flags, "--num_users", 4, "--rounds", 2) == 0
     losses = np.loadtxt(place.results / "rounds.csv", delimiter=",", skiprows=1, usecols=3)
     assert np.isfinite(losses).all()
