@@ -25,7 +25,7 @@ from utils import InputError, shown
 BOOKKEEPING_OPTIONS = {"run_name", "seed", "data_dir", "results_dir", "models_dir", "save_rounds", "resume",
                        "overwrite", "checkpoint_seconds", "rendezvous_seconds", "device", "stack",
                        "eval_every", "preset", "tensorboard"}
-BASIC = ("dataset", "method", "partition")   # they decide the defaults of other options
+BASIC = ("dataset", "method", "partition")   # with the prior, they decide the defaults of other options
 NEEDED = (*BASIC, "num_users", "rounds", "local_ep", "local_steps", "seed")   # a config.json must have these
 RUN_METRICS = {"accuracy": "accuracy", "accuracy_worst": "worst decile", "accuracy_images": "all images",
                "f1": "macro F1", "kl_nats": "KL, nats"}   # columns of rounds.csv, and their names on the page
@@ -117,7 +117,7 @@ def _rounds(path: Path, asked: int) -> list[dict[str, Any]]:
 
 def command(options: dict) -> str:
     """Return the shortest command that makes a run with these options."""
-    words = [[f"--{name}"] if value is True else [f"--{name}", str(value)]
+    words = [[f"--{name if value else f'no-{name}'}"] if isinstance(value, bool) else [f"--{name}", str(value)]
              for name, value in unusual(options).items()]
     return shlex.join(["python", "RVE-PFL.py", *sum(words, [])])
 
@@ -125,20 +125,22 @@ def command(options: dict) -> str:
 def unusual(options: dict) -> dict[str, Any]:
     """Return the options that are not the default, and the seed; without bookkeeping ones."""
     kept = {}
-    for name, default in _usual(*(options[name] for name in BASIC)).items():
+    for name, default in _usual(options.get("prior"), *(options[name] for name in BASIC)).items():
         value = options.get(name)
-        is_given = value is not None and value is not False and value != default
+        is_given = value is not None and value != default
         if name == "seed" or (is_given and name not in BOOKKEEPING_OPTIONS):
             kept[name] = value
     return kept
 
 
 @cache
-def _usual(*values: str) -> dict[str, Any]:
-    """Return the default of every option where the ``BASIC`` ones have these values."""
+def _usual(prior: str | None, *values: str) -> dict[str, Any]:
+    """Return the default of every option where the ``BASIC`` ones have these values, and the prior is this one."""
     parser = shared_parser()
     words = [word for name, value in zip(BASIC, values, strict=True) for word in (f"--{name}", value)]
     usual = vars(args_parser(words, parser))
+    if prior not in (None, usual["prior"]):
+        usual = {**vars(args_parser([*words, "--prior", str(prior)], parser)), "prior": usual["prior"]}
     return {name: parser.get_default(name) if name in BASIC else usual[name] for name in parser.options}
 
 

@@ -217,6 +217,17 @@ def test_commands_make_the_same_runs(report, runs):
     assert (one.setting, summary.command(one.options)) == (other.setting, summary.command(other.options))
 
 
+@pytest.mark.parametrize("words", [
+    "--prior class", "--prior class --kl_weight 1e-5 --head_lr 0.1 --no-private_init", "--prior normal",
+    "--prior categorical --full_sharing_rounds 2", "--prior normal --private_init --method local",
+    "--method fedavg"])
+def test_a_command_states_what_the_prior_does_not_decide(words):
+    options = vars(args_parser(words.split()))
+    again = summary.command(options).replace("1e-05", "1e-5").removeprefix("python RVE-PFL.py ")
+    assert vars(args_parser(again.split())) == options
+    assert {*again.split()} - {"--seed", "1"} <= {*words.split()}
+
+
 def test_an_empty_folder_and_none(report, tmp_path, capsys):
     assert report.main(["--results_dir", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").exists()
