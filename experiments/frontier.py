@@ -48,7 +48,7 @@ else:
 
 DEFAULT = "normal"
 SETTINGS: dict[str, Options] = {
-    DEFAULT: {},
+    DEFAULT: {"prior": "normal"},
     "class": {"prior": "class", "prior_apart": 0.25, "private_init": True},
     "categorical": {"prior": "categorical", "private_init": True},
     "categorical, 256 codes": {"prior": "categorical", "codes": 256, "private_init": True},
