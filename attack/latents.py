@@ -42,10 +42,10 @@ def observe(victim: Victim, x: Tensor, y: Tensor, budget: Budget) -> list[Seen]:
     observed = budget.observed
     if observed == "rounds":
         return [Seen(drawn(view, x, 1), view) for view in victim.by_round]
-    view = victim.stolen()
+    view = victim.stolen
+    held(view.encoder).train(observed == "train")
     if observed == "mu":
         return [Seen(posterior_in_parts(view, x)[0][None], noisy=False)]
-    held(view.encoder).train(observed == "train")
     return [Seen(drawn(view, x, int(observed[1:] or 1) if observed != "train" else 1))]
 
 

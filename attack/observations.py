@@ -39,8 +39,9 @@ class Victim:
         network.load_state_dict({**shared, **(self.private if private is None else private)})
         return network
 
+    @cached_property
     def stolen(self) -> Knowledge:
-        """Return the client's own model."""
+        """The client's own model."""
         network = self.network(self.own)
         return Knowledge(network.get_submodule(network.predictor), getattr(network, "encoder", None),
                          self.target.has_encoder, self.target.data.image_shape)
@@ -65,7 +66,7 @@ class Victim:
         kl, network = self.kl(x, y), self.network(self.own)
         if kl is None:
             return None
-        mu, logvar = posterior_in_parts(self.stolen(), x)
+        mu, logvar = posterior_in_parts(self.stolen, x)
         assert logvar is not None and isinstance(network, RVE)
         # The bound is the KL, and with a prior of classes also the entropy of the labels.
         labels = 0.0 if network.prior is None else torch.special.entr(y.bincount() / len(y)).sum().item()
@@ -76,7 +77,7 @@ class Victim:
     @torch.no_grad()
     def answers(self, x: Tensor, draws: int, keep: int) -> Tensor:
         """Return the prediction service's ``keep`` largest probabilities and else 0, averaged over draws of z."""
-        scores = self.stolen().logits(x, draws).exp()
+        scores = self.stolen.logits(x, draws).exp()
         smallest = scores.topk(min(keep, scores.shape[1])).values[:, -1:]
         return torch.where(scores >= smallest, scores, torch.zeros_like(scores))
 

@@ -37,6 +37,11 @@ def images(count):
     return torch.rand(count, *SHAPE)
 
 
+def viewing(posterior, training=False):
+    """Return a model with this posterior of images."""
+    return SimpleNamespace(posterior=posterior, encoder=SimpleNamespace(training=training), encoded={})
+
+
 def psnr(found, truth):
     return scoring.similarity(found, truth)["psnr"]
 
@@ -195,7 +200,7 @@ def test_answers_average_probabilities_over_draws():
 def test_the_likelihood_is_that_of_normal_draws(noisy, count):
     """Draws under each of two encoders, whose noise differs by image and by value."""
     draws, mu, logvar = torch.randn(2, count, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
-    seen = [latents.Seen(draws[i], SimpleNamespace(posterior=lambda x, i=i: (mu[i], logvar[i])), noisy)
+    seen = [latents.Seen(draws[i], viewing(lambda x, i=i: (mu[i], logvar[i])), noisy)
             for i in range(2)]
     found = latents.log_likelihood(None, seen, images(4))
     sigma = (0.5 * logvar).exp() if noisy else torch.ones_like(logvar)
@@ -204,9 +209,21 @@ def test_the_likelihood_is_that_of_normal_draws(noisy, count):
     torch.testing.assert_close((found - found[:, :1]).float(), expected - expected[:, :1], rtol=1e-4, atol=1e-4)
 
 
+def test_an_image_is_encoded_once_but_with_dropout():
+    asked, x = [], images(300)
+    view = viewing(lambda part: (asked.append(len(part)), (part.flatten(1), -part.flatten(1)))[1])
+    for chosen in (x[:4], x, x[[299, 0, 0]]):
+        mu, logvar = adversaries.posterior_in_parts(view, chosen)
+        assert torch.equal(mu, chosen.flatten(1)) and torch.equal(logvar, -mu)
+    assert asked == [4, 256, 40]
+    view.encoder.training = True
+    adversaries.posterior_in_parts(view, x[[0, 0]])
+    assert asked[-1] == 2
+
+
 def test_public_images_of_the_same_code_are_averaged(monkeypatch):
     """Without noise; their likelihoods are equal up to rounding."""
-    public, view = images(3), SimpleNamespace(posterior=lambda x: (torch.zeros(1, 2), None))
+    public, view = images(3), viewing(lambda x: (torch.zeros(len(x), 2), None))
     monkeypatch.setattr(latents, "labels_of", lambda *_: torch.zeros(1))
     logs = torch.tensor([[-5, -5 + 1e-12, -6]], dtype=torch.double)
     monkeypatch.setattr(latents, "log_likelihood", lambda *_: logs)

@@ -266,7 +266,7 @@ def test_the_stolen_model_of_a_protected_client_is_what_it_trained(trained, run)
         assert torch.equal(value, private["trained_shared"][f"classifier.{name}"])
         assert torch.equal(server[name], upload[f"classifier.{name}"])
     assert not torch.allclose(stolen["output.weight"], server["output.weight"], atol=1e-3)
-    answering = observations.Victim(target, 1, 0).stolen().head.state_dict()
+    answering = observations.Victim(target, 1, 0).stolen.head.state_dict()
     assert torch.equal(answering["output.weight"], stolen["output.weight"])
 
 
