@@ -262,7 +262,7 @@ def test_every_round_is_kept_for_the_attacker_who_observes_every_round():
 def frontier_rows(accuracy, **more):
     """Rows of runs of three seeds: (partition, prior) -> accuracy, each seed's a little lower; z tells 4 %."""
     shares = {f"identified_{observed}": 0.04 for observed in ("z", "z_worst", "z8", "rounds", "mu")}
-    return pd.DataFrame([{"kind": "run", "dataset": "mnist10k", "partition": partition, "setting": setting,
+    return pd.DataFrame([{"kind": "run", "dataset": "fmnist10k", "partition": partition, "setting": setting,
                           "deployed": value - seed / 1000, **shares, **dict.fromkeys(common.PROVENANCE, "x"),
                           "seed": seed, **more}
                          for (partition, setting), value in accuracy.items() for seed in (11, 12, 13)])
@@ -274,7 +274,7 @@ def test_points_lost_are_those_to_the_default_on_the_same_images():
     table = frontier.tabulate(rows)
     assert table["lost"].tolist() == pytest.approx([1.0] * 3) and set(table["setting"]) == {"class"}
     assert common.table(frontier.EXPERIMENT, rows)[2:] == [
-        "| mnist10k | shards | class | 0.928 | 1.0 | 0.0 | 0.040 | 0.040 | 0.040 | 0.040 | 0.040 |"]
+        "| fmnist10k | shards | class | 0.928 | 1.0 | 0.0 | 0.040 | 0.040 | 0.040 | 0.040 | 0.040 |"]
 
 
 def test_the_frontier_has_an_arrow_for_each_partition_and_observation():
