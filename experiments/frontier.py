@@ -118,8 +118,8 @@ def reconstruct(name: str, setting: str) -> tuple[dict[str, Tensor], list[dict]]
     That of the two attacks with the lower mean squared error over all images is returned.
     """
     args = mi_attack.make_parser().parse(["--run", name, "--public", STRIP[0].removesuffix("10k"),
-                                          "--train_epochs", "4"])
-    run = target.open_target(name, *(ROOT / folder for folder in ("results", "saved_models", "data")))
+                                          "--train_epochs", "4", "--data_dir", str(ROOT / "data")])
+    run = target.open_target(name, ROOT / "results", ROOT / "saved_models", args.data_dir)
     scene, last = evaluation.Evaluation(run, args), run.latest_round()
     adversary, victim = scene.adversary("stolen_model", last, 0), evaluation.Victim(run, last, 0)
     numbers = scene.order(0, 0)

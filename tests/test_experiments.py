@@ -292,25 +292,27 @@ def test_the_strip_shows_the_better_of_two_attacks(place, tiny_arrays, monkeypat
     """By the error over all images of the client, beside the mean of each class."""
     np.savez(place.folder / "data" / "public.npz", **{
         name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()})
-    for setting, options in frontier.SETTINGS.items():
-        flags = common.flags(options).split()
-        places = ("--results_dir", place.folder / "results/x", "--models_dir", place.folder / "saved_models/x")
-        assert place.main("--rounds", 1, *flags, "--run_name", setting, *places) == 0
     (place.folder / "docs").mkdir()
     for name, value in (("ROOT", place.folder), ("PAGES", place.folder / "docs"), ("STRIP", ("public", "shards"))):
         monkeypatch.setattr(frontier, name, value)
+    for setting in frontier.IN_STRIP:
+        run, _ = frontier.run_of("public", "shards", setting, 1)
+        flags = common.flags(frontier.SETTINGS[setting]).split()
+        assert place.main("--rounds", 1, *flags, "--run_name", run, "--models_dir",
+                          place.folder / "saved_models") == 0
     shown, outcomes, real = [], [], frontier.reconstruct
     monkeypatch.setattr(frontier, "reconstruct", lambda *where: outcomes.append(real(*where)) or outcomes[-1])
     monkeypatch.setattr(frontier.plots, "drawable", lambda grid: shown.append(grid) or grid)
-    rows = pd.DataFrame(frontier.draw_strip("x"))
+    rows = pd.DataFrame(frontier.draw_strip("strip-seed1"))
     assert (place.folder / "docs" / "frontier_strip.png").read_bytes().startswith(b"\x89PNG")
-    assert len(shown) == len(outcomes) == len(frontier.SETTINGS) and rows["mse"].between(0, 1).all()
+    assert len(shown) == len(outcomes) == len(frontier.IN_STRIP) and rows["mse"].between(0, 1).all()
     assert {grid.shape for grid in shown} == {(6 * 8, frontier.PICTURED * 8, 1)}
     assert all(np.array_equal(grid[:16], shown[0][:16]) for grid in shown)   # the same images and class means
     for found, errors in outcomes:
         least = pd.DataFrame(errors).groupby("observed", sort=False)["mse"].min()
         mse = [(images - found["truth"]).square().mean().item() for images in found.values()]
         assert mse[1:] == pytest.approx(least.tolist()) and len(errors) == 1 + 4 * 2
+    (place.folder / "results" / "x").mkdir()
     (place.folder / "results" / "x" / "frontier.csv").write_text(rows.to_csv(index=False))
     assert frontier.measure(place.folder / "results" / "x")[0]["observed"] == "class mean"
 
