@@ -174,9 +174,11 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw accuracy against the share identified: an arrow from the default for each partition and observation."""
     means = runs_of(rows).groupby(SETTING).mean(numeric_only=True)
-    protected = [name for name in SETTINGS if name != DEFAULT and name in means.index.get_level_values("setting")]
-    figure, axes = panels(len(protected) * len(DATASETS), (3.6, 2.9), sharex=True, sharey="col")
-    for panel, (name, dataset) in zip(axes, product(protected, DATASETS), strict=True):
+    shown = [(name, dataset) for name in SETTINGS if name != DEFAULT for dataset in DATASETS
+             if any({(dataset, partition, DEFAULT), (dataset, partition, name)} <= {*means.index}
+                    for partition in PARTITIONS)]
+    figure, axes = panels(max(1, len(shown)), (3.6, 2.9))
+    for panel, (name, dataset) in zip(axes, shown, strict=False):
         for colour, partition in enumerate(PARTITIONS):
             if not {(dataset, partition, setting) for setting in (DEFAULT, name)} <= {*means.index}:
                 continue
@@ -184,10 +186,13 @@ def draw(rows: pd.DataFrame) -> Figure:
             for observed, (words, marker, size) in OBSERVED.items():
                 tail, tip = ((max(run[f"identified_{observed}"], LEAST), run["deployed"]) for run in (start, end))
                 panel.annotate("", tip, tail, arrowprops={"arrowstyle": "->", "color": f"C{colour}"})
+                panel.plot(*tail, ".", color=f"C{colour}")
                 panel.plot(*tip, marker, color=f"C{colour}", markersize=size, markerfacecolor="none",
                            label=f"{partition}, {words}")
         panel.axvline(1 / 500, color="grey", linestyle=":")
-        panel.set(title=f"{dataset}: {DEFAULT} to {name}", xscale="log", ylabel="deployed accuracy",
+        low, high = panel.get_ylim()
+        panel.set(title=f"{dataset}: {DEFAULT} to {name}", xscale="log", xlim=(1e-3, 1.5),
+                  ylim=(min(low, high - 0.1), min(1, high + 0.03)), ylabel="deployed accuracy",
                   xlabel="share identified (dotted line: a guess)")
     legend(figure)
     return figure
