@@ -149,6 +149,13 @@ def test_codes_outlast_rounds_in_which_all_parameters_are_shared(place, flags):
     assert all(torch.equal(means[0], other) for other in means) and means[0].std() > 0.1
 
 
+def test_the_stated_bound_is_never_above_log_m(trained):
+    """Also for labels that the encoder did not choose, whose KL is larger."""
+    x, y = trained.images("codes", 20)
+    stated = [trained.victim("codes").noise(x, labels) for labels in (y, (y + 1) % 4)]
+    assert max(row["kl_nats"] for row in stated) > math.log(5) >= max(row["bound_nats"] for row in stated)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["codes", "trunk"])
 def test_every_attack_runs_on_codes(trained, few_steps, run):
