@@ -35,8 +35,8 @@ def sampling_rate(options: Mapping[str, Any], images: int) -> float:
 def steps_of(options: Mapping[str, Any], images: int) -> int:
     """Return a client's steps over the run and its fine-tuning, as if it trained in every round."""
     training = Training.from_options(options, torch.float32)
-    finetuning = replace(training, epochs=options["finetune_ep"] or 0, local_steps=None)
-    return options["rounds"] * training.steps_of(images) + finetuning.steps_of(images)
+    finetuning = [replace(training, epochs=epochs, local_steps=None) for epochs in options["finetune_ep"]]
+    return options["rounds"] * training.steps_of(images) + sum(further.steps_of(images) for further in finetuning)
 
 
 def noise_multiplier(options: Mapping[str, Any], images: int) -> float:

@@ -84,7 +84,8 @@ COMMON = [   # in the order of --help
            "anew in each round", float, 0.2, within=(0, 1), group="federated"),
     MOMENTUM,
     Option("finetune_ep", "after the last round, also evaluate each client's deployed model after this many "
-           "more local epochs", int, within=(1, HUGE), group="federated"),
+           "more local epochs; several numbers give several models", int, [], within=(1, HUGE), several=True,
+           group="federated"),
     Option("new_clients", "share of the clients, rounded down, that take no part in the rounds: after the last "
            "one, each trains its private part (the whole model if predictions need none) behind the final head "
            "on 10, 50 and all of its images, and for comparison the whole model alone", float, 0.0, within=(0, 1),
@@ -265,7 +266,8 @@ def args_parser(argv: list[str] | None = None, parser: Parser | None = None) -> 
     if args.run_name is None:
         marks = [mark for mark in ("resplit", "validate") if getattr(args, mark)]
         args.run_name = "-".join([args.dataset, args.partition, args.method, f"seed{args.seed}", *marks])
-    args.save_rounds = sorted(set(args.save_rounds))
+    for name in ("save_rounds", "finetune_ep"):
+        setattr(args, name, sorted(set(getattr(args, name))))
     return args
 
 

@@ -144,8 +144,8 @@ class Clients:
         mine = self.ranks.mine(range(self.count))
         rows = {k: [self._deployed(number, k, splits[k][1], head)] for k in mine}
         if number == self.args.rounds:
-            for k in mine if self.args.finetune_ep else ():
-                rows[k] += self._finetuned(number, k, head)
+            for epochs, k in itertools.product(self.args.finetune_ep, mine):
+                rows[k] += self._finetuned(number, k, head, epochs)
             for k in self.ranks.mine(range(self.count, self.args.num_users)):
                 rows[k] = self._new_client(number, k, head)
         return list(itertools.chain(*self.ranks.gather(rows).values()))
@@ -159,11 +159,12 @@ class Clients:
             row["backdoor"] = self.malicious.backdoor(trainer, client, number, held_out, (head, state))
         return row
 
-    def _finetuned(self, number: int, client: int, head: State) -> list[dict]:
-        """Return the row of a client's model after ``--finetune_ep`` epochs from the deployed one."""
+    def _finetuned(self, number: int, client: int, head: State, epochs: int) -> list[dict]:
+        """Return the row of a client's model after this many local epochs from the deployed one."""
         trainer = self.trainer_in(number)
-        training = replace(trainer.training, epochs=self.args.finetune_ep, local_steps=None)
-        return self._further(replace(trainer, training=training), number, client, "finetuned",
+        training = replace(trainer.training, epochs=epochs, local_steps=None,
+                           seed=trainer.training.seed + epochs)   # DP-SGD accounts for noise of its own
+        return self._further(replace(trainer, training=training), number, client, f"finetuned_{epochs}",
                              self.splits_in(number)[client][0], head, self.run.states.get(client))
 
     def _new_client(self, number: int, client: int, head: State) -> list[dict]:

@@ -95,7 +95,8 @@ def _table(names: list[str], settings: list[list[Finished]]) -> Markup:
     """Return a row for each setting."""
     runs = [run for same in settings for run in same]
     adversaries = sorted({row["adversary"] for run in runs for row in run.leaks})
-    stages = ["trained", *["finetuned"] * any(figures(runs, "accuracy", "finetuned"))]
+    finetuned = {epochs for run in runs for epochs in run.options["finetune_ep"]}
+    stages = ["trained", *(f"finetuned_{epochs}" for epochs in sorted(finetuned))]
     rows = []
     for name, same in zip(names, settings, strict=True):
         options = same[0].options
@@ -109,7 +110,7 @@ def _table(names: list[str], settings: list[list[Finished]]) -> Markup:
                 options["rounds"], options["local_ep"] or f"{options['local_steps']} steps"),
             f"{mean([run.seconds() for run in same]):.0f}",
             Markup("<details><summary>show</summary><code>{}</code></details>").format(command(options))]))
-    return _grid(["method", "data set", "partition", *(f"{stage} accuracy" for stage in ("deployed", *stages)),
+    return _grid(["method", "data set", "partition", *(f"{stage} accuracy".replace("_", " ") for stage in ("deployed", *stages)),
                   *list(RUN_METRICS.values())[1:], *adversaries, "seeds", "clients", "rounds", "seconds",
                   "command"], rows)
 

@@ -33,7 +33,7 @@ def plot_curves(path: Path, rounds: pd.DataFrame, title: str) -> None:
     figure, row = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), layout="constrained")
     for axes, panel in zip(row, panels, strict=True):
         for (stage, split), means in rounds.groupby(["stage", "split"], sort=False):
-            colour = {"trained": "tab:blue", "deployed": "tab:red", "finetuned": "tab:green"}.get(stage)
+            colour = {"trained": "tab:blue", "deployed": "tab:red"}.get(stage)
             if colour is None:   # new clients
                 continue
             axes.plot(means["round"], means[panel], color=colour, marker="o", markersize=3,

@@ -142,15 +142,19 @@ def test_fine_tuning_changes_nothing_but_its_own_rows(place, method, trained):
     flags = ("--method", method, "--rounds", 2, "--aggregation", "mean", "--local_steps", 2)
     assert place.main(*flags) == 0
     plain, head = place.clients_csv().decode(), load_checked(place.models / "round_2" / "server.pt")["head"]
-    assert place.main(*flags, "--overwrite", "--finetune_ep", 3) == 0
+    assert place.main(*flags, "--overwrite", "--finetune_ep", 3, 1) == 0
     lines = place.clients_csv().decode().splitlines(keepends=True)
-    assert "".join(line for line in lines if ",finetuned," not in line) == plain
+    assert "".join(line for line in lines if ",finetuned_" not in line) == plain
     assert equal(load_checked(place.models / "round_2" / "server.pt")["head"], head)
-    assert "finetuned" not in stages(place, 1) and set(stages(place, 2)["finetuned"].index) == {0, 1}
-    for _, _, _, images, (sent, state), outcome in trained[-2:]:   # FedRep trains its private part first
-        assert equal(sent, head)
-        assert outcome.client_state.steps - state.steps == -(-images // 32) * (8 if method == "fedrep" else 3)
-    assert (stages(place, 2)["finetuned"]["loss"] < stages(place, 2)["deployed"]["loss"]).all()
+    last = stages(place, 2)
+    assert not [stage for stage in stages(place, 1) if "finetuned" in stage]
+    assert set(last["finetuned_1"].index) == set(last["finetuned_3"].index) == {0, 1}
+    for epochs, calls in ((1, trained[-4:-2]), (3, trained[-2:])):
+        for _, _, _, images, (sent, state), outcome in calls:   # each from the deployed model
+            assert equal(sent, head)
+            private = 5 if method == "fedrep" else 0   # epochs of its private part, which come first
+            assert outcome.client_state.steps - state.steps == -(-images // 32) * (private + epochs)
+    assert (last["finetuned_3"]["loss"] < last["deployed"]["loss"]).all()
 
 
 def test_new_clients_fine_tune_a_whole_model_whose_private_part_does_not_predict():
