@@ -1,47 +1,47 @@
 """Compare the methods on 10,000 images of each data set under three partitions.
 
-The methods are those of headline.py and variants of RVE-PFL.
+The methods are those of headline.py, variants of RVE-PFL, and other personalised and private methods.
 """
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from common import Experiment, Options, Task, curve, main, pd
-from headline import METHODS, VALUES, curves, grid, side_by_side
+from common import Experiment, Options, Task, curve, main
+from headline import METHODS as HEADLINE
+from headline import PRIVATE, SHARED, by_method, curves, grid
 
-SCALES = {"mnist10k": (5, 2), "fmnist10k": (5, 2), "cifar10k": (8, 5)}   # rounds, local epochs
-PARTITIONS = ("iid", "dirichlet", "shards")
-VARIANTS: dict[str, Options] = {
-    "rve_pfl, class prior": {"method": "rve_pfl", "aggregation": "mean", "head_lr": 1, "prior": "class",
-                             "kl_weight": 0.1},
-    "rve_pfl_trunk": {"method": "rve_pfl_trunk", "head_lr": 1},
-    "rve_pfl_trunk, slow head": {"method": "rve_pfl_trunk"},
-    "rve_pfl_trunk, class prior": {"method": "rve_pfl_trunk", "head_lr": 1, "prior": "class", "kl_weight": 1e-2},
+RVE_PFL: Options = {"method": "rve_pfl", "aggregation": "mean"}
+DP: Options = {**SHARED, "finetune_ep": 1}   # epsilon covers the fine-tuning, too
+LONGER: Options = {**PRIVATE, "local_ep": 2}   # a client has 14 steps per epoch
+METHODS: dict[str, Options] = {
+    **{name: {**label, **LONGER} if label["rounds"] < SHARED["rounds"] else label
+       for name, label in HEADLINE.items() if name != "nbafl, epsilon 100"},
+    "rve_pfl, class prior": {**RVE_PFL, "prior": "class", "prior_apart": 0.25, **LONGER},
+    "rve_pfl, categorical prior": {**RVE_PFL, "prior": "categorical", **LONGER},
+    "rve_pfl_trunk": {"method": "rve_pfl_trunk", **LONGER},
+    "lg_fedavg": {"method": "lg_fedavg", **LONGER},
+    "fedrep": {"method": "fedrep", **LONGER},
+    "ditto": {"method": "ditto", **LONGER},
+    "fedsr": {"method": "fedsr", **SHARED},
+    "dp_sgd, epsilon 8": {"method": "dp_sgd", "epsilon": 8, **DP},
 }
-RELEASED = {"local_bs": 32, "augment": "none", "lr": 1e-3}   # until a network has memorised its images
-PROTOCOLS: dict[str, Options] = {   # with --resplit, test images have been trained on
-    f"{name}, {protocol}": {**METHODS[name], **RELEASED, **more} for name in ("rve_pfl", "nbafl")
-    for protocol, more in (("resplit", {"resplit": True}), ("held out", {}))}
+DATASETS, PARTITIONS = ("fmnist10k", "cifar10k", "mnist10k"), ("shards", "dirichlet", "iid")
+SHOWN = ("rve_pfl", "rve_pfl, categorical prior", "rve_pfl_trunk", "local", "local_cnn", "fedper", "fedavg",
+         "nbafl")
 
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
-    """Return the runs, seed after seed; those of the released protocol last."""
-    return [*grid("partitions", SCALES, PARTITIONS, {**METHODS, **VARIANTS}, seeds, local_bs=64),
-            *grid("partitions", {"cifar10k": SCALES["cifar10k"]}, ["shards"], PROTOCOLS, seeds, local_bs=64)]
+    """Return the runs, data set after data set."""
+    return grid("partitions", DATASETS, PARTITIONS, METHODS, seeds, local_bs=64)
 
 
-def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracies on Fashion-MNIST and CIFAR-10; on MNIST most methods are near 1."""
-    rows = rows[(rows["clients"] == 10) & rows["dataset"].isin(["fmnist10k", "cifar10k"])]
-    return side_by_side(rows, [*KEYS])
-
-
-KEYS = {"dataset": "data set", "partition": "partition"}
 EXPERIMENT = Experiment(
     name="partitions", question="How accurate are the methods under other partitions?",
-    tasks=tasks, measure=curve, settings=["dataset", "partition", "clients", "method"], tabulate=tabulate,
-    keys=KEYS, values={**VALUES, "rve_pfl_trunk, slow head": ("shared trunk", "{:.3f}")}, spread="rve_pfl",
+    tasks=tasks, measure=curve, settings=["dataset", "partition", "method"], keys={"method": "method"},
+    tabulate=lambda rows: by_method(rows, ["dataset", "partition"], SHOWN), spread="cifar10k, iid",
+    values={f"{dataset}, {partition}": (f"{dataset}, {partition}", "{:.3f}")
+            for dataset in DATASETS[:2] for partition in PARTITIONS},   # on MNIST most methods are near 1
     draw=lambda rows: curves(rows, ["dataset", "partition"]))
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ def _table(names: list[str], settings: list[list[Finished]]) -> Markup:
                 options["rounds"], options["local_ep"] or f"{options['local_steps']} steps"),
             f"{mean([run.seconds() for run in same]):.0f}",
             Markup("<details><summary>show</summary><code>{}</code></details>").format(command(options))]))
-    return _grid(["method", "data set", "partition", *(f"{stage} accuracy".replace("_", " ") for stage in ("deployed", *stages)),
-                  *list(RUN_METRICS.values())[1:], *adversaries, "seeds", "clients", "rounds", "seconds",
-                  "command"], rows)
+    accuracies = [f"{stage.replace('_', ' ')} accuracy" for stage in ("deployed", *stages)]
+    return _grid(["method", "data set", "partition", *accuracies, *list(RUN_METRICS.values())[1:], *adversaries,
+                  "seeds", "clients", "rounds", "seconds", "command"], rows)
 
 
 def _words(runs: list[Finished], adversary: str) -> Markup:

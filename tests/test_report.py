@@ -158,7 +158,8 @@ def test_the_pictures_show_every_run_in_its_methods_colour(runs):
 
 def test_fine_tuned_accuracy_has_a_column_where_there_is_any(runs):
     run = summary.read(runs / "calm")
-    more = [{**row, "stage": "finetuned_2", "accuracy": 0.1234} for row in run.rounds if row["stage"] == "deployed"]
+    more = [{**row, "stage": "finetuned_2", "accuracy": 0.1234}
+            for row in run.rounds if row["stage"] == "deployed"]
     both = dataclasses.replace(run, rounds=[*run.rounds, *more], options={**run.options, "finetune_ep": [2]})
     assert "finetuned" not in page._table(["x"], [[run]])
     table = page._table(["x"], [[both]])
