@@ -43,7 +43,7 @@ class Knowledge:
     encoder: nn.Module | None   # images -> z or its mean and log variance; the victim's, a guess, or its own
     has_encoder: bool           # True if the head's input is z, also for an adversary without an encoder
     image_shape: tuple[int, int, int]
-    next_head: nn.Module | None = None                # that the server sends next
+    next_head: nn.Module | None = None                # that the server sends next, as far as it is shared
     query: Callable[[Tensor], Tensor] | None = None   # images -> probabilities N x num_classes of the service
     known: State = field(default_factory=dict)        # the shared part of an encoder that is not held
     next_trunk: nn.Module | None = None               # of the encoder, if it is shared
@@ -119,7 +119,7 @@ def hold(target: Target, adversary: str, round: int, client: int, own: int = 0) 
     network.load_state_dict(parameters, strict=False)
     network.requires_grad_(False)
     next_head = next_trunk = None
-    if adversary == "curious_server" and whole:
+    if adversary == "curious_server":
         following, sent_next = target.network().requires_grad_(False), target.sent_next(round)
         following.load_state_dict(sent_next, strict=False)
         next_head = following.get_submodule("classifier")

@@ -22,7 +22,6 @@ else:
         Late(f"attack.{name}") for name in ("classes", "gradients", "latents", "observations"))
 
 ADVERSARIES = ("curious_server", "stolen_model", "prediction_api", "curious_client")   # adversaries.py
-FEW_IMAGES = 8   # attacked where an attack is slow, unless --images says otherwise
 # Default size of the SGD steps whose upload the curious server observes. A run's own steps are some hundred times
 # shorter, and noise hides less of a longer step: this is the best case for the adversary.
 CLIENT_LR = 0.1
@@ -37,6 +36,8 @@ OTHER_CLIENT: Need = ("the run has no other client",
 WHOLE_HEAD: Need = ("part of the head stays with the clients",   # of which each client has its own copy
                     lambda target, adversary: adversary != "curious_server"
                     or "classifier.output.bias" in target.uploaded)
+FEATURES: Need = ("this method does not share the head's features",   # all but its last layer
+                  lambda target, adversary: "classifier.features.0.weight" in target.uploaded)
 SINGLE_UPLOADS: Need = ("secure aggregation hides single uploads",
                         lambda target, adversary: adversary != "curious_server" or not target.secure)
 SUM: Need = "needs a run with --secure_aggregation", lambda target, adversary: target.secure
@@ -102,9 +103,9 @@ def of_classes(solve: Callable[[Adversary, Tensor], Tensor], source: str) -> Cla
 
 def of_gradients(solve: Callable[[Adversary, list[State], int], tuple[Tensor, Tensor]], source: str,
                  *needs: Need) -> ReconstructionAttack:
-    """Return the row of an attack by the server on the gradient of each image."""
+    """Return the row of an attack by the server on the gradient of each image; by default of the whole head."""
     return ReconstructionAttack(observe=observe.observe_gradients, solve=solve, adversaries=SERVER, source=source,
-                                needs=(*HEAD, *needs))
+                                needs=needs or HEAD)
 
 
 def of_update(steps: int, source: str) -> ReconstructionAttack:
@@ -136,13 +137,14 @@ ATTACKS: dict[str, ClassAttack | ReconstructionAttack | IdentificationAttack] = 
     "gmi": of_classes(classes.gmi, "after Zhang et al. 2020, arXiv 1911.07135"),
     "dlg": of_gradients(gradients.dlg, "Zhu et al. 2019, arXiv 1906.08935"),
     "cosine_tv": of_gradients(gradients.cosine_tv, "Geiping et al. 2020, arXiv 2003.14053"),
-    "analytic": of_gradients(gradients.analytic, "Phong et al. 2018, then a search"),
+    "analytic": of_gradients(gradients.analytic, "Phong et al. 2018, then a search", SHARED_HEAD, FEATURES),
     "batch": of_update(1, "cosine_tv, of the mean gradient of several images"),
     "epoch": of_update(2, "a local epoch simulated, after Geiping et al."),
     "gauss_newton": of_gradients(gradients.gauss_newton, "exact where it converges"),
     "feature_alignment": of_gradients(
         gradients.feature_alignment,
-        "gauss_newton, and a shadow encoder with the moments of its latents, after Xu et al. 2024", LATENTS),
+        "gauss_newton, and a shadow encoder with the moments of its latents, after Xu et al. 2024", *HEAD,
+        LATENTS),
     "trunk_analytic": ReconstructionAttack(
         observe=observe.observe_trunk, solve=gradients.trunk_analytic, adversaries=SERVER,
         source="analytic, through a trunk that is shared", needs=(SHARED_HEAD, SHARED_TRUNK)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attack import scoring
 from attack.adversaries import Adversary, Budget, Knowledge, hold, public_images
-from attack.attacks import ATTACKS, FEW_IMAGES, ClassAttack, IdentificationAttack, ReconstructionAttack
+from attack.attacks import ATTACKS, ClassAttack, IdentificationAttack, ReconstructionAttack
 from attack.observations import Victim
 from attack.scoring import MAX_CANDIDATES, RANKS
 from attack.target import Target
@@ -104,7 +104,8 @@ class Evaluation:
     def paired(self, attack: ReconstructionAttack | IdentificationAttack, client: int,
                round: int) -> tuple[np.ndarray, np.ndarray]:
         """Run ``scoring.paired``; held-out images, the client's own first, make up what is missing."""
-        count, order = self.args.images or (None if attack.cheap else FEW_IMAGES), self.order(client, round)
+        count = self.args.images or (None if attack.cheap else self.args.slow_images)
+        order = self.order(client, round)
         chosen = np.array([n for n in self.args.image_numbers or [] if n in self.train[client]], int)
         if len(chosen):
             count, order = len(chosen), np.concatenate([chosen, order[~np.isin(order, chosen)]])

@@ -74,8 +74,10 @@ def labels_of(observed: State, count: int, steps: int = 1, output: str = "output
 
     The gradient of the last bias is the probabilities less the one-hot label, so one image's label has its only
     negative value, and the largest; without a bias, the rows of the weights have these sizes (iDLG, Zhao et al.
-    2020, arXiv 2001.02610).
+    2020, arXiv 2001.02610). Without a gradient of that layer, labels are unknown: -1.
     """
+    if f"{output}.weight" not in observed:
+        return torch.full((count,), -1)
     if f"{output}.bias" not in observed:
         if count > 1:
             raise InputError(f"the last layer ({output}) has no bias, so only one image's label can be read off")

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from attack.attacks import ADVERSARIES, ATTACKS, CLIENT_LR, DEFAULT_ATTACKS, FEW_IMAGES, observe_latents
+from attack.attacks import ADVERSARIES, ATTACKS, CLIENT_LR, DEFAULT_ATTACKS, observe_latents
 from attack.command import Command
 from attack.verdict import ATTACK_COLUMNS, FOREIGN, Unit, judge, summarise
 from parsing import HUGE, TENSORBOARD, Option
@@ -48,7 +48,8 @@ class MiAttack(Command):
                "rounds is one draw in each round so far, with that round's encoder; mu is the mean of z; train is "
                "one draw with the encoder's dropout", default=["z", "mu"], pattern=OBSERVED, several=True),
         Option("images", "maximum number of a client's training images that are attacked (if not given: all, "
-               f"where an attack is cheap: {CHEAP}; {FEW_IMAGES} elsewhere)", int, within=(1, HUGE)),
+               f"where an attack is cheap: {CHEAP}; else --slow_images)", int, within=(1, HUGE)),
+        Option("slow_images", "the same, of attacks that are not cheap", int, 8, within=(1, HUGE)),
         Option("image_numbers", "indices in the pooled data of the training images to attack, in place of "
                "--images", int, within=(0, HUGE), several=True),
         Option("restarts", "number of starts of a search", int, 3, within=(1, 1000)),
