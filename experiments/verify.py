@@ -1,62 +1,95 @@
 """Check that this copy of the project gives the committed results: ``make verify``.
 
-The tables of docs/ are compared with the CSVs in results/reference/. Then ``make run``'s command is run into a
-temporary folder, and what it deployed is compared with the committed rows. Processors and numbers of threads round
-differently, which the tolerances allow.
+    python experiments/verify.py            redo the runs and attacks of results/reference/verify.csv, and compare
+    python experiments/verify.py --write    make that file; delete it first to redo all of it
+
+The tables of docs/ are compared with their CSVs, too. Processors round differently, which the tolerances allow.
 """
 from __future__ import annotations
 
-import shlex
-import subprocess
+import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from common import REFERENCE, ROOT, curve, outdated, pd, read
+import common
+import leakage
+from common import REFERENCE, ROOT, Experiment, Options, Task, curve, dots, flags, outdated, pd, read, training
 
 from parsing import Parser
 from utils import InputError, error_line
 
-ACCURACY = 0.01   # deployed accuracy may differ by this much: nine of its 890 test images
-KL = 0.1          # and the mean KL by this share
+SCALE: Options = {"dataset": "mnist10k", "local_ep": 1, "local_bs": 80, "precision": "fp32", "seed": 1}
+RUNS: dict[str, tuple[Options, Options]] = {   # the run, and the attack on it
+    "rve_pfl": ({"rounds": 2, "prior": "normal"},   # as `make run`
+                {"adversary": "stolen_model", "attack": "reidentification", "observe": "z", "images": 200}),
+    "nbafl": ({"rounds": 2, "method": "nbafl", "classes_per_client": 10},
+              {"adversary": "curious_server", "attack": "analytic", "images": 24}),
+}
+ATTACK: Options = {"restarts": 1, "iterations": 80, "train_epochs": 1}
+# How much a figure may differ from the committed one, as a share of it.
+TOLERANCES = {"deployed": 0.03, "kl_nats": 0.1, "identified": 0.05, "control_rank": 0.1, "ssim": 0.1,
+              "control_ssim": 0.1}
+KEYS = ["method", "measured"]
 
 
-def differences(ours: pd.DataFrame, reference: pd.DataFrame) -> list[str]:
-    """Return a line for each figure of ``curve`` that differs by more than the tolerances."""
-    ours, reference = (rows.set_index("round") for rows in (ours, reference))
-    if list(ours.index) != list(reference.index):
-        return [f"rounds {list(ours.index)}, not {list(reference.index)}"]
+def tasks(seeds: Sequence[int] = ()) -> list[Task]:
+    """Return the two runs, of one seed."""
     found = []
-    for name, tolerance in (("deployed", ACCURACY), ("kl_nats", KL * reference["kl_nats"])):
-        off = ~((ours[name] - reference[name]).abs() <= tolerance)   # NaN is no match either
-        found += [f"round {number}: {name} {ours[name][number]:.4g}, not {reference[name][number]:.4g}"
-                  for number in ours.index[off]]
+    for method, (options, attack) in RUNS.items():
+        run = f"verify-{method}"
+        attacking = f"python attack/mi_attack.py --run {run} {flags({**attack, **ATTACK})}"
+        trained = training(run, {**SCALE, **options})
+        found.append(Task(run, {"method": method}, SCALE["seed"], (trained, attacking)))
     return found
 
 
-def train_again(command: str) -> pd.DataFrame:
-    """Run a command line of RVE-PFL.py into a temporary folder and return its curve."""
-    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        places = ["--results_dir", folder, "--models_dir", f"{folder}/models", "--run_name", "run"]
-        words = [sys.executable, *shlex.split(command)[1:], *places]
-        if subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
-            raise InputError(f"{command}: failed, see above")
-        return pd.DataFrame(curve(Path(folder) / "run"))
+def measure(folder: Path) -> list[dict]:
+    """Return a row for each round, and one for the attack."""
+    return [*({"measured": f"round {row['round']}", **row} for row in curve(folder)),
+            *({"measured": row["attack"], **row} for row in leakage.measure(folder) if row["images"] == "all")]
+
+
+def compare(ours: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each figure: committed, here, the largest difference allowed, and whether it is met."""
+    values = [rows.melt(KEYS, [*TOLERANCES], "figure").dropna().set_index([*KEYS, "figure"])["value"]
+              for rows in (reference, ours)]
+    table = pd.concat(values, axis=1, keys=["committed", "here"]).reset_index()
+    table["allowed"] = table["figure"].map(TOLERANCES) * table["committed"]
+    return table.assign(met=(table["here"] - table["committed"]).abs() <= table["allowed"])   # never of a gap
+
+
+EXPERIMENT = Experiment(
+    name="verify", question="Does this copy of the project give the committed results?", tasks=tasks,
+    measure=measure, settings=KEYS, tabulate=lambda rows: rows, keys={"method": "method", "measured": "measured"},
+    values={"deployed": ("accuracy", "{:.3f}")}, spread="deployed",
+    draw=lambda rows: dots(rows, KEYS, ["deployed"]))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the check and return the exit status: 1 if something differs."""
-    Parser("verify.py", "Check that this copy of the project gives the committed results.").parse(argv)
+    parser = Parser("verify.py", EXPERIMENT.question)
+    parser.add_argument("--write", action="store_true", help="make what results/reference/verify.csv lacks")
+    if parser.parse(argv).write:
+        return common.main(EXPERIMENT, [])
+    for task in tasks():   # of a check that was interrupted, maybe with other code
+        for folder in ("results", "saved_models"):
+            shutil.rmtree(ROOT / folder / task.run, ignore_errors=True)
     try:
-        rows = read(REFERENCE / "verify.csv")
-        print("training as `make run` does: about one minute", flush=True)
-        found = outdated() + differences(train_again(rows["command"].iloc[0]), rows)
+        reference, stale = read(REFERENCE / "verify.csv"), outdated()
+        print("two runs and an attack on each: about three minutes", flush=True)
+        with tempfile.TemporaryDirectory(prefix="verify-") as out:
+            if status := common.main(EXPERIMENT, ["--out", out]):
+                return status
+            table = compare(read(Path(out) / "verify.csv"), reference)
     except (InputError, OSError) as error:
         print(error_line("verify.py", error), file=sys.stderr)
         return 2
-    print("\n".join(f"differs: {line}" for line in found) or
-          f"verified: the pages, and a run within {ACCURACY:g} of accuracy and {KL:.0%} of KL")
-    return int(bool(found))
+    print(table.to_string(index=False, float_format="{:.4g}".format), *stale, sep="\n")
+    found = len(stale) + (~table["met"]).sum()
+    print(f"{found} differences" if found else "verified: the pages, and all figures of two runs and two attacks")
+    return int(found > 0)
 
 
 if __name__ == "__main__":
