@@ -1,12 +1,13 @@
-# make run: a first training on real data.   make attack: attacks on that run.
+# make run: a first training on real data.   make attack: attacks on that run, which it trains if there is none.
 # make test: the quick tests.   make test-all: all tests.   make lint: ruff and mypy.
-# make verify: are the pages as their CSVs say, and does make run give the committed results?
+# make verify: are the pages as their CSVs say, and do two runs and two attacks give the committed results?
 # Each installs into .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 # What `make attack` trains on: the images that no client owns need no download; PUBLIC=mnist gives more.
 PUBLIC ?= unowned
 BIN = $(VENV)/bin
+RUN = mnist10k-shards-rve_pfl-seed1
 
 # One thread takes the least CPU time, and 1.3 times as long as two. With fp32, figures differ from those in README.md
 # by the rounding of the chip alone.
@@ -14,8 +15,11 @@ run: $(VENV)/.run
 	OMP_NUM_THREADS=1 $(BIN)/python RVE-PFL.py --dataset mnist10k --rounds 2 --local_ep 1 --local_bs 80 \
 		--precision fp32 --overwrite
 
-attack: $(VENV)/.run
-	$(BIN)/python attack/mi_attack.py --run mnist10k-shards-rve_pfl-seed1 --train_epochs 8 --public $(PUBLIC)
+attack: $(VENV)/.run results/$(RUN)/config.json
+	$(BIN)/python attack/mi_attack.py --run $(RUN) --train_epochs 8 --public $(PUBLIC)
+
+results/$(RUN)/config.json: | $(VENV)/.run
+	$(MAKE) run
 
 verify: $(VENV)/.run
 	$(BIN)/python experiments/verify.py

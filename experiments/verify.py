@@ -28,9 +28,8 @@ RUNS: dict[str, tuple[Options, Options]] = {   # the run, and the attack on it
               {"adversary": "curious_server", "attack": "analytic", "images": 24}),
 }
 ATTACK: Options = {"restarts": 1, "iterations": 80, "train_epochs": 1}
-# How much a figure may differ from the committed one, as a share of it.
-TOLERANCES = {"deployed": 0.03, "kl_nats": 0.1, "identified": 0.05, "control_rank": 0.1, "ssim": 0.1,
-              "control_ssim": 0.1}
+# The largest difference from a committed figure; that of KL is a share of it.
+TOLERANCES = {"deployed": 0.03, "kl_nats": 0.1, "identified": 0.1, "control_identified": 0.1, "ssim": 0.05}
 KEYS = ["method", "measured"]
 
 
@@ -53,10 +52,11 @@ def measure(folder: Path) -> list[dict]:
 
 def compare(ours: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each figure: committed, here, the largest difference allowed, and whether it is met."""
-    values = [rows.melt(KEYS, [*TOLERANCES], "figure").dropna().set_index([*KEYS, "figure"])["value"]
-              for rows in (reference, ours)]
+    values = [rows.reindex(columns=[*KEYS, *TOLERANCES]).melt(KEYS, var_name="figure").dropna()
+              .set_index([*KEYS, "figure"])["value"] for rows in (reference, ours)]
     table = pd.concat(values, axis=1, keys=["committed", "here"]).reset_index()
-    table["allowed"] = table["figure"].map(TOLERANCES) * table["committed"]
+    table["allowed"] = table["figure"].map(TOLERANCES)
+    table.loc[table["figure"] == "kl_nats", "allowed"] *= table["committed"]
     return table.assign(met=(table["here"] - table["committed"]).abs() <= table["allowed"])   # never of a gap
 
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(table.to_string(index=False, float_format="{:.4g}".format), *stale, sep="\n")
     found = len(stale) + (~table["met"]).sum()
-    print(f"{found} differences" if found else "verified: the pages, and all figures of two runs and two attacks")
+    print(f"differences: {found}" if found else "verified: the pages, and all figures of two runs and two attacks")
     return int(found > 0)
 
 

@@ -385,20 +385,54 @@ def test_the_floor_is_of_the_faster_product_and_of_the_copy(monkeypatch):
     assert row == pytest.approx({"plain": 9e3 / 4, "tuned": 2e3, "ours": 7e3 / 4, "floor": 3e3})   # 4 steps a call
 
 
-def test_verify_names_what_differs(monkeypatch, capsys):
-    reference = pd.DataFrame({"round": [1, 2], "deployed": [0.9, 0.99], "kl_nats": [100.0, 200.0]})
-    assert verify.differences(reference, reference) == []
-    worse = reference.assign(deployed=[0.9, 0.97], kl_nats=[111.0, np.nan])
-    assert verify.differences(worse, reference) == [
-        "round 2: deployed 0.97, not 0.99", "round 1: kl_nats 111, not 100", "round 2: kl_nats nan, not 200"]
-    assert verify.differences(reference[:1], reference) == ["rounds [1], not [1, 2]"]
-    committed = pd.read_csv(common.REFERENCE / "verify.csv")
-    assert {round(x, 4) for x in committed[committed["round"] == 2]["deployed"]} == {0.9865}
-    for value, status in ((0.0, 0), (0.5, 1)):
-        monkeypatch.setattr(verify, "train_again", lambda command, value=value: committed[
-            committed["command"] == command].assign(deployed=lambda rows: rows["deployed"] - value))
-        assert verify.main([]) == status
-        assert ("verified" if not status else "differs: round 2") in capsys.readouterr().out
+def test_verify_compares_each_figure_with_its_tolerance():
+    keys = {"method": "m", "measured": "round 1"}
+    reference = pd.DataFrame([{**keys, "deployed": 0.9, "kl_nats": 100.0}, {**keys, "measured": "x", "ssim": 0.5}])
+    table = verify.compare(reference, reference)
+    assert table["met"].all() and len(table) == 3 and table["allowed"].tolist() == pytest.approx([0.03, 10, 0.05])
+    for name, row, near, far in (("deployed", 0, 0.929, 0.931), ("kl_nats", 0, 91, 89), ("ssim", 1, 0.46, np.nan),
+                                 ("identified", 1, np.nan, 0.3)):
+        for value, met in ((near, True), (far, False)):
+            ours = reference.astype({"ssim": float}).reindex(columns=[*reference, "identified"])
+            ours.loc[row, name] = value
+            assert verify.compare(ours, reference)["met"].all() == met, (name, value)
+
+
+@pytest.mark.parametrize("lost, stale, last", [
+    (0.0, [], "verified: the pages, and all figures of two runs and two attacks"), (0.5, [], "differences: 4"),
+    (0.0, ["docs/x.md: draw"], "differences: 1")])
+def test_verify_redoes_what_is_committed(monkeypatch, capsys, tmp_path, lost, stale, last):
+    committed = common.read(common.REFERENCE / "verify.csv")
+    assert {*committed["command"]} == {task.command for task in verify.tasks()}
+    assert not {*verify.TOLERANCES} & {*committed.columns[committed.isna().all()]}
+
+    def again(experiment, argv):
+        committed.assign(deployed=committed["deployed"] - lost).to_csv(f"{argv[1]}/verify.csv", index=False)
+        return 0
+    monkeypatch.setattr(verify.common, "main", again)
+    monkeypatch.setattr(verify, "outdated", lambda: stale)
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    assert verify.main([]) == (last[0] == "d")
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_make_attack_trains_first_if_there_is_no_run(tmp_path):
+    """The run is that of `make run`, which verify.py repeats."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / "requirements.txt").touch()
+
+    def lines(target):
+        text = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True).stdout
+        return re.findall(r"python ((?:RVE-PFL|attack/mi_attack)\.py .*)", text.replace("\\\n", ""))
+    training, attack = lines("attack")
+    assert lines("run") == [training]
+    args, verified = (parse(f"python {line}") for line in (training, verify.tasks()[0].commands[0][7:]))
+    differ = {name for name, value in vars(args).items() if value != vars(verified)[name]}
+    assert differ <= {"run_name", "overwrite"}
+    folder = tmp_path / "results" / parse(f"python {attack}").run
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    assert lines("attack") == [attack] and lines("run") == [training]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
