@@ -119,21 +119,23 @@ class Evaluation:
 
     def attack(self, unit: Unit) -> list[dict]:
         """Run one attack, save its picture, and return its rows of attack.csv, and its controls'."""
-        adversary, attack = self.adversary(unit.adversary, unit.round, unit.client), self.attacks[unit.attack]
-        seed_torch(self.args.seed, f"{unit.adversary} {unit.attack}", unit.client, unit.round)
-        outcomes = (self._attack_classes(unit, attack, adversary) if isinstance(attack, ClassAttack)
-                    else self._attack_images(unit, attack, adversary))
+        outcomes = self.outcomes(unit)
         rows = {control: self.rows(unit, outcome, control) for control, outcome in outcomes.items()}
-        shown = outcomes[""].numbers[0, :PICTURED]
-        pictures, captions = {"nearest own" if attack.kind == "class" else "truth": self.target.pixels(shown)}, {}
+        shown, of_class = outcomes[""].numbers[0, :PICTURED], isinstance(self.attacks[unit.attack], ClassAttack)
+        pictures, texts = {"nearest own" if of_class else "truth": self.target.pixels(shown)}, {}
         for control in [name for name in outcomes if name not in BLANK]:
             name = f"{control} (control)" if control else unit.words
-            pictures[name] = outcomes[control].images[0]
-            captions[name] = [f"SSIM {row['ssim']:.2f}\nrank {row['class_rank']:g} of {row['class_size']:.0f}"
-                              for row in rows[control][:len(shown)]]
-        save_picture(self.target.results / unit.picture, pictures, captions, self.target.labels(shown),
+            pictures[name], texts[name] = outcomes[control].images[0], captions(rows[control][:len(shown)])
+        save_picture(self.target.results / unit.picture, pictures, texts, self.target.labels(shown),
                      f"{self.target.results.name}: {unit.adversary}, round {unit.round}, client {unit.client}")
         return [row for of_control in rows.values() for row in of_control]
+
+    def outcomes(self, unit: Unit) -> dict[str, Outcome]:
+        """Run one attack; return what it found ("") and what its controls found, by name."""
+        adversary, attack = self.adversary(unit.adversary, unit.round, unit.client), self.attacks[unit.attack]
+        seed_torch(self.args.seed, f"{unit.adversary} {unit.attack}", unit.client, unit.round)
+        return (self._attack_classes(unit, attack, adversary) if isinstance(attack, ClassAttack)
+                else self._attack_images(unit, attack, adversary))
 
     def victim(self, unit: Unit) -> Victim:
         """Return the attacked client."""
@@ -293,6 +295,11 @@ class Evaluation:
 def finite(images: Tensor) -> Tensor:
     """Replace pixels that are no finite number by grey: a gradient of 0, say, gives nothing to hand in."""
     return images.nan_to_num(0.5, 0.5, 0.5)
+
+
+def captions(rows: list[dict]) -> list[str]:
+    """Return the text below each image of a picture, from its row of attack.csv."""
+    return [f"SSIM {row['ssim']:.2f}\nrank {row['class_rank']:g} of {row['class_size']:.0f}" for row in rows]
 
 
 def save_picture(path: Path, rows: dict[str, Tensor], captions: dict[str, list[str]], labels: Tensor,

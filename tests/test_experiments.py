@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import methods
 import report
 from attack import membership, mi_attack, verdict
 from options import args_parser
@@ -251,8 +252,43 @@ def test_leakage_rows_by_hand():
     assert len(list(leakage.attack_rows({}, rows.assign(kl_nats=np.nan)))) == 1
 
 
+def leakage_rows(found, **more):
+    """Rows of three seeds: (method, adversary, attack, round, observed) -> share identified."""
+    return pd.DataFrame([{
+        **dict(zip(("method", "adversary", "attack", "round", "observed"), key, strict=True)), "images": "all",
+        "identified": share, "control_identified": 0.01, "rank": 3.0, "class_size": 250.0, "ssim": 0.5,
+        **dict.fromkeys(common.PROVENANCE, "x"), "seed": seed, **more}
+        for key, share in found.items() for seed in (11, 12, 13)])
+
+
+def test_the_strongest_attack_stands_for_its_adversary():
+    """By the mean over seeds, in the same round and of the same observation; the worst images do not count."""
+    found = {("rve_pfl", "stolen_model", "latent_decoder", 5, "z"): 0.7,
+             ("rve_pfl", "stolen_model", "reidentification", 5, "z"): 0.6,
+             ("rve_pfl", "stolen_model", "reidentification", 1, "z"): 0.9,
+             ("fedavg", "curious_server", "analytic", 5, np.nan): 1.0}
+    worst = leakage_rows({next(iter(found)): 1.0}, images="worst 2 %")
+    rows = pd.concat([leakage_rows(found), worst], ignore_index=True)
+    rows.loc[rows["attack"] == "reidentification", "identified"] += (rows["seed"] == 12) * 0.2
+    assert common.table(leakage.EXPERIMENT, rows)[2:] == [
+        "| fedavg | server, last round | analytic | 1.000 | 0.000 | 0.010 | 3 | 250 | 0.50 |",
+        "| rve_pfl | stolen model, one z | latent_decoder | 0.700 | 0.000 | 0.010 | 3 | 250 | 0.50 |"]
+    panel, _ = leakage.draw(rows).axes
+    assert {(text.get_position(), text.get_text()) for text in panel.texts} == {
+        ((1, 0), "1.000 (0.010)"), ((2, 1), "0.700 (0.010)")}
+
+
+def test_an_attack_of_the_leakage_fits_each_method():
+    """The server of every method but one that shares nothing, and all after rounds that are kept."""
+    for task in leakage.tasks([11])[1:]:
+        trained, *attacked = (parse(command) for command in task.commands)
+        assert len(attacked) == 1 + bool(methods.METHODS[trained.method].shared)
+        assert all({*args.rounds} <= {0, trained.rounds} for args in attacked)
+        assert all(args.clients == [0, 1, 2] and args.slow_images == 48 for args in attacked)
+
+
 def test_every_round_is_kept_for_the_attacker_who_observes_every_round():
-    for task in frontier.tasks([11])[1:]:
+    for task in frontier.tasks([11]):
         trained, attacked = (parse(command) for command in task.commands)
         assert trained.save_rounds == [*range(1, trained.rounds + 1)] and "rounds" in attacked.observe
 
@@ -260,7 +296,7 @@ def test_every_round_is_kept_for_the_attacker_who_observes_every_round():
 def frontier_rows(accuracy, **more):
     """Rows of runs of three seeds: (partition, prior) -> accuracy, each seed's a little lower; z tells 4 %."""
     shares = {f"identified_{observed}": 0.04 for observed in ("z", "z_worst", "z8", "rounds", "mu")}
-    return pd.DataFrame([{"kind": "run", "dataset": "fmnist10k", "partition": partition, "setting": setting,
+    return pd.DataFrame([{"dataset": "fmnist10k", "partition": partition, "setting": setting,
                           "deployed": value - seed / 1000, **shares, **dict.fromkeys(common.PROVENANCE, "x"),
                           "seed": seed, **more}
                          for (partition, setting), value in accuracy.items() for seed in (11, 12, 13)])
@@ -268,7 +304,7 @@ def frontier_rows(accuracy, **more):
 
 def test_points_lost_are_those_to_the_default_on_the_same_images():
     rows = frontier_rows({("shards", "normal"): 0.95, ("shards", "class"): 0.94, ("iid", "normal"): 0.8})
-    rows = pd.concat([rows, rows.assign(kind="picture", deployed=0.5), rows.assign(deployed=1.0)[:1], rows[:1]])
+    rows = pd.concat([rows, rows.assign(deployed=1.0)[:1], rows[:1]])   # runs made again
     table = frontier.tabulate(rows)
     assert table["lost"].tolist() == pytest.approx([1.0] * 3) and set(table["setting"]) == {"class"}
     assert common.table(frontier.EXPERIMENT, rows)[2:] == [
@@ -286,33 +322,30 @@ def test_the_frontier_has_an_arrow_for_each_partition_and_observation():
 
 
 @pytest.mark.slow
-def test_the_strip_shows_the_better_of_two_attacks(place, tiny_arrays, monkeypatch):
-    """By the error over all images of the client, beside the mean of each class."""
+def test_the_gallery_shows_the_first_images_of_each_class(place, tiny_arrays, monkeypatch):
+    """The same in each row, and of several attacks that with the highest mean SSIM."""
     np.savez(place.folder / "data" / "public.npz", **{
         name: values if "labels" in name else 255 - values for name, values in tiny_arrays.items()})
-    (place.folder / "docs").mkdir()
-    for name, value in (("ROOT", place.folder), ("PAGES", place.folder / "docs"), ("STRIP", ("public", "shards"))):
-        monkeypatch.setattr(frontier, name, value)
-    for setting in frontier.IN_STRIP:
-        run, _ = frontier.run_of("public", "shards", setting, 1)
-        flags = common.flags(frontier.SETTINGS[setting]).split()
-        assert place.main("--rounds", 1, *flags, "--run_name", run, "--models_dir",
+    names = ("fedavg", "rve_pfl", "rve_pfl, categorical prior")
+    shown = {words: row for words, row in leakage.GALLERY.items() if row[0] in names and row[2] != "z8"}
+    for name, value in (("ROOT", place.folder), ("PAGES", place.folder), ("PER_CLASS", 2), ("ROUNDS", 1),
+                        ("GALLERY", shown), ("BUDGET", {**leakage.BUDGET, "public": "public", "iterations": 4})):
+        monkeypatch.setattr(leakage, name, value)
+    for name in names:
+        assert place.main("--partition", "iid", "--rounds", 1, *common.flags(leakage.METHODS[name]).split(),
+                          "--run_name", leakage.run_of(name, 1)[0], "--models_dir",
                           place.folder / "saved_models") == 0
-    shown, outcomes, real = [], [], frontier.reconstruct
-    monkeypatch.setattr(frontier, "reconstruct", lambda *where: outcomes.append(real(*where)) or outcomes[-1])
-    monkeypatch.setattr(frontier.plots, "drawable", lambda grid: shown.append(grid) or grid)
-    rows = pd.DataFrame(frontier.draw_strip("strip-seed1"))
-    assert (place.folder / "docs" / "frontier_strip.png").read_bytes().startswith(b"\x89PNG")
-    assert len(shown) == len(outcomes) == len(frontier.IN_STRIP) and rows["mse"].between(0, 1).all()
-    assert {grid.shape for grid in shown} == {(6 * 8, frontier.PICTURED * 8, 1)}
-    assert all(np.array_equal(grid[:16], shown[0][:16]) for grid in shown)   # the same images and class means
-    for found, errors in outcomes:
-        least = pd.DataFrame(errors).groupby("observed", sort=False)["mse"].min()
-        mse = [(images - found["truth"]).square().mean().item() for images in found.values()]
-        assert mse[1:] == pytest.approx(least.tolist()) and len(errors) == 1 + 4 * 2
-    (place.folder / "results" / "x").mkdir()
-    (place.folder / "results" / "x" / "frontier.csv").write_text(rows.to_csv(index=False))
-    assert frontier.measure(place.folder / "results" / "x")[0]["observed"] == "class mean"
+    drawn = []
+    monkeypatch.setattr(leakage.evaluation, "save_picture", lambda *given: drawn.append(given))
+    rows = pd.DataFrame(leakage.draw_gallery("leakage-gallery-seed1"))
+    (path, pictures, captions, labels, _), = drawn
+    assert path == place.folder / "gallery.png" and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [*pictures] == ["truth", *shown, "class mean"] and {len(images) for images in pictures.values()} == {8}
+    best = rows.groupby(["method", "adversary", "observed"], sort=False)["ssim"].max()
+    means = [np.mean([float(text.split()[1]) for text in captions[words]]) for words in shown]
+    assert means == pytest.approx(best.tolist(), abs=0.006) and len(rows) == 2 + 2 * 4
+    (place.folder / "leakage.csv").write_text(rows.to_csv(index=False))
+    assert leakage.measure(place.folder) == rows.to_dict("records")
 
 
 def test_losses_to_the_oracle_by_hand():
