@@ -1,12 +1,14 @@
 # make run: a first training on real data.   make attack: attacks on that run, which it trains if there is none.
 # make test: the quick tests.   make test-all: all tests.   make lint: ruff and mypy.
 # make verify: are the pages as their CSVs say, and do two runs and two attacks give the committed results?
+# make study: all experiments of the pages, several days of CPU time.
 # Each installs into .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 # What `make attack` trains on: the images that no client owns need no download; PUBLIC=mnist gives more.
 PUBLIC ?= unowned
 BIN = $(VENV)/bin
+WORKERS ?= 2
 RUN = mnist10k-shards-rve_pfl-seed1
 
 # One thread takes the least CPU time, and 1.3 times as long as two. With fp32, figures differ from those in README.md
@@ -23,6 +25,11 @@ results/$(RUN)/config.json: | $(VENV)/.run
 
 verify: $(VENV)/.run
 	$(BIN)/python experiments/verify.py
+
+# Runs what is missing in results/reference/, the most important first; the same command goes on.
+study: $(VENV)/.run
+	for name in headline partitions leakage frontier robustness new_clients real_updates; do \
+		$(BIN)/python experiments/$$name.py --workers $(WORKERS); done
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
@@ -45,4 +52,4 @@ $(VENV)/.test: requirements-test.txt requirements-tensorboard.txt requirements.t
 	$(BIN)/pip install --quiet -r requirements-test.txt
 	touch $@
 
-.PHONY: run attack verify test test-all lint
+.PHONY: run attack verify study test test-all lint
