@@ -446,7 +446,8 @@ def test_verify_redoes_what_is_committed(monkeypatch, capsys, tmp_path, lost, st
     monkeypatch.setattr(verify.common, "main", again)
     monkeypatch.setattr(verify, "outdated", lambda: stale)
     monkeypatch.setattr(verify, "ROOT", tmp_path)
-    assert verify.main([]) == (last[0] == "d")
+    (tmp_path / "saved_models" / "verify-nbafl").mkdir(parents=True)   # left by a check that was interrupted
+    assert verify.main([]) == (last[0] == "d") and not any((tmp_path / "saved_models").iterdir())
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
@@ -520,6 +521,7 @@ def test_measures_of_a_finished_run_by_hand(finished):
     assert row["identified_z_worst"] == 1
     row, = robustness.measure(finished)
     assert (row["deployed"], row["backdoor"], row["weight"], row["trust"]) == pytest.approx((0.2, 0.5, 0.2, 0.8))
+    assert [row["measured"] for row in verify.measure(finished)] == ["round 1", "round 2", "reidentification"]
     row, = pfllib.measure(finished)
     assert (row["best"], row["best_round"], row["last"], row["rounds"]) == pytest.approx((0.7, 1, 0.5, 2))
     assert speed.measure(finished) == [{"per_second": 0.5}]   # one client in two seconds
