@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,10 +45,15 @@ METHODS: dict[str, Options] = {
     "local_cnn": {"method": "local_cnn"},
 }
 # The server observes an upload of one more step: after round 0, the start, that is the first of all.
-SERVER: Options = {"adversary": "curious_server", "rounds": f"0 {ROUNDS}", "attack": "analytic trunk_analytic"}
-OTHERS: Options = {"adversary": "stolen_model prediction_api", "rounds": ROUNDS, "observe": "z z8 mu",
-                   "attack": "reidentification score_decoder"}
-BUDGET: Options = {"slow_images": 48, "restarts": 1, "iterations": 100, "train_epochs": 4, "draws": 8,
+SERVER: Options = {"adversary": "curious_server", "rounds": f"0 {ROUNDS}"}
+OUTPUTS: Options = {"adversary": "prediction_api", "rounds": ROUNDS, "attack": "score_decoder"}
+WITH_ENCODER: list[Options] = [
+    {**SERVER, "attack": "gradient_reidentification trunk_analytic"},
+    {"adversary": "stolen_model", "rounds": ROUNDS, "attack": "reidentification", "observe": "z z8 mu"}, OUTPUTS]
+ATTACKS_ON: dict[str, list[Options]] = {
+    "rve_pfl": WITH_ENCODER, "rve_pfl_trunk": WITH_ENCODER, "local_cnn": [OUTPUTS],
+    **dict.fromkeys(("fedavg", "nbafl", "fedper", "fedsr"), [{**SERVER, "attack": "analytic"}, OUTPUTS])}
+BUDGET: Options = {"restarts": 1, "iterations": 75, "train_epochs": 4, "draws": 8,
                    "public": "mnist", "public_images": 2000}
 CLIENT_LR = {"nbafl, short step": 0.001}   # of the step that the server observes; 0.1 leaks more through noise
 MEASURES = {"identified": "identified", "class_rank": "rank", "ssim": "ssim"}
@@ -85,10 +91,12 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
     runs = [gallery_task(seeds[0])]
     for seed, name in product(seeds, METHODS):
         run, train = run_of(name, seed)
-        budget = {"clients": "0 1 2", **BUDGET, **({"client_lr": CLIENT_LR[name]} if name in CLIENT_LR else {})}
-        attacks = [OTHERS] if name == "local_cnn" else [SERVER, OTHERS]   # it shares nothing
+        attacks = ATTACKS_ON[METHODS[name]["method"]]
+        budget = {"clients": "0 1 2", "slow_images": 8 if attacks is WITH_ENCODER else 48, **BUDGET,
+                  **({"client_lr": CLIENT_LR[name]} if name in CLIENT_LR else {})}
         runs.append(Task(run, {"method": name}, seed, (train, *(
-            f"python attack/mi_attack.py --run {run} {flags({**attack, **budget})}" for attack in attacks))))
+            f"python attack/mi_attack.py --run {run} {flags({**attack, **budget})}"
+            for attack in attacks))))
     return runs
 
 
@@ -122,12 +130,13 @@ def draw_gallery(run: str) -> list[dict]:
     return rows
 
 
+@cache
 def opened(run: str) -> tuple[evaluation.Evaluation, np.ndarray]:
     """Return a run of the gallery, to be attacked, and the numbers of the images."""
     victim = target.open_target(run, ROOT / "results", ROOT / "saved_models", ROOT / "data")
     own, labels = victim.owned()[0][0], victim.data.labels
     numbers = np.concatenate([own[labels[own] == c][:PER_CLASS] for c in np.unique(labels[own])])
-    words = flags({"run": run, **BUDGET, "public_images": 6000, "image_numbers": " ".join(map(str, numbers)),
+    words = flags({"run": run, **BUDGET, "public_images": 4000, "image_numbers": " ".join(map(str, numbers)),
                    "data_dir": ROOT / "data"})
     return evaluation.Evaluation(victim, mi_attack.make_parser().parse(words.split())), numbers
 
@@ -180,14 +189,14 @@ def draw(rows: pd.DataFrame) -> Figure:
     means = strongest(rows).groupby(["method", "seen"])[["identified", "control_identified"]].mean()
     methods = [name for name in METHODS if name in means.index]
     shares = means["identified"].unstack().reindex(index=methods, columns=[*SEEN])
-    figure, (panel,) = panels(1, (8.0, 0.6 + 0.5 * len(methods)))
+    figure, (panel,) = panels(1, (9.0, 0.6 + 0.5 * len(methods)))
     image = panel.imshow(shares.clip(LEAST).to_numpy(float), cmap="Reds", norm=LogNorm(LEAST, 1), aspect="auto")
     for (name, seen), row in means.iterrows():
-        colour = "white" if row["identified"] > 0.3 else "black"
+        colour = "white" if row["identified"] > 0.2 else "black"
         panel.text([*SEEN].index(seen), methods.index(name), color=colour, ha="center", va="center", fontsize=9,
-                   s=f"{row['identified']:.3f} ({row['control_identified']:.3f})")
+                   s=f"{row['identified']:.3f}\n({row['control_identified']:.3f})")
     panel.set_facecolor("0.9")
-    panel.set_xticks(range(len(SEEN)), [name.replace(", ", ",\n") for name in SEEN])
+    panel.set_xticks(range(len(SEEN)), [name.replace(" ", "\n", 1).replace(", ", ",\n") for name in SEEN])
     panel.set_yticks(range(len(methods)), methods)
     panel.tick_params(length=0, labelsize=9, top=True, labeltop=True, bottom=False, labelbottom=False)
     figure.colorbar(image, label="share identified")
