@@ -26,6 +26,8 @@ SCALE = {"rounds": 5, "local_ep": 2, "local_bs": 64, "num_users": 20, "new_clien
          "eval_every": 5}
 SIZES = ("10", "50", "all")   # images of a new client
 COLUMNS = ["new_0", *(f"{kind}_{size}" for size in SIZES for kind in ("new", "alone"))]
+HEADINGS = {name: "alone" if name.startswith("alone") else f"{name.removeprefix('new_')} images"
+            for name in COLUMNS}
 
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
@@ -62,10 +64,11 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 EXPERIMENT = Experiment(
     name="new_clients", question="What are the shared parameters worth to a client that joins later?",
-    tasks=tasks, measure=measure, settings=["partition", "method"], tabulate=lambda rows: rows,
-    keys={"partition": "partition", "method": "method"}, spread="new_10", draw=draw,
-    values={name: ("alone" if name.startswith("alone") else f"{name.removeprefix('new_')} images", "{:.3f}")
-            for name in COLUMNS})
+    tasks=tasks, measure=measure, settings=["partition", "method"],
+    tabulate=lambda rows: rows.assign(gain=100 * (rows["new_10"] - rows["alone_10"])),
+    keys={"partition": "partition", "method": "method"}, spread="gain", draw=draw,
+    values={**{name: (heading, "{:.3f}") for name, heading in HEADINGS.items()},
+            "gain": ("points gained, 10 images", "{:.1f}")})
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

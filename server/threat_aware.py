@@ -14,7 +14,7 @@ Two steps bound the influence of trusted uploads:
 
 A client's trust is the lower of this round's and an exponential average over rounds. If fewer than half of the
 uploads are trusted, the round falls back: norms and copies count, trust does not, and the filter always acts.
-docs/robustness.md has the measurements and the limits.
+docs/robustness.md has the limits.
 """
 import math
 from collections.abc import Mapping
