@@ -266,7 +266,7 @@ def attacked(data, seed, attack, count, per_class):
     own = [order[data.labels[order] == c] for c in rng.permutation(CLASSES)[:per_class]]
     scene = evaluation.Evaluation.__new__(evaluation.Evaluation)
     scene.target = Target(Path("run"), Path("run"), {}, data)
-    scene.args = Namespace(seed=seed, images=count, image_numbers=None)
+    scene.args = Namespace(seed=seed, images=count, slow_images=count, image_numbers=None)
     scene.train = [np.sort(np.concatenate([part[:EACH] for part in own]))]
     scene.test = [np.concatenate([part[EACH:EACH + 20] for part in own])]
     scene.held_out = scene.test[0]
