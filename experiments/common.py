@@ -203,8 +203,16 @@ class Queue:
         return int(self.failed > 0)
 
     def make(self, task: Task) -> None:
-        """Run one task, add its rows to the CSV, and delete its folders."""
+        """Run one task, add its rows to the CSV, and delete its folders.
+
+        A run that another commit began is not resumed: its row could name one commit only.
+        """
         made_by, folder = commit(*GENERATED), ROOT / "results" / task.run
+        if (config := folder / "config.json").exists():
+            begun = json.loads(config.read_text())["commit"][:12]
+            if begun != made_by[:12]:
+                self.fail(task, f"commit {begun} began it; check that out, or delete results/{task.run}")
+                return
         if not all(self.call(task, command) for command in task.commands):
             return
         rows, facts = self.experiment.measure(folder), provenance(task, folder, made_by)
@@ -227,10 +235,15 @@ class Queue:
         lines = process.communicate()[1].strip().splitlines() or ["it gave no reason"]
         with self.lock:
             self.running.discard(process)
-            if process.returncode and not self.stopped:
-                self.failed += 1
-                print(f"failed  {task.run}: {lines[-1]}", flush=True)
+        if process.returncode and not self.stopped:
+            self.fail(task, lines[-1])
         return process.returncode == 0
+
+    def fail(self, task: Task, reason: str) -> None:
+        """Count and say a failure."""
+        with self.lock:
+            self.failed += 1
+            print(f"failed  {task.run}: {reason}", flush=True)
 
     def stop(self) -> None:
         """Let the runs write a checkpoint and end; start no others."""

@@ -184,6 +184,22 @@ def test_the_queue_runs_what_is_missing(tried, capsys, monkeypatch):
     assert (folder / "tried.csv").stat().st_mtime_ns == before
 
 
+def test_a_run_that_another_commit_began_is_not_resumed(tried, capsys, monkeypatch):
+    experiment, task, folder = tried
+    config = folder / "results" / task(1).run / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(json.dumps({"commit": "0123456789ab with edits"}))
+    monkeypatch.setattr(common.Queue, "call", lambda *_: pytest.fail("ran"))
+    queue = common.Queue(experiment, folder)
+    queue.make(task(1))
+    assert queue.failed == 1 and config.exists()
+    assert "commit 0123456789ab began it; check that out, or delete results/tried-seed1" in capsys.readouterr().out
+    monkeypatch.setattr(common, "commit", lambda *paths: "0123456789ab")
+    monkeypatch.setattr(common.Queue, "call", lambda *_: False)
+    queue.make(task(1))
+    assert queue.failed == 1
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on(tried):
     """Its rounds before the interruption are not trained again: their seconds stay."""
