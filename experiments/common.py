@@ -31,6 +31,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from parsing import Option, Parser  # noqa: E402, after the path
+from runs.configs import read_json  # noqa: E402
 from utils import InputError, Late, commit, error_line, write_whole  # noqa: E402
 
 if TYPE_CHECKING:
@@ -209,7 +210,11 @@ class Queue:
         """
         made_by, folder = commit(*GENERATED), ROOT / "results" / task.run
         if (config := folder / "config.json").exists():
-            begun = json.loads(config.read_text())["commit"][:12]
+            try:
+                begun = str(read_json(config).get("commit"))[:12]
+            except ValueError as error:
+                self.fail(task, f"{config}: cannot be read ({error}); delete results/{task.run}")
+                return
             if begun != made_by[:12]:
                 self.fail(task, f"commit {begun} began it; check that out, or delete results/{task.run}")
                 return

@@ -198,6 +198,9 @@ def test_a_run_that_another_commit_began_is_not_resumed(tried, capsys, monkeypat
     monkeypatch.setattr(common.Queue, "call", lambda *_: False)
     queue.make(task(1))
     assert queue.failed == 1
+    config.write_text("{")
+    queue.make(task(1))
+    assert queue.failed == 2 and "config.json: cannot be read" in capsys.readouterr().out
 
 
 @pytest.mark.slow
