@@ -311,19 +311,21 @@ def save_picture(path: Path, rows: dict[str, Tensor], captions: dict[str, list[s
     """
     from runs.plots import drawable, plt  # slow to import
 
-    count = min(PICTURED, len(labels))
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.6 + count, 0.6 + 1.35 * len(rows)),
-                                squeeze=False, layout="constrained")
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for i, place in enumerate(line):
-            place.imshow(drawable(images[i].permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=1)
-            place.set(xticks=[], yticks=[])
+    count, text = min(PICTURED, len(labels)), {"ha": "center", "va": "top", "fontsize": 7}
+    figure, panel = plt.subplots(figsize=(1.6 + count, 0.6 + 1.35 * len(rows)), layout="constrained")
+    for line, (name, images) in enumerate(rows.items()):   # an image and its text have a height of 1.35
+        top = 1.35 * line
+        for i in range(count):
+            panel.imshow(drawable(images[i].permute(1, 2, 0).numpy()), cmap="gray", vmin=0, vmax=1,
+                         extent=(i + 0.03, i + 0.97, top + 0.94, top))
             if name in captions:
-                place.set_xlabel(captions[name][i], fontsize=7)
-            if name == next(iter(rows)):
-                place.set_title(f"class {labels[i]}", fontsize=8)
-        line[0].set_ylabel(name.replace("_", " ").replace(" (", "\n("), rotation=0, ha="right", va="center",
-                           fontsize=8)
+                panel.text(i + 0.5, top + 0.98, captions[name][i], text)
+        panel.text(-0.1, top + 0.5, name.replace("_", " ").replace(" (", "\n("), ha="right", va="center",
+                   fontsize=8)
+    for i in range(count):
+        panel.text(i + 0.5, -0.05, f"class {labels[i]}", ha="center", va="bottom", fontsize=8)
+    panel.set(xlim=(0, count), ylim=(1.35 * len(rows), 0))
+    panel.axis("off")
     figure.suptitle(title, fontsize=9)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)

@@ -77,7 +77,7 @@ class MembershipAdversary:
 
 def schedule(target: Target, last: int, client: int, epochs: int | None) -> list[tuple[int, int]]:
     """Return the rounds in which a reference trains, as the client did or ``epochs`` fill, and their epochs."""
-    options, names, each = target.options, target.network().state_dict(), target.options["local_ep"] or 1
+    options, names, each = target.options, target.seeded, target.options["local_ep"] or 1
     if epochs:
         return [(done // each + 1, min(each, epochs - done)) for done in range(0, epochs, each)]
 

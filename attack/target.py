@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import datasets
-from devices import seed_torch
+from devices import drawn_from
 from methods import METHODS, Method, make_server
 from models import Network
 from runs import configs
@@ -62,14 +62,25 @@ class Target:
         """Return the labels of these numbers, ``N``."""
         return torch.from_numpy(self.data.labels[np.asarray(numbers)])
 
-    def network(self) -> Network:
-        """Build the method's network with fresh weights, drawn from PyTorch's generator."""
-        return self.method.build(self.data.image_shape, self.data.num_classes, self.options).eval()
-
     @cached_property
+    def _untrained(self) -> Network:
+        """The method's network with the weights that the run's seed gives."""
+        with drawn_from(self.options["seed"], "init"):
+            return self.method.build(self.data.image_shape, self.data.num_classes, self.options).eval()
+
+    @property
+    def seeded(self) -> State:
+        """The weights that the run's seed gives. They are no secret."""
+        return self._untrained.state_dict()
+
+    def network(self) -> Network:
+        """Return a copy of the method's network with the weights that the run's seed gives."""
+        return copy.deepcopy(self._untrained)   # faster by far than to draw 20 million weights
+
+    @property
     def uploaded(self) -> State:
         """The parameters that the method's clients upload, of an untrained network."""
-        return self.method.shared_and_private(self.network().state_dict())[0]
+        return self.method.shared_and_private(self.seeded)[0]
 
     def rounds(self) -> list[int]:
         """Return the rounds that have a checkpoint, in order."""
@@ -94,12 +105,6 @@ class Target:
             raise InputError(f"--rounds 0: by {self.results / 'config.json'} the run began with other weights "
                              "than its seed gives here; use the PyTorch and the program that trained it")
 
-    @cached_property
-    def seeded(self) -> State:
-        """The weights that a run's seed gives. They are no secret."""
-        seed_torch(self.options["seed"], "init")
-        return self.network().state_dict()
-
     def own_start(self, client: int, **changes: int) -> State:
         """Return the parameters that a client alone began with, by the run's options with ``changes``."""
         return self.method.own_start(self.data.image_shape, self.data.num_classes, {**self.options, **changes},
@@ -123,7 +128,7 @@ class Target:
 
     def _layout(self, round: int) -> tuple[State, State]:
         """Return parameters of the shapes of those that are shared, and of those that stay, in a round."""
-        return self.row(round).shared_and_private(self.network().state_dict() if round else self.seeded)
+        return self.row(round).shared_and_private(self.seeded)
 
     def row(self, round: int) -> Method:
         """Return the row of METHODS that holds in a round; for the start, that of the first round."""
@@ -135,7 +140,7 @@ class Target:
         It was sent to all. The guess of a client's own start is that of one more client, by another seed.
         """
         network = self.network()
-        network.load_state_dict({**self.seeded, **self.own_start(self.options["num_users"], seed=self.seed)})
+        network.load_state_dict(self.own_start(self.options["num_users"], seed=self.seed), strict=False)
         if 0 < (self.options.get("full_sharing_rounds") or 0) < round:
             path = self.file(round, "server.pt")
             _, private = self.row(round).shared_and_private(network.state_dict())
