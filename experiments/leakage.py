@@ -76,7 +76,7 @@ GALLERY: dict[str, tuple[str, str, str, list[str]]] = {
     "RVE-PFL: gradient": ("rve_pfl", "curious_server", "", ["analytic"]),
     **{f"{words}: {sight}": (method, "stolen_model", observed, ["latent_decoder", "posterior_mean"])
        for method, words in (("rve_pfl", "RVE-PFL"), ("rve_pfl, categorical prior", "categorical prior"))
-       for observed, sight in (("z", "one z"), ("z8", "8 z"), ("mu", "mean of z"))}}
+       for observed, sight in (("z", "one z"), ("z8", "8 z"), ("z100", "100 z"), ("mu", "mean of z"))}}
 PER_CLASS = 4   # images of the gallery: the first of each of client 0's classes
 
 
