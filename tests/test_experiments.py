@@ -25,13 +25,12 @@ import common
 import frontier
 import leakage
 import new_clients
-import pfllib
 import real_updates
 import robustness
 import speed
 import verify
 
-NAMES = ("headline", "partitions", "frontier", "leakage", "member_inference", "pfllib", "real_updates",
+NAMES = ("headline", "partitions", "frontier", "leakage", "member_inference", "real_updates",
          "robustness", "new_clients", "speed")
 EXPERIMENTS = {name: importlib.import_module(name).EXPERIMENT for name in NAMES}
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARTIFACT-APPENDIX.md")),
@@ -473,23 +472,25 @@ def test_verify_redoes_what_is_committed(monkeypatch, capsys, tmp_path, lost, st
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
-def test_make_attack_trains_first_if_there_is_no_run(tmp_path):
+def test_make_attack_takes_the_shipped_model_if_there_is_no_run(tmp_path):
     """The run is that of `make run`, which verify.py repeats."""
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     (tmp_path / "requirements.txt").touch()
 
     def lines(target):
         text = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True).stdout
-        return re.findall(r"python ((?:RVE-PFL|attack/mi_attack)\.py .*)", text.replace("\\\n", ""))
-    training, attack = lines("attack")
-    assert lines("run") == [training]
+        return re.findall(r"python ((?:RVE-PFL|attack/\w+)\.py.*)", text.replace("\\\n", ""))
+    training, = lines("run")
     args, verified = (parse(f"python {line}") for line in (training, verify.tasks()[0].commands[0][7:]))
     differ = {name for name, value in vars(args).items() if value != vars(verified)[name]}
     assert differ <= {"run_name", "overwrite"}
-    folder = tmp_path / "results" / parse(f"python {attack}").run
+    unpacking, attack = lines("attack")
+    assert unpacking == "attack/shipped.py" and parse(f"python {attack}").run == "shipped"
+    folder = tmp_path / "results" / args.run_name
     folder.mkdir(parents=True)
     (folder / "config.json").touch()
-    assert lines("attack") == [attack] and lines("run") == [training]
+    attack, = lines("attack")
+    assert parse(f"python {attack}").run == folder.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -544,8 +545,6 @@ def test_measures_of_a_finished_run_by_hand(finished):
     row, = robustness.measure(finished)
     assert (row["deployed"], row["backdoor"], row["weight"], row["trust"]) == pytest.approx((0.2, 0.5, 0.2, 0.8))
     assert [row["measured"] for row in verify.measure(finished)] == ["round 1", "round 2", "reidentification"]
-    row, = pfllib.measure(finished)
-    assert (row["best"], row["best_round"], row["last"], row["rounds"]) == pytest.approx((0.7, 1, 0.5, 2))
     assert speed.measure(finished) == [{"per_second": 0.5}]   # one client in two seconds
 
 
