@@ -27,7 +27,8 @@ verify: $(VENV)/.run
 
 # Runs what is missing in results/reference/, the most important first; the same command goes on.
 study: $(VENV)/.run
-	for name in headline partitions leakage frontier robustness new_clients real_updates; do \
+	for name in headline partitions leakage frontier robustness new_clients real_updates \
+			member_inference; do \
 		$(BIN)/python experiments/$$name.py --workers $(WORKERS); done
 
 test: $(VENV)/.test
