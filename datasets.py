@@ -267,9 +267,6 @@ def fetch(name: str, data_dir: Path) -> None:
     except (OSError, RuntimeError) as error:   # no network: URLError, an OSError, or RuntimeError
         raise InputError(f"--dataset {name}: {data_dir / name}.npz does not exist and the download failed "
                          f"({_first_line(error)}); put the file there, {WAY_OUT}") from error
-    for half in ("train", "test"):
-        images = halves[f"{half}_images"]
-        halves[f"{half}_images"] = images.reshape(*images.shape[:3], -1)
     write_whole(data_dir / f"{name}.npz", lambda file: np.savez(file, **halves))
 
 

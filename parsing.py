@@ -91,16 +91,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=Formatter)
         self.options: dict[str, Option] = {}
-        self._headings: dict[str, argparse._ArgumentGroup] = {}
 
     def error(self, message: str):
         self.exit(2, f"{error_line(self.prog, message)}\n")
 
     def heading(self, name: str) -> argparse._ArgumentGroup:
         """Return a heading of ``--help``; headings appear in the order of their first use."""
-        if name not in self._headings:
-            self._headings[name] = self.add_argument_group(name)
-        return self._headings[name]
+        groups = {str(group.title): group for group in self._action_groups}
+        return groups.get(name) or self.add_argument_group(name)
 
     def add(self, option: Option, help_suffix: str = "") -> None:
         """Add an option under its group's heading."""

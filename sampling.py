@@ -209,7 +209,7 @@ def split(indices: np.ndarray, labels: np.ndarray, share: float,
           rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Set ``share`` of a client's images aside, stratified by class: sorted (training, held-out) indices.
 
-    At least one image is set aside. Otherwise at least one of each class stays.
+    At least one image is held out. At least one per class stays for training, if that allows it.
     """
     piles = [rng.permutation(indices[labels[indices] == c]) for c in np.unique(labels[indices])]
     wanted = max(1, round(share * len(indices)))

@@ -143,8 +143,8 @@ class Trainer:
     """The one working model, which trains and evaluates every client in turn; a call overwrites its parameters.
 
     Args:
-        images: all images pooled, ``N x H x W x C`` uint8, on that device.
-        labels: ``N`` int64, on that device.
+        images: all images pooled, ``N x H x W x C`` uint8, on the device that trains.
+        labels: ``N`` int64, on the same device.
     """
 
     model: Network

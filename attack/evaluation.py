@@ -320,12 +320,12 @@ def save_picture(path: Path, rows: dict[str, Tensor], captions: dict[str, list[s
                          extent=(i + 0.03, i + 0.97, top + 0.94, top))
             if name in captions:
                 panel.text(i + 0.5, top + 0.98, captions[name][i], text)
-        panel.text(-0.1, top + 0.5, name.replace("_", " ").replace(" (", "\n("), ha="right", va="center",
-                   fontsize=8)
-    for i in range(count):
-        panel.text(i + 0.5, -0.05, f"class {labels[i]}", ha="center", va="bottom", fontsize=8)
+    names = [name.replace("_", " ").replace(" (", "\n(") for name in rows]
     panel.set(xlim=(0, count), ylim=(1.35 * len(rows), 0))
-    panel.axis("off")
+    panel.set_xticks([i + 0.5 for i in range(count)], [f"class {label}" for label in labels[:count]])
+    panel.set_yticks([1.35 * line + 0.47 for line in range(len(rows))], names)
+    panel.tick_params(length=0, labelsize=8, top=True, labeltop=True, bottom=False, labelbottom=False)
+    panel.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=9)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110, bbox_inches="tight"))
     plt.close(figure)

@@ -4,7 +4,7 @@ One gradient or update is one problem. Several are solved as one batch. In shape
 of problems, and B of images behind one gradient.
 """
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +15,6 @@ from attack import decoders, newton
 from attack.adversaries import Adversary, flatten, held, moment_distance, posterior_in_parts, shadow_encoder
 from server.base import State
 from utils import InputError
-
-
-class Search(NamedTuple):
-    """The settings of ``invert``.
-
-    Args:
-        tv: the weight of total variation.
-        bounded: True if inputs stay in [0, 1].
-        lr: the size of a first step.
-        over: turns a function of one problem into one of many; ``one_by_one`` for models that ``vmap`` refuses.
-    """
-
-    iterations: int
-    tv: float
-    bounded: bool
-    lr: float = 0.1
-    over: Callable[[Callable], Callable] = vmap
 
 
 def one_by_one(function: Callable) -> Callable:
@@ -112,12 +95,18 @@ def best_first(found: Tensor, value: Tensor, restarts: int) -> tuple[Tensor, Ten
 
 
 def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: Tensor, start: Tensor,
-           search: Search) -> tuple[Tensor, Tensor]:
+           iterations: int, tv: float, bounded: bool,
+           over: Callable[[Callable], Callable] = vmap) -> tuple[Tensor, Tensor]:
     """Minimise cosine distance + total variation by signed Adam (Geiping et al. 2020, arXiv 2003.14053).
 
     ``change`` returns the gradient or update of inputs ``B x C x H x W`` with labels ``B``. It is to match
     ``observed``, ``P x ...`` by name. Labels are ``P x B`` and starts ``R x P x B x C x H x W``.
     Returns the inputs and their objectives ``R x P``, each problem's best restart first.
+
+    Args:
+        tv: the weight of total variation.
+        bounded: True if inputs stay in [0, 1].
+        over: turns a function of one problem into one of many; ``one_by_one`` for models that ``vmap`` refuses.
     """
     restarts = len(start)
     x = start.flatten(0, 1).clone().requires_grad_()
@@ -125,11 +114,11 @@ def invert(change: Callable[[Tensor, Tensor], State], observed: State, labels: T
     y = labels.repeat(restarts, 1)
 
     def objective(x: Tensor, y: Tensor, observed: State) -> Tensor:
-        return cosine_distance(change(x, y), observed) + search.tv * total_variation(x).mean()
+        return cosine_distance(change(x, y), observed) + tv * total_variation(x).mean()
 
-    drops = [round(search.iterations * share) for share in (0.375, 0.625, 0.875)]
-    value = descend(lambda: search.over(objective)(x, y, many), x, search.iterations, search.lr, drops=drops,
-                    bounded=search.bounded, signed=True)
+    drops = [round(iterations * share) for share in (0.375, 0.625, 0.875)]
+    value = descend(lambda: over(objective)(x, y, many), x, iterations, 0.1, drops=drops, bounded=bounded,
+                    signed=True)
     return best_first(x.detach(), value.nan_to_num(torch.inf), restarts)
 
 
@@ -211,9 +200,8 @@ def matched(adversary: Adversary, change: Callable[[Tensor, Tensor], State], obs
     start = adversary.random_inputs(*labels.shape, *knowledge.image_shape)
     together = {name: torch.stack([update[name] for update in observed]) for name in observed[0]}
     tv = 0.0 if knowledge.has_encoder else adversary.budget.tv   # latents are not smooth
-    inputs, _ = invert(change, together, labels, start, Search(
-        adversary.budget.iterations, tv, not knowledge.has_encoder,
-        over=getattr(knowledge.next_head, "over", vmap)))
+    inputs, _ = invert(change, together, labels, start, adversary.budget.iterations, tv, not knowledge.has_encoder,
+                       over=getattr(knowledge.next_head, "over", vmap))
     return adversary.decode_inputs(inputs.flatten(1, 2), labels.flatten()), labels.flatten()
 
 

@@ -26,7 +26,7 @@ class Victim:
         self.uploads = 0   # observed so far
         private = target.private(round, client)
         self.private, self.own = private.parameters, target.own_head(round, client, private)
-        self.others: dict[tuple, dict[int, tuple[State, int]]] = {}   # by arguments of ``other_uploads``
+        self.others: dict[tuple, dict[int, tuple[State, int]]] = {}   # by arguments of ``other_steps``
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -81,14 +81,13 @@ class Victim:
         smallest = scores.topk(min(keep, scores.shape[1])).values[:, -1:]
         return torch.where(scores >= smallest, scores, torch.zeros_like(scores))
 
-    def update(self, x: Tensor, y: Tensor, lr: float, batch: int | None = None,
-               inputs: list[Tensor] | None = None) -> State:
+    def update(self, x: Tensor, y: Tensor, lr: float, batch: int | None = None) -> State:
         """Return what the server makes of the upload that a client's next steps cause: the sum of their gradients.
 
-        Steps are of SGD, without dropout. The head's inputs are appended to ``inputs``, for scoring alone.
+        Steps are of SGD, without dropout.
         """
         target, batch = self.target, batch or len(x)
-        total = self._steps(x, y, lr, batch, inputs)
+        total = self._steps(x, y, lr, batch)
         if not (target.method.protects or target.secure):
             return total
         server = target.server(self.round)
@@ -114,19 +113,16 @@ class Victim:
             self.others[key] = {}
             for k in draw.permutation(others)[:target.clients_observed - 1].tolist():
                 numbers = draw.permutation(train[k])[:count]
-                total = self._steps(target.pixels(numbers), target.labels(numbers), lr, batch, None, k)
+                total = self._steps(target.pixels(numbers), target.labels(numbers), lr, batch, k)
                 self.others[key][k] = total, len(numbers)
         return self.others[key]
 
-    def _steps(self, x: Tensor, y: Tensor, lr: float, batch: int, inputs: list[Tensor] | None,
-               other: int | None = None) -> State:
+    def _steps(self, x: Tensor, y: Tensor, lr: float, batch: int, other: int | None = None) -> State:
         """Return the sum of the gradients of the steps of the victim, or of an ``other`` client; as ``update``."""
         target, client = self.target, self.client if other is None else other
         private = self.private if other is None else target.private(self.round, other).parameters
         network = self.network(self.sent_next, private)
         network.training = True   # for the priors' replay; the layers themselves stay without dropout
-        noted: list[Tensor] = []   # what the head is given in a step: first its input, then the replay
-        network.classifier.register_forward_pre_hook(lambda _, given: noted.append(given[0].detach()))
         trainer = (target.method.trainer or Trainer)(
             network, target.method, torch.empty(0), torch.empty(0), target.data.num_classes,
             Training.from_options(target.options, torch.float32))
@@ -134,9 +130,6 @@ class Victim:
         total = {name: torch.zeros_like(value) for name, value in shared.items()}
         for part, labels in zip(x.split(batch), y.split(batch), strict=True):
             objective, _ = trainer.objective(part, network(part, labels), labels, self.round + 1, self.sent_next)
-            if inputs is not None:
-                inputs.append(noted[0])
-            noted.clear()
             slopes = trainer.gradient(objective, list(shared.values()), self.sizes[client])
             with torch.no_grad():
                 for (name, value), slope in zip(shared.items(), slopes, strict=True):

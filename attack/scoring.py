@@ -80,8 +80,9 @@ def paired(labels: np.ndarray, order: np.ndarray, spare: np.ndarray, count: int 
            batch: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers of up to ``count`` images of ``order`` to attack, and of their foreign controls.
 
-    That is the next attacked image of the class, in a circle, or the next of ``order`` and ``spare``; for a batch,
-    a second one with the same labels. Images of classes that have too few are not attacked.
+    A control is the next attacked image of the same class, cyclically; if only one of the class is attacked, the
+    next of ``order``, then of ``spare``. For a batch it is a second batch with the same labels. Images of classes
+    that have too few are not attacked.
     """
     line = np.concatenate([order, spare]).astype(int)
     of_class = {c: line[labels[line] == c] for c in np.unique(labels[line])}

@@ -161,7 +161,7 @@ def _compare(metric: str, own: np.ndarray, controls: dict[str, np.ndarray]) -> C
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """Return the share of all ways, or of ``SIGNS``, to turn the signs of differences with as great a mean."""
+    """Return the one-sided p-value of a sign-flip test of the mean, exact for at most EXACT values."""
     values = differences[differences != 0]
     if len(values) <= EXACT:
         sums = (1 - 2 * (np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1)) @ values

@@ -50,7 +50,7 @@ def in_stacks(trainer: Trainer, round: int, indices: dict[int, np.ndarray], sent
 
 
 class Draws(TorchFunctionMode):
-    """Hand a network what was ``drawn`` before, since vmap has one generator; None: note what it would draw."""
+    """Replay random tensors in order, since vmap has one generator; with None, record what would be drawn."""
 
     def __init__(self, drawn: Iterable[Tensor] | None = None):
         super().__init__()

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import devices
     from runs import plots
 else:   # --list and --help need none of them
+    Figure = Any
     pd, torch, devices, plots = Late("pandas"), Late("torch"), Late("devices"), Late("runs.plots")
 
 REFERENCE: Final = ROOT / "results" / "reference"
@@ -114,6 +115,12 @@ def curve(folder: Path) -> list[dict]:
         deployed = part[part["stage"] == "deployed"].iloc[0]
         rows.append({**row, "kl_nats": deployed["kl_nats"], "seconds": deployed["seconds"]})
     return rows
+
+
+def chosen(rows: pd.DataFrame, columns: Sequence[str], keys: Sequence[tuple]) -> pd.DataFrame:
+    """Return the rows whose ``columns`` are one of ``keys``, in the order of ``keys``."""
+    by = rows.set_index([*columns], drop=False).sort_index()
+    return pd.concat([by.loc[[key]] for key in keys if key in by.index] or [by[:0]]).reset_index(drop=True)
 
 
 def panels(count: int, size: tuple[float, float] = (3.2, 2.9), **more: Any) -> tuple[Figure, list[Axes]]:

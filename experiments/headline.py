@@ -9,14 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common import Experiment, Options, Task, curve, legend, main, panels, pd, slug, training
+from common import Experiment, Figure, Options, Task, curve, legend, main, panels, pd, slug, training
 
 import methods
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHARED: Options = {"rounds": 100, "eval_every": 5, "finetune_ep": "1 2 10"}
 PRIVATE: Options = {"rounds": 20}

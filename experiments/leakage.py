@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import PAGES, ROOT, Experiment, Options, Task, flags, main, panels, pd, slug, training
+from common import PAGES, ROOT, Experiment, Options, Task, chosen, flags, main, panels, pd, slug, training
 
 from attack import mi_attack
 from attack.attacks import ATTACKS
@@ -176,12 +176,6 @@ def strongest(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(best[["method", "seen", "attack"]])
 
 
-def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of ``SHOWN``."""
-    by = strongest(rows).set_index(["method", "seen"], drop=False).sort_index()
-    return pd.concat([by.loc[[key]] for key in SHOWN if key in by.index] or [by[:0]]).reset_index(drop=True)
-
-
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw the share that the strongest attack identifies, method by adversary, with its control in brackets."""
     from matplotlib.colors import LogNorm  # slow to import
@@ -207,7 +201,7 @@ LEAST = 2e-3   # the smallest share that the picture's colours tell apart: about
 EXPERIMENT = Experiment(
     name="leakage", question="How many of a client's training images does each attacker identify?",
     tasks=tasks, measure=measure, inspect=draw_gallery, settings=["method", *UNIT, "images"],
-    tabulate=tabulate, draw=draw, spread="identified",
+    tabulate=lambda rows: chosen(strongest(rows), ["method", "seen"], SHOWN), draw=draw, spread="identified",
     keys={"method": "method", "seen": "adversary", "attack": "strongest attack"},
     values={"identified": ("identified", "{:.3f}"), "control_identified": ("control", "{:.3f}"),
             "rank": ("rank in class", "{:.0f}"), "class_size": ("images of the class", "{:.0f}"),

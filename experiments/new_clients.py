@@ -10,13 +10,9 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from common import Experiment, Options, Task, legend, main, panels, pd, training
+from common import Experiment, Figure, Options, Task, legend, main, panels, pd, training
 from headline import options_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 METHODS: dict[str, Options] = {
     "fedavg": {"method": "fedavg"}, "fedrep": {"method": "fedrep"},

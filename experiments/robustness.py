@@ -10,13 +10,9 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from common import Experiment, Options, Task, main, panels, pd, training
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from common import Experiment, Figure, Options, Task, main, panels, pd, training
 
 DATA: Options = {"dataset": "mnist10k", "rounds": 10, "local_ep": 1, "local_bs": 64}
 SCOPES: dict[str, Options] = {"models": {"method": "fedavg"}, "heads": {"method": "rve_pfl"}}

@@ -98,7 +98,7 @@ def test_cosine_matching_recovers_several_images_at_once():
     seen = [gradients.gradient(head, x[i:i + 1], y[i:i + 1]) for i in range(3)]
     seen = {name: torch.stack([one[name] for one in seen]) for name in seen[0]}
     found, _ = gradients.invert(lambda z, t: gradients.gradient(head, z, t), seen, y[:, None],
-                                torch.rand(2, 3, 1, *SHAPE), gradients.Search(300, 1e-6, True))
+                                torch.rand(2, 3, 1, *SHAPE), 300, 1e-6, True)
     assert (psnr(found[0, :, 0], x) > 25).all()
 
 

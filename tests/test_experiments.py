@@ -326,7 +326,7 @@ def frontier_rows(accuracy, **more):
 def test_points_lost_are_those_to_the_default_on_the_same_images():
     rows = frontier_rows({("shards", "normal"): 0.95, ("shards", "class"): 0.94, ("iid", "normal"): 0.8})
     rows = pd.concat([rows, rows.assign(deployed=1.0)[:1], rows[:1]])   # runs made again
-    table = frontier.tabulate(rows)
+    table = frontier.EXPERIMENT.tabulate(rows)
     lost = dict(iter(table.groupby("setting")["lost"]))
     assert lost["class"].tolist() == pytest.approx([1.0] * 3) and not lost["normal"].any()
     assert common.table(frontier.EXPERIMENT, rows)[3:] == [

@@ -106,13 +106,30 @@ def test_client_level_dp_is_clipped_and_its_server_sees_no_noise(trained):
     assert flat(seen).norm().item() == pytest.approx(0.01 / 0.1, rel=1e-4)
 
 
+def note_inputs(monkeypatch, noted):
+    """Let ``Victim.update`` append what the head is given to ``noted``."""
+    update, network = observations.Victim.update, observations.Victim.network
+
+    def hooked(*given):
+        made = network(*given)
+        made.classifier.register_forward_pre_hook(lambda _, inputs: noted.append(inputs[0].detach()))
+        return made
+
+    def updated(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(observations.Victim, "network", hooked)
+            return update(*given)
+    monkeypatch.setattr(observations.Victim, "update", updated)
+
+
 def test_a_class_priors_replay_is_in_what_is_observed(trained, monkeypatch):
     victim, (x, y) = trained.victim("class"), trained.images("class", 2)
     drawn, draw, inputs = [], ClassPrior.draw, []
+    note_inputs(monkeypatch, inputs)
     monkeypatch.setattr(ClassPrior, "draw", lambda self, y: drawn.append((y, draw(self, y))) or drawn[-1][1])
-    seen = victim.update(x, y, CLIENT_LR, inputs=inputs)
+    seen = victim.update(x, y, CLIENT_LR)
     head, ((classes, replayed),) = victim.network(victim.sent_next).classifier, drawn
-    assert len(classes) == 2 and len(inputs) == 1 and inputs[0].shape == x.shape
+    assert len(classes) == 2 and len(inputs) == 2 and inputs[0].shape == x.shape   # and the replay
     clean = gradients.gradient(head, inputs[0], y)
     replay = gradients.gradient(head, as_image(replayed, (1, 8, 8)), classes)
     for name, value in clean.items():
@@ -209,8 +226,8 @@ def test_images_are_told_apart_at_the_start(trained, monkeypatch, run):
     """From z, and by the server from the z behind a head's gradient, here without the search for it, unless the
     encoder began from the client's secret."""
     assert adversaries.hold(trained.target("rve_pfl"), "curious_server", 1, 0).encoder is None   # but later
-    behind, update = [], observations.Victim.update
-    monkeypatch.setattr(observations.Victim, "update", lambda *given: update(*given, inputs=behind))
+    behind = []
+    note_inputs(monkeypatch, behind)
     monkeypatch.setattr(newton, "head_input", lambda *_, **__: torch.cat(behind))
     flags = ("--rounds", 0, "--adversary", "stolen_model", "curious_server")
     assert trained.attack(run, "--overwrite", *flags, "--observe", "z", "--attack",
