@@ -140,7 +140,7 @@ class Target:
         It was sent to all. The guess of a client's own start is that of one more client, by another seed.
         """
         network = self.network()
-        network.load_state_dict(self.own_start(self.options["num_users"], seed=self.seed), strict=False)
+        network.load_state_dict({**self.seeded, **self.own_start(self.options["num_users"], seed=self.seed)})
         if 0 < (self.options.get("full_sharing_rounds") or 0) < round:
             path = self.file(round, "server.pt")
             _, private = self.row(round).shared_and_private(network.state_dict())
