@@ -1,4 +1,4 @@
-# make run: a first training on real data.   make attack: attacks on that run, or else on one that ships with us.
+# make run: a first training on real data.   make attack: attacks on that run, or else on a model that ships.
 # make test: the quick tests.   make test-all: all tests.   make lint: ruff and mypy.
 # make verify: are the pages as their CSVs say, and do two runs and two attacks give the committed results?
 # make study: all experiments of the pages, several days of CPU time.

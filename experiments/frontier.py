@@ -94,7 +94,7 @@ def runs_of(rows: pd.DataFrame) -> pd.DataFrame:
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw accuracy against the share identified: an arrow from the default for each partition and observation."""
     means = runs_of(rows).groupby(SETTING).mean(numeric_only=True)
-    shown = [(name, dataset) for name in SETTINGS if not name.startswith(DEFAULT) for dataset in DATASETS
+    shown = [(name, dataset) for name in SETTINGS if SETTINGS[name]["prior"] != "normal" for dataset in DATASETS
              if any({(dataset, partition, DEFAULT), (dataset, partition, name)} <= {*means.index}
                     for partition in PARTITIONS)]
     figure, axes = panels(max(1, len(shown)), (3.6, 2.9))
