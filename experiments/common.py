@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from parsing import Option, Parser  # noqa: E402, after the path
+from engine.signals import steady_output  # noqa: E402, after the path
+from parsing import Option, Parser  # noqa: E402
 from runs.configs import read_json  # noqa: E402
 from utils import InputError, Late, commit, error_line, write_whole  # noqa: E402
 
@@ -352,6 +353,12 @@ def arguments(experiment: Experiment, argv: list[str] | None) -> argparse.Namesp
 def main(experiment: Experiment, argv: list[str] | None = None) -> int:
     """Run an experiment's command line and return the exit status."""
     args = arguments(experiment, argv)
+    with steady_output(f"{experiment.name}.py"):
+        return obey(experiment, args)
+
+
+def obey(experiment: Experiment, args: argparse.Namespace) -> int:
+    """Do what a command line says and return the exit status."""
     queue = Queue(experiment, args.out)
     try:
         if args.draw:

@@ -17,6 +17,7 @@ import common
 import leakage
 from common import REFERENCE, ROOT, Experiment, Options, Task, curve, dots, flags, outdated, pd, read, training
 
+from engine.signals import steady_output
 from parsing import Parser
 from utils import InputError, error_line
 
@@ -93,4 +94,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with steady_output("verify.py"):
+        sys.exit(main())

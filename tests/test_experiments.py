@@ -257,6 +257,13 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
     assert common.main(experiment, ["--out", str(tmp_path / "new")]) == 0
 
 
+def test_a_reader_that_has_seen_enough_ends_nothing():
+    """``| head``: the list of this experiment is longer than what a pipe holds."""
+    line = f"set -o pipefail; {sys.executable} experiments/partitions.py --list | head -1"
+    made = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (made.returncode, made.stderr, made.stdout.count("\n")) == (0, "", 1)
+
+
 def test_leakage_rows_by_hand():
     """Images of two clients: the mean of all, and of the one with the highest KL; the control beside each."""
     columns = ["client", "image", "control", "kl_nats", "class_size", "identified", "class_rank", "ssim"]
