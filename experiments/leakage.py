@@ -65,8 +65,8 @@ SEEN = {"server, first step": ("curious_server", 0, ""), "server, last round": (
         "prediction service": ("prediction_api", ROUNDS, "")}
 # Of the table: at most eight.
 SHOWN = [("fedavg", "server, last round"), ("nbafl", "server, last round"),
-         ("nbafl, short step", "server, last round"), ("rve_pfl_trunk", "server, last round"),
-         ("rve_pfl", "server, last round"),
+         ("nbafl, short step", "server, last round"),
+         ("rve_pfl", "server, first step"), ("rve_pfl", "server, last round"),
          ("rve_pfl", "stolen model, one z"), ("rve_pfl, class prior", "stolen model, one z"),
          ("rve_pfl, categorical prior", "stolen model, mean of z")]
 # Of the gallery: method, adversary, observation and attacks, of which that with the highest mean SSIM is shown.
