@@ -60,18 +60,15 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
             *grid("headline", ["mnist10k"], ["shards"], METHODS, seeds, rounds=100, eval_every=5, local_bs=64)]
 
 
-def by_method(rows: pd.DataFrame, settings: Sequence[str], shown: Sequence[str]) -> pd.DataFrame:
-    """Return a row for each method of ``shown`` and seed, with the last deployed accuracy in each setting.
+def by_setting(rows: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
+    """Return a row for each setting and seed, with each method's deployed accuracy after the last round.
 
     ``METHOD, fine-tuned`` has the accuracy after ten more local epochs.
     """
     last = rows[rows["round"] == rows.groupby("command")["round"].transform("max")]
     tuned = last.reindex(columns=[*last, *{"finetuned_10"} - {*last}]).dropna(subset="finetuned_10")
     both = pd.concat([last, tuned.assign(method=tuned["method"] + ", fine-tuned", deployed=tuned["finetuned_10"])])
-    both = both.assign(setting=both[[*settings]].astype(str).agg(", ".join, axis=1))
-    wide = both.pivot_table(index=["method", "seed"], columns="setting", values="deployed").reset_index()
-    return wide[wide["method"].isin(shown)].sort_values(
-        ["method", "seed"], key=lambda column: column.map(shown.index) if column.name == "method" else column)
+    return both.pivot_table(index=[*settings, "seed"], columns="method", values="deployed", sort=False).reset_index()
 
 
 def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
@@ -97,9 +94,9 @@ def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
 
 EXPERIMENT = Experiment(
     name="headline", question="How accurate are the methods with two classes per client?",
-    tasks=tasks, measure=curve, settings=["dataset", "method"], keys={"method": "method"},
-    tabulate=lambda rows: by_method(rows, ["dataset"], SHOWN), spread="cifar",
-    values={"mnist": ("MNIST", "{:.3f}"), "fmnist": ("Fashion-MNIST", "{:.3f}"), "cifar": ("CIFAR-10", "{:.3f}")},
+    tasks=tasks, measure=curve, settings=["dataset", "method"], keys={"dataset": "data set"},
+    tabulate=lambda rows: by_setting(rows, ["dataset"]), spread="rve_pfl",
+    values={name: (name, "{:.3f}") for name in SHOWN},
     draw=lambda rows: curves(rows, ["dataset"]))
 
 if __name__ == "__main__":

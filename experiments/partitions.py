@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from common import Experiment, Options, Task, curve, main
 from headline import METHODS as HEADLINE
-from headline import PRIVATE, SHARED, by_method, curves, grid
+from headline import PRIVATE, SHARED, by_setting, curves, grid
 
 DP: Options = {**SHARED, "finetune_ep": 1}   # epsilon covers the fine-tuning, too
 LONGER: Options = {**PRIVATE, "local_ep": 2}   # a client has 14 steps per epoch
@@ -32,8 +32,7 @@ CNNS: dict[str, Options] = {
     "dp_sgd, epsilon 8": {"method": "dp_sgd", "epsilon": 8, **DP},
 }
 DATASETS, PARTITIONS = ("fmnist10k", "cifar10k", "mnist10k"), ("shards", "dirichlet", "iid")
-SHOWN = ("rve_pfl", "rve_pfl, categorical prior", "rve_pfl_trunk", "local", "local_cnn", "fedper", "fedavg",
-         "nbafl")
+SHOWN = ("rve_pfl", "local_cnn", "fedper", "fedavg", "fedavg, fine-tuned", "nbafl", "nbafl, fine-tuned")
 
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
@@ -48,10 +47,10 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
 
 EXPERIMENT = Experiment(
     name="partitions", question="How accurate are the methods under other partitions?",
-    tasks=tasks, measure=curve, settings=["dataset", "partition", "method"], keys={"method": "method"},
-    tabulate=lambda rows: by_method(rows, ["dataset", "partition"], SHOWN), spread="cifar10k, iid",
-    values={f"{dataset}, {partition}": (f"{dataset}, {partition}", "{:.3f}")
-            for dataset in DATASETS[:2] for partition in PARTITIONS},   # on MNIST most methods are near 1
+    tasks=tasks, measure=curve, settings=["dataset", "partition", "method"],
+    tabulate=lambda rows: by_setting(rows, ["dataset", "partition"]), spread="rve_pfl",
+    keys={"dataset": "data set", "partition": "partition"},
+    values={name: (name, "{:.3f}") for name in SHOWN},
     draw=lambda rows: curves(rows, ["dataset", "partition"]))
 
 if __name__ == "__main__":

@@ -561,9 +561,10 @@ def test_tables_take_the_right_columns():
                               ("mnist", "nbafl", 0.7), ("cifar", "nbafl", 0.8), ("mnist", "rve_pfl", np.nan),
                               ("mnist", "nbafl_prox", np.nan))
                          for r in (1, 2)])
-    wide = EXPERIMENTS["headline"].tabulate(rows).set_index("method")
-    assert list(wide.index) == ["rve_pfl", "nbafl", "nbafl, fine-tuned"]   # in the table's order, nbafl_prox not
-    assert wide["mnist"].tolist() == pytest.approx([0.2, 0.2, 0.7]) and wide["cifar"].iloc[2] == 0.8
+    wide = EXPERIMENTS["headline"].tabulate(rows).set_index("dataset")
+    assert list(wide.index) == ["mnist", "cifar"]
+    assert wide.loc["mnist", ["rve_pfl", "nbafl", "nbafl, fine-tuned"]].tolist() == pytest.approx([0.2, 0.2, 0.7])
+    assert wide.loc["cifar", "nbafl, fine-tuned"] == 0.8 and np.isnan(wide.loc["cifar", "rve_pfl"])
     found = (("stolen_model", "loss", 0.6), ("stolen_model", "loss", 0.8), ("prediction_api", "loss", 0.1),
              ("curious_server", "fedmia", 0.7))
     members = pd.DataFrame([{"setting": "a", "seed": 11, "adversary": adversary, "attack": attack, "auc": auc}
