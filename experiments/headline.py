@@ -68,7 +68,8 @@ def by_setting(rows: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
     last = rows[rows["round"] == rows.groupby("command")["round"].transform("max")]
     tuned = last.reindex(columns=[*last, *{"finetuned_10"} - {*last}]).dropna(subset="finetuned_10")
     both = pd.concat([last, tuned.assign(method=tuned["method"] + ", fine-tuned", deployed=tuned["finetuned_10"])])
-    return both.pivot_table(index=[*settings, "seed"], columns="method", values="deployed", sort=False).reset_index()
+    index = [*settings, "seed"]
+    return both.pivot_table(index=index, columns="method", values="deployed", sort=False).reset_index()
 
 
 def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
