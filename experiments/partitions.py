@@ -24,6 +24,7 @@ ENCODERS: dict[str, Options] = {
 }
 CNNS: dict[str, Options] = {
     **{name: HEADLINE[name] for name in ("fedavg", "nbafl", "nbafl_prox")},
+    "nbafl, 10 rounds": {"method": "nbafl", "rounds": 10, "local_ep": 10, "finetune_ep": "1 2 10"},
     "local_cnn": {"method": "local_cnn", **LONGER},
     "fedper": {"method": "fedper", **LONGER},
     "fedrep": {"method": "fedrep", **LONGER},
@@ -32,7 +33,8 @@ CNNS: dict[str, Options] = {
     "dp_sgd, epsilon 8": {"method": "dp_sgd", "epsilon": 8, **DP},
 }
 DATASETS, PARTITIONS = ("fmnist10k", "cifar10k", "mnist10k"), ("shards", "dirichlet", "iid")
-SHOWN = ("rve_pfl", "local_cnn", "fedper", "fedavg", "fedavg, fine-tuned", "nbafl", "nbafl, fine-tuned")
+SHOWN = ("rve_pfl", "local_cnn", "fedper", "fedavg", "fedavg, fine-tuned", "nbafl", "nbafl, 10 rounds",
+         "nbafl, 10 rounds, fine-tuned")
 
 
 def tasks(seeds: Sequence[int]) -> list[Task]:
