@@ -48,7 +48,7 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
 
 
 EXPERIMENT = Experiment(
-    name="partitions", question="How accurate are the methods under other partitions?",
+    name="partitions", question="How accurate are the methods on 10,000 images of each data set?",
     tasks=tasks, measure=curve, settings=["dataset", "partition", "method"],
     tabulate=lambda rows: by_setting(rows, ["dataset", "partition"]), spread="rve_pfl",
     keys={"dataset": "data set", "partition": "partition"},
