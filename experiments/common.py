@@ -146,8 +146,7 @@ def dots(rows: pd.DataFrame, keys: Sequence[str], values: Sequence[str], **axes:
     figure, (panel,) = panels(1, (7.5, 0.8 + 0.3 * names.nunique()))
     for name in values:
         panel.plot(rows[name], names, "o", alpha=0.7, label=name.replace("_", " "))
-    panel.invert_yaxis()
-    panel.set(**axes)
+    panel.set(ylim=(names.nunique() - 0.5, -0.5), **axes)   # the first row on top
     legend(figure)
     return figure
 
