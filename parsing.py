@@ -76,13 +76,16 @@ TENSORBOARD = Option("tensorboard", "also write scalars and the attacks' picture
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except None, False and empty lists."""
+    """Shows defaults, except None, False, empty texts and empty lists."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.choices and list(action.choices) == action.default:
-            return f"{action.help} (default: all)"
-        says_nothing = action.default is None or action.default is False or action.default == []
-        return action.help if says_nothing else super()._get_help_string(action)
+        default = action.default
+        if default is None or default is False or default in ("", []):
+            return action.help
+        if isinstance(default, list):
+            every = action.choices is not None and list(action.choices) == default
+            return f"{action.help} (default: {'all' if every else ' '.join(map(str, default))})"
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -340,7 +340,7 @@ def arguments(experiment: Experiment, argv: list[str] | None) -> argparse.Namesp
     parser = Parser(f"{experiment.name}.py", experiment.question)
     parser.add_argument("--list", action="store_true", help="print each command line and whether it is done")
     parser.add_argument("--draw", action="store_true", help="redraw the table and the picture; run nothing")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the runs")
     parser.add(Option("workers", "runs at a time, one thread each", int, 1, within=(1, 64)))
     parser.add_argument("--match", default="", help="only runs whose name contains this")
     parser.add_argument("--out", type=Path, default=REFERENCE, help="folder of the CSV")

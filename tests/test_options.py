@@ -169,6 +169,17 @@ def test_help_states_the_readers_of_an_option_and_its_default():
     assert "(nbafl, nbafl_prox; default: 1)" in text and "CEB" in text
 
 
+def test_help_shows_defaults_as_they_are_typed():
+    parser = parsing.Parser("any.py", "any")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12], help="of the runs")
+    parser.add_argument("--kinds", nargs="+", choices=("a", "b"), default=["a", "b"], help="of attacks")
+    for name, default in (("match", ""), ("rounds", []), ("dry", False), ("lr", 0.5)):
+        parser.add_argument(f"--{name}", default=default, help=name)
+    text = " ".join(parser.format_help().split())
+    assert "of the runs (default: 11 12)" in text and "of attacks (default: all)" in text
+    assert text.count("default") == 3 and "lr (default: 0.5)" in text
+
+
 def test_documented_flags_exist():
     parsers = (make_parser(), mi_attack.make_parser(), mi_attack.make_parser(["--model"]),
                membership.make_parser(), report.make_parser())
