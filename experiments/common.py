@@ -118,6 +118,11 @@ def curve(folder: Path) -> list[dict]:
     return rows
 
 
+def half_interval(values: pd.DataFrame | pd.Series) -> Any:
+    """Return half the 95 % interval of each column's mean over ``SEEDS``, by Student's t."""
+    return STUDENT * values.std() / len(SEEDS) ** 0.5
+
+
 def chosen(rows: pd.DataFrame, columns: Sequence[str], keys: Sequence[tuple]) -> pd.DataFrame:
     """Return the rows whose ``columns`` are one of ``keys``, in the order of ``keys``."""
     by = rows.set_index([*columns], drop=False).sort_index()
@@ -294,7 +299,7 @@ def table(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
         for name, (_, form) in values.items():
             cells.append(form.format(seeds[name].mean()))
             if name == experiment.spread:
-                cells.append(form.format(STUDENT * seeds[name].std() / len(SEEDS) ** 0.5))
+                cells.append(form.format(half_interval(seeds[name])))
         lines.append(cells)
     return [f"| {' | '.join(cells)} |" for cells in lines]
 

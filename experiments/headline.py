@@ -75,7 +75,7 @@ def by_setting(rows: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
 def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
     """Draw deployed accuracy over rounds, a panel per setting and a line per method, means over seeds.
 
-    A cross after the last round is the accuracy after ten more local epochs.
+    A cross is the accuracy after the last round and ten more local epochs.
     """
     settings = list(rows.groupby([*by], sort=False))
     figure, axes = panels(len(settings))
@@ -85,8 +85,9 @@ def curves(rows: pd.DataFrame, by: Sequence[str]) -> Figure:
             if len(means):
                 panel.plot(means.index, means, ".-", color=f"C{i}", label=method)
                 if "finetuned_10" in part:
-                    panel.plot(means.index[-1] + 3, part[part["method"] == method]["finetuned_10"].mean(), "x",
+                    panel.plot(1.1 * means.index[-1], part[part["method"] == method]["finetuned_10"].mean(), "x",
                                color=f"C{i}")
+        panel.plot([], "x", color="black", label="after 10 more local epochs")
         panel.set(title=", ".join(map(str, key)), xlabel="round")
     axes[0].set_ylabel("deployed accuracy")
     legend(figure)

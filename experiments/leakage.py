@@ -204,8 +204,7 @@ EXPERIMENT = Experiment(
     tabulate=lambda rows: chosen(strongest(rows), ["method", "seen"], SHOWN), draw=draw, spread="identified",
     keys={"method": "method", "seen": "adversary", "attack": "strongest attack"},
     values={"identified": ("identified", "{:.3f}"), "control_identified": ("control", "{:.3f}"),
-            "rank": ("rank in class", "{:.0f}"), "class_size": ("images of the class", "{:.0f}"),
-            "ssim": ("SSIM", "{:.2f}")})
+            "rank": ("rank in class", "{:.0f}"), "class_size": ("images of the class", "{:.0f}")})
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from common import Experiment, Options, Task, dots, flags, main, pd, slug, training
+from common import Experiment, Figure, Options, Task, dots, flags, main, pd, slug, training
 
 SCALE = {"dataset": "mnist10k", "rounds": 5, "local_ep": 2, "local_bs": 64, "save_rounds": 1}
 SETTINGS: dict[str, Options] = {
@@ -43,12 +43,19 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(wide, axis=1).reset_index()
 
 
+def draw(rows: pd.DataFrame) -> Figure:
+    """Draw the table's AUCs, a dot for each seed."""
+    figure = dots(tabulate(rows), ["setting"], [*SHOWN], xlabel="AUC (dotted line: a guess)")
+    figure.axes[0].axvline(0.5, color="grey", linestyle=":")
+    return figure
+
+
 EXPERIMENT = Experiment(
     name="member_inference", question="Can an attacker tell training images from held-out ones?",
     tasks=tasks, measure=lambda folder: pd.read_csv(folder / "membership.csv").to_dict("records"),
     settings=["setting", "adversary", "attack", "client"], tabulate=tabulate,
     keys={"setting": "setting"}, spread="loss",
-    draw=lambda rows: dots(tabulate(rows), ["setting"], [*SHOWN], xlabel="AUC"),
+    draw=draw,
     values={"loss": ("AUC, loss, stolen model", "{:.3f}"), "fedmia": ("AUC, FedMIA, server", "{:.3f}")})
 
 if __name__ == "__main__":

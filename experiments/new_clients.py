@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from common import Experiment, Figure, Options, Task, legend, main, panels, pd, training
+from common import Experiment, Figure, Options, Task, half_interval, legend, main, panels, pd, training
 from headline import options_of
 
 METHODS: dict[str, Options] = {
@@ -44,16 +44,17 @@ def measure(folder: Path) -> list[dict]:
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Draw the new clients' accuracy by number of images, a panel per partition; dotted: alone."""
+    """Draw the points gained over training alone, with 95 % intervals, a panel per partition."""
     figure, axes = panels(rows["partition"].nunique(), sharey=True)
     for panel, (partition, part) in zip(axes, rows.groupby("partition", sort=False), strict=True):
         for i, (method, own) in enumerate(part.groupby("method", sort=False)):
-            panel.plot("0", own["new_0"].mean(), "o", color=f"C{i}")
-            for kind, line in (("new", "o-"), ("alone", "o:")):
-                panel.plot(SIZES, own[[f"{kind}_{size}" for size in SIZES]].mean(), line, color=f"C{i}",
-                           label=method if kind == "new" else f"{method}, alone")
+            gained = pd.DataFrame({size: 100 * (own[f"new_{size}"] - own[f"alone_{size}"]) for size in SIZES})
+            places = [j + 0.08 * i for j in range(len(SIZES))]   # side by side
+            panel.errorbar(places, gained.mean(), half_interval(gained), fmt="o-", capsize=3, label=method)
+        panel.axhline(0, color="grey", linestyle=":")
         panel.set(title=partition, xlabel="images of a new client")
-    axes[0].set_ylabel("accuracy")
+        panel.set_xticks(range(len(SIZES)), SIZES)
+    axes[0].set_ylabel("points gained")
     legend(figure)
     return figure
 

@@ -14,7 +14,20 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from common import ROOT, Experiment, Task, devices, dots, main, pd, torch, training
+from common import (
+    ROOT,
+    Experiment,
+    Figure,
+    Task,
+    chosen,
+    devices,
+    legend,
+    main,
+    panels,
+    pd,
+    torch,
+    training,
+)
 
 from utils import InputError, Late, rng
 
@@ -39,6 +52,7 @@ INPUTS = 1000   # of the dense layer, that the attack uses
 SEPARABLE, FOUND = 64, 4   # images in an update that are separated at most; reconstructions
 SEARCH_STEPS, SEPARATION_SECONDS = 150, 4
 MARGIN = 0.5   # dB
+SHOWN = [("1 image, one step", 10), ("1 image, a round", 1), ("1 image, a round", 10), ("all images, a round", 1)]
 
 
 class Layers:
@@ -76,11 +90,12 @@ class Layers:
 
 def image_rows(target: Target, round: int, case: str) -> Iterator[dict]:
     """Train clients in the next round, and yield for each number of them what their mean shows."""
-    import torch  # whose dtypes are no functions
+    import torch  # whose classes are no functions
 
     count, changes = CASES[case]
     sent, owned = target.sent_next(round), target.owned()[0][:target.clients]
-    training = update.Training.from_options(target.options, torch.bfloat16, **changes)
+    precision = devices.choose_precision(target.options["precision"], torch.device("cpu"))
+    training = update.Training.from_options(target.options, precision, **changes)
     client = update.Trainer(
         target.network().to(memory_format=torch.channels_last), target.method,
         torch.from_numpy(target.data.images), torch.from_numpy(target.data.labels).long(),
@@ -129,8 +144,8 @@ def scores(found: Tensor, pool: Tensor, true: np.ndarray, control: np.ndarray) -
     """
     distance = 10 * np.log10(np.maximum(scoring.distances(found, pool).numpy(), 1e-10))   # -PSNR
     row: dict[str, float] = {}
-    for name, chosen in (("", true), ("control_", control)):
-        nearest, other = (distance[:, part].min(1, initial=np.inf) for part in (chosen, ~chosen))
+    for name, counted in (("", true), ("control_", control)):
+        nearest, other = (distance[:, part].min(1, initial=np.inf) for part in (counted, ~counted))
         row |= {f"{name}identified": (nearest + MARGIN <= other).mean(), f"{name}psnr": -nearest.min()}
     return row
 
@@ -179,10 +194,27 @@ def tasks(seeds: Sequence[int]) -> list[Task]:
 
 
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return what is read off sums over ten clients, and off one client's round on all its images."""
-    rows = rows[(rows["kind"] == "images") & (
-        (rows["clients"] == 10) | (rows["clients"] == 1) & (rows["case"] == "all images, a round"))]
+    """Return what is read off single steps of ten clients, and off rounds of one client and of ten."""
+    rows = chosen(rows[rows["kind"] == "images"], ["method", "case", "clients"],
+                  [(method, case, count) for method in SETTINGS for case, count in SHOWN])
     return rows.assign(clients=rows["clients"].astype(int), images=rows["images"].astype(int))
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Draw the share identified against the number of clients, a panel for each update and a dot for each seed."""
+    figure, axes = panels(len(CASES), sharey=True)
+    for panel, case in zip(axes, CASES, strict=True):
+        part = rows[rows["case"] == case].sort_values("clients").astype({"clients": int})
+        for i, method in enumerate(SETTINGS):
+            own = part[part["method"] == method].astype({"clients": str})
+            means = own.groupby("clients", sort=False)[["identified", "control_identified"]].mean()
+            panel.plot(means["identified"], color=f"C{i}", label=method)
+            panel.plot(means["control_identified"], ":", color=f"C{i}", label=f"{method}, control")
+            panel.plot(own["clients"], own["identified"], "o", color=f"C{i}", alpha=0.5)
+        panel.set(title=f"each client: {case}", xlabel="clients in the sum")
+    axes[0].set_ylabel("share identified")
+    legend(figure)
+    return figure
 
 
 KEYS = {"method": "method", "case": "each client's update", "clients": "clients", "images": "images"}
@@ -191,7 +223,7 @@ EXPERIMENT = Experiment(
     tasks=tasks, measure=lambda folder: pd.read_csv(folder / "real_updates.csv").to_dict("records"),
     inspect=read_updates, settings=["method", "kind", "case", "clients"],
     tabulate=tabulate, keys=KEYS, spread="identified",
-    draw=lambda rows: dots(tabulate(rows), [*KEYS], ["identified", "control_identified"], xlabel="share"),
+    draw=draw,
     values={"identified": ("identified", "{:.2f}"), "control_identified": ("control", "{:.2f}"),
             "psnr": ("PSNR, dB", "{:.1f}"), "control_psnr": ("control, dB", "{:.1f}")})
 
