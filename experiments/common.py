@@ -71,6 +71,11 @@ class Task:
         """Return the literal command line."""
         return " && ".join(self.commands)
 
+    @property
+    def runs(self) -> set[str]:
+        """Return the names of the runs that it trains or reads; other tasks may name some of them, too."""
+        return {self.run, *map(run_of, self.commands)}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -92,6 +97,12 @@ class Experiment:
 def flags(options: Options) -> str:
     """Return options as words of a command line."""
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items())
+
+
+def run_of(command: str) -> str:
+    """Return the name of the run that a command line trains or reads."""
+    words = shlex.split(command)
+    return next(words[words.index(flag) + 1] for flag in ("--run_name", "--run") if flag in words)
 
 
 def training(run: str, options: Options) -> str:
@@ -193,6 +204,7 @@ class Queue:
     def __init__(self, experiment: Experiment, out: Path):
         self.experiment, self.path = experiment, out / f"{experiment.name}.csv"
         self.lock, self.running, self.stopped, self.failed = threading.Lock(), set[subprocess.Popen](), False, 0
+        self.in_use: dict[str, threading.Lock] = {}   # by run: a process at a time
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks of whose command the CSV has no rows."""
@@ -216,32 +228,45 @@ class Queue:
         return int(self.failed > 0)
 
     def make(self, task: Task) -> None:
-        """Run one task, add its rows to the CSV, and delete its folders.
-
-        A run that another commit began is not resumed: its row could name one commit only.
-        """
+        """Run one task, add its rows to the CSV, and delete the folders that no missing task needs."""
         made_by, folder = commit(*GENERATED), ROOT / "results" / task.run
-        if (config := folder / "config.json").exists():
-            try:
-                begun = str(read_json(config).get("commit"))[:12]
-            except ValueError as error:
-                self.fail(task, f"{config}: cannot be read ({error}); delete results/{task.run}")
-                return
-            if begun != made_by[:12]:
-                self.fail(task, f"commit {begun} began it; check that out, or delete results/{task.run}")
-                return
+        if fault := self.foreign(task, made_by):
+            self.fail(task, fault)
+            return
         if not all(self.call(task, command) for command in task.commands):
             return
         rows, facts = self.experiment.measure(folder), provenance(task, folder, made_by)
         with self.lock:
             add(self.path, [{**task.key, **row, **facts} for row in rows])
-        for made in (folder, ROOT / "saved_models" / task.run):
-            shutil.rmtree(made, ignore_errors=True)
+            needed = {run for other in self.missing(self.experiment.tasks([task.seed])) for run in other.runs}
+        for run in task.runs - needed:
+            for made in (ROOT / "results" / run, ROOT / "saved_models" / run):
+                shutil.rmtree(made, ignore_errors=True)
         print(f"done    {task.run}", flush=True)
 
+    def foreign(self, task: Task, made_by: str) -> str | None:
+        """Return why a task cannot go on: another commit began one of its runs, and a row names one commit."""
+        for run in sorted(task.runs):
+            if not (config := ROOT / "results" / run / "config.json").exists():
+                continue
+            try:
+                begun = str(read_json(config).get("commit"))[:12]
+            except ValueError as error:
+                return f"{config}: cannot be read ({error}); delete results/{run}"
+            if begun != made_by[:12]:
+                return f"commit {begun} began it; check that out, or delete results/{run}"
+        return None
+
     def call(self, task: Task, command: str) -> bool:
-        """Run one command line in a process of its own; return whether it succeeded."""
+        """Run one command line in a process of its own, alone on its run; return whether it succeeded."""
         words = [sys.executable, *shlex.split(command)[1:], *["--resume"] * ("RVE-PFL.py" in command)]
+        with self.lock:
+            alone = self.in_use.setdefault(run_of(command), threading.Lock())
+        with alone:
+            return self.process(task, words)
+
+    def process(self, task: Task, words: list[str]) -> bool:
+        """Run the words of a command line, and return whether it succeeded."""
         with self.lock:
             if self.stopped:
                 return False

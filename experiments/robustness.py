@@ -1,8 +1,8 @@
 """Compare the aggregation rules under malicious clients with the oracle, to which these clients upload nothing.
 
 ``models`` trains FedAvg's whole models. ``heads`` trains the heads of RVE-PFL behind encoders that a clean run has
-trained and that stay as they are, so that no private encoder makes up for a bad head; the clean runs stay under
-saved_models/robustness-encoders-* (0.8 GB each).
+trained and that stay as they are, so that no private encoder makes up for a bad head. A clean run (0.8 GB) stays
+until the last task that needs it.
 """
 from __future__ import annotations
 

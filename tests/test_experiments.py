@@ -1,8 +1,10 @@
 """experiments/: the queue, the CSVs, and what pages take from them."""
+import dataclasses
 import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -183,6 +185,25 @@ def test_the_queue_runs_what_is_missing(tried, capsys, monkeypatch):
     assert (folder / "tried.csv").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
+def test_tasks_that_share_a_run_take_turns(tried, monkeypatch):
+    """It is trained once, and stays until the last of them."""
+    experiment, task, folder = tried
+    monkeypatch.setattr(common, "commit", lambda *paths: "0123456789ab")
+    command = task(1).command
+    pair = [common.Task(run, {"method": run}, 1, (command, command.replace("tried-seed1", run))) for run in "ab"]
+    experiment = dataclasses.replace(experiment, tasks=lambda seeds: pair)
+    shared = folder / "results" / "tried-seed1"
+    assert common.Queue(experiment, folder).run(pair[:1], 1) == 0
+    assert shared.exists() and len([*shared.parent.iterdir()]) == 1
+    for left in (shared, folder / "saved_models" / shared.name):
+        shutil.rmtree(left)
+    (folder / "tried.csv").unlink()
+    assert common.Queue(experiment, folder).run(pair, 2) == 0
+    assert set(common.read(folder / "tried.csv")["command"]) == {task.command for task in pair}
+    assert not [*shared.parent.iterdir()] and not [*(folder / "saved_models").iterdir()]
+
+
 def test_a_run_that_another_commit_began_is_not_resumed(tried, capsys, monkeypatch):
     experiment, task, folder = tried
     config = folder / "results" / task(1).run / "config.json"
@@ -200,6 +221,9 @@ def test_a_run_that_another_commit_began_is_not_resumed(tried, capsys, monkeypat
     config.write_text("{")
     queue.make(task(1))
     assert queue.failed == 2 and "config.json: cannot be read" in capsys.readouterr().out
+    config.write_text(json.dumps({"commit": "ffffffffffff"}))   # of a run that the task trains before its own
+    queue.make(common.Task("other", {}, 1, (task(1).command, task(1).command.replace("tried-seed1", "other"))))
+    assert queue.failed == 3 and "delete results/tried-seed1" in capsys.readouterr().out
 
 
 @pytest.mark.slow
