@@ -39,7 +39,8 @@ def write_report(folder: Path) -> None:
         raise InputError(f"--results_dir {folder}: no such folder")
     for partial in folders.half_written(folder, r"report\.html|summary\.csv"):   # a killed process's
         partial.unlink()
-    results = {path.name: guarded(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    results = {path.name: guarded(path) for path in sorted(folder.iterdir())
+               if path.is_dir() and path != ROOT / "results" / "reference"}   # has no runs, but rows of the pages
     runs = [run for run in results.values() if isinstance(run, Finished)]
     reasons = {name: run if isinstance(run, str) else run.unread for name, run in results.items()}
     reasons = {name: reason for name, reason in reasons.items() if reason}

@@ -106,6 +106,7 @@ class Clients:
         mine = {k: splits[k][0] for k in self.ranks.mine(selected)}
         uploads, rows = {}, {}
         for k, outcome in self._local_updates(number, mine, sent):
+            run.advance(number, len(mine))
             if isinstance(outcome, Diverged):
                 run.say(f"warning: {outcome}; this client's round is dropped")
                 continue
@@ -116,7 +117,6 @@ class Clients:
                                                             outcome.client_state)
                 rows[k] = [self._row(number, k, "trained", "train", outcome.metrics),
                            self._row(number, k, "trained", run.evaluation_split, held_out)]
-            run.advance(number, len(mine))
         arrived = {k: upload for some in self.ranks.gather_parts(uploads) for k, upload in some.items()}
         if self.ranks.first and selected and not arrived:
             raise InputError(f"round {number}: no client's loss stayed finite; start again with a smaller --lr")

@@ -90,6 +90,14 @@ def tables(folder):
     return [[dict(zip(head, row, strict=True)) for row in rows] for head, *rows in parts]
 
 
+def test_the_committed_rows_are_no_run(report, tmp_path, monkeypatch, capsys):
+    for name in ("reference", "other"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.main(["--results_dir", str(tmp_path / "results")]) == 0
+    assert "left out: other" in (printed := capsys.readouterr().out) and "reference" not in printed
+
+
 def test_the_table_and_the_page(report, runs, capsys):
     assert report.main(["--results_dir", str(runs)]) == 0
     printed, table = capsys.readouterr().out, pd.read_csv(runs / "summary.csv")
