@@ -75,11 +75,11 @@ def losses(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return for each scope and rule the worst behaviour and partition."""
+    """Return for each scope and rule the mean over behaviours and partitions, and the worst of them."""
     by = ["scope", "rule", "seed"]
     clean = rows[rows["behaviour"] == "nobody"].groupby(by, sort=False)["deployed"].mean()
-    worst = losses(rows).reindex(columns=[*by, "lost", "backdoor"]).groupby(by).max()
-    return pd.concat([clean, worst], axis=1).reset_index()
+    tried = losses(rows).reindex(columns=[*by, "lost", "backdoor"]).groupby(by)
+    return pd.concat([clean, tried["lost"].mean().rename("lost_mean"), tried.max()], axis=1).reset_index()
 
 
 def draw(rows: pd.DataFrame) -> Figure:
@@ -103,8 +103,8 @@ EXPERIMENT = Experiment(
     name="robustness", question="How many points of accuracy do malicious clients cost under each rule?",
     tasks=tasks, measure=measure, settings=KEYS, tabulate=tabulate, keys={"scope": "shared", "rule": "rule"},
     draw=draw, spread="lost", values={
-        "deployed": ("accuracy, nobody malicious", "{:.3f}"), "lost": ("points lost, worst behaviour", "{:.1f}"),
-        "backdoor": ("backdoor opens", "{:.2f}")})
+        "deployed": ("accuracy, nobody malicious", "{:.3f}"), "lost_mean": ("points lost, mean", "{:.1f}"),
+        "lost": ("worst", "{:.1f}"), "backdoor": ("backdoor opens", "{:.2f}")})
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

@@ -408,7 +408,8 @@ def test_losses_to_the_oracle_by_hand():
     assert robustness.losses(rows)["lost"].tolist() == pytest.approx([20, 10, -5])
     clean = pd.DataFrame([{**world, "behaviour": "nobody", "rule": "mean", "deployed": 0.92}])
     table = robustness.tabulate(pd.concat([rows, clean])).set_index("rule")
-    assert table.loc["mean", ["deployed", "lost", "backdoor"]].tolist() == pytest.approx([0.92, 20, 0.25])
+    assert table.loc["mean", ["deployed", "lost_mean", "lost", "backdoor"]].tolist() == pytest.approx(
+        [0.92, 15, 20, 0.25])
 
 
 def test_controls_of_real_updates_are_other_images_of_the_class():
