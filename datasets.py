@@ -33,24 +33,15 @@ LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Dataset:
-    """All halves pooled, in the order train, val, test.
+    """All halves pooled, in the order train, val, test."""
 
-    Attributes:
-        images: ``N x H x W x C``, uint8.
-        labels: ``N``, int64, from 0 to ``num_classes - 1``.
-        train_size: number of images before the test half.
-        names: the file's label of each class, ``num_classes``.
-        clients: the client of each image from the file's ``client`` array, ``N``, -1 for none; None without it.
-        notes: changes and peculiarities, one line each.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray   # ``N x H x W x C``, uint8
+    labels: np.ndarray   # ``N``, int64, from 0 to ``num_classes - 1``
     num_classes: int
-    train_size: int
-    names: np.ndarray
-    clients: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
+    train_size: int   # images before the test half
+    names: np.ndarray   # the file's label of each class, ``num_classes``
+    clients: np.ndarray | None = None   # of each image, from the file's ``client`` array, ``N``, -1 for none
+    notes: tuple[str, ...] = ()   # changes and peculiarities, one line each
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

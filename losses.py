@@ -12,20 +12,13 @@ from server.base import State
 
 @dataclass(frozen=True)
 class Step:
-    """The input of a method's own loss, in one training step of a client.
-
-    Args:
-        images: ``N x C x H x W`` in [0, 1].
-        output: of the network for these images.
-        sent: parameters that the client received in this round, on the device that trains.
-        options: all options of the run, by name.
-    """
+    """The input of a method's own loss, in one training step of a client."""
 
     model: nn.Module
-    images: Tensor
-    output: models.Output
-    sent: State
-    options: Mapping[str, Any]
+    images: Tensor   # ``N x C x H x W`` in [0, 1]
+    output: models.Output   # of the network for these images
+    sent: State   # parameters that the client received in this round, on the device that trains
+    options: Mapping[str, Any]   # all options of the run, by name
 
 
 def inner_attacker(step: Step) -> Tensor:

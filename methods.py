@@ -82,37 +82,23 @@ Values = Mapping[Option, object]
 
 @dataclass(frozen=True)
 class Method:
-    """One row.
+    """One row."""
 
-    Args:
-        about: a few words.
-        source: its publication.
-        network: the network that a client trains.
-        shared: prefixes of the parameters that leave a client: ``classifier.`` is the head, and all of the plain
-            CNN; none if nothing leaves.
-        reads: the options that it reads besides those of all methods, with their defaults.
-        by_dataset, by_partition, by_prior: other defaults for a data set, a partition or a prior; the last of them
-            that has one takes precedence.
-        server: its own server; ``--aggregation`` must then be ``mean``.
-        loss: step -> additional loss, per image ``N`` or of the batch.
-        trainer: its own subclass of ``update.Trainer``.
-        poisson: whether clients are sampled independently, as the accounting of client-level DP needs.
-        settle: fills options that depend on others; returns an error or None.
-    """
-
-    about: str
-    source: str
-    network: type[models.Network]
+    about: str   # a few words
+    source: str   # its publication
+    network: type[models.Network]   # that a client trains
+    # Prefixes of the parameters that leave a client: ``classifier.`` is the head, and all of the plain CNN.
     shared: tuple[str, ...]
-    reads: Values
+    reads: Values   # the options that it reads besides those of all methods, with their defaults
+    # Other defaults for a data set, a partition or a prior; the last of them that has one takes precedence.
     by_dataset: Mapping[str, Values] = field(default_factory=dict)
     by_partition: Mapping[str, Values] = field(default_factory=dict)
     by_prior: Mapping[str, Values] = field(default_factory=dict)
-    server: type[Server] | None = None
-    loss: Callable[[losses.Step], Tensor] | None = None
-    trainer: Callable[..., Any] | None = None
-    poisson: bool = False
-    settle: Callable[[Namespace], str | None] | None = None
+    server: type[Server] | None = None   # its own; ``--aggregation`` must then be ``mean``
+    loss: Callable[[losses.Step], Tensor] | None = None   # step -> additional loss, per image or of the batch
+    trainer: Callable[..., Any] | None = None   # its own subclass of ``update.Trainer``
+    poisson: bool = False   # whether clients are sampled independently, as accounting of client-level DP needs
+    settle: Callable[[Namespace], str | None] | None = None   # fills other options; returns an error or None
 
     def default(self, option: Option, dataset: str, partition: str, prior: str | None = None) -> object:
         """Return the default of an option for a data set, a partition and a prior (None: the method's own)."""

@@ -34,19 +34,12 @@ LATENTS = 4096   # draws of z in a head at a time: 8 per image of an evaluation'
 
 
 class Output(NamedTuple):
-    """The result of a forward pass on N images.
+    """The result of a forward pass on N images."""
 
-    Args:
-        logits: ``N x num_classes``.
-        kl: nats per image, ``N``; None for a network without noise.
-        features: input of the method's own loss.
-        auxiliary: a further loss of the network itself, in training, ``N``; else None.
-    """
-
-    logits: Tensor
-    kl: Tensor | None = None
-    features: Tensor | None = None
-    auxiliary: Tensor | None = None
+    logits: Tensor   # ``N x num_classes``
+    kl: Tensor | None = None   # nats per image, ``N``; None for a network without noise
+    features: Tensor | None = None   # input of the method's own loss
+    auxiliary: Tensor | None = None   # a further loss of the network itself, in training, ``N``; else None
 
 
 class Network(nn.Module):

@@ -127,20 +127,13 @@ COMMON = [   # in the order of --help
 
 @dataclass(frozen=True)
 class Need:
-    """A condition on another option, without which nothing reads an option.
-
-    Args:
-        other: the other option's name.
-        fits: other option's value -> whether the option is read.
-        default: the option's value if it is read and not given.
-        harmless: a value that means the same read or not, and so may be given.
-    """
+    """A condition on another option, without which nothing reads an option."""
 
     option: Option
-    other: str
-    fits: Callable[[Any], bool]
-    default: object = None
-    harmless: object = None
+    other: str   # the other option's name
+    fits: Callable[[Any], bool]   # other option's value -> whether the option is read
+    default: object = None   # the option's value if it is read and not given
+    harmless: object = None   # a value that means the same read or not, and so may be given
 
 
 NEEDS = [

@@ -37,38 +37,24 @@ ALIKE = 0.75   # least difflib ratio for a suggestion
 
 @dataclass(frozen=True, eq=False)   # hashed by identity: keys of rows
 class Option:
-    """One option.
+    """One option."""
 
-    Args:
-        name: without dashes; also its key in ``config.json``.
-        help: one sentence; the parser adds the default.
-        kind: ``int``, ``float``, ``str``, ``Path``, or ``bool`` for a flag without a value; if a row has the
-            default, the flag ``--no-NAME`` is its opposite.
-        default: its value if not given; None if the row that reads it has the default.
-        unread: its value if nothing reads it.
-        within: closed range of a number.
-        choices: the allowed texts.
-        pattern: the regular expression of a text, and its description.
-        several: whether it takes one or more values.
-        alias: another name of the flag.
-        package: an optional package that it needs, of requirements-PACKAGE.txt.
-        group: the heading in ``--help``.
-    """
-
-    name: str
-    help: str
+    name: str   # without dashes; also its key in ``config.json``
+    help: str   # one sentence; the parser adds the default
+    # ``int``, ``float``, ``str``, ``Path``, or ``bool`` for a flag without a value; if a row has the default,
+    # the flag ``--no-NAME`` is its opposite
     kind: type = str
-    default: object = None
-    unread: object = None
-    within: tuple[float, float] | None = None
-    choices: Collection[str] | None = None
-    pattern: tuple[str, str] | None = None
-    several: bool = False
+    default: object = None   # its value if not given; None if the row that reads it has the default
+    unread: object = None   # its value if nothing reads it
+    within: tuple[float, float] | None = None   # closed range of a number
+    choices: Collection[str] | None = None   # the allowed texts
+    pattern: tuple[str, str] | None = None   # the regular expression of a text, and its description
+    several: bool = False   # whether it takes one or more values
     required: bool = False
     metavar: str | None = None
-    alias: str | None = None
-    package: str | None = None
-    group: str = "run"
+    alias: str | None = None   # another name of the flag
+    package: str | None = None   # an optional package that it needs, of requirements-PACKAGE.txt
+    group: str = "run"   # the heading in ``--help``
 
 
 TENSORBOARD = Option("tensorboard", "also write scalars and the attacks' pictures as event files for TensorBoard",

@@ -38,72 +38,48 @@ class Diverged(Exception):
 
 @dataclass
 class ClientState:
-    """The state that never leaves a client.
+    """The state that never leaves a client."""
 
-    Args:
-        parameters: those that are not shared.
-        steps: optimiser steps over all rounds.
-        trained_shared: the shared parameters as trained last; only where the server does not see them like that.
-    """
-
-    parameters: State
-    steps: int = 0
+    parameters: State   # those that are not shared
+    steps: int = 0   # optimiser steps over all rounds
+    # the shared parameters as trained last; only where the server does not see them like that
     trained_shared: State = field(default_factory=dict)
 
 
 class LocalUpdate(NamedTuple):
-    """The result of a client's local training.
+    """The result of a client's local training."""
 
-    Args:
-        upload: the shared parameters, in main memory.
-        client_state: what the client keeps.
-        metrics: means over the last local epoch; ``loss`` is the cross-entropy alone.
-    """
-
-    upload: State
-    client_state: ClientState
-    metrics: dict[str, float]
+    upload: State   # the shared parameters, in main memory
+    client_state: ClientState   # what the client keeps
+    metrics: dict[str, float]   # means over the last local epoch; ``loss`` is the cross-entropy alone
 
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of training and prediction, the same for all clients of a run.
-
-    Args:
-        epochs: local epochs E.
-        local_steps: steps of a client in a round, in place of the epochs.
-        private_ep: epochs that train the private parameters alone, before those of the shared ones alone (FedRep);
-            None: all parameters train at once.
-        part: the parameters that train: ``all``, those that are ``shared``, or the ``private`` ones.
-        lr_decay: learning rate ``lr / (1 + lr_decay * step)``, with the step counted over all rounds.
-        lr_warmup: share of a round's steps over which the learning rate rises from 0: a new Adam's first steps are
-            all as long as the learning rate, since it has no estimate of the gradients' size yet.
-        head_lr: the head's learning rate as a multiple of the encoder's.
-        kl_weight: beta, on the KL summed over z; it rises linearly from 0 over ``kl_warmup`` rounds.
-        eval_samples: draws of z averaged in a prediction.
-        augment: ``none``, ``flip`` or ``flip+shift`` of the training images, drawn anew each time.
-        dtype: of convolutions and matrix products, bfloat16 or float32; parameters are float32.
-        options: all options of the run by name.
-    """
+    """Settings of training and prediction, the same for all clients of a run."""
 
     seed: int
-    epochs: int
+    epochs: int   # local epochs E
     batch_size: int
     optimizer: str
     lr: float
-    head_lr: float
-    lr_decay: float
+    head_lr: float   # the head's learning rate as a multiple of the encoder's
+    lr_decay: float   # learning rate ``lr / (1 + lr_decay * step)``, with the step counted over all rounds
+    # share of a round's steps over which the learning rate rises from 0: a new Adam's first steps are all as
+    # long as the learning rate, since it has no estimate of the gradients' size yet
     lr_warmup: float
     momentum: float
-    kl_weight: float
+    kl_weight: float   # beta, on the KL summed over z; it rises linearly from 0 over ``kl_warmup`` rounds
     kl_warmup: int
-    eval_samples: int
-    augment: str
-    dtype: torch.dtype
-    local_steps: int | None = None
+    eval_samples: int   # draws of z averaged in a prediction
+    augment: str   # ``none``, ``flip`` or ``flip+shift`` of the training images, drawn anew each time
+    dtype: torch.dtype   # of convolutions and matrix products, bfloat16 or float32; parameters are float32
+    local_steps: int | None = None   # steps of a client in a round, in place of the epochs
+    # epochs that train the private parameters alone, before those of the shared ones alone (FedRep); None: all
+    # parameters train at once
     private_ep: int | None = None
-    part: str = "all"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    part: str = "all"   # the parameters that train: ``all``, those that are ``shared``, or the ``private`` ones
+    options: Mapping[str, Any] = field(default_factory=dict)   # all options of the run by name
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], dtype: torch.dtype, **changes: Any) -> "Training":
@@ -140,17 +116,12 @@ def reflect(index: Tensor, side: int) -> Tensor:
 
 @dataclass
 class Trainer:
-    """The one working model, which trains and evaluates every client in turn; a call overwrites its parameters.
-
-    Args:
-        images: all images pooled, ``N x H x W x C`` uint8, on the device that trains.
-        labels: ``N`` int64, on the same device.
-    """
+    """The one working model, which trains and evaluates every client in turn; a call overwrites its parameters."""
 
     model: Network
     method: Method
-    images: Tensor
-    labels: Tensor
+    images: Tensor   # all images pooled, ``N x H x W x C`` uint8, on the device that trains
+    labels: Tensor   # ``N`` int64, on the same device
     num_classes: int
     training: Training
 

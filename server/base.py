@@ -58,19 +58,13 @@ def median(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Round:
-    """One round as it reaches the server.
+    """One round as it reaches the server."""
 
-    Args:
-        number: counted from 1.
-        sent: the head that every client started from.
-        uploads: client -> its head after local training.
-        sizes: client -> its number of training images, for every client asked to train. A client that is not in
-            ``uploads`` failed to train.
-    """
-
-    number: int
-    sent: State
-    uploads: dict[int, State]
+    number: int   # counted from 1
+    sent: State   # the head that every client started from
+    uploads: dict[int, State]   # client -> its head after local training
+    # client -> its number of training images, for every client asked to train. A client that is not in
+    # ``uploads`` failed to train.
     sizes: dict[int, int]
 
     @property
@@ -83,16 +77,12 @@ class Round:
 
 @dataclass(frozen=True)
 class Weighting:
-    """The aggregation weights of a round's usable uploads.
+    """The aggregation weights of a round's usable uploads."""
 
-    Args:
-        weights: client -> weight, not normalised; None if the next head is not a weighted mean of uploads.
-        memory: what the server remembers for the next round.
-        columns: client -> further columns of its row in ``server.csv``.
-    """
-
+    # client -> weight, not normalised; None if the next head is not a weighted mean of uploads
     weights: dict[int, float] | None
-    memory: Memory
+    memory: Memory   # what the server remembers for the next round
+    # client -> further columns of its row in ``server.csv``
     columns: dict[int, dict[str, float]] = field(default_factory=dict)
 
 

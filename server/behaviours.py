@@ -25,27 +25,20 @@ TARGET = 0       # a backdoor's class
 
 @dataclass(frozen=True)
 class Behaviour:
-    """One row: the difference of malicious clients from honest ones.
+    """One row: the difference of malicious clients from honest ones."""
 
-    Args:
-        about: a few words for ``--help``.
-        relabel: labels ``N``, number of classes -> the labels that they train on.
-        retrain: trainer, client, round, number of images, trained head -> the head that they upload.
-        forge: ``ForgerView`` -> the updates ``M x P`` that they upload instead of their own.
-        inflates: factor on the number of images that they claim.
-        uploads: whether they upload at all.
-        whole_head: whether the behaviour needs the whole head to be shared.
-        trigger: images ``N x H x W x C`` uint8 -> triggered images; copies of half of their images are trained on,
-            labelled TARGET (Gu et al. 2017, arXiv 1708.06733).
-    """
-
-    about: str
+    about: str   # a few words for ``--help``
+    # labels ``N``, number of classes -> the labels that they train on
     relabel: Callable[[Tensor, int], Tensor] | None = None
+    # trainer, client, round, number of images, trained head -> the head that they upload
     retrain: Callable[[Trainer, int, int, int, State], State] | None = None
+    # ``ForgerView`` -> the updates ``M x P`` that they upload instead of their own
     forge: Callable[[model_poisoning.ForgerView], Tensor] | None = None
-    inflates: int = 1
-    uploads: bool = True
-    whole_head: bool = False
+    inflates: int = 1   # factor on the number of images that they claim
+    uploads: bool = True   # whether they upload at all
+    whole_head: bool = False   # whether the behaviour needs the whole head to be shared
+    # images ``N x H x W x C`` uint8 -> triggered images; copies of half of their images are trained on,
+    # labelled TARGET (Gu et al. 2017, arXiv 1708.06733).
     trigger: Callable[[Tensor], Tensor] | None = None
 
 

@@ -17,25 +17,17 @@ SHARES = (1.0, 0.5)                      # of the largest deviation that min-max
 
 @dataclass(frozen=True)
 class ForgerView:
-    """The knowledge of malicious clients when they forge their uploads; updates are rows.
+    """The knowledge of malicious clients when they forge their uploads; updates are rows."""
 
-    Args:
-        own_updates: ``M x P``, as they trained them.
-        honest_updates: ``H x P``; their own where nobody is honest.
-        generator: for draws of this round.
-        lasting: for draws that are the same in every round.
-        least_trust: forged updates ``M x P`` -> the server's lowest trust in one of them.
-        aggregate: forged updates ``M x P`` -> the server's update ``P`` from them and the honest ones.
-        sent: ``P``, the head that all clients were sent.
-    """
-
-    own_updates: Tensor
-    honest_updates: Tensor
-    generator: torch.Generator
-    lasting: torch.Generator
+    own_updates: Tensor   # ``M x P``, as they trained them
+    honest_updates: Tensor   # ``H x P``; their own where nobody is honest
+    generator: torch.Generator   # for draws of this round
+    lasting: torch.Generator   # for draws that are the same in every round
+    # forged updates ``M x P`` -> the server's lowest trust in one of them
     least_trust: Callable[[Tensor], float]
+    # forged updates ``M x P`` -> the server's update ``P`` from them and the honest ones
     aggregate: Callable[[Tensor], Tensor]
-    sent: Tensor
+    sent: Tensor   # ``P``, the head that all clients were sent
 
     @cached_property
     def mean(self) -> Tensor:

@@ -23,19 +23,14 @@ CLIP_NOISE = Option("clip_noise", "norm of the noise as a share of the clipping 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row.
+    """One row."""
 
-    Args:
-        about: a few words for ``--help``.
-        server: makes the server of a run from its options and the size of the smallest local data set.
-        reads: the options that the rule reads, with their defaults.
-        columns: its columns of ``server.csv`` (``Weighting.columns``).
-    """
-
-    about: str
+    about: str   # a few words for ``--help``
+    # makes the server of a run from its options and the size of the smallest local data set
     server: Callable[..., Server]
+    # the options that the rule reads, with their defaults
     reads: Mapping[Option, object] = field(default_factory=dict)
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()   # its columns of ``server.csv`` (``Weighting.columns``)
 
 
 def robust_server(rule: robust.RobustRule) -> Callable[..., Server]:
