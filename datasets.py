@@ -101,6 +101,8 @@ def _names_in(folder: Path) -> list[str]:
 
 def unknown(name: str, data_dir: Path) -> str | None:
     """Return why there is no data set of this (canonical) name, in one line; None if there is, or can be one."""
+    if not data_dir.is_dir():
+        return f"--data_dir {data_dir}: no such folder"
     if name.removesuffix("10k") in TORCHVISION or (data_dir / f"{name}.npz").exists():
         return None
     there, made = _names_in(data_dir), ", ".join(TORCHVISION)

@@ -160,7 +160,7 @@ def _fault_of(option: Option, value: object) -> str | None:
         return f"must be {words}"
     low, high = option.within or (-math.inf, math.inf)
     if isinstance(value, (int, float)) and not low <= value <= high:   # NaN is in no range
-        return f"must be between {low:g} and {high:g}"
+        return "must be between {} and {}".format(*(x if isinstance(x, int) else f"{x:g}" for x in (low, high)))
     if option.choices is not None and value not in option.choices:
         return f"choose from {', '.join(map(str, option.choices))}"
     pattern, words = option.pattern or ("", "")

@@ -165,6 +165,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except OSError as error:   # a full disk's names no file, or the partial one
         raise OSError(error.errno, error.strerror, str(path)) from error
     except RuntimeError as error:   # torch.save's for a failed write
+        if isinstance(cause := error.__context__, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise OSError(errno.EIO, f"could not be written ({str(error).splitlines()[0]})", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)

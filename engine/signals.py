@@ -121,15 +121,25 @@ class Steady:
 
 @contextmanager
 def steady_output(program: str) -> Iterator[None]:
-    """Make printing unable to fail while entered; standard error says once that standard output fails."""
+    """Make printing unable to fail while entered; standard error says once that standard output fails.
+
+    Ctrl-C ends the program with one line, also while modules are imported, unless something else handles it.
+    """
     while os.open(os.devnull, os.O_RDWR) <= 2:   # else a file of ours would become a stream that was closed
         pass
     sys.stderr = Steady(sys.stderr)
     sys.stdout = Steady(sys.stdout, f"{program}: warning: standard output cannot be written, what it would "
                                     "say is lost; files are written as usual")
+
+    def stop(*_) -> None:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, before)
         sys.stdout.flush()
 
 

@@ -31,7 +31,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.signals import steady_output  # noqa: E402, after the path
-from parsing import Option, Parser  # noqa: E402
+from parsing import NAME, Option, Parser  # noqa: E402
 from runs.configs import read_json  # noqa: E402
 from utils import InputError, Late, commit, error_line, write_whole  # noqa: E402
 
@@ -342,7 +342,10 @@ def results(experiment: Experiment, rows: pd.DataFrame) -> list[str]:
 
 def draw(experiment: Experiment, out: Path) -> None:
     """Draw the picture, and fill in the page if ``out`` is the reference folder; print the table elsewhere."""
-    rows, committed = read(out / f"{experiment.name}.csv"), out.resolve() == REFERENCE
+    path, committed = out / f"{experiment.name}.csv", out.resolve() == REFERENCE
+    rows = read(path)
+    if len(rows) and (missing := [name for name in experiment.settings if name not in rows]):
+        raise InputError(f"{path}: has no column {missing[0]}")
     lines = results(experiment, rows)
     if lines[0].startswith("!"):
         picture = (PAGES if committed else out) / f"{experiment.name}.png"
@@ -370,13 +373,16 @@ def arguments(experiment: Experiment, argv: list[str] | None) -> argparse.Namesp
     parser = Parser(f"{experiment.name}.py", experiment.question)
     parser.add_argument("--list", action="store_true", help="print each command line and whether it is done")
     parser.add_argument("--draw", action="store_true", help="redraw the table and the picture; run nothing")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the runs")
+    parser.add(Option("seeds", "of the runs", int, list(SEEDS), within=(0, 2**31 - 1), several=True))
     parser.add(Option("workers", "runs at a time, one thread each", int, 1, within=(1, 64)))
     parser.add_argument("--match", default="", help="only runs whose name contains this")
     parser.add_argument("--out", type=Path, default=REFERENCE, help="folder of the CSV")
     if experiment.inspect:
-        parser.add_argument("--run", help="measure this run alone")
-    return parser.parse(argv)
+        parser.add(Option("run", "measure this run alone", pattern=NAME))
+    args = parser.parse(argv)
+    if len(given := [name for name in ("list", "draw", "run") if getattr(args, name, None)]) > 1:
+        parser.error(f"--{given[0]} and --{given[1]} contradict each other; leave one out")
+    return args
 
 
 def main(experiment: Experiment, argv: list[str] | None = None) -> int:
@@ -393,7 +399,7 @@ def obey(experiment: Experiment, args: argparse.Namespace) -> int:
         if args.draw:
             draw(experiment, args.out)
             return 0
-        if experiment.inspect and args.run:
+        if experiment.inspect and args.run is not None:
             rows, path = experiment.inspect(args.run), ROOT / "results" / args.run / f"{experiment.name}.csv"
             write_whole(path, lambda file: pd.DataFrame(rows).to_csv(file, index=False))
             return 0
@@ -407,7 +413,7 @@ def obey(experiment: Experiment, args: argparse.Namespace) -> int:
         if args.out.resolve() == REFERENCE and commit(*GENERATED).endswith("with edits"):
             raise InputError("the working tree has uncommitted edits; commit them, or try out with --out FOLDER")
         args.out.mkdir(parents=True, exist_ok=True)
-        for ending in (signal.SIGTERM, signal.SIGHUP):
+        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(ending, signal.default_int_handler)
         return queue.run(tasks, args.workers)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ with itself on another image of the same class. The gallery shows reconstruction
 """
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -18,7 +19,7 @@ from common import PAGES, ROOT, Experiment, Options, Task, chosen, flags, main, 
 from attack import mi_attack
 from attack.attacks import ATTACKS
 from attack.verdict import FOREIGN, WORST, Unit, read_attack
-from utils import Late
+from utils import InputError, Late
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,6 +110,8 @@ def gallery_task(seed: int) -> Task:
 
 def draw_gallery(run: str) -> list[dict]:
     """Draw the gallery from the runs of ``gallery_task``, and return its rows."""
+    if not re.fullmatch(r"leakage-gallery-seed\d+", run):
+        raise InputError(f"--run {run}: is no gallery; give leakage-gallery-seedN, as in --list")
     pictures, captions, rows = {}, {}, []
     for words, (name, adversary, observed, attacks) in GALLERY.items():
         scene, numbers = opened(run_of(name, int(run.rpartition("seed")[2]))[0])

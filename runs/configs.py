@@ -77,6 +77,10 @@ def read(path: Path, *needed: str) -> dict:
         faults += [*(f"it has no --{name}" for name in needed if name not in options), stored_fault(options)]
     else:
         faults.append("it has no options")
+    later = config.get("resumed", [])
+    if not isinstance(later, list) or not all(isinstance(entry, dict) and isinstance(entry.get("from_round"), int)
+                                              for entry in later):
+        faults.append("its resumed is no list of environments")
     if fault := next(filter(None, faults), None):
         raise InputError(f"{path} is not of this version of RVE-PFL.py ({fault})")
     return config

@@ -45,23 +45,21 @@ def append_csv(path: Path, columns: list[str], rows: list[dict]) -> int:
         return file.tell()
 
 
-def cut_csv(path: Path, columns: list[str], size: int | None) -> None:
-    """Cut a CSV to ``size`` bytes, its length at a checkpoint; None: to its header.
-
-    Raises:
-        InputError: the file is shorter, or no line ends there.
-    """
-    header = (",".join(columns) + "\n").encode()
-    if size is None:
-        write_whole(path, lambda file: file.write(header))
-        return
+def check_csv(path: Path, columns: list[str], size: int) -> None:
+    """Raise InputError if a CSV cannot be cut to ``size`` bytes: it is shorter, or no line ends there."""
     if not path.is_file() or path.stat().st_size < size:
         raise InputError(f"{path} is shorter than when it was saved; start again with --overwrite")
-    with open(path, "r+b") as file:
-        whole = file.read(len(header)) == header and len(header) <= size
-        if not whole or os.pread(file.fileno(), 1, size - 1) != b"\n":
-            raise InputError(f"{path} is not as it was saved; start again with --overwrite")
-        file.truncate(size)
+    saved, header = path.read_bytes()[:size], (",".join(columns) + "\n").encode()
+    if not saved.startswith(header) or not saved.endswith(b"\n"):
+        raise InputError(f"{path} is not as it was saved; start again with --overwrite")
+
+
+def cut_csv(path: Path, columns: list[str], size: int | None) -> None:
+    """Cut a CSV to ``size`` bytes, its length at a checkpoint; None: to its header."""
+    if size is None:
+        write_whole(path, lambda file: file.write((",".join(columns) + "\n").encode()))
+    else:
+        os.truncate(path, size)
 
 
 def _format(value: object) -> object:

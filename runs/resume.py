@@ -1,5 +1,6 @@
 """An earlier run of the same name: resume it, overwrite it, or refuse; and what must be equal to resume it."""
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -33,6 +34,9 @@ def arguments(argv: list[str]) -> Namespace:
     if given.resume and given.run_name and path.exists():
         set_stored(parser, argv, path)
     args = args_parser(argv, parser)
+    if args.resume and not (args.results_dir / args.run_name).exists():
+        print(f"note: there is no run {args.run_name} to resume in {args.results_dir}; it is started",
+              file=sys.stderr)
     if fault := datasets.unknown(args.dataset, args.data_dir):
         parser.error(fault)
     return args

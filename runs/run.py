@@ -25,7 +25,7 @@ from engine.signals import Interrupted, held
 from methods import METHODS
 from metrics import over_clients
 from runs import checkpoints, configs, folders, resume
-from runs.csvs import append_csv, csv_columns, cut_csv
+from runs.csvs import append_csv, check_csv, csv_columns, cut_csv
 from server.base import Aggregated, Round, Server, State, is_finite
 from server.malicious import MaliciousClients
 from update import ClientState
@@ -269,7 +269,9 @@ class Run:
         latest = self.ranks.share(max(folders.checkpoints(self.models), default=0))
         if latest:
             self._load(latest)
-        if self.ranks.first:   # only now: if the checkpoint is refused, nothing has changed
+        if self.ranks.first:   # only now: if the checkpoint or a CSV is refused, nothing has changed
+            for name, size in self.progress.csv_bytes.items():
+                check_csv(self.results / name, self.columns[name], size)
             if earlier is not None:
                 self.rounds_kept |= set(earlier["options"]["save_rounds"])   # kept for good
                 self.options["save_rounds"] = sorted(self.rounds_kept)

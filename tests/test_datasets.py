@@ -193,3 +193,8 @@ def test_ten_thousand_images_are_the_test_half_of_the_data_set(tmp_path):
         data = datasets.load("fmnist10k", tmp_path)
         assert data.images[:, 0, 0, 0].tolist() == list(range(10)) and data.train_size == 9
         assert data.labels.tolist() == arrays["test_labels"].tolist()
+
+
+def test_a_folder_that_is_not_there_is_no_place_for_a_download(tmp_path):
+    assert datasets.unknown("mnist", tmp_path) is None
+    assert datasets.unknown("mnist", tmp_path / "none") == f"--data_dir {tmp_path / 'none'}: no such folder"

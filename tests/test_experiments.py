@@ -266,8 +266,11 @@ def test_a_behaviour_named_nan_keeps_its_name(tmp_path):
 def test_the_command_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(common, "commit", lambda *paths: "0123456789ab with edits")
     (tmp_path / "made.csv").write_text("a,b\n1,2\n")
-    experiment = made(tasks=lambda seeds: [common.Task("one", {}, 1, ("python a",))])
+    experiment = made(tasks=lambda seeds: [common.Task("one", {}, 1, ("python a",))],
+                      inspect=lambda run: pytest.fail("measured"))
     for argv, words in ((["--workers", "0"], "--workers"), (["--seeds", "x"], "--seeds"), (["--lsit"], "--lsit"),
+                        (["--seeds", "-1"], "--seeds -1"), (["--run", ""], "--run"),
+                        (["--list", "--draw"], "--list and --draw contradict"),
                         (["--match", "two"], "no run has such a name"), ([], "uncommitted edits; commit them"),
                         (["--list", "--out", str(tmp_path)], "has no column seed")):
         with pytest.raises(SystemExit) as stop:
@@ -279,6 +282,17 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
         assert common.main(experiment, ["--list", "--out", str(folder)]) == 0
         assert capsys.readouterr().out.split() == [word, "python", "a"]
     assert common.main(experiment, ["--out", str(tmp_path / "new")]) == 0
+
+
+def test_a_gallery_is_drawn_of_a_gallery_only(capsys):
+    assert common.main(leakage.EXPERIMENT, ["--run", "nope"]) == 2
+    assert "--run nope: is no gallery" in capsys.readouterr().err
+
+
+def test_a_csv_without_a_column_of_the_table_is_refused(tmp_path, capsys):
+    pd.DataFrame([dict.fromkeys(common.PROVENANCE, 11)]).to_csv(tmp_path / "new_clients.csv", index=False)
+    assert common.main(new_clients.EXPERIMENT, ["--draw", "--out", str(tmp_path)]) == 2
+    assert "new_clients.csv: has no column partition" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_ends_nothing():

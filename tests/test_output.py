@@ -109,6 +109,25 @@ def test_a_full_disk_is_said_of_a_file(tmp_path):
     assert caught.value.filename == str(path)
 
 
+def test_a_full_disk_is_told_from_other_faults_of_torch(tmp_path):
+    """torch.save raises a RuntimeError while it handles the system's error."""
+    def full(file):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:672]") from None
+    with pytest.raises(OSError, match="No space left") as caught:
+        utils.write_whole(tmp_path / "head.pt", full)
+    assert caught.value.filename == str(tmp_path / "head.pt") and not [*tmp_path.iterdir()]
+
+
+def test_an_interruption_while_starting_is_one_line():
+    program = ("import os, signal\nfrom engine.signals import steady_output\n"
+               "with steady_output('any.py'):\n    os.kill(os.getpid(), signal.SIGINT)\n    print('went on')\n")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "any.py: interrupted\n")
+
+
 EXHAUSTED = [
     MemoryError(), OSError(errno.ENOMEM, "none"), torch.OutOfMemoryError("CUDA out of memory."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),

@@ -57,6 +57,30 @@ def test_a_run_goes_on_for_more_rounds_to_the_same_bytes_but_for_none_fewer(fini
     assert finished.clients_csv() == longer
 
 
+@pytest.mark.parametrize("name, harm, reason", [
+    ("server.csv", lambda path: path.unlink(), "is shorter than"),
+    ("rounds.csv", lambda path: path.write_bytes(path.read_bytes()[:-9]), "is shorter than"),
+    ("server.csv", lambda path: path.write_bytes(b"x" + path.read_bytes()), "is not as it was saved")])
+def test_a_damaged_csv_is_refused_before_another_is_cut(finished, capsys, name, harm, reason):
+    with open(finished.results / "clients.csv", "a", encoding="utf-8") as file:
+        file.write("written after the checkpoint\n")
+    harm(finished.results / name)
+    assert reason in refuses_and_keeps(finished, capsys, *FLAGS, "--rounds", 4, "--resume")
+
+
+@pytest.mark.parametrize("value", [5, [{}], [{"from_round": "x"}]])
+def test_damaged_environments_are_refused(finished, capsys, value):
+    change(finished, resumed=value)
+    assert "its resumed is no list" in refuses_and_keeps(finished, capsys, *FLAGS, "--rounds", 4, "--resume")
+
+
+def test_a_run_that_is_not_there_is_started_with_a_note(place, capsys):
+    assert place.main(*FLAGS, "--resume") == 0
+    assert "note: there is no run run to resume" in capsys.readouterr().err
+    assert place.main(*FLAGS, "--resume") == 0
+    assert "note" not in capsys.readouterr().err
+
+
 def test_evaluations_change_no_round(finished):
     always = pd.read_csv(finished.results / "clients.csv")
     assert finished.main(*FLAGS, "--eval_every", 2, "--overwrite") == 0
