@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from common import Experiment, Figure, Options, Task, main, panels, pd, training
+from common import Experiment, Figure, Options, Task, chosen, main, panels, pd, training
 
 DATA: Options = {"dataset": "mnist10k", "rounds": 10, "local_ep": 1, "local_bs": 64}
 SCOPES: dict[str, Options] = {"models": {"method": "fedavg"}, "heads": {"method": "rve_pfl"}}
@@ -75,11 +75,12 @@ def losses(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return for each scope and rule the mean over behaviours and partitions, and the worst of them."""
-    by = ["scope", "rule", "seed"]
-    clean = rows[rows["behaviour"] == "nobody"].groupby(by, sort=False)["deployed"].mean()
+    """Return for each partition and rule the mean over behaviours and the worst of them, of whole models."""
+    rows, by = rows[rows["scope"] == "models"], ["partition", "rule", "seed"]
+    clean = rows[rows["behaviour"] == "nobody"].groupby(by)["deployed"].mean()
     tried = losses(rows).reindex(columns=[*by, "lost", "backdoor"]).groupby(by)
-    return pd.concat([clean, tried["lost"].mean().rename("lost_mean"), tried.max()], axis=1).reset_index()
+    table = pd.concat([clean, tried["lost"].mean().rename("lost_mean"), tried.max()], axis=1).reset_index()
+    return chosen(table, by[:2], list(product(PARTITIONS, RULES)))
 
 
 def draw(rows: pd.DataFrame) -> Figure:
@@ -91,7 +92,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         lost = lost.reindex(BEHAVIOURS, columns=RULES)
         panel.imshow(lost, cmap="Reds", vmin=0, vmax=80, aspect="auto")
         for (row, column), value in np.ndenumerate(lost.to_numpy()):
-            panel.text(column, row, f"{value:.0f}", ha="center", va="center",
+            panel.text(column, row, round(value), ha="center", va="center",
                        color="white" if value > 50 else "black")
         panel.set(title=", ".join(world))
         panel.set_xticks(range(len(RULES)), [rule.replace("_", "\n", 1) for rule in RULES], fontsize=8)
@@ -101,8 +102,8 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 EXPERIMENT = Experiment(
     name="robustness", question="How many points of accuracy do malicious clients cost under each rule?",
-    tasks=tasks, measure=measure, settings=KEYS, tabulate=tabulate, keys={"scope": "shared", "rule": "rule"},
-    draw=draw, spread="lost", values={
+    tasks=tasks, measure=measure, settings=KEYS, tabulate=tabulate, draw=draw, spread="lost",
+    keys={"partition": "partition", "rule": "rule"}, values={
         "deployed": ("accuracy, nobody malicious", "{:.3f}"), "lost_mean": ("points lost, mean", "{:.1f}"),
         "lost": ("worst", "{:.1f}"), "backdoor": ("backdoor opens", "{:.2f}")})
 
