@@ -27,7 +27,7 @@ HALVES = ("train", "val", "test")   # in the order in which they are pooled; val
 NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
 MIN_SIDE = 8   # pixels, for the encoder's two valid convolutions and the head's two poolings
 MAX_CLASSES = 10_000
-WAY_OUT = "or use --dataset mnist10k, which needs no download"
+WAYS_OUT = {"dataset": ", or use --dataset mnist10k, which needs no download"}   # by option
 LFS = b"version https://git-lfs"
 
 
@@ -58,8 +58,11 @@ def canonical(name: str, data_dir: Path) -> str:
     return plain if plain in TORCHVISION and name not in _names_in(data_dir) else name
 
 
-def load(name: str, data_dir: Path) -> Dataset:
+def load(name: str, data_dir: Path, option: str = "dataset") -> Dataset:
     """Read ``data_dir/name.npz``; if it is missing, download it or, for NAME10k, make it from NAME.
+
+    Args:
+        option: that names it, for errors.
 
     Raises:
         InputError: the file is missing, cannot be downloaded or read, is damaged or has unexpected contents.
@@ -67,12 +70,12 @@ def load(name: str, data_dir: Path) -> Dataset:
     name = canonical(name, data_dir)
     path = data_dir / f"{name}.npz"
     if not path.exists():
-        if fault := unknown(name, data_dir):
+        if fault := unknown(name, data_dir, option):
             raise InputError(fault)
         if name in TORCHVISION:
-            fetch(name, data_dir)
+            fetch(name, data_dir, option)
         else:
-            make_10k(load(name.removesuffix("10k"), data_dir), path)
+            make_10k(load(name.removesuffix("10k"), data_dir, option), path)
     try:
         return _pooled(_read(path))
     except OSError as error:
@@ -99,7 +102,7 @@ def _names_in(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.npz"))
 
 
-def unknown(name: str, data_dir: Path) -> str | None:
+def unknown(name: str, data_dir: Path, option: str = "dataset") -> str | None:
     """Return why there is no data set of this (canonical) name, in one line; None if there is, or can be one."""
     if not data_dir.is_dir():
         return f"--data_dir {data_dir}: no such folder"
@@ -108,8 +111,9 @@ def unknown(name: str, data_dir: Path) -> str | None:
     there, made = _names_in(data_dir), ", ".join(TORCHVISION)
     near = difflib.get_close_matches(name.lower(), dict.fromkeys([*there, *TORCHVISION]), 1)
     meant = f"did you mean {near[0]}? " if near else ""
-    return (f"--dataset {name}: {data_dir / name}.npz does not exist ({meant}There are: "
-            f"{shown(', '.join(there) or 'none')}; downloaded on first use: {made}); put it there, {WAY_OUT}")
+    return (f"--{option} {name}: {data_dir / name}.npz does not exist ({meant}There are: "
+            f"{shown(', '.join(there) or 'none')}; downloaded on first use: {made}); put it there"
+            f"{WAYS_OUT.get(option, '')}")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -243,7 +247,7 @@ def _clients(arrays: dict[str, np.ndarray], sizes: dict[str, int]) -> np.ndarray
     return np.where(numbers >= 0, np.searchsorted(clients, numbers), -1)
 
 
-def fetch(name: str, data_dir: Path) -> None:
+def fetch(name: str, data_dir: Path, option: str = "dataset") -> None:
     """Download with torchvision, which checks md5 sums, and cache as ``name.npz``."""
     import torchvision  # slow to import, needed once
 
@@ -258,8 +262,8 @@ def fetch(name: str, data_dir: Path) -> None:
                 halves[f"{half}_images"] = np.asarray(data.data, np.uint8)
                 halves[f"{half}_labels"] = np.asarray(data.targets, np.uint8)
     except (OSError, RuntimeError) as error:   # no network: URLError, an OSError, or RuntimeError
-        raise InputError(f"--dataset {name}: {data_dir / name}.npz does not exist and the download failed "
-                         f"({_first_line(error)}); put the file there, {WAY_OUT}") from error
+        raise InputError(f"--{option} {name}: {data_dir / name}.npz does not exist and the download failed "
+                         f"({_first_line(error)}); put the file there{WAYS_OUT.get(option, '')}") from error
     write_whole(data_dir / f"{name}.npz", lambda file: np.savez(file, **halves))
 
 

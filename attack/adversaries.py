@@ -170,7 +170,7 @@ def public_images(target: Target, args: Namespace) -> PublicImages:
         numbers = np.setdiff1d(np.arange(len(data.labels)), np.concatenate([*train, *test]))
         images, labels = data.images[numbers], data.labels[numbers]
     else:
-        other = datasets.load(name, args.data_dir)
+        other = datasets.load(name, args.data_dir, "public")
         if other.image_shape != data.image_shape or other.num_classes > data.num_classes:
             raise InputError(f"--public {name}: its images are {other.image_shape} in {other.num_classes} "
                              f"classes; the run's are {data.image_shape} in {data.num_classes} classes")

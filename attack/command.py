@@ -236,8 +236,10 @@ class Command:
             raise InputError(f"{self.path('json')} is damaged; use --overwrite") from error
         for key, value in options.items():
             if before.get(key) != value:
-                raise InputError(f"--{key} {value}: this run was attacked before with {shown(before.get(key))}; "
-                                 "give the same, or --overwrite to start again")
+                now, earlier = (" ".join(map(str, given)) if isinstance(given, list) else given
+                                for given in (value, before.get(key)))
+                raise InputError(f"--{key} {shown(now)}: this run was attacked before with {shown(earlier)}; give "
+                                 "the same, or --overwrite to start again")
         return text, rows
 
     @classmethod

@@ -200,7 +200,7 @@ def read_inputs(args: Namespace) -> model_evaluation.Inputs:
     if args.images:
         images, labels = datasets.read_labelled(Path(args.images), "--images")
     if args.public:
-        public = datasets.load(args.public, args.data_dir)
+        public = datasets.load(args.public, args.data_dir, "public")
     shape, arguments = shape_of(args, images, public), arguments_of(args)
     model, at = (any_model.load_model(args.model, path, shape, args.mean, args.std, arguments)
                  for path in (args.weights, args.update[0] if args.update else args.weights))

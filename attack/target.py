@@ -208,7 +208,7 @@ class Target:
             raise InputError(f"{path}: no fixed training and test images; runs with --resplit or --validate "
                              "cannot be attacked") from error
         except Exception as error:
-            raise InputError(f"{path} is missing or damaged") from error
+            raise InputError(f"{path} is missing or damaged; train the run again") from error
         if not all(part.ndim == 1 and part.dtype.kind == "i" and len(part) and part.min() >= 0
                    and part.max() < len(self.data.labels) for part in (*train, *test)):
             raise InputError(f"{path} does not number images of --dataset {self.options['dataset']}; it is "

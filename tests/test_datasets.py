@@ -197,4 +197,5 @@ def test_ten_thousand_images_are_the_test_half_of_the_data_set(tmp_path):
 
 def test_a_folder_that_is_not_there_is_no_place_for_a_download(tmp_path):
     assert datasets.unknown("mnist", tmp_path) is None
+    assert "--public none: " in (line := datasets.unknown("none", tmp_path, "public")) and "--dataset" not in line
     assert datasets.unknown("mnist", tmp_path / "none") == f"--data_dir {tmp_path / 'none'}: no such folder"
