@@ -104,7 +104,7 @@ EXPERIMENT = Experiment(
     name="robustness", question="How many points of accuracy do malicious clients cost under each rule?",
     tasks=tasks, measure=measure, settings=KEYS, tabulate=tabulate, draw=draw, spread="lost",
     keys={"partition": "partition", "rule": "rule"}, values={
-        "deployed": ("accuracy, nobody malicious", "{:.3f}"), "lost_mean": ("points lost, mean", "{:.1f}"),
+        "deployed": ("accuracy, nobody malicious", "{:.3f}"), "lost_mean": ("points lost, mean", "{:z.1f}"),
         "lost": ("worst", "{:.1f}"), "backdoor": ("backdoor opens", "{:.2f}")})
 
 if __name__ == "__main__":
