@@ -105,7 +105,7 @@ EXPERIMENT = Experiment(
     tasks=tasks, measure=measure, settings=KEYS, tabulate=tabulate, draw=draw, spread="lost",
     keys={"partition": "partition", "rule": "rule"}, values={
         "deployed": ("accuracy, nobody malicious", "{:.3f}"), "lost_mean": ("points lost, mean", "{:z.1f}"),
-        "lost": ("worst", "{:.1f}"), "backdoor": ("backdoor opens", "{:.2f}")})
+        "lost": ("points lost, worst", "{:.1f}"), "backdoor": ("backdoor opens", "{:.2f}")})
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))
