@@ -15,7 +15,8 @@ import numpy as np
 from common import Experiment, Figure, Options, Task, chosen, main, panels, pd, training
 
 DATA: Options = {"dataset": "mnist10k", "rounds": 10, "local_ep": 1, "local_bs": 64}
-SCOPES: dict[str, Options] = {"models": {"method": "fedavg"}, "heads": {"method": "rve_pfl"}}
+SCOPES: dict[str, Options] = {"models": {"method": "fedavg"},
+                              "heads": {"method": "rve_pfl", "precision": "fp32", "eval_every": 10}}
 ENCODERS: Options = {"rounds": 5, "local_ep": 2, "aggregation": "mean"}   # of the clean run
 PARTITIONS = ("shards", "iid")
 MALICIOUS = 0.3   # share of the clients
