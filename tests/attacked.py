@@ -20,6 +20,25 @@ def kept(*paths):
             path.write_bytes(data)
 
 
+def spy(monkeypatch, owner, name):
+    """Return the list of the arguments that a function of ``owner`` is called with from now on."""
+    calls, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given, **named: calls.append(given) or function(*given, **named))
+    return calls
+
+
+def refused(capsys, main, argv):
+    """Run a command line that must be refused, and return the one line that it says."""
+    capsys.readouterr()   # what earlier commands said
+    try:
+        status = main([str(word) for word in argv])
+    except SystemExit as stop:   # argparse's way out
+        status = stop.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and len(lines) == 1 and ".py: error: " in lines[0], lines
+    return lines[0]
+
+
 class Attacked:
     """A place whose runs are attacked; those of ``runs``, name -> flags, are trained when they are needed."""
 
@@ -62,14 +81,7 @@ class Attacked:
 
     def refuses(self, capsys, run, *flags):
         self.results(run)
-        capsys.readouterr()
-        try:
-            status = self.attack(run, *flags)
-        except SystemExit as stop:
-            status = stop.code
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert status == 2 and len(lines) == 1 and ".py: error: " in lines[0], lines
-        return lines[0]
+        return refused(capsys, self.program.main, self.argv(run, *flags))
 
     def csv(self, run, name="attack.csv"):
         return pd.read_csv(self.results(run) / name, keep_default_na=False)

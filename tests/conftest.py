@@ -1,10 +1,12 @@
 """A tiny data set, and the driver called in this process or, for signals and limits, in one of its own."""
 import importlib.util
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # Before PyTorch is imported: the models are tiny, and several tests run at a time.
@@ -26,6 +28,14 @@ def _load(name, path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def wait_for(process, condition, seconds=120):
+    """Wait until something is true, or a process has ended."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and not condition():
+        assert time.monotonic() < end, "the run made no progress"
+        time.sleep(0.002)
 
 
 def server_options(**changes):
@@ -95,11 +105,12 @@ class Place:
         """Exit status of the program, run in this process."""
         return self.driver.main(self.argv(*flags))
 
-    def start(self, *flags, **popen):
-        """The program as a process of its own."""
+    def start(self, *flags, launcher=(), **popen):
+        """The program as a process of its own, or as those of a launcher, such as torchrun."""
         popen = {"env": {**os.environ, "PYTHONUNBUFFERED": "1"}, **popen}
-        return subprocess.Popen([sys.executable, str(ROOT / "RVE-PFL.py"), *self.argv(*flags)], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **popen)
+        words = [sys.executable, *launcher, str(ROOT / "RVE-PFL.py"), *self.argv(*flags)]
+        return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+                                **popen)
 
     def holding(self, other):
         """Return this place with a copy of another's runs, for one test to harm."""
@@ -115,6 +126,34 @@ class Place:
     def models(self):
         return self.folder / "models" / "run"
 
+    @property
+    def config(self):
+        """The content of config.json."""
+        return json.loads((self.results / "config.json").read_text())
+
+    def contents(self):
+        """Every file's bytes, by its path; None for what is no file. Locks are left out."""
+        return {str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else None
+                for path in self.folder.rglob("*") if path.name != ".lock"}
+
+    def saved(self, round, name):
+        """The content of a checkpoint's file."""
+        from runs.checkpoints import load_checked
+
+        return load_checked(self.models / f"round_{round}" / name)
+
+    def target(self, **more):
+        """The run as adversaries open it."""
+        from attack.target import open_target
+
+        return open_target("run", *(self.folder / name for name in ("results", "models", "data")), **more)
+
+    def unfinish(self, round, run="run"):
+        """Make a run look killed before its last checkpoint, which is of this round."""
+        config = self.folder / "results" / run / "config.json"
+        config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
+        shutil.rmtree(self.folder / "models" / run / f"round_{round}")
+
     def clients_csv(self):
         return (self.results / "clients.csv").read_bytes()
 
@@ -129,6 +168,13 @@ class Place:
         assert status == 2, lines
         assert len(lines) == 1 and lines[0].startswith("RVE-PFL.py: error: "), lines
         return lines[0]
+
+    def refuses_and_keeps(self, capsys, *flags):
+        """The same, and all files stay as they are."""
+        before = self.contents()
+        line = self.refuses(capsys, *flags)
+        assert self.contents() == before
+        return line
 
 
 @pytest.fixture(scope="session")

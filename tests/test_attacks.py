@@ -59,19 +59,9 @@ def test_an_epochs_update_is_what_sgd_does():
         torch.testing.assert_close(before[name] - 0.1 * seen[name], p.detach())
 
 
-@pytest.mark.parametrize("labels", [[0], [3], [2, 0], [1, 1, 3, 0]])
-def test_labels_are_read_off_the_last_bias(labels):
-    head, y = Classifier(SHAPE, 4).eval(), torch.tensor(labels)
-    seen = gradients.gradient(head, images(len(y)), y)
-    assert gradients.labels_of(seen, len(y)).tolist() == sorted(labels)
-
-
-def test_the_dense_layers_input_is_recovered_exactly():
-    head, x = Classifier(SHAPE, 4).eval(), images(1)
-    seen = gradients.gradient(head, x, torch.tensor([2]))
-    truth = head.features[:7](x)[0].detach()
-    found = newton.dense_input(seen, "features.7")
-    assert ((found - truth).norm() / truth.norm()) < 1e-5
+def test_labels_of_several_images_are_read_off_the_last_bias():
+    head, y = Classifier(SHAPE, 4).eval(), torch.tensor([1, 1, 3, 0])
+    assert gradients.labels_of(gradients.gradient(head, images(4), y), 4).tolist() == [0, 1, 1, 3]
 
 
 def test_features_that_determine_the_image_give_it_back():
@@ -84,13 +74,6 @@ def test_features_that_determine_the_image_give_it_back():
     for bounded, value in ((True, 1), (False, 3)):
         found, _ = gradients.from_features(lambda x: x.flatten(1), goal, start, 200, 0.0, bounded)
         assert found.flatten().tolist() == pytest.approx([value] * 4, abs=0.05)
-
-
-def test_dlg_recovers_an_image_from_a_smooth_network():
-    head, x, y = Sigmoid(0.5), images(1), torch.tensor([1])
-    seen = gradients.gradient(head, x, y)
-    found, value = gradients.deep_leakage(head, seen, torch.rand_like(x), 200)
-    assert psnr(found, x).item() > 40 and value < 1e-6
 
 
 def test_cosine_matching_recovers_several_images_at_once():

@@ -6,17 +6,15 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, server_options
+from conftest import ROOT
 from test_update import FIRST, equal, make, update_of, without_draws
 
-from attack import adversaries, members, mi_attack, target
+from attack import adversaries, members, mi_attack
 from engine import clients
 from engine.clients import train_each
-from losses import Step, ditto, proximal
+from losses import Step
 from methods import METHODS
 from models import ClassPrior
-from runs.checkpoints import load_checked
-from server.privacy import ClientDP
 from update import ClientState
 
 
@@ -120,10 +118,6 @@ def stages(place, number):
                                                                    & (rows["split"] == "test")].groupby("stage")}
 
 
-def held_out_of(place, client):
-    return np.load(place.results / "partition.npz")[f"test_{client}"]
-
-
 @pytest.fixture
 def trained(monkeypatch):
     """What each call of ``train_each`` from here on trains: client, round, trainer, images, start, outcome."""
@@ -141,11 +135,11 @@ def trained(monkeypatch):
 def test_fine_tuning_changes_nothing_but_its_own_rows(place, method, trained):
     flags = ("--method", method, "--rounds", 2, "--aggregation", "mean", "--local_steps", 2)
     assert place.main(*flags) == 0
-    plain, head = place.clients_csv().decode(), load_checked(place.models / "round_2" / "server.pt")["head"]
+    plain, head = place.clients_csv().decode(), place.saved(2, "server.pt")["head"]
     assert place.main(*flags, "--overwrite", "--finetune_ep", 3, 1) == 0
     lines = place.clients_csv().decode().splitlines(keepends=True)
     assert "".join(line for line in lines if ",finetuned_" not in line) == plain
-    assert equal(load_checked(place.models / "round_2" / "server.pt")["head"], head)
+    assert equal(place.saved(2, "server.pt")["head"], head)
     last = stages(place, 2)
     assert not [stage for stage in stages(place, 1) if "finetuned" in stage]
     assert set(last["finetuned_1"].index) == set(last["finetuned_3"].index) == {0, 1}
@@ -166,22 +160,22 @@ def test_new_clients_fine_tune_a_whole_model_whose_private_part_does_not_predict
 def test_new_clients_train_behind_the_final_head_and_alone(place, method, trained):
     assert place.main("--method", method, "--num_users", 4, "--new_clients", 0.5, "--rounds", 2, "--new_ep", 2,
                       "--local_bs", 8, "--save_rounds", 1) == 0
-    final = load_checked(place.models / "round_2" / "server.pt")["head"]
-    assert set(load_checked(place.models / "round_1" / "shared.pt")["uploads"]) == {0, 1}
-    first = load_checked(place.models / "round_1" / "shared.pt")["sent"]
+    final, begun = place.saved(2, "server.pt")["head"], place.saved(1, "shared.pt")
+    assert set(begun["uploads"]) == {0, 1}
     kinds = {"new_0", *(f"{kind}_{size}" for kind in ("new", "alone") for size in ("10", "50", "all"))}
     rows = stages(place, 2)
     assert set(rows) == kinds | {"trained", "deployed"} and set(rows["deployed"].index) == {0, 1}
     assert all(set(rows[kind].index) == {2, 3} for kind in kinds)
     received = pd.read_csv(place.results / "clients.csv").query("stage == 'new_0' and client == 2")["loss"].item()
     trainer, (_, state) = trained[-12][2], trained[-12][4]   # of client 2
-    assert trainer.evaluate(2, 3, held_out_of(place, 2), final, state)["loss"] == pytest.approx(received)
+    held_out = np.load(place.results / "partition.npz")["test_2"]
+    assert trainer.evaluate(2, 3, held_out, final, state)["loss"] == pytest.approx(received)
     later = [entry for entry in trained if entry[0] >= 2]
     assert len(later) == 12 and {entry[1] for entry in later} == {3}
     for behind, alone in zip([*later[:3], *later[6:9]], [*later[3:6], *later[9:]], strict=True):
         _, _, trainer, size, (sent, state), outcome = behind
         *_, by_itself, alone_size, (start, own), result = alone
-        assert equal(sent, final) and equal(start, first) and size == alone_size
+        assert equal(sent, final) and equal(start, begun["sent"]) and size == alone_size
         assert trainer.training.part == ("all" if method == "fedavg" else "private")
         assert by_itself.training.options["prox"] == 0
         assert equal(outcome.upload, sent) == (method != "fedavg")   # the shared part is frozen
@@ -204,35 +198,11 @@ def test_new_clients_are_neither_malicious_nor_attacked(place, capsys):
     assert "--clients 2: the clients that train in the run are 0 to 1" in capsys.readouterr().err
 
 
-def test_the_warm_up_begins_anew_in_every_round(tiny_arrays):
-    client, *_ = make(tiny_arrays, "fedavg", lr_warmup=0.5)
-    optimizer, _ = client.prepare({})
-    rates = []
-    for steps, done in ((0, 0), (0, 4), (10, 0), (10, 4)):   # of 8 in a round, the first 4 rise
-        client.set_lr(optimizer, steps, done, 8)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([2.5e-4, 1e-3, 2.5e-4 / 1.01, 1e-3 / 1.01])
-    torch.manual_seed(0)
-    seen, set_lr = [], type(client).set_lr
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(client), "set_lr", lambda self, optimizer, *given: (
-            seen.append(given), set_lr(self, optimizer, *given)))
-        _, head, private = make(tiny_arrays, "fedavg")
-        client.train(0, 2, FIRST, head, replace(private, steps=7))
-    assert seen == [(7, 0, 4), (8, 1, 4), (9, 2, 4), (10, 3, 4)]
-
-
-def test_client_level_dp_expects_the_clients_that_take_part():
-    assert ClientDP(server_options(num_users=10, new_clients=0.2, frac=0.5, clip=1.0, delta=0.01,
-                                   noise_multiplier=1.0)).expected == 4
-
-
 def test_attackers_of_ditto_hold_its_own_cnn_or_the_shared_one(place, trained):
     """And a reference model makes the local steps of the run."""
     assert place.main("--method", "ditto", "--rounds", 2, "--local_steps", 3) == 0
-    run = target.open_target("run", *(place.folder / name for name in ("results", "models", "data")))
-    own = load_checked(place.models / "round_2" / "client_0.pt")["parameters"]
-    upload = load_checked(place.models / "round_2" / "shared.pt")["uploads"][0]
+    run = place.target()
+    own, upload = place.saved(2, "client_0.pt")["parameters"], place.saved(2, "shared.pt")["uploads"][0]
     for adversary, state, name in (("stolen_model", own, "personal."), ("curious_server", upload, "classifier.")):
         held = adversaries.hold(run, adversary, 2, 0).head.state_dict()
         assert equal({f"{name}{key}": value for key, value in held.items()}, state)
@@ -246,17 +216,20 @@ def test_attackers_of_ditto_hold_its_own_cnn_or_the_shared_one(place, trained):
     assert steps == [3, 3, None, None]
 
 
-def test_the_step_of_a_loss_has_what_was_sent(tiny_arrays):
+def test_proximal_terms_by_hand(tiny_arrays):
+    """Half of ``--prox`` times the squared distance to what was sent: of the shared parameters, or Ditto's own."""
     client, head, private = make(tiny_arrays, "ditto")
     client.model.load_state_dict({**head, **private.parameters})
     sent = {name: value + 0.1 for name, value in head.items()}
     step = Step(client.model, torch.empty(0), None, sent, {"prox": 2.0})
     count = sum(value.numel() for value in head.values())
-    loss = ditto(step).detach()
-    assert float(loss) == pytest.approx(0.01 * count, rel=1e-3) == float(proximal(step).detach())
+    fedprox, nbafl, ditto = (METHODS[name].loss for name in ("fedprox", "nbafl_prox", "ditto"))
+    for loss in (fedprox, nbafl, ditto):
+        assert loss(step).item() == pytest.approx(0.01 * count, rel=1e-3)
     with torch.no_grad():
+        before = fedprox(step)
         client.model.personal.output.bias += 0.1
-        assert ditto(step) < loss == proximal(step)
+        assert ditto(step) < before == fedprox(step)
 
 
 @pytest.mark.slow

@@ -5,14 +5,12 @@ import math
 import pytest
 import torch
 from attacked import Attacked
-from test_update import make
+from test_update import make, without_draws
 
-import encoders
 from attack import mi_attack
-from encoders import CodeEncoder, CodePrior
+from encoders import CodePrior
 from models import RVE
 from options import args_parser
-from runs.checkpoints import load_checked
 
 SHAPE = (1, 8, 8)
 
@@ -45,10 +43,7 @@ def test_the_gradient_is_that_of_the_mean_over_codes():
 def test_the_heads_gradient_depends_on_an_image_through_its_code_alone(tiny_arrays):
     """After a step on one image, a client with a private encoder uploads the same for all images of a code."""
     client, head, private = make(tiny_arrays, prior="categorical", codes=4)
-    model = client.model.train()
-    for part in model.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0
+    model = without_draws(client).model.train()
     x = client._pixels(torch.arange(200))
     chosen = model.encoder.scores(x).argmax(1)
     first, second = (chosen == chosen.mode().values).nonzero().flatten()[:2].tolist()
@@ -76,12 +71,6 @@ def test_kl_by_hand():
     assert right == pytest.approx(-math.log(0.95 / 2)) and wrong == pytest.approx(-math.log(0.05 / 4))
 
 
-def test_draws_of_the_prior_are_of_the_class_and_all_its_codes():
-    torch.manual_seed(0)
-    drawn = CodePrior(7, 3).draw(torch.tensor([0] * 200 + [2] * 200)).tolist()
-    assert {*drawn[:200]} == {0, 3, 6} and {*drawn[200:]} == {2, 5}
-
-
 def test_codes_are_drawn_without_a_check_that_waits_for_the_device():
     """With the numbers of ``torch.multinomial``, which a CUDA graph cannot hold."""
     prior, y, drawn = CodePrior(7, 3), torch.arange(60) % 3, []
@@ -104,13 +93,6 @@ def test_a_client_learns_its_classes_through_codes(tiny_arrays):
         head, private, _ = client.train(0, round, images, head, private)
     metrics = client.evaluate(0, 5, images, head, private)
     assert metrics["accuracy"] > 0.9 and metrics["kl_nats"] < 0.5
-    assert not any(name.startswith(("encoder.", "prior.")) for name in head)
-    assert torch.equal(private.parameters["encoder.means"], client.model.encoder.means)
-
-
-def test_the_bound_is_log_m(tiny_arrays):
-    assert build(16).most_nats == math.log(16) and RVE(SHAPE, 4, -2.0).most_nats == math.inf
-    assert isinstance(build(16).encoder, CodeEncoder) and encoders.OWN_CODES == 0.95
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +121,9 @@ def test_no_observation_of_one_encoder_identifies_more_than_its_codes(trained):
 def test_codes_outlast_rounds_in_which_all_parameters_are_shared(place, flags):
     """Which of them are a class's own is no parameter, so that it is neither averaged nor stored."""
     assert place.main("--prior", "categorical", "--full_sharing_rounds", 1, "--rounds", 2, *flags) == 0
-    means, folder = [], place.models / "round_2"
+    means = []
     for file, key in (("client_0", "parameters"), ("client_1", "parameters"), ("server", "private_start")):
-        state = load_checked(folder / f"{file}.pt")[key]
+        state = place.saved(2, f"{file}.pt")[key]
         assert not any(name.startswith("prior.") for name in state)
         means.append(state["encoder.means"])
     count = json.loads((place.results / "config.json").read_text())["parameters"]
@@ -149,11 +131,11 @@ def test_codes_outlast_rounds_in_which_all_parameters_are_shared(place, flags):
     assert all(torch.equal(means[0], other) for other in means) and means[0].std() > 0.1
 
 
-def test_the_stated_bound_is_never_above_log_m(trained):
-    """Also for labels that the encoder did not choose, whose KL is larger."""
+def test_the_stated_bound_is_log_m_at_most(trained):
+    """For labels that the encoder did not choose, whose KL is larger."""
     x, y = trained.images("codes", 20)
     stated = [trained.victim("codes").noise(x, labels) for labels in (y, (y + 1) % 4)]
-    assert max(row["kl_nats"] for row in stated) > math.log(5) >= max(row["bound_nats"] for row in stated)
+    assert max(row["kl_nats"] for row in stated) > math.log(5) == max(row["bound_nats"] for row in stated)
 
 
 @pytest.mark.slow
@@ -168,8 +150,6 @@ def test_too_few_codes_are_refused(place, capsys):
     assert line.endswith("--codes 3: --dataset tiny has 4 classes, each of which needs a code of its own; "
                          "give at least 4")
     assert not place.results.exists() and not place.models.exists()
-    assert "--codes 5: --prior normal does not read it" in place.refuses(
-        capsys, "--prior", "normal", "--codes", 5)
 
 
 def test_the_prior_sets_defaults_that_flags_override():

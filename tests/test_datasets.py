@@ -21,13 +21,6 @@ def load(tmp_path, tiny_arrays):
     return load
 
 
-def test_halves_are_pooled_train_first(load, tiny_arrays):
-    data = load()
-    assert data.images.shape == (240, 8, 8, 1) and data.train_size == 200 and data.num_classes == 4
-    assert np.array_equal(data.images[200:], tiny_arrays["test_images"])
-    assert data.image_shape == (1, 8, 8) and data.labels.dtype == np.int64 and data.clients is None
-
-
 def test_mnist10k_is_the_test_half_of_mnist():
     data = datasets.load("mnist10k", ROOT / "data")
     assert data.images.shape == (10_000, 28, 28, 1)

@@ -2,13 +2,12 @@
 import importlib
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attacked import Attacked
 from conftest import ROOT
 
-from attack import mi_attack
 from attack.attacks import ATTACKS
 from methods import METHODS
 from parsing import Option
@@ -58,20 +57,15 @@ def test_a_new_rule_and_a_new_behaviour_run_together(extended, place):
                       "--aggregation", "mean_around_median") == 0
     table = pd.read_csv(place.results / "server.csv")
     assert table["weight"].isna().all()
-    shared = torch.load(place.models / "round_1" / "shared.pt", weights_only=True)
+    shared = place.saved(1, "shared.pt")
     bad, = table.query("malicious == 1")["client"]
     assert all(torch.equal(shared["uploads"][bad][name], value) for name, value in shared["sent"].items())
 
 
 def test_a_new_attack_is_scored(extended, place, tiny_arrays):
-    np.savez(place.folder / "data" / "other.npz", **{
-        name: np.flip(part, 2) if "images" in name else part for name, part in tiny_arrays.items()})
-    assert place.main("--rounds", 1) == 0
-    folders = [f"--{name}_dir={place.folder / name}" for name in ("data", "results", "models")]
-    assert mi_attack.main(["--run", "run", "--adversary", "stolen_model", "--attack", "nearest_latent",
-                           "--images", "2", "--public", "other", *folders]) == 0
-    table = pd.read_csv(place.results / "attack.csv", keep_default_na=False)
-    own = table[table["control"] == ""]
+    attacked = Attacked(place, tiny_arrays, runs={"run": ("--rounds", 1)})
+    assert attacked.attack("run", "--adversary", "stolen_model", "--attack", "nearest_latent", "--images", 2) == 0
+    own = attacked.csv("run").query("control == ''")
     assert set(own["attack"]) == {"nearest_latent"} and len(own) == 2 * 2   # from z and from mu
 
 

@@ -1,8 +1,6 @@
 """Files in a run's folders: deleted, kept or locked, wherever a process dies."""
-import json
 import os
 import resource
-import shutil
 
 import pytest
 import torch
@@ -34,12 +32,6 @@ def die_after(monkeypatch, steps):
     return done
 
 
-def contents(folder):
-    """Every file's bytes, by its path; None for what is no file."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-            for p in folder.rglob("*") if p.name != ".lock"}
-
-
 FLAGS = ("--rounds", 2, "--save_rounds", 1)
 ATTACKED = ("attack.csv", "attack.json", "attack_summary.csv", "attack_stolen_model_dlg_round2_client0.png",
             "membership.csv", ".attack.csv.7.tmp")
@@ -61,9 +53,7 @@ def copy(finished, make_place, tmp_path):
     def make(name="copy"):
         folder = tmp_path / name
         folder.mkdir()
-        for part in ("results", "models"):
-            shutil.copytree(finished.folder / part, folder / part, symlinks=True)
-        return make_place(folder)
+        return make_place(folder).holding(finished)
     return make
 
 
@@ -83,7 +73,7 @@ def test_an_overwrite_that_is_killed_anywhere_leaves_a_run(copy, opened_only, mo
     before, steps, states = None, 0, []
     while True:
         place = copy(str(steps))
-        before = before or contents(place.folder)
+        before = before or place.contents()
         with monkeypatch.context() as patch:
             die_after(patch, steps)
             try:
@@ -91,9 +81,9 @@ def test_an_overwrite_that_is_killed_anywhere_leaves_a_run(copy, opened_only, mo
                 break
             except Killed:
                 pass
-        config = json.loads((place.results / "config.json").read_text())
+        config = place.config
         states.append((config["status"], config["options"]["seed"], len(list(place.models.glob("round_*")))))
-        now = {name: what for name, what in contents(place.folder).items() if not name.endswith(".tmp")}
+        now = {name: what for name, what in place.contents().items() if not name.endswith(".tmp")}
         if config["status"] == "finished":
             assert now == {name: what for name, what in before.items() if not name.endswith(".tmp")}
         steps += 1
@@ -135,19 +125,17 @@ def test_only_own_files_are_deleted(copy, opened_only, capsys):
     assert {p.name for p in place.models.iterdir()} == {"paper.pdf", "round_1.zip", ".lock"}
 
 
-@pytest.mark.parametrize("config", ['{"name": "my-app", "version": "2"}', "{", None])
-def test_a_config_of_another_program_is_refused_without_advice_to_overwrite(copy, capsys, config):
+@pytest.mark.parametrize("config", ['{"name": "my-app", "version": "2"}', "{", "a folder", "none"])
+def test_a_folder_of_another_program_is_refused_without_advice_to_overwrite(copy, capsys, config):
     place = copy()
     (place.results / "config.json").unlink()
-    if config is None:
+    if config == "a folder":
         (place.results / "config.json").mkdir()
-    else:
+    elif config != "none":
         (place.results / "config.json").write_text(config)
-    before = contents(place.folder)
     for flags in ([], ["--resume"], ["--overwrite"]):
-        line = place.refuses(capsys, *FLAGS, *flags)
+        line = place.refuses_and_keeps(capsys, *FLAGS, *flags)
         assert "config.json" in line and "--overwrite" not in line and "--run_name" in line
-    assert contents(place.folder) == before
 
 
 @pytest.mark.parametrize("where", ["round_1", ".round_2", ".private"])
@@ -155,12 +143,11 @@ def test_what_lies_in_a_checkpoint_is_kept_with_it(copy, opened_only, capsys, wh
     place = copy()
     (place.models / where).mkdir(exist_ok=True)
     (place.models / where / "notes.txt").write_text("mine")
-    before = contents(place.folder)
-    line = place.refuses(capsys, *FLAGS, "--overwrite")
+    before = place.contents()
+    line = place.refuses_and_keeps(capsys, *FLAGS, "--overwrite")
     assert f"{where}/notes.txt" in line and "move it away" in line
-    assert contents(place.folder) == before
     folders.remove(place.models / where)
-    assert contents(place.folder) == before
+    assert place.contents() == before
 
 
 def test_the_list_of_own_files_is_whole(finished):
@@ -188,4 +175,4 @@ def test_checkpoints_kept_for_good_stay_without_being_asked_for_again(copy):
     place = copy()
     assert place.main("--rounds", 3, "--save_rounds", 2, "--resume") == 0
     assert {p.name for p in place.models.glob("round_*")} == {"round_1", "round_2", "round_3"}
-    assert json.loads((place.results / "config.json").read_text())["options"]["save_rounds"] == [1, 2]
+    assert place.config["options"]["save_rounds"] == [1, 2]

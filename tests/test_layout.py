@@ -61,8 +61,3 @@ def test_a_method_is_named_in_its_row_only():
         places = [name for name in MODULES if not name.startswith(("experiments", "reporting"))
                   for _ in re.findall(rf'"{method}"', MODULES[name].read_text())]
         assert places == ["methods"] + ["options"] * (method == "rve_pfl"), (method, places)
-
-
-@pytest.mark.parametrize("package", [package for package in PACKAGES if package in MODULES])
-def test_a_package_says_what_it_holds(package):
-    assert ast.get_docstring(TREES[package])

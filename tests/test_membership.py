@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from attacked import Attacked, kept
+from attacked import Attacked, kept, spy
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch.distributions import Normal, kl_divergence
 
@@ -21,10 +21,9 @@ THREE = ("--num_users", 3)
 SERVER = ["--adversary", "curious_server"]
 RUNS = {method: (*THREE, "--method", method, "--rounds", 2, "--save_rounds", 1)
         for method in ("rve_pfl", "fedavg", "lg_fedavg", "local", "fedper")}
-RUNS |= {"by_heart": (*THREE, "--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--rounds", 2,
-                      "--save_rounds", 1, "--local_ep", 20),
-         "sum": (*THREE, "--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--rounds", 1,
-                 "--local_ep", 20, "--secure_aggregation"),
+NOISE = (*THREE, "--method", "fedavg", "--dataset", "noise", "--partition", "iid", "--local_ep", 20)
+RUNS |= {"by_heart": (*NOISE, "--rounds", 2, "--save_rounds", 1),
+         "sum": (*NOISE, "--rounds", 1, "--secure_aggregation"),
          "priors": (*THREE, "--prior", "class", "--kl_weight", 0.1, "--rounds", 2),
          "some": (*THREE, "--rounds", 6, "--frac", 0.6, "--local_ep", 2),
          "pair": ("--method", "fedavg", "--num_users", 2, "--rounds", 1)}
@@ -45,15 +44,7 @@ def trained(tmp_path_factory, make_place, tiny_arrays):
 
 def options(trained, run, *flags):
     """Return the command's options, as ``main`` would have them."""
-    return membership.make_parser().parse(["--run", run, "--public", "public", "--data_dir",
-                                           str(trained.place.folder / "data"), *map(str, flags)])
-
-
-def spy(monkeypatch, name):
-    """Return the list of the arguments that a function of ``members`` is called with from now on."""
-    calls, function = [], getattr(members, name)
-    monkeypatch.setattr(members, name, lambda *given: calls.append(given) or function(*given))
-    return calls
+    return membership.make_parser().parse(trained.argv(run, *flags))
 
 
 def test_auc_and_tpr_against_scikit_learn():
@@ -271,7 +262,7 @@ def test_a_reference_is_trained_as_a_client(trained, flags):
 def test_references_differ_in_images_and_draws_and_have_not_seen_the_images_compared(trained, monkeypatch):
     target, args = trained.target("rve_pfl"), options(trained, "rve_pfl", "--references", 3, "--draws", 1)
     adversary, asked = members.MembershipAdversary(target, args, [2], 2, 1), members.asked(target, 1)
-    made, scored = spy(monkeypatch, "train_reference"), spy(monkeypatch, "confidence")
+    made, scored = (spy(monkeypatch, members, name) for name in ("train_reference", "confidence"))
     for _ in range(2):   # references are trained once
         members.rmia("stolen_model", adversary, asked.images, asked.labels)
     assert len(made) == len({seed for _, _, seed, *_ in made}) == 3
@@ -325,8 +316,6 @@ def test_every_attack_that_fits_leaves_a_row(trained, method, capsys):
     assert len(table) == 2 * len(fits(method)) and set(table["round"]) == {2}
     assert np.isfinite(table[membership.COLUMNS[4:]]).all(axis=None)
     assert ((table["auc_low"] <= table["auc"]) & (table["auc"] <= table["auc_high"])).all()
-    assert "rve_pfl, round 2, client 1\nverdict " in said or method != "rve_pfl"
-    assert max(map(len, said.splitlines()[:3 + len(fits(method))])) <= 100
     for row in table.itertuples():
         word = "leaks" if row.auc_low > 0.5 else "as a guess"
         auc = f"{row.auc:.2f} ({row.auc_low:.2f}-{row.auc_high:.2f})"
@@ -339,7 +328,7 @@ def test_a_second_call_goes_on_and_keeps_other_rows(trained, capsys, monkeypatch
     assert trained.attack("fedavg", *flags, "--rounds", 2, 1, "--overwrite") == 0
     first = trained.csv("fedavg", "membership.csv")
     assert first[KEY].to_numpy().tolist() == [["stolen_model", "loss", r, 0] for r in (1, 2)]
-    measured, aucs = spy(monkeypatch, "measure"), []
+    measured, aucs = spy(monkeypatch, members, "measure"), []
     assert trained.attack("fedavg", *flags) == 0 and not measured
     for rounds in ((1, 2), (2,)):
         assert trained.attack("fedavg", *SERVER, "--clients", 0, 0, "--rounds", *rounds) == 0
@@ -353,23 +342,18 @@ def test_a_second_call_goes_on_and_keeps_other_rows(trained, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("run, flags, named", [
-    ("rve_pfl", ["--clients", 3], "0 to 2"), ("rve_pfl", ["--rounds", 7], "--save_rounds 7"),
-    ("rve_pfl", ["--attack", "lossy"], "--attack"), ("rve_pfl", ["--references", 0], "--references"),
-    ("rve_pfl", ["--public", "nothing"], "nothing.npz"), ("rve_pfl", ["--scaling", 2], "--scaling"),
-    ("rve_pfl", ["--public", "unowned"], "--public"), ("rve_pfl", ["--gamma", 0.5], "--gamma"),
-    ("rve_pfl", ["--adversary", "curious_client"], "--adversary"), ("none", [], "there: "),
-    ("local", SERVER, "shares no parameters"), ("fedper", SERVER, "head stays"),
+    ("rve_pfl", ["--references", 0], "--references"), ("rve_pfl", ["--scaling", 2], "--scaling"),
+    ("rve_pfl", ["--gamma", 0.5], "--gamma"), ("rve_pfl", ["--public", "unowned"], "--public"),
     ("fedavg", [*SERVER, "--attack", "loss"], "needs what"), ("pair", SERVER, "two others"),
-    ("lg_fedavg", ["--attack", "kl"], "encoder with noise"), ("fedavg", ["--attack", "kl"], "encoder with noise")])
+    ("lg_fedavg", ["--attack", "kl"], "encoder with noise")])
 def test_bad_input(trained, capsys, run, flags, named):
+    """What the other command does not refuse, too (test_mi_attack.py)."""
     assert named in trained.refuses(capsys, run, *flags)
 
 
 def test_damaged_files_and_scores_are_one_line_and_change_nothing(trained, capsys, monkeypatch):
     path, flags = trained.target("lg_fedavg").results / "membership.csv", ("--attack", "loss")
-    path.write_text("adversary\nx\n")
-    assert "damaged" in trained.refuses(capsys, "lg_fedavg", *flags)
-    path.unlink()
+    path.unlink(missing_ok=True)
     client = trained.place.folder / "models" / "lg_fedavg" / "round_2" / "client_0.pt"
     with kept(client):
         client.write_bytes(client.read_bytes()[:100])

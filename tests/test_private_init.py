@@ -1,15 +1,11 @@
 """Encoders that start from a client's secret, ``--private_init``: in training, and what adversaries know."""
 import json
-import signal
 
 import pytest
 import torch
 
 from attack import adversaries
-from attack import target as targets
 from engine.clients import Clients
-from engine.processes import Ranks
-from engine.signals import Interrupted
 from methods import METHODS, PRIVATE_INIT
 from options import args_parser, readers
 from runs.checkpoints import ClientStore, load_checked
@@ -28,14 +24,6 @@ def still(tmp_path_factory, make_place):
     return place
 
 
-def target_of(place, **more):
-    return targets.open_target("run", *(place.folder / name for name in ("results", "models", "data")), **more)
-
-
-def checkpoint_of(place, round, name):
-    return load_checked(place.models / f"round_{round}" / name)
-
-
 def weights(state):
     """The weights of an encoder, whose biases all start equal, by name without ``encoder.``."""
     return {name.removeprefix("encoder."): value for name, value in state.items()
@@ -47,9 +35,9 @@ def alike(one, other):
 
 
 def test_each_client_begins_with_an_encoder_of_its_own_and_the_rest_is_common(still):
-    common, states = target_of(still).seeded, [
-        checkpoint_of(still, 1, f"client_{k}.pt")["parameters"] for k in range(5)]   # 4 takes part in no round
-    trained = checkpoint_of(still, 1, "shared.pt")["clients"]
+    common, states = still.target().seeded, [
+        still.saved(1, f"client_{k}.pt")["parameters"] for k in range(5)]   # 4 takes part in no round
+    trained = still.saved(1, "shared.pt")["clients"]
     assert len(trained) == 2
     for k, state in enumerate(states):
         own = weights(state)
@@ -58,8 +46,8 @@ def test_each_client_begins_with_an_encoder_of_its_own_and_the_rest_is_common(st
             assert not alike(own, weights(other))
         equal = alike(state, common)
         assert {"prior.mu", "prior.logvar"} <= equal and not weights(dict.fromkeys(equal))
-        assert alike(state, target_of(still).private(0, k).parameters) == state.keys()
-    sent = checkpoint_of(still, 1, "shared.pt")["sent"]
+        assert alike(state, still.target().private(0, k).parameters) == state.keys()
+    sent = still.saved(1, "shared.pt")["sent"]
     assert sent and all(torch.equal(value, common[name]) for name, value in sent.items())
 
 
@@ -100,32 +88,24 @@ def test_what_a_client_shares_is_never_its_own(method):
 def test_without_the_option_all_begin_alike(place):
     assert place.main("--rounds", 1, "--num_users", 3, "--frac", 0.4, "--aggregation", "mean") == 0
     assert json.loads((place.results / "config.json").read_text())["options"]["private_init"] is False
-    target, trained = target_of(place), checkpoint_of(place, 1, "shared.pt")["clients"]
-    idle = [checkpoint_of(place, 1, f"client_{k}.pt")["parameters"] for k in {0, 1, 2} - set(trained)]
+    target, trained = place.target(), place.saved(1, "shared.pt")["clients"]
+    idle = [place.saved(1, f"client_{k}.pt")["parameters"] for k in {0, 1, 2} - set(trained)]
     start = target.start(0).state_dict()
     assert len(idle) == 2
     for state in (*idle, target.private(0, 0).parameters, start):
         assert all(torch.equal(value, target.seeded[name]) for name, value in state.items())
 
 
-def test_an_interrupted_run_goes_on_to_the_byte(place, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_byte(place):
     """Some clients train for the first time after it."""
     flags = (*FLAGS, "--rounds", 3, "--save_rounds", 1, "--new_ep", 1)
     assert place.main(*flags) == 0
-    first, last = (set(checkpoint_of(place, round, "shared.pt")["clients"]) for round in (1, 3))
+    first, last = (set(place.saved(round, "shared.pt")["clients"]) for round in (1, 3))
     late = f"client_{min(last - first)}.pt"
-    expected = place.clients_csv(), checkpoint_of(place, 3, late)["parameters"]
-    aggregate = Ranks.aggregate
-
-    def interrupted(self, server, round):
-        if round.number == 2:
-            raise Interrupted(signal.SIGINT)
-        return aggregate(self, server, round)
-    with monkeypatch.context() as patch:
-        patch.setattr(Ranks, "aggregate", interrupted)
-        assert place.main(*flags, "--overwrite") == 130
+    expected = place.clients_csv(), place.saved(3, late)["parameters"]
+    place.unfinish(3)
     assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected[0]
-    saved = checkpoint_of(place, 3, late)["parameters"]
+    saved = place.saved(3, late)["parameters"]
     assert all(torch.equal(value, saved[name]) for name, value in expected[1].items())
 
 
@@ -134,7 +114,7 @@ def test_a_new_client_begins_with_its_own_encoder_behind_the_head_and_alone(stil
     monkeypatch.setattr(Clients, "_further", lambda self, trainer, number, client, stage, images, shared, state: (
         begun.update({stage: (client, state)}), [])[1])
     assert still.main(*FLAGS, "--rounds", 1, "--lr", 1e-12, "--new_ep", 1, "--overwrite") == 0
-    own = target_of(still).own_start(4)
+    own = still.target().own_start(4)
     for stage in ("new_10", "alone_all"):
         client, state = begun[stage]
         assert client == 4 and alike(own, state.parameters) == own.keys() != set()
@@ -163,7 +143,7 @@ def test_starts_are_drawn_when_asked_for_and_not_kept(tmp_path):
 def test_an_adversary_guesses_a_start_and_is_not_given_it(still):
     guesses = []
     for seed in (1, 5):
-        target = target_of(still, seed=seed)
+        target = still.target(seed=seed)
         target.require(0)
         server = weights(adversaries.hold(target, "curious_server", 0, 2).encoder.state_dict())
         start = target.start(0).state_dict()

@@ -1,15 +1,13 @@
 """Whole runs, recomputed by other code from the files they leave: what is trained, sent, kept, evaluated and
 attacked. Each test is here because some change of one line survived all others."""
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from attacked import Attacked
 
 from attack import evaluation, latents, mi_attack
-from attack import target as targets
 from attack.attacks import ATTACKS
 from datasets import load
 from devices import seed_torch
@@ -197,7 +195,7 @@ def test_the_seed_decides_who_owns_what_the_start_and_who_trains(place):
     for seed in (1, 2):
         assert place.main("--num_users", 6, "--frac", 0.5, "--rounds", 3, "--save_rounds", 1, "--seed", seed,
                           "--local_bs", 8, "--overwrite", "--aggregation", "mean", "--method", "fedavg") == 0
-        sent = load_checked(place.models / "round_1" / "shared.pt")["sent"]["classifier.output.weight"]
+        sent = place.saved(1, "shared.pt")["sent"]["classifier.output.weight"]
         asked = pd.read_csv(place.results / "server.csv").groupby("round")["client"].agg(tuple).tolist()
         with np.load(place.results / "partition.npz") as parts:
             seen[seed] = sent, asked, {*parts["train_0"], *parts["test_0"]}
@@ -209,14 +207,13 @@ def test_the_seed_decides_who_owns_what_the_start_and_who_trains(place):
 def test_nbafls_noise_is_for_the_smallest_client(place):
     assert place.main("--method", "nbafl", "--num_users", 4, "--unequal", "--partition", "iid", "--rounds", 3,
                       "--epsilon", 30, "--delta", 0.02, "--exposures", 2, "--clip", 9, "--local_bs", 8) == 0
-    facts = json.loads((place.results / "config.json").read_text())["server"]
+    facts = place.config["server"]
     sizes = pd.read_csv(place.results / "clients.csv").query("split == 'train'")["n"]
     assert facts["smallest"] == sizes.min() < sizes.max()
     options = {"epsilon": 30, "delta": 0.02, "exposures": 2, "rounds": 3, "num_users": 4, "new_clients": 0}
     expected = nbafl_sigmas(options, 9, sizes.min())
     assert (facts["sigma_uplink"], facts["sigma_downlink"]) == pytest.approx(expected)
-    shared = load_checked(place.models / "round_3" / "shared.pt")   # what the server saw: clipped, then noise
-    for upload in shared["uploads"].values():
+    for upload in place.saved(3, "shared.pt")["uploads"].values():   # the server saw them clipped, then noise
         whole = torch.cat([value.flatten() for value in upload.values()]).double()
         assert whole.square().sum().item() == pytest.approx(81 + len(whole) * expected[0]**2, rel=0.05)
 
@@ -253,38 +250,30 @@ def test_malicious_clients_alone_lie_and_no_mean_has_them(ran, place, driver, mo
 
 # The attack.
 
-
-class Attacked(Ran):
-    """Runs under attack; public images are another data set's, of which some are clients' own."""
-
-    def argv(self, run, *flags):
-        folder = self.place.folder
-        return ["--run", run, "--images", "3", "--restarts", "1", "--iterations", "3", "--train_epochs", "1",
-                "--draws", "2", "--scores", "2", "--public", "public",
-                "--data_dir", str(folder / "data"), "--results_dir", str(folder / "results"),
-                "--models_dir", str(folder / "models"), *map(str, flags)]
-
-    def scene(self, run, *flags):
-        args = mi_attack.make_parser().parse(self.argv(run, *flags))
-        target = targets.open_target(run, args.results_dir, args.models_dir, args.data_dir)
-        return evaluation.Evaluation(target, args)
+BUDGET = ("--images", 3, "--restarts", 1, "--iterations", 3, "--train_epochs", 1, "--draws", 2, "--scores", 2)
 
 
 @pytest.fixture(scope="module")
 def attacked(ran, tiny_arrays):
+    """Public images are another data set's, of which some are clients' own."""
+    found = Attacked(ran.place, tiny_arrays, flags=BUDGET)
     arrays = {**tiny_arrays, "train_images": 255 - tiny_arrays["train_images"]}
     np.savez(ran.place.folder / "data" / "public.npz", **arrays)   # its test half is tiny's own
-    return Attacked(ran.place)
+    return found
 
 
-def test_the_evaluator_and_the_adversaries_know_no_private_image(attacked, tiny_arrays):
+def scene(attacked, run, *flags):
+    return evaluation.Evaluation(attacked.target(run), mi_attack.make_parser().parse(attacked.argv(run, *flags)))
+
+
+def test_the_evaluator_and_the_adversaries_know_no_private_image(ran, attacked, tiny_arrays):
     """Were the clients' training images other ones, the evaluator would be the same to the bit, and so would
     be what an adversary makes of the same observation."""
     turned = {f"{half}_images": 255 - tiny_arrays[f"{half}_images"] for half in ("train", "test")}
     np.savez(attacked.place.folder / "data" / "apart.npz", **{**tiny_arrays, **turned})
-    parts, found = attacked.part("rve_pfl"), []
+    parts, found = ran.part("rve_pfl"), []
     for _ in range(2):
-        made, results = attacked.scene("rve_pfl", "--public", "apart"), {}
+        made, results = scene(attacked, "rve_pfl", "--public", "apart"), {}
         results["evaluator"] = torch.cat([p.flatten() for p in made.evaluator.model.parameters()])
         results["public"] = made.public.images
         z = torch.linspace(-1, 1, 192).reshape(1, 3, 64)
@@ -309,10 +298,10 @@ def as_bytes(images):
     return {image.tobytes() for image in images}
 
 
-def test_public_images_are_nobodys(attacked, place, tiny_arrays):
+def test_public_images_are_nobodys(ran, attacked, place, tiny_arrays):
     """Those of another data set, of which 40 are clients' own; and those of this one that no client owns."""
-    found = as_bytes(attacked.scene("fedavg").public.images)
-    assert len(found) == 200 and not found & as_bytes(attacked.images)
+    found = as_bytes(scene(attacked, "fedavg").public.images)
+    assert len(found) == 200 and not found & as_bytes(ran.images)
     labels = np.concatenate([tiny_arrays["train_labels"]] * 4)
     few = np.flatnonzero((labels != 3) | (np.arange(len(labels)) < 100))   # a rare class: many stay unused
     images = np.concatenate([tiny_arrays["train_images"]] * 4)[few]
@@ -323,12 +312,12 @@ def test_public_images_are_nobodys(attacked, place, tiny_arrays):
     parts = np.load(place.results / "partition.npz")
     owned = np.concatenate([parts[name] for name in parts.files])
     pooled = np.concatenate([images, tiny_arrays["test_images"]])
-    found = as_bytes(Attacked(place).scene("run", "--public", "unowned").public.images)
+    found = as_bytes(scene(Attacked(place, tiny_arrays), "run", "--public", "unowned").public.images)
     assert len(found) >= 200
     assert found == as_bytes(np.delete(pooled, owned, 0)) and not found & as_bytes(pooled[owned])
 
 
-def test_scores_and_controls_recomputed(attacked, monkeypatch):
+def test_scores_and_controls_recomputed(ran, attacked, monkeypatch):
     calls, rows = [], evaluation.Evaluation.rows
 
     def noting(self, unit, outcome, control):
@@ -336,17 +325,17 @@ def test_scores_and_controls_recomputed(attacked, monkeypatch):
                       self.evaluator.model.eval()))
         return calls[-1][3]
     monkeypatch.setattr(evaluation.Evaluation, "rows", noting)
-    assert mi_attack.main(attacked.argv("rve_pfl", "--overwrite", "--adversary", "stolen_model", "--attack",
-                                        "latent_search", "--observe", "z", "--clients", 1)) == 0
-    train = attacked.part("rve_pfl")["train_1"]
-    private, labels = attacked.pixels(train), attacked.labels
+    assert attacked.attack("rve_pfl", "--overwrite", "--adversary", "stolen_model", "--attack", "latent_search",
+                           "--observe", "z", "--clients", 1) == 0
+    train = ran.part("rve_pfl")["train_1"]
+    private, labels = ran.pixels(train), ran.labels
     assert [control for control, *_ in calls] == ["", "foreign"]
     _, originals, chosen, *_ = calls[0]
     for control, images, numbers, scored, evaluator in calls:
         for i, (x, number, row) in enumerate(zip(images, numbers, scored, strict=True)):
             label = labels[number]
             assert number == row["image"] == chosen[i] and number in train and label == row["label"]
-            mse = (x - attacked.pixels([number])[0]).double().square().mean().item()
+            mse = (x - ran.pixels([number])[0]).double().square().mean().item()
             assert row["mse"] == pytest.approx(max(mse, 1e-10), rel=1e-4)
             assert row["psnr"] == pytest.approx(10 * np.log10(1 / max(mse, 1e-10)), abs=1e-3)
             apart = (private - x).square().mean((1, 2, 3))   # the client's own images, and no others

@@ -3,29 +3,20 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import wait_for
 
 from engine.processes import Ranks
-from runs.checkpoints import load_checked
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 FLAGS = ("--num_users", 5, "--frac", 0.7, "--checkpoint_seconds", 0)
 
 
-def start(place, launcher, *flags):
-    return subprocess.Popen([*launcher, str(ROOT / "RVE-PFL.py"), *place.argv(*flags)], text=True, env=ENV,
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def run(place, processes, *flags):
-    process = start(place, [*TORCHRUN, str(processes)], *flags)
+    process = place.start(*flags, launcher=(*TORCHRUN, str(processes)))
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
@@ -66,11 +57,8 @@ def test_the_same_numbers_as_one_process(place, alone):
 
 @pytest.mark.slow
 def test_a_death_ends_all_and_another_number_goes_on(place, alone):
-    process = start(place, [*TORCHRUN, "2"], *FLAGS)
-    end = time.monotonic() + 120
-    while not (place.models / "round_1").exists() and process.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    process = place.start(*FLAGS, launcher=(*TORCHRUN, "2"))
+    wait_for(process, (place.models / "round_1").exists)
     workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
                                                   text=True).stdout.split()]
     os.kill(workers[-1], signal.SIGKILL)
@@ -98,7 +86,7 @@ def test_each_process_trains_and_evaluates_its_own_clients_alone(place, monkeypa
         "trained": [1, 3], "deployed": [1, 3]}
     folder = place.models / "round_2"
     assert {p.name for p in folder.iterdir()} == {"shared.pt", "server.pt", "client_1.pt", "client_3.pt"}
-    assert load_checked(folder / "shared.pt")["uploads"].keys() == {1, 3}
+    assert place.saved(2, "shared.pt")["uploads"].keys() == {1, 3}
 
 
 @pytest.mark.parametrize("name, value", [("WORLD_SIZE", "x"), ("RANK", None), ("LOCAL_RANK", "")])

@@ -1,23 +1,24 @@
 """Whole runs: their files, resuming after kill -9, and which clients train on which images."""
-import json
 import os
 import shutil
 import signal
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import wait_for
 
 import datasets
 import sampling
 from engine.clients import Clients
+from engine.processes import Ranks
+from engine.signals import Interrupted
 from methods import KL_WEIGHT, METHODS
 from options import args_parser
 from runs import plots, setup
-from runs.checkpoints import load_checked
-from runs.run import _details
 from server.privacy import ClientDP
 from utils import rng
 
@@ -45,8 +46,7 @@ def test_each_method_from_the_command_line(place, capsys, method):
     clients = pd.read_csv(place.results / "clients.csv")
     assert len(clients) == 2 * 2 * 3 and clients["accuracy"].between(0, 1).all()
     assert clients["kl_nats"].notna().all() == (KL_WEIGHT in METHODS[method].reads)
-    shared = load_checked(place.models / "round_2" / "shared.pt")
-    private = load_checked(place.models / "round_2" / "client_0.pt")["parameters"]
+    shared, private = place.saved(2, "shared.pt"), place.saved(2, "client_0.pt")["parameters"]
     whole = METHODS[method].build((1, 8, 8), 4, {"init_logvar": 0.0, "l2_weight": 0.0}).state_dict()
     assert bool(shared["uploads"][0]) == bool(METHODS[method].shared)
     assert bool(private) == bool(METHODS[method].shared_and_private(whole)[1])
@@ -98,9 +98,8 @@ def test_the_files_of_a_run(finished):
     assert (server.groupby("round")["client"].count() == 2).all()
     weight = server.groupby("round")["weight"].sum(min_count=1)   # two of few classes may oppose each other:
     assert np.allclose(weight[weight.notna()], 1) and weight.notna().any()   # then none can be told
-    config = json.loads((finished.results / "config.json").read_text())
-    assert config["status"] == "finished" and config["options"]["frac"] == 0.5
-    count = config["parameters"]
+    assert finished.config["status"] == "finished" and finished.config["options"]["frac"] == 0.5
+    count = finished.config["parameters"]
     assert (rounds[["bytes_up", "bytes_down"]] == 2 * 4 * count["shared"]).all(axis=None)   # two clients, float32
     assert count["shared"] == count["classifier"] < count["total"] == count["encoder"] + count["classifier"]
     parts = np.load(finished.results / "partition.npz")
@@ -117,18 +116,10 @@ def test_resplit_and_validate_mark_every_output(place, flag, split):
     for name in ("clients.csv", "rounds.csv"):
         assert set(pd.read_csv(place.results / name)["split"]) == {"train", split}
     protocol = flag.removeprefix("--")
-    assert json.loads((place.results / "config.json").read_text())["protocol"] == protocol
-    assert load_checked(place.models / "round_1" / "shared.pt")["protocol"] == protocol
+    assert place.config["protocol"] == place.saved(1, "shared.pt")["protocol"] == protocol
     names = np.load(place.results / "partition.npz").files
     assert set(names) == ({"owned_0", "owned_1"} if flag == "--resplit" else
                           {"train_0", "train_1", "validation_0", "validation_1"})
-
-
-def wait_for(process, condition, seconds=120):
-    end = time.monotonic() + seconds
-    while process.poll() is None and not condition():
-        assert time.monotonic() < end, "the run made no progress"
-        time.sleep(0.002)
 
 
 def lines(path):
@@ -157,16 +148,9 @@ def test_kill_9_at_any_moment_then_resume_gives_the_same_bytes(place):
     assert {p.name for p in place.models.iterdir()} == {"round_15", ".lock"}
 
 
-def unfinish(place, round):
-    """Make a run look killed after its last checkpoint, of this round."""
-    config = place.results / "config.json"
-    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
-    shutil.rmtree(place.models / f"round_{round}")
-
-
 def test_what_a_kill_during_writes_leaves_behind_is_cleared(copy):
     expected = copy.clients_csv(), (copy.results / "server.csv").read_bytes()
-    unfinish(copy, 4)
+    copy.unfinish(4)
     for folder in (".round_3", ".private"):
         (copy.models / folder).mkdir()
     (copy.models / ".round_3" / ".client_0.pt.1.tmp").write_bytes(b"half")
@@ -188,7 +172,7 @@ def test_results_and_checkpoints_in_one_folder(place):
     assert place.main(*flags) == 0
     expected = place.clients_csv()
     place.folder.joinpath("models").symlink_to(place.folder / "results")
-    unfinish(place, 2)
+    place.unfinish(2)
     assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected
     assert {"round_1", "round_2", "config.json", ".lock"} < {p.name for p in place.results.iterdir()}
 
@@ -224,22 +208,33 @@ def test_resuming_a_finished_run_does_nothing_and_shows_its_table(copy, capsys):
     assert said.endswith(f"report.py --results_dir {copy.folder / 'results'}\n")
 
 
-def test_accuracy_by_class_and_megabytes_as_text():
-    row = pd.Series({"stage": "deployed", "accuracy_class_0": 0.25, "accuracy_class_1": np.nan,
-                     "bytes_up": 1_234_560_000, "bytes_down": 3_978_320})
-    assert _details(row) == "deployed, by class: 0.250 -\nlast round:  1,234.6 MB up, 4.0 MB down\n"
+WARM = ("--method", "rve_pfl_trunk", "--prior", "class", "--full_sharing_rounds", 2)
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("flags", [("--method", "nbafl"), pytest.param(
-    ("--method", "client_dp_adaptive", "--noise_multiplier", 0.1), marks=pytest.mark.slow)])
-def test_what_the_server_remembers_is_resumed(place, flags):
-    flags = (*flags, "--rounds", 4, "--num_users", 4, "--frac", 0.6, "--save_rounds", 2)
+@pytest.mark.parametrize("stopped, flags", [
+    (3, ("--method", "nbafl")), slow(3, ("--method", "client_dp_adaptive", "--noise_multiplier", 0.1)),
+    slow(2, WARM), (3, WARM), slow(4, WARM)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(place, monkeypatch, stopped, flags):
+    """What a server remembers; and WARM in a full sharing round, in the first one after those, and later."""
+    flags = (*flags, "--rounds", 4, "--num_users", 4, "--frac", 0.6)
+
+    def ends():
+        files = place.contents()   # rounds.csv has seconds, and server.pt says how long that is
+        return place.config["server"], [files[name] for name in sorted(files) if name.endswith(
+            ("clients.csv", "server.csv", "shared.pt", *(f"client_{k}.pt" for k in range(4))))]
     assert place.main(*flags) == 0
-    expected, config = place.clients_csv(), json.loads((place.results / "config.json").read_text())["server"]
-    unfinish(place, 4)   # so that it goes on from round 2
-    assert place.main(*flags, "--resume") == 0
-    assert place.clients_csv() == expected
-    assert json.loads((place.results / "config.json").read_text())["server"] == config
+    expected, aggregate = ends(), Ranks.aggregate
+
+    def interrupted(self, server, round):
+        if round.number == stopped:
+            raise Interrupted(signal.SIGINT)
+        return aggregate(self, server, round)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "aggregate", interrupted)
+        assert place.main(*flags, "--overwrite") == 130
+    assert {p.name for p in place.models.glob("round_*")} == {f"round_{stopped - 1}"}
+    assert place.main(*flags, "--resume") == 0 and ends() == expected
 
 
 def test_nobody_sampled_is_a_round_too(place):
@@ -247,7 +242,7 @@ def test_nobody_sampled_is_a_round_too(place):
     assert place.main("--method", "client_dp", "--frac", 0.01, "--noise_multiplier", 1, "--rounds", 2) == 0
     clients = pd.read_csv(place.results / "clients.csv")
     assert len(clients) == 2 * 2 and set(clients["stage"]) == {"deployed"}
-    shared = load_checked(place.models / "round_2" / "shared.pt")
+    shared = place.saved(2, "shared.pt")
     assert not shared["uploads"] and all(value.isfinite().all() for value in shared["sent"].values())
 
 
@@ -303,21 +298,16 @@ def test_the_clients_of_a_round(clients, method, noise):
     """Poisson sampling, as client-level DP's epsilon assumes; else always the same number."""
     made = clients("--frac", 0.25, "--num_users", 40, "--local_bs", 4, "--partition", "iid", "--method", method,
                    *noise)
-    counts = [len(made.select(number)) for number in range(1, 200)]
-    if noise:   # binomial: mean 10, variance 7.5
-        assert np.mean(counts) == pytest.approx(10, abs=0.7) and np.var(counts) == pytest.approx(7.5, rel=0.4)
-    else:
-        assert set(counts) == {10}
-    assert made.select(3) == sampling.sample_clients(40, 0.25, rng(1, "sample", round=3), bool(noise))
+    for number in range(1, 20):
+        assert made.select(number) == sampling.sample_clients(
+            40, 0.25, rng(1, "sample", round=number), poisson=bool(noise))
     assert all(row.poisson == (row.server is not None and issubclass(row.server.imported(), ClientDP))
                for row in METHODS.values())
 
 
-def test_rounds_of_full_sharing_and_of_evaluation(clients):
-    made = clients("--full_sharing_rounds", 2, "--rounds", 5, "--eval_every", 2)
-    assert [made.trainer_in(number).method.shared for number in (1, 2, 3)] == [("",), ("",), ("classifier.",)]
+def test_the_last_round_is_evaluated_and_heads_on_borrowed_encoders_learn_slowly(clients):
+    made = clients("--rounds", 5, "--eval_every", 2)
     assert [number for number in range(1, 6) if made.evaluates(number)] == [2, 4, 5]
     borrowed = clients("--encoders_from", "other").trainer
     optimizer, _ = borrowed.prepare({}, borrowed.training.part)
-    assert not any(value.requires_grad for value in borrowed.model.encoder.parameters())
     assert [group["scale"] for group in optimizer.param_groups] == [0.1]

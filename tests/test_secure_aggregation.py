@@ -1,5 +1,4 @@
 """Secure aggregation: the run is that of the mean, and the server has nothing but the weighted sum."""
-import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -8,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from attacked import Attacked
 from conftest import server_options
+from test_update import equal, flat
 
-from attack import adversaries, gradients, members, membership, mi_attack, observations, scoring
+from attack import adversaries, gradients, members, membership, mi_attack, observations
 from attack.attacks import CLIENT_LR
 from runs.checkpoints import load_checked
 from server.base import Round, Server
@@ -55,14 +55,6 @@ def tensors(content):
     return [content] if isinstance(content, torch.Tensor) else []
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def flat(state):
-    return torch.cat([value.flatten() for value in state.values()])
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_the_run_is_that_of_the_mean_and_no_upload_is_stored(trained, run):
     for name in ("clients.csv", "server.csv"):
@@ -70,16 +62,16 @@ def test_the_run_is_that_of_the_mean_and_no_upload_is_stored(trained, run):
     for round in trained.target(run).rounds():
         plain, secure = (checkpoint(trained, name, round) for name in (run, f"{run}-sum"))
         uploads = plain["shared"]["uploads"]
-        assert same(plain["server"]["head"], secure["server"]["head"])
+        assert equal(plain["server"]["head"], secure["server"]["head"])
         assert plain["server"]["memory"] == secure["server"]["memory"]
-        assert same(plain["shared"]["sent"], secure["shared"]["sent"]) and plain["shared"]["sum"] == {}
+        assert equal(plain["shared"]["sent"], secure["shared"]["sent"]) and plain["shared"]["sum"] == {}
         assert secure["shared"]["clients"] == plain["shared"]["clients"] == list(uploads)
         assert secure["shared"]["uploads"] == {} and len(uploads) > 1
         for stored in tensors(secure["shared"]) + tensors(secure["server"]):
             assert not any(torch.equal(stored, value) for value in tensors(uploads))
         for k in range(3):
             kept = trained.target(f"{run}-sum").private(round, k)   # of the round's layout, or it is refused
-            assert same(plain[f"client_{k}"]["parameters"], kept.parameters)
+            assert equal(plain[f"client_{k}"]["parameters"], kept.parameters)
 
 
 def test_the_sum_is_stored_as_it_arrives(trained):
@@ -88,13 +80,12 @@ def test_the_sum_is_stored_as_it_arrives(trained):
     for run, round in (("lg_fedavg", 1), ("nbafl", 2)):
         uploads = trained.target(run).shared(round)["uploads"]
         total = trained.target(f"{run}-sum").shared(round)["sum"]
-        for name, value in total.items():
-            mean = sum(n / sum(sizes) * uploads[k][name] for k, n in enumerate(sizes))
-            torch.testing.assert_close(value, mean, atol=1e-6, rtol=1e-5)
-    assert not same(trained.target("nbafl-sum").sent_next(2), total)
+        mean = {name: sum(n / sum(sizes) * uploads[k][name] for k, n in enumerate(sizes)) for name in total}
+        torch.testing.assert_close(total, mean, atol=1e-6, rtol=1e-5)
+    assert not equal(trained.target("nbafl-sum").sent_next(2), total)
     noisy = trained.target("client_dp-sum")
     shared, sent = noisy.shared(1), noisy.sent_next(1)
-    assert same(shared["sum"], sent)
+    assert equal(shared["sum"], sent)
     assert (flat(sent) - flat(shared["sent"])).std().item() == pytest.approx(0.01 / 3, rel=0.05)
 
 
@@ -115,28 +106,23 @@ def test_the_stolen_model_of_a_client_is_what_it_trained(trained):
         assert len(uploads) == 2
         for k in range(3):
             victim = trained.victim("fedavg-sum", round, k)
-            assert same(victim.own, uploads.get(k, victim.sent_next))
+            assert equal(victim.own, uploads.get(k, victim.sent_next))
     server = adversaries.hold(trained.target("fedavg-sum"), "curious_server", 1, 2)
-    assert same(server.head.state_dict(prefix="classifier."), trained.target("fedavg-sum").shared(1)["sum"])
+    assert equal(server.head.state_dict(prefix="classifier."), trained.target("fedavg-sum").shared(1)["sum"])
 
 
-def test_a_resumed_run_has_the_same_bytes(trained, capsys):
-    place, run = trained.place, ("--run_name", "again", *RUNS["rve_pfl"])
-    trained.results("fedavg")
-    assert place.main(*run, SECURE) == 0
-    config = place.folder / "results" / "again" / "config.json"
-    config.write_text(config.read_text().replace('"finished"', '"unfinished"'))
-    shutil.rmtree(place.folder / "models" / "again" / "round_2")
-    plain = ("--run_name", "fedavg", *RUNS["fedavg"], "--aggregation", "mean")
-    assert SECURE in place.refuses(capsys, *plain, SECURE, "--resume")
-    assert place.main(*run, "--resume") == 0
-    before, after = (checkpoint(trained, name, 2) for name in ("rve_pfl-sum", "again"))
+def test_a_resumed_run_has_the_same_bytes(trained):
+    """The option need not be given again."""
+    run, place = "rve_pfl-sum", trained.place
+    before, clients = checkpoint(trained, run, 2), (trained.results(run) / "clients.csv").read_bytes()
+    place.unfinish(2, run=run)
+    assert place.main("--run_name", run, *RUNS["rve_pfl"], "--resume") == 0
+    after = checkpoint(trained, run, 2)
     assert before.keys() == after.keys()
     for name, content in before.items():
         for one, other in zip(tensors(content), tensors(after[name]), strict=True):
             assert torch.equal(one, other)
-    assert (config.parent / "clients.csv").read_bytes() == (
-        trained.results("rve_pfl-sum") / "clients.csv").read_bytes()
+    assert (trained.results(run) / "clients.csv").read_bytes() == clients
 
 
 def test_the_server_cannot_leave_a_nan_upload_out(trained):
@@ -144,11 +130,11 @@ def test_the_server_cannot_leave_a_nan_upload_out(trained):
     target = trained.target("nan")
     shared = target.shared(1)
     assert shared["clients"] == [0, 1, 2] and all(value.isnan().all() for value in shared["sum"].values())
-    assert same(target.sent_next(1), shared["sent"])
+    assert equal(target.sent_next(1), shared["sent"])
     assert (trained.csv("nan", "server.csv")["weight"] == 0).all()
     assert "no sum" in membership.obstacle(target, membership.Unit("curious_server", "sum_loss", 1, 0), [1])
     held = adversaries.hold(target, "curious_server", 1, 0).head.state_dict()   # attacked instead of a NaN
-    assert same({f"classifier.{name}": value for name, value in held.items()}, shared["sent"])
+    assert equal({f"classifier.{name}": value for name, value in held.items()}, shared["sent"])
 
 
 def test_adaptive_clips_follow_the_sum_of_all_bits():
@@ -159,7 +145,7 @@ def test_adaptive_clips_follow_the_sum_of_all_bits():
                                                  secure_aggregation=secure))
         head = server(Round(1, sent, {0: {"w": torch.ones(4) / 4}, 1: {"w": torch.full((4,), torch.nan)}},
                             {0: 1, 1: 1})).head
-        assert same(head, sent) == secure
+        assert equal(head, sent) == secure
         clips.append(server.memory["clip"])
     assert clips[1] / clips[0] == pytest.approx(np.exp(0.2 * 0.5 / 3))
 
@@ -194,10 +180,8 @@ def test_the_server_observes_the_mean_over_the_clients_of_a_round(trained, run, 
         for name, value in network.named_parameters():
             expected[name] = expected.get(name, 0) + value.grad / clients
     seen = victim.update(x, y, CLIENT_LR)
-    assert seen.keys() == target.uploaded.keys()
-    for name, value in seen.items():
-        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-3)
-    assert same(seen, victim.update(x, y, CLIENT_LR))   # the others' images stay
+    torch.testing.assert_close(seen, {name: expected[name] for name in target.uploaded}, atol=1e-5, rtol=1e-3)
+    assert equal(seen, victim.update(x, y, CLIENT_LR))   # the others' images stay
 
 
 def test_the_methods_noise_is_on_the_sum(trained):
@@ -245,12 +229,6 @@ def test_batches_choose_among_the_images_of_all_clients_and_so_do_controls(train
     assert (table.loc["", "label_match"] == 1).all()
 
 
-def test_rectangular_assignment_by_hand():
-    truth, found = torch.tensor([0.1, 0.8]), torch.tensor([0.9, 0.5, 0.15, 0.3])
-    chosen = scoring.in_order_of(truth.view(2, 1, 1, 1), found.view(4, 1, 1, 1))
-    assert chosen.flatten().tolist() == pytest.approx([0.15, 0.9])
-
-
 def test_membership_by_the_fall_of_the_loss_by_hand(trained, monkeypatch):
     """In the rounds in which the client took part; losses are given by hand."""
     target = trained.target("fedavg-sum")
@@ -259,7 +237,7 @@ def test_membership_by_the_fall_of_the_loss_by_hand(trained, monkeypatch):
 
     def confidence(answer, images, labels):
         head = answer.args[0].state_dict(prefix="classifier.")
-        p = np.exp(-losses[next(key for key in losses if same(head, heads[key]))])
+        p = np.exp(-losses[next(key for key in losses if equal(head, heads[key]))])
         return torch.full((len(images),), float(np.log(p / (1 - p)))).double()
     monkeypatch.setattr(members, "confidence", confidence)
     fall = {1: 2.0, 2: 0.5}

@@ -1,34 +1,20 @@
 """Shared parameters by round: the encoder's trunk, everything in full sharing rounds; and what that gives away."""
-import signal
-
 import pytest
 import torch
 
 from attack import adversaries, attacks, observations, scoring
-from attack import target as targets
 from attack.adversaries import Adversary, Budget, PublicImages
-from engine.processes import Ranks
-from engine.signals import Interrupted
-from runs.checkpoints import load_checked
 from utils import rng
 
 TRUNK = "encoder.trunk."
 
 
-def checkpoint_of(place, round, name):
-    return load_checked(place.models / f"round_{round}" / name)
-
-
 def test_the_trunk_is_shared_and_the_posterior_stays(place):
     assert place.main("--method", "rve_pfl_trunk", "--prior", "class", "--rounds", 1) == 0
-    uploads = checkpoint_of(place, 1, "shared.pt")["uploads"]
-    kept = checkpoint_of(place, 1, "client_0.pt")["parameters"]
+    uploads, kept = place.saved(1, "shared.pt")["uploads"], place.saved(1, "client_0.pt")["parameters"]
     assert all(name.startswith(("classifier.", TRUNK)) for name in uploads[0])
     assert any(name.startswith(TRUNK) for name in uploads[0])
     assert {name.rsplit(".", 1)[0] for name in kept} == {"encoder.mu", "encoder.logvar", "prior"}
-    head = checkpoint_of(place, 1, "server.pt")["head"]   # two clients of the same size
-    mean = {name: (uploads[0][name] + uploads[1][name]) / 2 for name in head}
-    assert all(torch.allclose(head[name], value, atol=1e-6) for name, value in mean.items())
 
 
 def test_everything_is_shared_in_full_sharing_rounds_and_stays_after_them(place):
@@ -36,42 +22,18 @@ def test_everything_is_shared_in_full_sharing_rounds_and_stays_after_them(place)
              "--frac", 0.5)
     assert place.main(*flags) == 0
     for round in (1, 2):
-        shared, client = checkpoint_of(place, round, "shared.pt"), checkpoint_of(place, round, "client_0.pt")
+        shared, client = place.saved(round, "shared.pt"), place.saved(round, "client_0.pt")
         assert any(name.startswith("encoder.mu") for name in shared["sent"]) and not client["parameters"]
-        assert not checkpoint_of(place, round, "server.pt")["private_start"]
-    before, after = checkpoint_of(place, 2, "server.pt"), checkpoint_of(place, 3, "server.pt")
-    sent, start = checkpoint_of(place, 3, "shared.pt")["sent"], after["private_start"]
+        assert not place.saved(round, "server.pt")["private_start"]
+    before, after = place.saved(2, "server.pt"), place.saved(3, "server.pt")
+    sent, start = place.saved(3, "shared.pt")["sent"], after["private_start"]
     assert not sent.keys() & start.keys() and "encoder.mu.weight" in start
     assert {**sent, **start}.keys() == before["head"].keys()   # parted, and nothing lost or changed
     assert all(torch.equal(value, before["head"][name]) for name, value in {**sent, **start}.items())
-    trained = checkpoint_of(place, 3, "shared.pt")["uploads"]
+    trained = place.saved(3, "shared.pt")["uploads"]
     for k in range(4):
-        own = checkpoint_of(place, 3, f"client_{k}.pt")["parameters"]
+        own = place.saved(3, f"client_{k}.pt")["parameters"]
         assert all(torch.equal(own[name], start[name]) for name in own) == (k not in trained)
-
-
-@pytest.mark.parametrize("stopped", [pytest.param(2, marks=pytest.mark.slow), 3,
-                                     pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_with_full_sharing_rounds_and_a_class_prior_is_resumed_to_the_byte(place, monkeypatch, stopped):
-    """Interrupted in a full sharing round, in the first one after those, and later."""
-    flags = ("--method", "rve_pfl_trunk", "--prior", "class", "--full_sharing_rounds", 2, "--rounds", 4,
-             "--num_users", 4, "--frac", 0.6)
-    assert place.main(*flags) == 0
-    expected, last = place.clients_csv(), checkpoint_of(place, 4, "client_3.pt")["parameters"]
-    aggregate = Ranks.aggregate
-
-    def interrupted(self, server, round):
-        if round.number == stopped:
-            raise Interrupted(signal.SIGINT)
-        return aggregate(self, server, round)
-    with monkeypatch.context() as patch:
-        patch.setattr(Ranks, "aggregate", interrupted)
-        assert place.main(*flags, "--overwrite") == 130
-    saved = checkpoint_of(place, stopped - 1, "client_0.pt")["parameters"]
-    assert bool(saved) == (stopped == 4)   # before, nobody has an encoder of its own
-    assert place.main(*flags, "--resume") == 0 and place.clients_csv() == expected
-    assert all(torch.equal(last[name], value)
-               for name, value in checkpoint_of(place, 4, "client_3.pt")["parameters"].items())
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +45,8 @@ def shared(tmp_path_factory, make_place):
     return place
 
 
-def open_run(place):
-    return targets.open_target("run", place.folder / "results", place.folder / "models", place.folder / "data")
-
-
 def test_what_the_server_knows_of_an_encoder(shared):
-    target = open_run(shared)
+    target = shared.target()
     whole, part = (adversaries.hold(target, "curious_server", round, 0) for round in (1, 2))
     upload = target.shared(1)["uploads"][0]
     assert whole.encoder is not None and not whole.known
@@ -97,7 +55,7 @@ def test_what_the_server_knows_of_an_encoder(shared):
     client = adversaries.hold(target, "curious_client", 2, 0, own=1)   # its posterior, behind the trunk sent
     assert torch.equal(client.encoder.state_dict()["mu.weight"],
                        target.private(2, 1).parameters["encoder.mu.weight"])
-    warm = load_checked(target.file(2, "server.pt"))["private_start"]
+    warm = shared.saved(2, "server.pt")["private_start"]
     start = target.start(2).state_dict()
     assert all(torch.equal(start[name], value) for name, value in warm.items())
     assert not torch.equal(target.start(1).state_dict()["encoder.mu.weight"], warm["encoder.mu.weight"])
@@ -105,10 +63,9 @@ def test_what_the_server_knows_of_an_encoder(shared):
 
 def test_images_come_out_of_a_trunks_gradient(shared):
     """One image's gradient gives the image, as with FedAvg: the price of sharing the trunk."""
-    target = open_run(shared)
+    target = shared.target()
     numbers = rng(0, "images").permutation(target.owned()[0][0])[:4]
-    x = torch.from_numpy(target.data.images[numbers]).permute(0, 3, 1, 2).float() / 255
-    y = torch.from_numpy(target.data.labels[numbers]).long()
+    x, y = target.pixels(numbers), target.labels(numbers)
     view = adversaries.hold(target, "curious_server", 2, 0)
     public = PublicImages(torch.rand(20, 1, 8, 8), torch.arange(20) % 4)
     budget = Budget(2, 300, 1, 2, 1e-3, 10)
@@ -123,7 +80,7 @@ def test_images_come_out_of_a_trunks_gradient(shared):
 
 def test_the_bound_of_a_class_prior_has_the_labels_entropy(place):
     assert place.main("--prior", "class", "--rounds", 2) == 0
-    target = open_run(place)
+    target = place.target()
     images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 0, 0, 1, 1, 1])
     noise = observations.Victim(target, 2, 0).noise(images, labels)
     assert noise["bound_nats"] == pytest.approx(noise["kl_nats"] + torch.tensor(2.0).log().item())

@@ -1,7 +1,6 @@
 """--tensorboard: event files hold a run's scalars and the attacks' pictures, and nothing else of it changes."""
 import importlib.util
 import io
-import json
 
 import numpy as np
 import pandas as pd
@@ -43,11 +42,11 @@ def test_scalars_are_the_rounds_after_a_resume_and_change_nothing_else(place, ca
                 tag = f"{name.replace('_class_', '_class/')}/{stage}_{split}"
                 expected.setdefault(tag, {})[number] = pytest.approx(value, rel=1e-6)
     assert scalars == expected and not images and "accuracy_class/3/deployed_test" in scalars
-    with_board, options = place.clients_csv(), json.loads((place.results / "config.json").read_text())["options"]
+    with_board, options = place.clients_csv(), place.config["options"]
     (place.results / "tensorboard" / "events.mine").touch()
     assert place.main(*FLAGS, "--overwrite") == 0
     assert place.clients_csv() == with_board
-    plain = json.loads((place.results / "config.json").read_text())["options"]
+    plain = place.config["options"]
     assert {name for name in plain if plain[name] != options[name]} == {"tensorboard", "resume", "overwrite"}
     assert [path.name for path in (place.results / "tensorboard").iterdir()] == ["events.mine"]
 

@@ -1,4 +1,5 @@
 """The threat-aware weights: by hand, on recorded honest updates, and under attack."""
+import json
 import math
 from pathlib import Path
 
@@ -111,13 +112,6 @@ def test_copies_share_the_weight_of_one():
         assert [row["trust"] for row in rows] == [1] * 10   # nobody is punished for being copied
 
 
-@pytest.mark.parametrize("factor", [50, 1e30, -1, -30])
-def test_a_long_or_opposed_update_hardly_weighs(honest, factor):
-    bad = factor * (honest[0] if factor > 0 else honest.mean(0))
-    weight, _ = weighed(torch.cat([bad[None], honest[1:]]))
-    assert weight[0] < 0.03 and weight[1:].min() > 0.05
-
-
 def test_order_and_scale_do_not_matter(honest):
     updates = opposed(honest)
     weight, _ = weighed(updates)
@@ -156,15 +150,16 @@ def test_distrusted_clients_are_no_reference_for_others():
         assert rows[k]["cosine"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_trust_is_lost_at_once_and_returns_slowly(honest):
+def test_trust_is_lost_at_once_and_returns_slowly_and_weights_with_it(honest):
     made, trust = server(), []
     for number, updates in enumerate((honest, opposed(honest), honest, honest), 1):
         trust.append(weighed(updates, made=made, number=number)[1][0]["trust"])
     assert trust[0] > 0.8 and trust[1] < 0.4 and trust[1] < trust[2] < trust[3] < 0.95
     made = server(6)   # an upload that could not be used earns no trust
     weighed([torch.full((6,), torch.nan), *torch.eye(6)[1:]], made=made)
-    _, rows = weighed(torch.eye(6), made=made, number=2)
+    weight, rows = weighed(torch.eye(6), made=made, number=2)
     assert [row["trust"] for row in rows] == pytest.approx([0.2] + [1] * 5)
+    assert weight.tolist() == pytest.approx([0.2 / 5.2] + [1 / 5.2] * 5)
 
 
 def test_the_fallback_counts_norms_copies_and_sizes_but_no_trust():
@@ -220,10 +215,15 @@ def test_a_warning_says_once_that_two_uploads_are_too_few(place, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_weights_follow_the_remembered_trust():
-    weight, rows = weighed(torch.eye(6), trust=[0.0] * 2 + [1.0] * 4)
-    assert [row["trust"] for row in rows] == pytest.approx([0.2] * 2 + [1] * 4)
-    assert weight.tolist() == pytest.approx([0.2 / 4.4] * 2 + [1 / 4.4] * 4)
+def test_what_the_server_remembers_is_resumed(place):
+    """One of two clients opposes the other, so that every round falls back."""
+    flags = ("--aggregation", "threat_aware", "--malicious_frac", 0.5, "--malicious_behaviour", "sign_flip",
+             "--save_rounds", 1)
+    assert place.main(*flags) == 0
+    whole, config = place.clients_csv(), place.results / "config.json"
+    place.unfinish(3)
+    assert place.main(*flags, "--resume") == 0 and place.clients_csv() == whole
+    assert json.loads(config.read_text())["server"] == {"fallbacks": 3}
 
 
 def test_updates_are_clipped_to_the_median_norm_before_they_are_compared():
