@@ -114,7 +114,8 @@ def draw(rows: pd.DataFrame) -> Figure:
                 panel.plot(*tip, marker, color=f"C{colour}", markersize=size, markerfacecolor="none",
                            label=f"{partition}, {words}")
         if codes := CODES.get(name):
-            panel.axvline(codes / CANDIDATES, color="grey", linestyle=":", label="bound on one z, 8 z, the mean")
+            panel.axvline(codes / CANDIDATES, color="grey", linestyle=":",
+                          label="bound for one z, 8 z, the mean; 500 images")
         low, high = panel.get_ylim()
         panel.set(title=f"{dataset}: {name}", xscale="log", xlim=(1e-3, 1.5),
                   ylim=(min(low, high - 0.1), min(1, high + 0.03)), ylabel="deployed accuracy",

@@ -98,6 +98,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         panel.set(title=", ".join(world))
         panel.set_xticks(range(len(RULES)), [rule.replace("_", "\n", 1) for rule in RULES], fontsize=8)
         panel.set_yticks(range(len(BEHAVIOURS)), BEHAVIOURS, fontsize=8)
+    figure.supxlabel("points of accuracy lost; negative: gained", fontsize=9)
     return figure
 
 
