@@ -395,6 +395,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
 def obey(experiment: Experiment, args: argparse.Namespace) -> int:
     """Do what a command line says and return the exit status."""
     queue = Queue(experiment, args.out)
+    torch.set_num_threads(1)   # of a measurement in this process, and as rows say of those in others
     try:
         if args.draw:
             draw(experiment, args.out)

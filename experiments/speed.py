@@ -180,7 +180,7 @@ EXPERIMENT = Experiment(
     tasks=tasks, measure=measure, inspect=time_step, settings=["workload"], tabulate=tabulate,
     keys={"workload": "workload"}, spread="ratio",
     draw=lambda rows: dots(tabulate(rows), ["workload"], ["plain", "tuned", "ours", "floor"],
-                           xlabel="ms per step"),
+                           xlabel="ms per step", xscale="log"),
     values={"plain": ("plain, ms", "{:.1f}"), "tuned": ("tuned, ms", "{:.1f}"), "ours": ("ours, ms", "{:.1f}"),
             "ratio": ("plain / ours", "{:.2f}"), "tuned_ratio": ("tuned / ours", "{:.2f}"),
             "reached": ("% of the floor", "{:.0f}")})

@@ -265,6 +265,20 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
     assert common.main(experiment, ["--out", str(tmp_path / "new")]) == 0
 
 
+def test_rows_of_a_measurement_say_that_it_had_one_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    task = common.Task("made", {"method": "a"}, 1, ())
+    experiment = made(tasks=lambda seeds: [task], measure=lambda folder: [{"value": torch.get_num_threads()}])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert common.main(experiment, ["--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    row = common.read(tmp_path / "made.csv").iloc[0]
+    assert row["value"] == 1 and row["processor"].startswith("CPU, 1 threads")
+
+
 def test_what_an_experiment_cannot_draw_is_refused(tmp_path, capsys):
     assert common.main(leakage.EXPERIMENT, ["--run", "nope"]) == 2
     assert "--run nope: is no gallery" in capsys.readouterr().err
