@@ -395,14 +395,9 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> int:
 def obey(experiment: Experiment, args: argparse.Namespace) -> int:
     """Do what a command line says and return the exit status."""
     queue = Queue(experiment, args.out)
-    torch.set_num_threads(1)   # of a measurement in this process, and as rows say of those in others
     try:
         if args.draw:
             draw(experiment, args.out)
-            return 0
-        if experiment.inspect and args.run is not None:
-            rows, path = experiment.inspect(args.run), ROOT / "results" / args.run / f"{experiment.name}.csv"
-            write_whole(path, lambda file: pd.DataFrame(rows).to_csv(file, index=False))
             return 0
         tasks = [task for task in experiment.tasks(args.seeds) if args.match in task.run]
         if not tasks:
@@ -410,6 +405,11 @@ def obey(experiment: Experiment, args: argparse.Namespace) -> int:
         if args.list:
             missing = queue.missing(tasks)
             print("\n".join(f"{'missing' if task in missing else 'done   '} {task.command}" for task in tasks))
+            return 0
+        torch.set_num_threads(1)   # of a measurement in this process, and as rows say of those in others
+        if experiment.inspect and args.run is not None:
+            rows, path = experiment.inspect(args.run), ROOT / "results" / args.run / f"{experiment.name}.csv"
+            write_whole(path, lambda file: pd.DataFrame(rows).to_csv(file, index=False))
             return 0
         if args.out.resolve() == REFERENCE and commit(*GENERATED).endswith("with edits"):
             raise InputError("the working tree has uncommitted edits; commit them, or try out with --out FOLDER")
